@@ -1,0 +1,1 @@
+"""Pretext methods: one file a method; the file name is what `--method` takes."""

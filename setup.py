@@ -1,0 +1,23 @@
+"""Maps the repository's folders to one import package, ssl_pretrain. `ssl/` is a source root and must never hold an
+__init__.py: it would shadow Python's own ssl."""
+
+from setuptools import setup
+
+setup(
+    package_dir={
+        "": "ssl",
+        "ssl_pretrain.methods": "methods",
+        "ssl_pretrain.launch": "launch",
+        "ssl_pretrain.eval": "eval",
+    },
+    packages=[
+        "ssl_pretrain",
+        "ssl_pretrain.backbones",
+        "ssl_pretrain.data",
+        "ssl_pretrain.parts",
+        "ssl_pretrain.methods",
+        "ssl_pretrain.launch",
+        "ssl_pretrain.eval",
+    ],
+    package_data={"ssl_pretrain": ["py.typed"]},
+)

@@ -1,0 +1,88 @@
+"""The contract of an encoder: images in, Features out. Shapes: B images, C channels, H x W pixels, N patches on a
+(h, w) grid, D channels of the encoder, P prefix tokens (CLS and registers), L = P + N."""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+
+class UnsupportedByBackbone(UserError):
+    """A method asked for what this backbone cannot do; the message names both."""
+
+
+@dataclass
+class Features:
+    """What an encoder says of a batch of images. After the final norm, except `blocks`."""
+
+    cls: Tensor | None  # (B, D), or None where the encoder has no CLS token
+    patches: Tensor  # (B, N, D); with `keep`, only the kept ones in the order asked for
+    grid: tuple[int, int]  # (h, w) of the whole image, also when patches were dropped
+    pooled: Tensor  # (B, D): one vector an image, as the encoder's config defines it
+    prefix: Tensor | None = None  # (B, P, D): CLS first if there is one, then registers; None without any
+    blocks: tuple[Tensor, ...] = ()  # (B, L, D) (prefix first) of each block asked for, before the final norm
+
+
+class Backbone(nn.Module, ABC):
+    """An encoder without any head. Final subclasses live in one file each and are built by `backbones.build`.
+
+    Attributes every backbone sets: `config` (its frozen dataclass), `image_size` (H, W), `in_chans`, `dim` (D, width of
+    every feature), `depth` (number of blocks or stages), `stride` (pixels a patch side (h, w)), `supports` (frozenset of
+    words among "keep", "replace", "attention", "blocks", "drop_path").
+    """
+
+    config: Any
+    image_size: tuple[int, int]
+    in_chans: int
+    dim: int
+    depth: int
+    stride: tuple[int, int]
+    supports: frozenset[str]
+
+    @abstractmethod
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        keep: Tensor | None = None,
+        replace: tuple[Tensor, Tensor] | None = None,
+        attention: str | Tensor = "full",
+        prefix_length: Tensor | None = None,
+        blocks: tuple[int, ...] = (),
+        drop: Tensor | None = None,
+    ) -> Features:
+        """Encode images (B, C, H, W) float, normalised as the run says; H, W any multiple of `stride`.
+
+        keep: (B, K) int64 patch indices in raster order of the grid; only these enter the encoder.
+        replace: (mask (B, N) bool, token (D,)); masked patches' embeddings are replaced by the token before positions
+            are added.
+        attention: "full", "causal" (a token sees itself and earlier ones; prefix tokens come first), "prefix" (as
+            causal, but the first `prefix_length` (B,) patches, and all prefix tokens, see each other fully), or a bool
+            mask (B or 1, L, L), True where query row may see key column.
+        blocks: which blocks' outputs to return in `Features.blocks`; negative counts from the end.
+        drop: (B, 2 * depth) uniform noise for drop path, drawn by the method from `Step.rand`; needed in training when
+            the drop-path rate is above 0.
+        Raises UnsupportedByBackbone for an option the backbone lacks.
+        """
+
+    @abstractmethod
+    def layer_of(self, parameter: str) -> int:
+        """Depth of a parameter for layer-wise learning-rate decay: 0 for the stem (patch embedding, tokens, positions),
+        i + 1 for block i, depth + 1 for what follows the blocks."""
+
+    def require(self, method: str, *wishes: str) -> None:
+        """Raise UnsupportedByBackbone unless the backbone supports every wish; called in a method's constructor."""
+        for wish in wishes:
+            if wish not in self.supports:
+                raise UnsupportedByBackbone(
+                    f"{method} needs an encoder that supports {wish!r}, and {type(self).__name__} does not "
+                    f"(it supports: {', '.join(sorted(self.supports)) or 'nothing beside a plain forward'}); "
+                    f"a ViT (--encoder vit_small) does"
+                )
+
+    def describe(self) -> dict[str, Any]:
+        """The architecture as plain data, enough to build the same backbone again (goes into an export's config.json)."""
+        return asdict(self.config)

@@ -1,0 +1,1 @@
+"""From files to batches: sources, decoding, sampling, views, the loader."""

@@ -1,0 +1,1 @@
+"""What several pretext methods share: masks, teachers, heads, losses, targets."""

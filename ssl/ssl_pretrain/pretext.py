@@ -1,0 +1,179 @@
+"""The contract of a pretext method, and how one is found by its name. Shapes: B images of this micro-batch, C channels,
+H x W pixels; the global batch is what all ranks and all micro-batches of one optimiser step hold together."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .randomness import key
+
+if TYPE_CHECKING:
+    from .backbones.backbone import Backbone
+    from .data.views import ViewSpec
+
+
+@dataclass
+class Batch:
+    """One micro-batch on the device."""
+
+    views: dict[str, Tensor]  # by ViewSpec.name: (B, C, H, W), or (count, B, C, H, W) where the spec's count is above 1
+    index: Tensor  # (B,) int64 sample ids in the data set
+    geometry: dict[str, Tensor] = field(default_factory=dict)
+    # by view name, (B, 5) or (count, B, 5) float32: top, left, height, width of the crop as shares of the whole image, and
+    # 1 where it was flipped left to right (0 where not)
+    labels: Tensor | None = None  # (B,) int64; -1 where unknown; for probes and supervised controls only
+
+
+class Step:
+    """Where in the run this micro-batch stands, and its share of the step's randomness.
+
+    Noise is drawn for the global batch from (seed, step, number of the draw) and then sliced, so a run's noise does not
+    depend on how many ranks or micro-batches hold the batch.
+    """
+
+    def __init__(self, *, step: int, total: int, seed: int, rows: slice, batch_size: int, device: torch.device) -> None:
+        self.step = step  # optimiser steps done before this one
+        self.total = total
+        self.progress = step / total  # in [0, 1): what every schedule is a function of
+        self.rows = rows  # which rows of the global batch this micro-batch holds
+        self.batch_size = batch_size  # global
+        self.device = device
+        # True where the step's loss and gradients are finite on every rank; set by the loop before `after_step`, a bool
+        # tensor () on the device so that nobody waits for it. State updates multiply or torch.where by it.
+        self.ok: Tensor = torch.ones((), dtype=torch.bool, device=device)
+        self._seed = seed
+        self._draws = 0
+
+    def generator(self) -> torch.Generator:
+        """A generator for the next draw of this step, the same on every rank and for every micro-batch."""
+        self._draws += 1
+        return torch.Generator(self.device).manual_seed(key(self._seed, "step", self.step, self._draws))
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform [0, 1) noise (B, *shape), float32: this micro-batch's rows of the draw for the global batch."""
+        return torch.rand(self.batch_size, *shape, generator=self.generator(), device=self.device)[self.rows]
+
+    def randn(self, *shape: int) -> Tensor:
+        """Normal noise (B, *shape), float32: this micro-batch's rows of the draw for the global batch."""
+        return torch.randn(self.batch_size, *shape, generator=self.generator(), device=self.device)[self.rows]
+
+    def shared_rand(self, *shape: int) -> Tensor:
+        """Uniform [0, 1) noise of exactly `shape`, the same on every rank and micro-batch (e.g. one ratio a step)."""
+        return torch.rand(*shape, generator=self.generator(), device=self.device)
+
+    def shared_randn(self, *shape: int) -> Tensor:
+        """Normal noise of exactly `shape`, the same on every rank and micro-batch (e.g. SIGReg's directions)."""
+        return torch.randn(*shape, generator=self.generator(), device=self.device)
+
+
+@dataclass
+class Losses:
+    """What a method's forward returns. All float32."""
+
+    total: Tensor  # () with gradient: the mean over this micro-batch, so that the mean over ranks is the global loss
+    terms: dict[str, Tensor] = field(default_factory=dict)  # detached scalars (), logged under these names
+    per_sample: Tensor | None = None  # (B,) detached, where the loss is a mean over samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a paper trains its method: the defaults of the run's flags. Every one can be overridden by its flag."""
+
+    optimizer: Literal["adamw", "sgd", "lars", "muon"] = "adamw"
+    lr: float = 1.5e-4  # peak, at a global batch of `lr_batch`; scaled to the run's batch by `lr_scaling`
+    lr_batch: int = 256
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    final_lr: float = 0.0  # absolute, at the end of the schedule
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    final_weight_decay: float | None = None  # cosine from weight_decay to this; None: constant
+    decay: Literal["no_1d", "no_1d_tokens", "all"] = "no_1d"  # which parameters decay, see optim.parameter_groups
+    clip_grad: float | None = None  # global norm
+    warmup: float = 0.05  # share of the steps
+    small_lr: float = 1e-3  # peak for the short built-in run on fractals, where the paper's rule gives too little
+    encoder: dict[str, Any] = field(default_factory=dict)  # the paper's choices of encoder options, e.g. positions="sincos"
+
+
+class Method(nn.Module, ABC):
+    """A pretext task: an encoder, what is trained around it, and the loss. `methods/<name>.py` holds one final subclass.
+
+    All state is parameters and buffers; schedules are functions of `Step.progress`. `forward` changes no state (batch-norm
+    statistics excepted); `after_step` does. Losses, softmaxes and norms compute in float32 whatever the autocast. Across
+    ranks a method uses `ssl_pretrain.distributed` only.
+    """
+
+    recipe: ClassVar[Recipe] = Recipe()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """The method's knobs; the defaults are the paper's; each is a flag."""
+
+    def __init__(self, encoder: Backbone, config: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """The views wanted of each image."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """The loss of one micro-batch."""
+
+    def after_step(self, step: Step) -> None:
+        """Update state that gradients do not (teachers, queues, centres), after the optimiser. Must honour `step.ok`."""
+
+    def exported(self) -> Backbone:
+        """The encoder that evaluators get."""
+        return self.encoder
+
+    def collapsed(self) -> dict[str, tuple[float, str]]:
+        """For each loss term that has one: the value it takes when the method learns nothing, and what that means."""
+        return {}
+
+    def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Pictures for a person, by name: (n, C, H, W) in the views' normalised colours. Called without gradients."""
+        return {}
+
+
+def names() -> list[str]:
+    """Every method there is: the files in `methods/`, then other packages' entry points. Imports none of them."""
+    spec = importlib.util.find_spec("ssl_pretrain.methods")
+    own = [m.name for m in pkgutil.iter_modules(spec.submodule_search_locations)] if spec else []
+    others = [e.name for e in importlib.metadata.entry_points(group="ssl_pretrain.methods")]
+    return sorted(own) + sorted(set(others) - set(own))
+
+
+def load(name: str) -> type[Method]:
+    """The method class of that name. Raises KeyError for a name that `names()` does not list, and TypeError where the
+    module does not hold exactly one Method."""
+    spec = importlib.util.find_spec("ssl_pretrain.methods")
+    own = {m.name for m in pkgutil.iter_modules(spec.submodule_search_locations)} if spec else set()
+    if name in own:
+        module = importlib.import_module(f"ssl_pretrain.methods.{name}")
+        found = [
+            c
+            for c in vars(module).values()
+            if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__
+        ]
+        if len(found) != 1:
+            raise TypeError(f"{module.__name__} must define exactly one Method, it defines {len(found)}")
+        return found[0]
+    for entry in importlib.metadata.entry_points(group="ssl_pretrain.methods"):
+        if entry.name == name:
+            loaded = entry.load()
+            if not (isinstance(loaded, type) and issubclass(loaded, Method)):
+                raise TypeError(f"the entry point {entry.value!r} must name a subclass of ssl_pretrain.pretext.Method")
+            return loaded
+    raise KeyError(name)

@@ -3,17 +3,15 @@ H x W pixels; the global batch is what all ranks and all micro-batches of one op
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import importlib.util
-import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from . import plugins
 from .randomness import key
 
 if TYPE_CHECKING:
@@ -28,19 +26,19 @@ class Batch:
     views: dict[str, Tensor]  # by ViewSpec.name: (B, C, H, W), or (count, B, C, H, W) where the spec's count is above 1
     index: Tensor  # (B,) int64 sample ids in the data set
     geometry: dict[str, Tensor] = field(default_factory=dict)
-    # by view name, (B, 5) or (count, B, 5) float32: top, left, height, width of the crop as shares of the whole image, and
-    # 1 where it was flipped left to right (0 where not)
+    # by view name, (B, 5) or (count, B, 5) float32: top, left, height, width of the crop as shares of the whole image,
+    # and 1 where it was flipped left to right (0 where not)
     labels: Tensor | None = None  # (B,) int64; -1 where unknown; for probes and supervised controls only
 
 
 class Step:
     """Where in the run this micro-batch stands, and its share of the step's randomness.
 
-    Noise is drawn for the global batch from (seed, step, number of the draw) and then sliced, so a run's noise does not
+    Noise is drawn for the global batch from (the step's key, number of the draw) and then sliced, so a run's noise does not
     depend on how many ranks or micro-batches hold the batch.
     """
 
-    def __init__(self, *, step: int, total: int, seed: int, rows: slice, batch_size: int, device: torch.device) -> None:
+    def __init__(self, *, step: int, total: int, noise: int, rows: slice, batch_size: int, device: torch.device) -> None:
         self.step = step  # optimiser steps done before this one
         self.total = total
         self.progress = step / total  # in [0, 1): what every schedule is a function of
@@ -50,13 +48,13 @@ class Step:
         # True where the step's loss and gradients are finite on every rank; set by the loop before `after_step`, a bool
         # tensor () on the device so that nobody waits for it. State updates multiply or torch.where by it.
         self.ok: Tensor = torch.ones((), dtype=torch.bool, device=device)
-        self._seed = seed
+        self._noise = noise  # key of this step's randomness
         self._draws = 0
 
     def generator(self) -> torch.Generator:
         """A generator for the next draw of this step, the same on every rank and for every micro-batch."""
         self._draws += 1
-        return torch.Generator(self.device).manual_seed(key(self._seed, "step", self.step, self._draws))
+        return torch.Generator(self.device).manual_seed(key(self._noise, self._draws))
 
     def rand(self, *shape: int) -> Tensor:
         """Uniform [0, 1) noise (B, *shape), float32: this micro-batch's rows of the draw for the global batch."""
@@ -88,7 +86,7 @@ class Losses:
 class Recipe:
     """How a paper trains its method: the defaults of the run's flags. Every one can be overridden by its flag."""
 
-    optimizer: Literal["adamw", "sgd", "lars", "muon"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1.5e-4  # peak, at a global batch of `lr_batch`; scaled to the run's batch by `lr_scaling`
     lr_batch: int = 256
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
@@ -99,16 +97,16 @@ class Recipe:
     decay: Literal["no_1d", "no_1d_tokens", "all"] = "no_1d"  # which parameters decay, see optim.parameter_groups
     clip_grad: float | None = None  # global norm
     warmup: float = 0.05  # share of the steps
-    small_lr: float = 1e-3  # peak for the short built-in run on fractals, where the paper's rule gives too little
-    encoder: dict[str, Any] = field(default_factory=dict)  # the paper's choices of encoder options, e.g. positions="sincos"
+    small: dict[str, Any] = field(default_factory=dict)  # flags of the two-minute built-in run, where the paper's are too big
+    encoder: dict[str, Any] = field(default_factory=dict)  # the paper's choices of encoder options, by flag name
 
 
 class Method(nn.Module, ABC):
-    """A pretext task: an encoder, what is trained around it, and the loss. `methods/<name>.py` holds one final subclass.
+    """A pretext task: an encoder, what is trained around it, and the loss. A file in `methods/` holds one final subclass.
 
-    All state is parameters and buffers; schedules are functions of `Step.progress`. `forward` changes no state (batch-norm
-    statistics excepted); `after_step` does. Losses, softmaxes and norms compute in float32 whatever the autocast. Across
-    ranks a method uses `ssl_pretrain.distributed` only.
+    All state is parameters and buffers; schedules are functions of `Step.progress`. `forward` changes no state
+    (batch-norm statistics excepted); `after_step` does. Losses, softmaxes and norms compute in float32 whatever the
+    autocast. Across ranks a method uses `ssl_pretrain.distributed` only.
     """
 
     recipe: ClassVar[Recipe] = Recipe()
@@ -132,7 +130,7 @@ class Method(nn.Module, ABC):
         """The loss of one micro-batch."""
 
     def after_step(self, step: Step) -> None:
-        """Update state that gradients do not (teachers, queues, centres), after the optimiser. Must honour `step.ok`."""
+        """Update state that gradients do not (teachers, queues, centres), after the optimiser; must honour `step.ok`."""
 
     def exported(self) -> Backbone:
         """The encoder that evaluators get."""
@@ -147,33 +145,19 @@ class Method(nn.Module, ABC):
         return {}
 
 
-def names() -> list[str]:
-    """Every method there is: the files in `methods/`, then other packages' entry points. Imports none of them."""
-    spec = importlib.util.find_spec("ssl_pretrain.methods")
-    own = [m.name for m in pkgutil.iter_modules(spec.submodule_search_locations)] if spec else []
-    others = [e.name for e in importlib.metadata.entry_points(group="ssl_pretrain.methods")]
-    return sorted(own) + sorted(set(others) - set(own))
-
-
 def load(name: str) -> type[Method]:
-    """The method class of that name. Raises KeyError for a name that `names()` does not list, and TypeError where the
-    module does not hold exactly one Method."""
-    spec = importlib.util.find_spec("ssl_pretrain.methods")
-    own = {m.name for m in pkgutil.iter_modules(spec.submodule_search_locations)} if spec else set()
-    if name in own:
-        module = importlib.import_module(f"ssl_pretrain.methods.{name}")
-        found = [
-            c
-            for c in vars(module).values()
-            if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__
-        ]
-        if len(found) != 1:
-            raise TypeError(f"{module.__name__} must define exactly one Method, it defines {len(found)}")
-        return found[0]
-    for entry in importlib.metadata.entry_points(group="ssl_pretrain.methods"):
-        if entry.name == name:
-            loaded = entry.load()
-            if not (isinstance(loaded, type) and issubclass(loaded, Method)):
-                raise TypeError(f"the entry point {entry.value!r} must name a subclass of ssl_pretrain.pretext.Method")
-            return loaded
-    raise KeyError(name)
+    """The method of that name: the one subclass of Method that `methods/<name>.py` defines, or the class that another
+    package's entry point (group `ssl_pretrain.methods`) names.
+
+    Raises UserError for a name there is not, and TypeError for a module or an entry point that holds no single Method.
+    """
+    found = plugins.load("ssl_pretrain.methods", name, "method")
+    if isinstance(found, ModuleType):
+        classes = [c for c in vars(found).values() if isinstance(c, type) and issubclass(c, Method)]
+        classes = [c for c in classes if c.__module__ == found.__name__]
+        if len(classes) != 1:
+            raise TypeError(f"{found.__name__} must define exactly one Method, it defines {len(classes)}")
+        return classes[0]
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise TypeError(f"the entry point {name!r} must name a subclass of ssl_pretrain.pretext.Method, not {found!r}")
+    return found

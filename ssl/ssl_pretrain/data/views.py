@@ -1,7 +1,15 @@
-"""Views: what a method wants to see of an image, declared; and the cutting of it, in the loader's workers."""
+"""Views: what a method wants to see of an image, declared; and the cutting of it, in the loader's workers.
 
+Shapes: H x W pixels of the whole image, h x w of the view, C channels.
+"""
+
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,3 +46,130 @@ class ViewSpec:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
     solarize_threshold: float = 0.5  # of full scale; pixels at or above it are inverted
+
+
+# What a sample's random numbers are for: this many uniform draws for every view, whatever it uses of them, so that no knob of
+# a view shifts another knob's draws. Two (area, ratio) for each try at a crop, top, left, the flips, then the colour.
+_TRIES = 10
+_COLOUR_AT = 2 * _TRIES + 4
+_DRAWS = _COLOUR_AT + 13
+
+# A row of colour parameters, float32: see `colour.apply`
+JITTER, FACTORS, ORDER, GRAYSCALE, BLUR_SIGMA, SOLARIZE = 0, slice(1, 5), slice(5, 9), 9, 10, 11
+COLOUR_PARAMS = 12
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What chance decided about one view of one image: all of it, before a pixel is touched."""
+
+    box: tuple[int, int, int, int]  # top, left, height, width in pixels of the whole image
+    hflip: bool
+    vflip: bool
+    geometry: np.ndarray  # (5,) float32: the box as shares of the whole image, and 1 where flipped left to right
+    colour: np.ndarray  # (COLOUR_PARAMS,) float32: jitter yes/no, its four factors, their order, grayscale yes/no, the blur's
+    # sigma in pixels or 0 for none, solarize yes/no
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One view of one image, before its colours are changed."""
+
+    image: np.ndarray  # uint8 (h, w, C)
+    geometry: np.ndarray  # as Draw's
+    colour: np.ndarray  # as Draw's
+
+
+def draw(spec: ViewSpec, rng: np.random.Generator, height: int, width: int) -> Draw:
+    """Draw one view of an image of `height` x `width` pixels. Takes the same numbers from `rng` for every spec."""
+    uniform = rng.random(_DRAWS).tolist()
+    top, left, h, w = box = _random_box(spec, uniform, height, width)
+    hflip, vflip = uniform[2 * _TRIES + 2] < spec.hflip, uniform[2 * _TRIES + 3] < spec.vflip
+    geometry = np.array((top / height, left / width, h / height, w / width, hflip), dtype=np.float32)
+    return Draw(box, hflip, vflip, geometry, _colour_row(spec, uniform[_COLOUR_AT:]))
+
+
+def cut(image: np.ndarray, spec: ViewSpec, rng: np.random.Generator) -> Cut:
+    """One view of `image` (uint8 (H, W, C), any C), drawn from `rng`."""
+    drawn = draw(spec, rng, *image.shape[:2])
+    pixels = torch.empty(*spec.size, image.shape[2], dtype=torch.uint8)
+    top, left, height, width = drawn.box
+    render(image[top : top + height, left : left + width], spec, drawn, pixels)
+    return Cut(pixels.numpy(), drawn.geometry, drawn.colour)
+
+
+def render(crop: np.ndarray, spec: ViewSpec, drawn: Draw, out: Tensor) -> None:
+    """Resize and flip the pixels of `drawn.box`, uint8 (height, width, C), into `out`, uint8 (h, w, C) of the spec's size."""
+    target = out.permute(2, 0, 1).unsqueeze(0)
+    _resize(crop, spec.interpolation, target)
+    if drawn.hflip or drawn.vflip:
+        target.copy_(torch.flip(target, [2] * drawn.vflip + [3] * drawn.hflip))
+
+
+def resize_and_crop(
+    image: np.ndarray, resize: int, crop: tuple[int, int], interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+) -> np.ndarray:
+    """The deterministic view of evaluation: the shorter side to `resize` pixels, then the central `crop` (height, width).
+
+    image: uint8 (H, W, C). Returns uint8 (*crop, C). The longer side keeps the aspect ratio, rounded down. Nothing is ever
+    padded: where the crop would not fit, the image is made just large enough for it, more than `resize`.
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    short_to = max(resize, -(-crop[0] * short // height), -(-crop[1] * short // width))
+    size = short_to * height // short, short_to * width // short
+    resized = torch.empty(*size, image.shape[2], dtype=torch.uint8)
+    _resize(image, interpolation, resized.permute(2, 0, 1).unsqueeze(0))
+    top, left = round((size[0] - crop[0]) / 2), round((size[1] - crop[1]) / 2)
+    return resized[top : top + crop[0], left : left + crop[1]].contiguous().numpy()
+
+
+# The operators behind torch.nn.functional.interpolate(antialias=True), in the form that writes where it is told: a fresh
+# 224 x 224 result for each image costs a third of the resize in page faults. uint8 in, uint8 out, any number of channels.
+_RESIZE = {
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+}
+
+
+def _resize(pixels: np.ndarray, interpolation: str, out: Tensor) -> None:
+    """Antialiased resize of uint8 (H, W, C) to `out`, uint8 (1, C, h, w) in channels-last memory."""
+    source = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    if source.shape == out.shape:
+        out.copy_(source)
+    else:
+        _RESIZE[interpolation](source, out.shape[2:], False, None, None, out=out)
+
+
+def _random_box(spec: ViewSpec, uniform: list[float], height: int, width: int) -> tuple[int, int, int, int]:
+    """The crop of Szegedy et al., "Going deeper with convolutions" (2015), section 6, in the form everybody uses: area
+    uniform, ratio log-uniform, ten tries; then the largest central crop whose ratio is allowed."""
+    log_low, log_high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
+    for i in range(_TRIES):
+        area = height * width * (spec.scale[0] + uniform[2 * i] * (spec.scale[1] - spec.scale[0]))
+        ratio = math.exp(log_low + uniform[2 * i + 1] * (log_high - log_low))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(uniform[2 * _TRIES] * (height - h + 1))
+            left = int(uniform[2 * _TRIES + 1] * (width - w + 1))
+            return top, left, h, w
+    w = min(width, max(1, round(height * spec.ratio[1])))
+    h = min(height, max(1, round(width / spec.ratio[0])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _colour_row(spec: ViewSpec, uniform: list[float]) -> np.ndarray:
+    row = np.zeros(COLOUR_PARAMS, dtype=np.float32)
+    jitter = spec.jitter
+    if jitter is not None:
+        row[JITTER] = uniform[0] < jitter.p
+        for i, strength in enumerate((jitter.brightness, jitter.contrast, jitter.saturation)):
+            low = max(0.0, 1 - strength)
+            row[1 + i] = low + uniform[1 + i] * (1 + strength - low)
+        row[4] = (2 * uniform[4] - 1) * jitter.hue
+        row[ORDER] = sorted(range(4), key=uniform[5:9].__getitem__)
+    row[GRAYSCALE] = uniform[9] < spec.grayscale
+    if uniform[10] < spec.blur:
+        row[BLUR_SIGMA] = spec.blur_sigma[0] + uniform[11] * (spec.blur_sigma[1] - spec.blur_sigma[0])
+    row[SOLARIZE] = uniform[12] < spec.solarize
+    return row

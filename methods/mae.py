@@ -1,0 +1,152 @@
+"""Masked autoencoders (He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022).
+
+Most patches are hidden, the encoder sees only the rest, and a small decoder paints the hidden ones from its output.
+Shapes: B images, C channels, N patches on an (h, w) grid, K of them kept, M = N - K masked, p patch side, D encoder
+width, E decoder width, F = p * p * C values a patch.
+"""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.backbones.positions import sincos_table
+from ssl_pretrain.backbones.vit import Block
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.init import xavier_
+from ssl_pretrain.parts.masks import put, random_masking, rows
+from ssl_pretrain.parts.patches import normalise, patchify, unpatchify
+from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
+
+
+@final
+class MAE(Method):
+    """Reconstruct the pixels of masked patches; the mean squared error over masked patches is the loss (eq. in section 3).
+
+    Defaults are the paper's pre-training setting (appendix A.1, table 8). Raises UserError for knobs out of range and
+    UnsupportedByBackbone for an encoder that cannot drop tokens.
+    """
+
+    recipe = Recipe(
+        lr=1.5e-4,
+        lr_batch=256,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        warmup=40 / 800,
+        encoder={"positions": "sincos"},
+        small={"lr": 2e-3, "decoder_dim": 128, "decoder_depth": 2, "decoder_heads": 4},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Masked autoencoder (MAE)."""
+
+        mask_ratio: float = 0.75
+        """Share of patches removed before the encoder."""
+        norm_pix: bool = True
+        """Reconstruct each patch's pixels normalised by their own mean and variance."""
+        decoder_dim: int = 512
+        """Width of the decoder."""
+        decoder_depth: int = 8
+        """Blocks of the decoder."""
+        decoder_heads: int = 16
+        """Attention heads of the decoder."""
+        crop_scale: tuple[float, float] = (0.2, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        encoder.require("mae", "keep")
+        if not 0 < config.mask_ratio < 1:
+            raise UserError(f"--mask-ratio is {config.mask_ratio}; it must lie between 0 and 1")
+        if config.decoder_dim % config.decoder_heads or config.decoder_dim % 4:
+            raise UserError(
+                f"--decoder-dim {config.decoder_dim} must be a multiple of 4 and of --decoder-heads {config.decoder_heads}"
+            )
+        self.grid = tuple(size // side for size, side in zip(encoder.image_size, encoder.stride, strict=True))
+        if self.kept(self.grid[0] * self.grid[1]) < 1:
+            raise UserError(f"--mask-ratio {config.mask_ratio} leaves none of the {self.grid[0]} x {self.grid[1]} patches")
+        width = config.decoder_dim
+        values = encoder.stride[0] * encoder.stride[1] * encoder.in_chans
+        self.decoder_embed = nn.Linear(encoder.dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_blocks = nn.ModuleList(Block(width, config.decoder_heads) for _ in range(config.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_pred = nn.Linear(width, values)
+        self.register_buffer("decoder_pos_embed", sincos_table(self.grid, width)[None], persistent=False)
+
+        xavier_(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for name, parameter in encoder.named_parameters():
+            if name.endswith("cls_token"):
+                nn.init.normal_(parameter, std=0.02)
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """One random resized crop, flipped; no colour (section 4, "data augmentation")."""
+        return (ViewSpec(name="image", size=image_size, scale=config.crop_scale),)
+
+    def kept(self, patches: int) -> int:
+        """How many of `patches` patches the encoder sees: rounded down, as released."""
+        return int(patches * (1 - self.config.mask_ratio))
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """Loss over batch.views["image"] (B, C, H, W); `per_sample` is each image's mean over its masked patches."""
+        images = batch.views["image"]
+        predicted, masked, _, _ = self.reconstruct(images, step)
+        target = rows(patchify(images, self.encoder.stride), masked).float()
+        if self.config.norm_pix:
+            target, _, _ = normalise(target)
+        # Every image has the same number of masked patches: the mean over all is the paper's sum(loss * mask) / sum(mask).
+        per_sample = (predicted.float() - target).square().mean(dim=(1, 2))
+        return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
+
+    def reconstruct(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+        """Predictions (B, M, F) for the masked patches, their indices (B, M), the kept ones' (B, K), and the grid."""
+        p, q = self.encoder.stride
+        grid = (images.shape[-2] // p, images.shape[-1] // q)
+        patches = grid[0] * grid[1]
+        keep, masked = random_masking(step.rand(patches), self.kept(patches))
+        seen = self.encoder(images, keep=keep)
+
+        positions = self.decoder_pos_embed
+        if grid != self.grid:
+            positions = sincos_table(grid, self.config.decoder_dim)[None].to(images.device)
+        tokens = self.decoder_embed(seen.patches)
+        x = self.mask_token.to(tokens.dtype).expand(len(images), patches, -1)
+        x = put(x, keep, tokens) + positions.to(tokens.dtype)
+        if seen.cls is not None:  # takes part in the decoder's attention, without a position
+            x = torch.cat([self.decoder_embed(seen.cls)[:, None], x], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        x = rows(x[:, -patches:], masked)
+        return self.decoder_pred(self.decoder_norm(x)), masked, keep, grid
+
+    def collapsed(self) -> dict[str, tuple[float, str]]:
+        """With normalised pixels, the loss of painting every patch in its mean colour."""
+        if not self.config.norm_pix:
+            return {}
+        values = self.decoder_pred.out_features
+        return {"loss": ((values - 1) / values, "the decoder paints every patch in its mean colour, nothing is learned")}
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Input, masked input and reconstruction (n, C, H, W); masked patches repainted, with their true mean and
+        variance where the target is normalised (what the loss does not ask for cannot be shown otherwise)."""
+        images = batch.views["image"]
+        predicted, masked, _, grid = self.reconstruct(images, step)
+        patches = patchify(images, self.encoder.stride).float()
+        predicted = predicted.float()
+        if self.config.norm_pix:
+            _, mean, deviation = normalise(rows(patches, masked))
+            predicted = predicted * deviation + mean
+        hidden = put(patches, masked, torch.zeros_like(predicted))
+        painted = put(patches, masked, predicted)
+        return {
+            "input": images,
+            "masked": unpatchify(hidden, self.encoder.stride, grid),
+            "reconstruction": unpatchify(painted, self.encoder.stride, grid),
+        }

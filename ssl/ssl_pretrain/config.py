@@ -1,0 +1,247 @@
+"""What a run is: one frozen dataclass, filled from flags over YAML over the method's recipe, and compared on resume."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .pretext import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The run."""
+
+    method: str
+    """Pretext method: a file in methods/, or an installed plugin."""
+    data: str = "fractals"
+    """Images: a folder (flat or nested), tar shards, parquet; or built-in 'fractals[:classes=20,images=4096,...]'."""
+    out: Path | None = None
+    """Run folder; the same command resumes it (default: runs/METHOD-DATA)."""
+    config: Path | None = None
+    """YAML file of flags (underscores for dashes), read below the flags of the command line."""
+    init_from: Path | None = None
+    """Start from the weights of this export or run instead of random ones."""
+
+    encoder: str = "vit_small"
+    """Backbone to train (fractals: vit_micro)."""
+    image_size: tuple[int, ...] = (224,)
+    """Pixels, one number or height and width (fractals: 32)."""
+    in_chans: int = 3
+    """Channels of the images: 3, 1 (grey), or more from .npy files."""
+    mean: tuple[float, ...] | None = None
+    """Channel means that views are normalised by, of [0, 1] (default: ImageNet's; 0.5 unless 3 channels)."""
+    std: tuple[float, ...] | None = None
+    """Channel standard deviations that views are normalised by (default: ImageNet's; 0.25 unless 3 channels)."""
+    bad_images: Literal["replace", "skip", "fail"] = "replace"
+    """An unreadable image: put another drawn image in its place, the next in order, or end the run."""
+
+    steps: int | None = None
+    """Length in optimiser steps (give one of steps, epochs, images)."""
+    epochs: float | None = None
+    """Length in passes over the data (default: 100)."""
+    images: int | None = None
+    """Length in images seen."""
+    extend: bool = False
+    """Say that a run that already has a length shall get another one; its schedules are stretched to it."""
+    batch_size: int = 256
+    """Images an optimiser step, over all processes and micro-batches (fractals: 128)."""
+    accumulate: int = 1
+    """Micro-batches that a step's batch is worked through in, to save memory."""
+
+    optimizer: Literal["adamw", "sgd"] | None = None
+    """Optimiser (default: the method's)."""
+    lr: float | None = None
+    """Peak learning rate as used, not per 256 images (default: the method's, scaled to the batch size)."""
+    final_lr: float | None = None
+    """Learning rate at the end (default: the method's)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: half a cosine to the end, or constant and then a linear cooldown."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up from 0 (default: the method's share of the run)."""
+    cooldown_steps: int | None = None
+    """Steps of linear cooldown of the constant schedule (default: a fifth of the run)."""
+    betas: tuple[float, float] | None = None
+    """AdamW's decay rates of the moments; SGD uses the first as momentum (default: the method's)."""
+    weight_decay: float | None = None
+    """Decoupled weight decay (default: the method's)."""
+    final_weight_decay: float | None = None
+    """Weight decay at the end, by half a cosine (default: the method's, else as at the start)."""
+    clip_grad: float | None = None
+    """Largest global gradient norm; none: no clipping (default: the method's)."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate for each block away from the encoder's output."""
+
+    seed: int = 0
+    """Everything random in the run is a function of it."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast; auto takes bf16 where the device has fast bf16."""
+    workers: int | None = None
+    """Loader processes of each training process (default: by the cores there are)."""
+    nproc: int = 1
+    """Training processes to start on this machine."""
+    compile: bool = False
+    """torch.compile the encoder's blocks (costs about a minute at the start)."""
+
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the encoder is exported with each."""
+    keep_last: int = 2
+    """Checkpoints kept, counted from the newest."""
+    keep_every: int | None = None
+    """Keep also every checkpoint at a multiple of these steps, for good."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl; the device is waited for only then."""
+    monitor_every: int = 100
+    """Steps between looks at the features for collapse (rank, spread); 0: never."""
+    picture_every: int = 500
+    """Steps between pictures in TensorBoard; 0: never."""
+    val_images: int = 0
+    """Held-out images for a validation loss; from the data's own val split, else taken out of the training images."""
+    val_every: int = 500
+    """Steps between validation losses."""
+    knn_every: int = 0
+    """Steps between kNN scores of the encoder while training (needs labels); 0: never."""
+    bad_steps: int = 20
+    """Steps with a non-finite loss or gradient, one after another, that end the run."""
+
+
+# What may differ when a run is continued: where and how fast it runs, and what is watched, never what is computed.
+FREE = frozenset(
+    "out config data workers nproc accumulate compile checkpoint_every keep_last keep_every log_every monitor_every "
+    "picture_every val_every knn_every bad_steps extend".split()
+)
+LENGTH = frozenset({"steps", "epochs", "images", "warmup_steps", "cooldown_steps"})
+
+# The built-in run on fractals: about two minutes on two CPU cores. A method's recipe adds its own (Recipe.small).
+SMALL = {"encoder": "vit_micro", "image_size": [32], "patch_size": 4, "batch_size": 128, "steps": 1000}
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file (plain data only). Raises UserError where it cannot be read or is no mapping."""
+    try:
+        read = yaml.safe_load(path.read_text())
+    except OSError as problem:
+        raise UserError(f"--config {path}: {problem.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(problem).split())}") from None
+    if read is None:
+        return {}
+    if not isinstance(read, dict) or not all(isinstance(name, str) for name in read):
+        raise UserError(f"--config {path} must be a mapping of flags, like 'lr: 0.001'")
+    # YAML 1.1 reads 1e-3 as text (it wants 1.0e-3), and everybody writes 1e-3.
+    return {name.replace("-", "_"): _number(value) for name, value in read.items()}
+
+
+def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", "bf16"]) -> Run:
+    """The run with every default decided: from the method's recipe and the number of training images.
+
+    Raises UserError for values that contradict each other.
+    """
+    given = [name for name in ("steps", "epochs", "images") if getattr(run, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"--{' and --'.join(given)}: give one of them, they all set the run's length")
+    batch_size = run.batch_size
+    if run.images is not None:
+        steps = math.ceil(run.images / batch_size)
+    elif run.epochs is not None:
+        steps = math.ceil(run.epochs * images / batch_size)
+    elif run.steps is not None:
+        steps = run.steps
+    else:
+        steps = math.ceil(100 * images / batch_size)
+    for name, value, least in (
+        ("steps", steps, 1),
+        ("batch-size", batch_size, 1),
+        ("accumulate", run.accumulate, 1),
+        ("nproc", run.nproc, 1),
+        ("log-every", run.log_every, 1),
+        ("checkpoint-every", run.checkpoint_every, 1),
+        ("keep-last", run.keep_last, 1),
+        ("bad-steps", run.bad_steps, 1),
+        ("val-every", run.val_every, 1),
+    ):
+        if value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}")
+    size = run.image_size
+    if len(size) not in (1, 2) or min(size) < 1:
+        raise UserError(f"--image-size takes one number or two (height width), not {' '.join(map(str, size))}")
+    mean = run.mean or (IMAGENET_MEAN if run.in_chans == 3 else (0.5,) * run.in_chans)
+    std = run.std or (IMAGENET_STD if run.in_chans == 3 else (0.25,) * run.in_chans)
+    if len(mean) != run.in_chans or len(std) != run.in_chans:
+        raise UserError(f"--mean has {len(mean)} and --std {len(std)} values, the images have {run.in_chans} channels")
+
+    if run.lr is not None:
+        lr = run.lr
+    else:
+        ratio = batch_size / recipe.lr_batch
+        lr = recipe.lr * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[recipe.lr_scaling]
+    weight_decay = recipe.weight_decay if run.weight_decay is None else run.weight_decay
+    final_weight_decay = run.final_weight_decay
+    if final_weight_decay is None:
+        own = recipe.final_weight_decay if run.weight_decay is None else None
+        final_weight_decay = weight_decay if own is None else own
+    warmup = round(recipe.warmup * steps) if run.warmup_steps is None else run.warmup_steps
+    cooldown = steps // 5 if run.cooldown_steps is None else run.cooldown_steps
+    if warmup + (cooldown if run.schedule == "constant" else 0) > steps:
+        raise UserError(f"--warmup-steps {warmup} and --cooldown-steps {cooldown} do not fit into {steps} steps")
+    return dataclasses.replace(
+        run,
+        out=run.out or Path("runs") / f"{run.method}-{Path(run.data.split(':')[0]).resolve().name}",
+        image_size=(size[0], size[-1]),
+        mean=mean,
+        std=std,
+        steps=steps,
+        epochs=None,
+        images=None,
+        optimizer=run.optimizer or recipe.optimizer,
+        lr=lr,
+        final_lr=min(recipe.final_lr, lr) if run.final_lr is None else run.final_lr,
+        warmup_steps=warmup,
+        cooldown_steps=cooldown if run.schedule == "constant" else 0,
+        betas=run.betas or recipe.betas,
+        weight_decay=weight_decay,
+        final_weight_decay=final_weight_decay,
+        clip_grad=recipe.clip_grad if run.clip_grad is None else run.clip_grad,
+        precision=precision,
+    )
+
+
+def plain(*parts: Any) -> dict[str, Any]:
+    """The flags of all parts (run, method knobs, encoder options) as one mapping of plain data."""
+    return {name: _plain(value) for part in parts for name, value in dataclasses.asdict(part).items()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], allowed: frozenset[str]) -> list[str]:
+    """What a continued run would change, one line a flag: '--lr: 0.001 -> 0.002'."""
+    return [
+        f"--{name.replace('_', '-')}: {before.get(name)} -> {now.get(name)}"
+        for name in sorted({*before, *now} - allowed)
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

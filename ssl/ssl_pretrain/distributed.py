@@ -1,0 +1,127 @@
+"""The processes of a run: who they are, and what they say to one another.
+
+A process learns its place from the environment: torchrun's variables (which our own `--nproc` sets too), or none of
+them: a run of one process. What a method may call inside a loss carries gradients; the rest is for the loop.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UserError
+
+RENDEZVOUS = "SSL_PRETRAIN_RENDEZVOUS"  # set by `--nproc`: a file:// address, so that no port can be taken
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks for all."""
+        return self.rank == 0
+
+
+@contextmanager
+def world(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+    """Join the other processes, if there are any, and leave them at the end.
+
+    Raises UserError where the environment names only half of what torchrun sets, or more processes than GPUs.
+    """
+    wanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    found = [name for name in wanted if name in os.environ]
+    if found and len(found) < len(wanted):
+        missing = ", ".join(set(wanted) - set(found))
+        raise UserError(f"the environment sets {', '.join(found)} but not {missing}: start with --nproc or torchrun")
+    rank, size, local = (int(os.environ.get(name, d)) for name, d in zip(wanted, ("0", "1", "0"), strict=True))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(f"{local_size} processes on this machine but {torch.cuda.device_count()} GPUs: lower --nproc")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, cores() // local_size))
+    here = World(rank, size, local, local_size, device)
+    if size == 1:
+        yield here
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=os.environ.get(RENDEZVOUS, "env://"),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+    )
+    try:
+        yield here
+    finally:
+        _cpu_group.cache_clear()
+        dist.destroy_process_group()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def all_reduce_(tensor: Tensor, how: str = "sum") -> Tensor:
+    """Reduce a tensor in place over all processes ("sum" or "max"). Carries no gradient: not for use inside a loss."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
+    return tensor
+
+
+def agree(flag: bool) -> bool:
+    """Whether any process says yes; asked over the CPU, so that no accelerator is waited for."""
+    if not dist.is_initialized():
+        return flag
+    said = torch.tensor([int(flag)])
+    dist.all_reduce(said, dist.ReduceOp.MAX, group=_cpu_group())
+    return bool(said.item())
+
+
+@functools.cache
+def _cpu_group() -> dist.ProcessGroup | None:
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value (plain data), on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's value (plain data), in the order of ranks, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

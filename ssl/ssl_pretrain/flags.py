@@ -1,0 +1,216 @@
+"""Command-line flags (and YAML keys) from frozen dataclasses: a field is a flag, the string below it is its help.
+
+Supported field types: str, int, float, bool, pathlib.Path, Literal, tuples of these, and any of them `| None`. Built on
+argparse, so that `--help` and a mistyped flag are answered in a tenth of a second and in one line (docs/design.md).
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import UserError, nearest
+
+
+def parse(
+    kinds: Sequence[type],
+    argv: Sequence[str],
+    defaults: Mapping[str, Any],
+    *,
+    prog: str,
+    description: str,
+    epilog: str = "",
+) -> list[Any]:
+    """One instance of each dataclass in `kinds`, filled from `argv`, else `defaults` (by field name), else its defaults.
+
+    `--help` prints every flag and leaves with 0. Raises UserError for an unknown flag (naming the nearest), a value
+    that does not fit, a missing required flag, or an unknown key or unfit value in `defaults`.
+    """
+    known = {f.name: f for kind in kinds for f in dataclasses.fields(kind)}
+    if len(known) != sum(len(dataclasses.fields(kind)) for kind in kinds):
+        raise TypeError(f"two of {[k.__qualname__ for k in kinds]} have a field of the same name")
+    hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+    for name, value in defaults.items():
+        if name not in known:
+            raise UserError(f"unknown key {name!r}{nearest(name, known)}")
+        try:
+            check(value, hints[name])
+        except ValueError as problem:
+            raise UserError(f"{name}: {problem}") from None
+
+    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Formatter)
+    for kind in kinds:
+        texts = docs(kind)
+        group = parser.add_argument_group((inspect.getdoc(kind) or kind.__qualname__).split("\n")[0].rstrip("."))
+        for f in dataclasses.fields(kind):
+            default = defaults.get(f.name, _default(f))
+            shown = "" if default is None or default is dataclasses.MISSING else f" (default: {_show(default)})"
+            group.add_argument(
+                "--" + f.name.replace("_", "-"),
+                default=argparse.SUPPRESS,
+                help=(texts.get(f.name, "") + shown).replace("%", "%%"),
+                **_argument(hints[f.name]),
+            )
+    namespace, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        flags = ["--" + name.replace("_", "-") for name in known]
+        first = next((word for word in unknown if word.startswith("-")), None)
+        if first is None:
+            raise UserError(f"{prog}: unexpected {unknown[0]!r}: every option is a flag (--name value)")
+        raise UserError(f"{prog}: unknown flag {first.split('=')[0]}{nearest(first.split('=')[0], flags)}")
+
+    given = {**defaults, **vars(namespace)}
+    result = []
+    for kind in kinds:
+        values = {}
+        for f in dataclasses.fields(kind):
+            if f.name in given:
+                value = given[f.name]
+                values[f.name] = tuple(value) if isinstance(value, list) else value
+            elif _default(f) is dataclasses.MISSING:
+                raise UserError(f"{prog}: --{f.name.replace('_', '-')} is needed ({docs(kind).get(f.name, '')})")
+        result.append(kind(**values))
+    return result
+
+
+def docs(kind: type) -> dict[str, str]:
+    """The help of each field: the string literal that stands right below it in the source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for line, below in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(line, ast.AnnAssign)
+            and isinstance(line.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        ):
+            found[line.target.id] = " ".join(below.value.value.split())
+    return found
+
+
+def check(value: Any, hint: Any) -> None:
+    """Raise ValueError unless a value (from YAML, say) is of the type that the field declares."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            try:
+                return check(value, option)
+            except ValueError:
+                continue
+        raise ValueError(f"{value!r} is not {_name(hint)}")
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{value!r} is not one of {', '.join(map(str, arguments))}{_close(value, arguments)}")
+        return None
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{value!r} is not a list")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(value):
+            raise ValueError(f"{value!r} needs {len(kinds)} values")
+        for item, kind in zip(value, kinds, strict=True):
+            check(item, kind)
+        return None
+    if hint is type(None):
+        fits = value is None
+    elif hint is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+    elif hint is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    elif hint is Path:
+        fits = isinstance(value, str | Path)
+    else:
+        fits = isinstance(value, hint)
+    if not fits:
+        raise ValueError(f"{value!r} is not {_name(hint)}")
+    return None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{self.prog}: {message.removeprefix('argument ')}")
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def _argument(hint: Any) -> dict[str, Any]:
+    """What argparse needs to know of a field's type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        inner = [a for a in arguments if a is not type(None)]
+        assert len(inner) == 1, f"a flag cannot be {hint}"
+        how = _argument(inner[0])
+        if "type" in how:
+            how["type"] = _converter(
+                inner[0] if typing.get_origin(inner[0]) is not tuple else typing.get_args(inner[0])[0], none=True
+            )
+        return how
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if origin is tuple:
+        nargs = "+" if arguments[-1] is Ellipsis else len(arguments)
+        return {"nargs": nargs, "type": _converter(arguments[0]), "metavar": _metavar(arguments[0])}
+    return {"type": _converter(hint), "metavar": _metavar(hint)}
+
+
+def _converter(hint: Any, none: bool = False) -> Any:
+    def convert(text: str) -> Any:
+        if none and text.lower() == "none":
+            return None
+        try:
+            if typing.get_origin(hint) is Literal:
+                choices = typing.get_args(hint)
+                for choice in choices:
+                    if str(choice) == text:
+                        return choice
+                raise ValueError
+            if hint is int:
+                return int(text.replace("_", ""))
+            return hint(text)
+        except ValueError:
+            if typing.get_origin(hint) is Literal:
+                options = typing.get_args(hint)
+                raise argparse.ArgumentTypeError(
+                    f"{text!r} is not one of {', '.join(map(str, options))}{_close(text, options)}"
+                ) from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not {_name(hint)}") from None
+
+    return convert
+
+
+def _metavar(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
+    return {str: "TEXT", int: "N", float: "X", Path: "PATH"}.get(hint, hint.__name__.upper())
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_name(a) for a in typing.get_args(hint))
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}.get(
+        hint, str(getattr(hint, "__name__", hint))
+    )
+
+
+def _close(word: Any, options: Iterable[Any]) -> str:
+    hint = nearest(str(word), map(str, options))
+    return hint if hint.startswith("; did") else ""
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _show(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

@@ -1,0 +1,84 @@
+"""manifest.json of a run folder: what ran where, on what data, with which versions, and how it ended."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import write_text
+from .distributed import World, cores
+
+
+def read(out: Path) -> dict[str, Any]:
+    """The manifest of a run folder; empty where there is none or it cannot be read."""
+    try:
+        found = json.loads((out / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def begin(out: Path, *, here: World, step: int, data: dict[str, Any]) -> None:
+    """Note a start (or restart) at `step`: the command, versions, commit and hardware; the state becomes "running"."""
+    launch = {
+        "time": _now(),
+        "step": step,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "processes": here.size,
+        "device": torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else _processor(),
+        "cores": cores(),
+        "python": platform.python_version(),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("ssl-pretrain", "torch", "numpy", "pillow", "safetensors")
+        },
+        "commit": _commit(),
+    }
+    before = read(out)
+    manifest = {**before, "state": "running", "data": data, "launches": [*before.get("launches", []), launch]}
+    write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def end(out: Path, state: str, **facts: Any) -> None:
+    """Note how the run stands: "finished", "stopped: SIGTERM at step 120", "failed: ..."; and facts to keep."""
+    manifest = {**read(out), **facts, "state": state, "ended": _now()}
+    write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this runs from, with "+" where it has changes; None for an installed package."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        git = ["git", "-C", folder]
+        said = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        tracked = subprocess.run([*git, "ls-files", __file__], capture_output=True, text=True, timeout=5, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if not tracked.stdout.strip():
+        return None
+    return said.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -1,0 +1,108 @@
+"""Parameter groups by the papers' rules, and the optimiser over them.
+
+Every optimiser here takes `found_inf`: a step that is not finite is skipped on the device, moments and decay included,
+without the host waiting to learn of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .pretext import Method
+
+DECAYED_TOKENS = ("cls_token", "mask_token", "reg_tokens", "pos_embed")
+
+
+def decays(name: str, parameter: Tensor, rule: Literal["no_1d", "no_1d_tokens", "all"]) -> bool:
+    """Whether a parameter takes part in weight decay.
+
+    "no_1d": all but biases and parameters of one dimension (MAE, DINO, iBOT, I-JEPA, MSN; their class and mask tokens
+    and position tables do decay); "no_1d_tokens": nor tokens and positions (BEiT, MAE's fine-tuning); "all": every one
+    (MoCo v3).
+    """
+    if rule == "all":
+        return True
+    if parameter.ndim <= 1 or name.endswith(".bias"):
+        return False
+    return rule == "no_1d" or name.split(".")[-1] not in DECAYED_TOKENS
+
+
+def parameter_groups(
+    method: Method, *, rule: Literal["no_1d", "no_1d_tokens", "all"], layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups of equal weight decay and learning-rate scale.
+
+    Each group holds "params", "names", "decays" (bool) and "lr_scale": layer_decay ** (blocks between the parameter and
+    the encoder's output), as in BEiT, section A; 1 for everything outside the encoder.
+    """
+    inside = {id(p): name for name, p in method.encoder.named_parameters()}
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for name, parameter in method.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if id(parameter) in inside:
+            scale = layer_decay ** (method.encoder.depth + 1 - method.encoder.layer_of(inside[id(parameter)]))
+        decay = decays(name, parameter, rule)
+        group = groups.setdefault(
+            (decay, scale), {"params": [], "names": [], "decays": decay, "lr_scale": scale, "weight_decay": 0.0}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def build(
+    kind: Literal["adamw", "sgd"], groups: list[dict[str, Any]], betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """The optimiser, fused (one kernel over all parameters; three times faster than the default on CPU and GPU)."""
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=betas[0], fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Give every group its share of this step's learning rate and weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+def step_if(optimizer: torch.optim.Optimizer, ok: Tensor) -> None:
+    """Step where `ok` (bool, (), on the parameters' device) is true, else change nothing; the host does not wait."""
+    # The fused kernels read these two attributes; they were made for the gradient scaler of float16.
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.logical_not(ok).float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Global 2-norm of all gradients, float32 ()."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as one flat mapping "parameter name/entry" -> tensor, independent of the groups' order."""
+    return {
+        f"{name}/{entry}": value
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for entry, value in optimizer.state[parameter].items()
+        if value is not None
+    }
+
+
+def load_state_by_name(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Put back what `state_by_name` gave. Raises KeyError where a parameter's entry is missing."""
+    entries: dict[str, dict[str, Tensor]] = {}
+    for path, value in state.items():
+        name, entry = path.rsplit("/", 1)
+        entries.setdefault(name, {})[entry] = value
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            # A fused optimiser keeps even its step counter on the parameter's device.
+            optimizer.state[parameter] = {
+                entry: value.to(parameter.device, copy=True) for entry, value in entries[name].items()
+            }

@@ -1,0 +1,33 @@
+"""Learning rate and weight decay as functions of the step: nothing counts, so nothing needs saving."""
+
+import math
+from typing import Literal
+
+
+def learning_rate(
+    step: int,
+    *,
+    steps: int,
+    peak: float,
+    final: float,
+    warmup: int,
+    kind: Literal["cosine", "constant"],
+    cooldown: int = 0,
+) -> float:
+    """The rate of step `step` of `steps` (from 0).
+
+    Linear over the first `warmup` steps, from peak / warmup to peak (no step is spent at 0); then half a cosine to
+    `final` ("cosine"; SGDR, Loshchilov & Hutter 2017, one period), or the peak until the last `cooldown` steps, which
+    fall linearly to `final` ("constant": warm-up, stable, decay). Both reach `final` at `steps`, one past the last.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if kind == "cosine":
+        return cosine((step - warmup) / max(1, steps - warmup), peak, final)
+    left = steps - step
+    return peak if left >= cooldown else final + (peak - final) * left / cooldown
+
+
+def cosine(share: float, start: float, end: float) -> float:
+    """Half a cosine from `start` (share 0) to `end` (share 1)."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))

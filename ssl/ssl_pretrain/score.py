@@ -1,0 +1,58 @@
+"""A quick kNN score of an encoder, for the end of a run and the curve during it; `ssl-eval knn` gives the full protocol."""
+
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from .config import Run
+from .data.source import Source, evaluation_splits, open_source, splits
+from .data.subset import Subset
+from .encoder import Encoder
+from .errors import UserError
+from .features import extract
+from .neighbours import nearest, vote
+from .randomness import numpy_generator
+
+BANK, QUERIES = 10_000, 2_000  # at most so many images, drawn by the seed: seconds on a CPU
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # DINO's kNN protocol
+
+
+@final
+class KnnScore:
+    """Top-1 in percent of `QUERIES` labelled images by their 20 nearest among `BANK` others; call it with an Encoder."""
+
+    def __init__(self, bank: Source, queries: Source, *, batch_size: int, workers: int) -> None:
+        self.bank, self.queries = bank, queries
+        self.how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "cache": False}
+
+    @classmethod
+    def of(cls, run: Run) -> "KnnScore | None":
+        """The score on a run's data: its train against its test split where it has both, else two parts of its images;
+        None where the images have no labels."""
+        try:
+            train, test = evaluation_splits(run.data) if splits(run.data) else (None, None)
+        except UserError:
+            train, test = None, None
+        bank = open_source(run.data, train)
+        if bank.labels is None or len(bank) < 4:
+            return None
+        order = numpy_generator(run.seed, "score").permutation(len(bank))
+        if test is not None:
+            queries = open_source(run.data, test)
+            if queries.labels is None:
+                return None
+            queries = Subset(queries, numpy_generator(run.seed, "score").permutation(len(queries))[:QUERIES])
+        else:
+            held = min(QUERIES, len(bank) // 5)
+            queries, order = Subset(bank, order[:held]), order[held:]
+        return cls(Subset(bank, order[:BANK]), queries, batch_size=256, workers=run.workers or 0)
+
+    def __call__(self, encoder: Encoder) -> float:
+        device = next(encoder.parameters()).device
+        sides = [extract(encoder, side, ("pooled",), device=device, **self.how) for side in (self.bank, self.queries)]
+        (bank, bank_labels), (queries, labels) = [(side.features["pooled"], side.labels) for side in sides]
+        similarity, index = nearest(torch.as_tensor(np.asarray(queries)), torch.as_tensor(np.asarray(bank)), NEIGHBOURS)
+        classes = int(max(bank_labels.max(), labels.max())) + 1
+        votes = vote(similarity, index, torch.as_tensor(bank_labels), classes, TEMPERATURE, NEIGHBOURS)
+        return 100 * float((votes.argmax(1).cpu() == torch.as_tensor(labels)).float().mean())

@@ -1,0 +1,435 @@
+"""The training loop, for every method, read top to bottom.
+
+Position in a run is one integer, the number of optimiser steps done. Data, views, noise and schedules are functions of it
+(and of the seed), so a checkpoint is the tensors and that integer, and a continued run is the same run.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import backbones, checkpoint, config, distributed, encoder, manifest, optim, pretext
+from .config import Run
+from .data.loader import Share, batches, fixed_batches, to_batch
+from .data.sampler import samples
+from .data.source import Source, open_source, pretraining_split, splits
+from .data.subset import Subset
+from .distributed import World
+from .errors import UserError
+from .monitor import CollapseMonitor, spread
+from .pretext import Method, Step
+from .randomness import key, numpy_generator
+from .report import Report
+from .schedule import cosine, learning_rate
+from .score import KnnScore
+from .signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    out: Path
+    step: int
+    steps: int
+    stopped: str | None  # the signal that stopped it, None where it ran to its end
+    bad_images: int
+
+
+class Diverged(Exception):
+    """Too many steps in a row were not finite; the message says where, in which term, and what is kept."""
+
+
+def train(run: Run, knobs: Any, options: Any) -> Outcome:
+    """Pretrain as the run, the method's knobs and the encoder's options say; the same call on the same folder resumes.
+
+    Raises UserError for a user's mistake, OSError where the run folder cannot be written (a full disk), Diverged.
+    """
+    with distributed.world() as here, StopRequest() as stop:
+        return _train(run, knobs, options, here, stop)
+
+
+def _train(run: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -> Outcome:
+    kind = pretext.load(run.method)
+
+    # ---- Data. The first process opens it first, so that an index is built once.
+    if here.first:
+        source, held_out = _open_data(run)
+    distributed.barrier()
+    if not here.first:
+        source, held_out = _open_data(run)
+    run = config.resolve(run, kind.recipe, len(source), _precision(run, here.device))
+    steps, batch_size, accumulate, out = run.steps, run.batch_size, run.accumulate, run.out
+    assert steps is not None and out is not None and len(run.image_size) == 2
+    share = Share(batch_size, accumulate, here.rank, here.size)
+    specs = kind.views(knobs, run.image_size)
+    normalisation = (run.mean, run.std)
+
+    # ---- Model. Its random weights are a function of the seed alone.
+    torch.manual_seed(key(run.seed, "init"))
+    backbone = backbones.build(
+        run.encoder, image_size=run.image_size, in_chans=run.in_chans, **dataclasses.asdict(options)
+    )
+    method = kind(backbone, knobs).to(here.device)
+    optimizer = optim.build(
+        run.optimizer,
+        optim.parameter_groups(method, rule=kind.recipe.decay, layer_decay=run.layer_decay),
+        run.betas,
+    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    # ---- Where to start: 1. this run's own checkpoint, 2. another encoder's weights, 3. the random weights.
+    record = config.plain(run, knobs, options)
+    folder = out / "checkpoints"
+    start = distributed.from_first(_find_start(run, record, source, folder) if here.first else None)
+    skipped = 0
+    if start:
+        state = checkpoint.load(folder, start)
+        method.load_state_dict(state["method"])
+        optim.load_state_by_name(optimizer, state["optimizer"])
+        skipped = state["skipped"]
+        del state
+    elif run.init_from is not None:
+        encoder.load_weights(run.init_from, method.encoder)
+    report = Report(out, step=start, steps=steps, silent=not here.first)
+    if here.first:
+        checkpoint.write_text(out / "config.yaml", yaml.safe_dump(record, sort_keys=False))
+        data_facts = {"path": run.data, "images": len(source), "fingerprint": source.fingerprint}
+        manifest.begin(out, here=here, step=start, data=data_facts)
+        report.say(f"{source.description}; {run.encoder} with {_millions(parameters)} trained parameters; {out}")
+        if start:
+            report.say(f"continuing from step {start} of {steps}")
+
+    # ---- Parallelism and compilation, put around the finished model: blocks are compiled, then replicated.
+    if run.compile:
+        for name, part in method.named_modules():
+            if isinstance(part, nn.ModuleList) and name.split(".")[-1].endswith("blocks"):
+                for block in part:
+                    block.compile()
+    wrapped: nn.Module = method
+    if here.size > 1:
+        wrapped = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+    autocast = torch.autocast(here.device.type, torch.bfloat16, enabled=run.precision == "bf16")
+
+    preprocessing = encoder.Preprocessing.for_size(run.image_size, run.mean, run.std)
+
+    def save(step: int) -> None:
+        """Checkpoint and export the state after `step` steps."""
+        if here.first:
+            state = {"method": method.state_dict(), "optimizer": optim.state_by_name(optimizer), "skipped": skipped}
+            checkpoint.save(folder, step, state)
+            lineage = {
+                "method": run.method, "data": run.data, "step": step, "images_seen": step * batch_size, "seed": run.seed
+            }  # fmt: skip
+            encoder.save(out / "encoder", method.exported(), preprocessing=preprocessing, lineage=lineage)
+            checkpoint.prune(folder, keep_last=run.keep_last, keep_every=run.keep_every)
+        distributed.barrier()
+
+    # ---- The loop.
+    monitor = CollapseMonitor(method.collapsed())
+    knn = KnnScore.of(run) if run.knn_every and here.first else None
+    loader = batches(
+        source,
+        specs,
+        share,
+        seed=run.seed,
+        channels=run.in_chans,
+        start_step=start,
+        stop_step=steps,
+        workers=_workers(run, here),
+        policy=run.bad_images,
+    )
+    pending: list[Tensor] = []  # one row a step since the last log: finite?, gradient norm, loss, its terms
+    finite_samples: list[tuple[int, Tensor, Tensor]] = []  # step, sample ids, which of their losses are finite
+    names: list[str] = []
+    bad_in_a_row = 0
+    step_number = start
+    waited, since, seen_at = 0.0, time.perf_counter(), start
+    method.train()
+    saved = start
+    with contextlib.closing(loader):
+        while step_number < steps and stopped_by(stop) is None:
+            # -- one optimiser step
+            lr = learning_rate(
+                step_number,
+                steps=steps,
+                peak=run.lr,
+                final=run.final_lr,
+                warmup=run.warmup_steps,
+                kind=run.schedule,
+                cooldown=run.cooldown_steps,
+            )
+            weight_decay = cosine(step_number / steps, run.weight_decay, run.final_weight_decay)
+            optim.set_rates(optimizer, lr, weight_decay)
+            micro_rows = []
+            for micro in range(accumulate):
+                asked = time.perf_counter()
+                raw = next(loader)
+                waited += time.perf_counter() - asked
+                for bad in raw.failures:
+                    report.bad_image(*bad)
+                batch = to_batch(raw, specs, *normalisation, here.device)
+                step = _step(run, step_number, share.rows(micro), here)
+                last = micro == accumulate - 1
+                with contextlib.nullcontext() if last or here.size == 1 else wrapped.no_sync():
+                    with autocast:
+                        losses = wrapped(batch, step)
+                    (losses.total / accumulate).backward()
+                micro_rows.append(torch.stack([losses.total.detach(), *losses.terms.values()]))
+                if losses.per_sample is not None:
+                    finite_samples.append((step_number, batch.index, torch.isfinite(losses.per_sample)))
+            values = torch.stack(micro_rows).mean(0)
+            norm = optim.gradient_norm(parameters)
+            # A step is taken by all processes or by none, and only if everything in it is finite.
+            bad_flag = (~(torch.isfinite(values[0]) & torch.isfinite(norm))).float()
+            ok = distributed.all_reduce_(bad_flag, "max") == 0
+            if run.clip_grad is not None:
+                torch._foreach_mul_([p.grad for p in parameters], (run.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+            optim.step_if(optimizer, ok)
+            step.ok = ok
+            method.after_step(step)
+            optimizer.zero_grad(set_to_none=True)
+            pending.append(torch.cat([torch.stack([ok.float(), norm]), values]))
+            names = list(losses.terms)
+            step_number += 1
+
+            # -- now and then; the host waits for the device only in here
+            if step_number % run.log_every == 0 or step_number == steps:
+                table = torch.stack(pending)
+                table[:, 2:] = distributed.all_reduce_(table[:, 2:].contiguous()) / here.size
+                table = table.cpu()
+                pending.clear()
+                good = table[:, 0] == 1
+                if not bool(good.all()):
+                    bad_steps = [step_number - len(table) + i for i in range(len(table)) if not good[i]]
+                    skipped += len(bad_steps)
+                    suspects = [i for n, index, fine in finite_samples if n in bad_steps for i in index[~fine].tolist()]
+                    suspects = sorted({i for found in distributed.from_all(suspects) for i in found})
+                    report.warn(_bad_step_text(run, bad_steps, table[~good], names, source, suspects))
+                finite_samples.clear()
+                trailing = len(table) if not bool(good.any()) else int(good.flip(0).float().argmax())
+                bad_in_a_row = trailing + (bad_in_a_row if trailing == len(table) else 0)
+                if bad_in_a_row >= run.bad_steps:
+                    # Nothing was changed since the first of them: this is the state in which it happened.
+                    save(step_number - bad_in_a_row)
+                    raise Diverged(
+                        f"{bad_in_a_row} steps in a row were not finite ({run.bad_steps} allowed, --bad-steps), from step "
+                        f"{step_number - bad_in_a_row}; the weights before it are kept in {folder}. "
+                        f"Lower --lr, lengthen --warmup-steps or set --clip-grad, with another --out"
+                    )
+                shown = table[good].mean(0) if bool(good.any()) else table.mean(0)
+                now = time.perf_counter()
+                speed = (step_number - seen_at) / (now - since)
+                line = {
+                    "step": step_number,
+                    "loss": float(shown[2]),
+                    **{name: float(value) for name, value in zip(names, shown[3:], strict=True)},
+                    "grad_norm": float(shown[1]),
+                    "lr": lr,
+                    "weight_decay": weight_decay,
+                    "images_per_s": speed * batch_size,
+                    "data_wait": min(1.0, waited / (now - since)),
+                    "epoch": step_number * batch_size / len(source),
+                    "skipped": skipped,
+                    "bad_images": len(report.bad_images),
+                    "time": time.time(),
+                }
+                report.metrics({k: _json_number(v) for k, v in line.items()}, (steps - step_number) / speed)
+                for warning in monitor.losses(line, warm=step_number > max(run.warmup_steps, steps // 20)):
+                    report.warn(warning)
+                waited, since, seen_at = 0.0, time.perf_counter(), step_number
+            if _due(step_number, run.monitor_every):
+                images = batch.views[specs[0].name]
+                images = images[0] if specs[0].count > 1 else images
+                seen = spread(_features(method, images[:256], autocast))
+                report.scores("features", seen, step_number)
+                for warning in monitor.features(seen):
+                    report.warn(warning)
+            if _due(step_number, run.picture_every) and here.first:
+                views = {s.name: batch.views[s.name][:8] for s in specs if s.count == 1}
+                few = dataclasses.replace(batch, views=views, index=batch.index[:8])
+                with torch.no_grad(), autocast:
+                    rows = slice(0, len(few.index))
+                    shown_pictures = method.pictures(few, _step(run, step_number, rows, here))
+                report.pictures(shown_pictures, run.mean, run.std, step_number)
+            if held_out is not None and (_due(step_number, run.val_every) or step_number == steps):
+                report.scores("val", _validate(run, method, held_out, specs, autocast, here, steps), step_number)
+            if _due(step_number, run.knn_every):
+                if knn is not None:
+                    probe = encoder.Encoder(method.exported(), preprocessing, {})
+                    report.scores("knn", {"top1": knn(probe)}, step_number)
+                    method.train()
+                distributed.barrier()
+            if _due(step_number, run.checkpoint_every):
+                save(step_number)
+                saved = step_number
+
+    # ---- The end: by the last step, or by a signal between two steps.
+    if saved != step_number or not (out / "encoder" / "config.json").exists():
+        save(step_number)
+    bad_images = 0
+    if here.first:
+        bad_images = report.merge_bad_images()
+        state_text = f"stopped: {stopped_by(stop)} at step {step_number}" if step_number < steps else "finished"
+        manifest.end(out, state_text, step=step_number, steps=steps, skipped_steps=skipped, bad_images=bad_images)
+    report.close()
+    distributed.barrier()
+    return Outcome(out, step_number, steps, stopped_by(stop) if step_number < steps else None, bad_images)
+
+
+def stopped_by(stop: StopRequest) -> str | None:
+    """The signal that any process got, agreed on by all; None without one."""
+    if not distributed.agree(stop.signal is not None):
+        return None
+    return stop.signal or "a signal to another process"
+
+
+def _open_data(run: Run) -> tuple[Source, Source | None]:
+    """The images to train on, and those held out for the validation loss (None where none are wanted)."""
+    split = pretraining_split(run.data)
+    source = open_source(run.data, split)
+    if run.val_images == 0:
+        return source, None
+    others = [name for name in splits(run.data) if name != split]
+    preferred = [name for name in others if name.startswith("val")] or others
+    pool = open_source(run.data, preferred[0]) if preferred else source
+    if run.val_images >= len(pool):
+        raise UserError(f"--val-images {run.val_images}, but there are {len(pool)} images to hold out from")
+    order = numpy_generator(run.seed, "held out").permutation(len(pool))
+    held_out = Subset(pool, order[: run.val_images])
+    if pool is source:
+        source = Subset(source, order[run.val_images :])
+    return source, held_out
+
+
+def _find_start(run: Run, record: dict[str, Any], source: Source, folder: Path) -> int:
+    """The step to start from: 0, or that of the newest whole checkpoint. Refuses to continue another run."""
+    out = run.out
+    assert out is not None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"--out {out} cannot be made: {problem.strerror}") from None
+    written = out / "config.yaml"
+    if not written.exists():
+        if any(out.iterdir()):
+            raise UserError(f"--out {out} holds something else than a run: choose an empty or a new folder")
+        return 0
+    before = yaml.safe_load(written.read_text())
+    allowed = config.FREE | (config.LENGTH if run.extend else frozenset())
+    changed = config.differences(before, record, allowed)
+    if changed:
+        remedy = "repeat the old flags, or choose another --out"
+        if not config.differences(before, record, config.FREE | config.LENGTH):
+            remedy += ", or add --extend to give this run another length"
+        raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}): {remedy}")
+    known = manifest.read(out).get("data", {}).get("fingerprint")
+    if known not in (None, source.fingerprint):
+        raise UserError(f"the images in {run.data} are not those that the run in {out} began with: choose another --out")
+    return checkpoint.newest(folder) or 0
+
+
+def _step(run: Run, number: int, rows: slice, here: World) -> Step:
+    return Step(
+        step=number,
+        total=run.steps,
+        noise=key(run.seed, "step", number),
+        rows=rows,
+        batch_size=run.batch_size,
+        device=here.device,
+    )
+
+
+def _validate(
+    run: Run, method: Method, held_out: Source, specs: Any, autocast: Any, here: World, steps: int
+) -> dict[str, float]:
+    """The mean loss over the held-out images, always with the same views and the same noise."""
+    size = min(run.batch_size, len(held_out)) // here.size * here.size
+    share = Share(size, 1, here.rank, here.size)
+    total = torch.zeros((), device=here.device)
+    count = len(held_out) // size
+    method.eval()
+    with torch.no_grad():
+        for number, raw in enumerate(
+            fixed_batches(held_out, specs, share, seed=run.seed, channels=run.in_chans, policy=run.bad_images)
+        ):
+            step = Step(
+                step=steps - 1,
+                total=steps,
+                noise=key(run.seed, "validation", number),
+                rows=share.rows(0),
+                batch_size=size,
+                device=here.device,
+            )
+            with autocast:
+                total += method(to_batch(raw, specs, run.mean, run.std, here.device), step).total
+    method.train()
+    return {"loss": float(distributed.all_reduce_(total)) / (count * here.size)}
+
+
+def _features(method: Method, images: Tensor, autocast: Any) -> Tensor:
+    """The exported encoder's vectors (n, D) of a few images, as an evaluator would see them."""
+    exported = method.exported()
+    exported.eval()
+    with torch.no_grad(), autocast:
+        pooled = exported(images).pooled
+    method.train()
+    return pooled.float()
+
+
+def _bad_step_text(
+    run: Run, bad: list[int], table: Tensor, names: list[str], source: Source, suspects: list[int]
+) -> str:
+    """Which steps were skipped, for which term, and on which images (all of the first such step where none is known)."""
+    columns = ["gradient norm", "loss", *names]
+    terms = [name for i, name in enumerate(columns) if not bool(torch.isfinite(table[:, 1 + i]).all())]
+    ids = suspects or samples(bad[0] * run.batch_size, run.batch_size, len(source), run.seed)[1].tolist()
+    return (
+        f"skipped step {_some(bad)}: not finite: {', '.join(terms) or 'the loss of another process'}; "
+        f"sample ids {_some(ids)}"
+    )
+
+
+def _some(values: list[int]) -> str:
+    return ", ".join(map(str, values[:8])) + (f", ... ({len(values)} in all)" if len(values) > 8 else "")
+
+
+def _precision(run: Run, device: torch.device) -> str:
+    """What "auto" means here: bf16 where the device computes in it natively."""
+    if run.precision != "auto":
+        return run.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def _workers(run: Run, here: World) -> int:
+    """Loader processes: as asked, else those cores that training leaves free (on a CPU it leaves none, one is enough)."""
+    if run.workers is not None:
+        return run.workers
+    mine = distributed.cores() // here.local_size
+    return max(1, min(16, mine - 1)) if here.device.type == "cuda" else min(1, mine - 1)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _millions(parameters: list[nn.Parameter]) -> str:
+    return f"{sum(p.numel() for p in parameters) / 1e6:.1f} M"
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN: None stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+

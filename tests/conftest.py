@@ -1,0 +1,86 @@
+"""What several test files need: the commands as a user runs them, small image folders, the shared data."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+TINY = (
+    "--encoder vit_micro --patch-size 8 --image-size 32 --depth 2 --batch-size 16 --decoder-dim 32 --decoder-depth 1 "
+    "--decoder-heads 2 --monitor-every 0 --picture-every 0 --precision fp32"
+).split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ.setdefault("SSL_PRETRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not DATA.is_dir():
+        pytest.skip("../shared/data is not there: no real images to test with")
+    return DATA
+
+
+def command(name: str, *argv: object, **environment: str) -> list[str]:
+    return [sys.executable, "-m", f"ssl_pretrain.launch.{name}", *map(str, argv)]
+
+
+@pytest.fixture
+def pretrain() -> Callable[..., subprocess.CompletedProcess]:
+    """`ssl-pretrain` with these flags as a real process; fails unless it ends with `code`."""
+
+    def run(*argv: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            command("pretrain", *argv), capture_output=True, text=True, env={**os.environ, **environment}, check=False
+        )
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def evaluate() -> Callable[..., subprocess.CompletedProcess]:
+    """`ssl-eval` with these arguments as a real process; fails unless it ends with `code`."""
+
+    def run(*argv: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            command("evaluate", *argv), capture_output=True, text=True, env={**os.environ, **environment}, check=False
+        )
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flat folder of 96 small images: smooth colour fields, no two alike."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(96):
+        picture(i).save(folder / f"{i:03d}.jpg", quality=90)
+    return folder
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 48)) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    field = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return field.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in metrics(run) if "loss" in line}

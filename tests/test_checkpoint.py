@@ -1,0 +1,138 @@
+"""Checkpoints are whole or absent; damage is found, named and stepped over."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_pretrain import checkpoint
+
+
+def state(value: float) -> dict:
+    return {"method": {"w": torch.full((64, 64), value)}, "optimizer": {}, "skipped": 0}
+
+
+def test_round_trip_and_pruning(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        checkpoint.save(tmp_path, step, state(step))
+    assert checkpoint.newest(tmp_path) == 40
+    assert torch.equal(checkpoint.load(tmp_path, 20)["method"]["w"], torch.full((64, 64), 20.0))
+    checkpoint.prune(tmp_path, keep_last=1, keep_every=20)
+    assert checkpoint.steps(tmp_path) == [20, 40]
+
+
+def cut(path: Path) -> None:
+    (path / "state.pt").write_bytes((path / "state.pt").read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    data = bytearray((path / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "state.pt").write_bytes(data)
+
+
+def lose(path: Path) -> None:
+    (path / "state.pt").unlink()
+
+
+def unlist(path: Path) -> None:
+    (path / "checkpoint.json").write_text('{"step": 2')
+
+
+def forget(path: Path) -> None:
+    (path / "checkpoint.json").write_text(json.dumps({"step": 20}))
+
+
+@pytest.mark.parametrize("harm", [cut, flip, lose, unlist, forget])
+def test_a_damaged_newest_one_is_named_and_the_one_before_used(harm, tmp_path: Path, capsys) -> None:
+    checkpoint.save(tmp_path, 10, state(1))
+    checkpoint.save(tmp_path, 20, state(2))
+    harm(tmp_path / "step-00000020")
+    assert checkpoint.newest(tmp_path) == 10
+    said = capsys.readouterr().out
+    assert "step-00000020 is damaged" in said
+    assert "trying step 10" in said
+    assert checkpoint.newest(tmp_path) == 10  # and it is out of the way
+    assert capsys.readouterr().out == ""
+    checkpoint.save(tmp_path, 20, state(3))
+    assert checkpoint.newest(tmp_path) == 20
+
+
+def test_without_any(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "none") is None
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    checkpoint.save(tmp_path, 1, {"method": Evil()})
+    assert checkpoint.newest(tmp_path) == 1  # whole, but
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        checkpoint.load(tmp_path, 1)
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from ssl_pretrain import checkpoint
+folder = Path(sys.argv[1])
+checkpoint.save(folder, 1, {"w": torch.zeros(1000)})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    checkpoint.save(folder, 2, {"w": torch.zeros(1_000_000)})
+except OSError as problem:
+    print("errno", problem.errno)
+print(checkpoint.newest(folder), sorted(p.name for p in folder.iterdir()))
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 100_000, 3_999_000])
+def test_a_write_that_fails_part_way_leaves_the_ones_before(limit: int, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), str(limit)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"errno {errno.EFBIG}" in done.stdout
+    assert "1 ['step-00000001']" in done.stdout
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+import torch
+from ssl_pretrain import checkpoint
+folder = Path(sys.argv[1])
+checkpoint.save(folder, 1, {"w": torch.zeros(1000)})
+real = os.fsync
+calls = [0]
+def fsync(f):
+    calls[0] += 1
+    if calls[0] == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    real(f)
+os.fsync = fsync
+checkpoint.save(folder, 2, {"w": torch.ones(1000)})
+"""
+    for at in (1, 2, 3, 4):
+        folder = tmp_path / str(at)
+        done = subprocess.run([sys.executable, "-c", code, str(folder), str(at)], capture_output=True, text=True)
+        assert done.returncode == -9
+        expected = 1 if at < 4 else 2  # the fourth sync comes after the rename
+        assert checkpoint.newest(folder) == expected
+        checkpoint.save(folder, 3, state(0))
+        checkpoint.prune(folder, keep_last=1, keep_every=None)
+        assert [p.name for p in folder.iterdir()] == ["step-00000003"]
+
+
+def test_write_text_is_whole_or_absent(tmp_path: Path) -> None:
+    checkpoint.write_text(tmp_path / "a", "one")
+    checkpoint.write_text(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,235 @@
+"""Promises 2, 3 and 4 as a user meets them: killed processes, other numbers of workers and ranks, signals, full disks."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, command, losses, metrics
+
+from ssl_pretrain import checkpoint
+
+STEPS = 60
+
+
+def final_state(run: Path, step: int = STEPS) -> dict:
+    return checkpoint.load(run / "checkpoints", step)
+
+
+def assert_same_bits(a: dict, b: dict) -> None:
+    for part in ("method", "optimizer"):
+        assert a[part].keys() == b[part].keys()
+        for name, value in a[part].items():
+            assert torch.equal(value, b[part][name]), name
+
+
+def start(photos: Path, out: Path, *more: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        command("pretrain", "--method", "mae", "--data", photos, "--out", out, "--steps", STEPS, "--log-every", 1,
+                "--checkpoint-every", 7, *TINY, *more),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def reached(run: Path) -> int:
+    try:
+        return len((run / "metrics.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for(process: subprocess.Popen, run: Path, step: int) -> None:
+    while process.poll() is None and reached(run) < step:
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    process = start(photos, out, "--workers", 1)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    return out
+
+
+@pytest.mark.slow
+def test_killed_ten_times_and_with_other_workers_it_ends_with_the_same_bits(
+    undisturbed: Path, photos: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(0)
+    out = tmp_path / "run"
+    targets = sorted(rng.sample(range(2, STEPS - 1), 10))
+    for number, target in enumerate(targets):
+        process = start(photos, out, "--workers", number % 3)
+        wait_for(process, out, target)
+        assert process.poll() is None, process.communicate()[0]
+        process.kill()
+        process.communicate()
+    process = start(photos, out, "--workers", 2)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert "continuing from step" in said
+    assert_same_bits(final_state(undisturbed), final_state(out))
+    assert losses(out) == losses(undisturbed)  # every step once, none twice
+    assert (out / "encoder" / "model.safetensors").read_bytes() == (
+        undisturbed / "encoder" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_at_the_step_boundary_and_the_same_command_continues(
+    name: str, undisturbed: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(photos, out)
+    wait_for(process, out, 10)
+    process.send_signal(getattr(signal, name))
+    said, _ = process.communicate()
+    assert process.returncode == 75, said
+    assert f"stopped by {name}" in said
+    assert "Traceback" not in said
+    newest = checkpoint.newest(out / "checkpoints")
+    assert newest == max(losses(out))  # the last step done is the last step saved
+    assert json.loads((out / "manifest.json").read_text())["state"] == f"stopped: {name} at step {newest}"
+    process = start(photos, out)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert_same_bits(final_state(undisturbed), final_state(out))
+    assert json.loads((out / "manifest.json").read_text())["state"] == "finished"
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
+    undisturbed: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(photos, out)
+    wait_for(process, out, 30)
+    process.kill()
+    process.communicate()
+    last = checkpoint.steps(out / "checkpoints")[-1]
+    file = out / "checkpoints" / f"step-{last:08d}" / "state.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    process = start(photos, out)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert f"step-{last:08d} is damaged" in said
+    assert f"continuing from step {last - 7}" in said
+    assert_same_bits(final_state(undisturbed), final_state(out))
+
+
+def test_other_flags_on_the_same_folder_are_refused_with_the_difference(
+    undisturbed: Path, photos: Path, pretrain: Callable
+) -> None:
+    same = ("--method", "mae", "--data", photos, "--out", undisturbed, *TINY)
+    done = pretrain(*same, "--steps", STEPS, "--lr", "1e-2", "--mask-ratio", 0.5, code=2)
+    assert "--lr:" in done.stderr
+    assert "-> 0.01" in done.stderr
+    assert "--mask-ratio: 0.75 -> 0.5" in done.stderr
+    done = pretrain(*same, "--steps", STEPS + 10, code=2)
+    assert f"--steps: {STEPS} -> {STEPS + 10}" in done.stderr
+    assert "--extend" in done.stderr
+    done = pretrain(*same, "--steps", STEPS, "--log-every", 5)  # finished: says so again, trains nothing
+    assert "encoder:" in done.stdout
+
+
+def test_extend_continues_a_finished_run(photos: Path, tmp_path: Path, pretrain: Callable) -> None:
+    same = ("--method", "mae", "--data", photos, "--out", tmp_path / "run", *TINY, "--log-every", 1)
+    pretrain(*same, "--steps", 5)
+    pretrain(*same, "--steps", 8, "--extend")
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_other_images_on_the_same_folder_are_refused(
+    undisturbed: Path, tmp_path: Path, photos: Path, pretrain: Callable
+) -> None:
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    for path in sorted(photos.iterdir())[:50]:
+        (fewer / path.name).symlink_to(path)
+    done = pretrain("--method", "mae", "--data", fewer, "--out", undisturbed, "--steps", STEPS, *TINY, code=2)
+    assert "not those" in done.stderr
+
+
+def test_a_full_disk_ends_the_run_with_one_message_and_keeps_what_was_saved(
+    undisturbed: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(photos, out)
+    wait_for(process, out, 20)
+    process.kill()
+    process.communicate()
+    before = checkpoint.newest(out / "checkpoints")
+    # A limit on the size of files written stands for the full disk: it fails in the same place, in the middle of a write.
+    argv = command("pretrain", "--method", "mae", "--data", photos, "--out", out, "--steps", STEPS, "--log-every", 1,
+                   "--checkpoint-every", 7, *TINY)  # fmt: skip
+    code = (
+        "import resource, signal, subprocess, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); sys.exit(subprocess.call(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stderr
+    assert "cannot write the run" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoint.newest(out / "checkpoints") == before
+    process = start(photos, out)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert_same_bits(final_state(undisturbed), final_state(out))
+
+
+@pytest.mark.slow
+def test_one_and_two_ranks_and_micro_batches_give_the_same_run(photos: Path, tmp_path: Path, pretrain: Callable) -> None:
+    same = ("--method", "mae", "--data", photos, "--steps", 20, "--log-every", 1, *TINY)
+    pretrain(*same, "--out", tmp_path / "one")
+    pretrain(*same, "--out", tmp_path / "two", "--nproc", 2)
+    pretrain(*same, "--out", tmp_path / "micro", "--accumulate", 2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = command("pretrain", *same, "--out", tmp_path / "torchrun")[1:]
+    done = subprocess.run([*torchrun, *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    one = losses(tmp_path / "one")
+    assert len(one) == 20
+    for other in ("two", "micro", "torchrun"):
+        assert losses(tmp_path / other) == pytest.approx(one, rel=1e-4)
+    norms = [{m["step"]: m["grad_norm"] for m in metrics(tmp_path / run)} for run in ("one", "two", "micro")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert norms[2] == pytest.approx(norms[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_is_stopped_and_continued_by_one(photos: Path, tmp_path: Path, pretrain: Callable) -> None:
+    out = tmp_path / "run"
+    same = ("--method", "mae", "--data", photos, "--out", out, "--steps", STEPS, "--log-every", 1, *TINY)
+    process = subprocess.Popen(command("pretrain", *same, "--nproc", 2), stderr=subprocess.PIPE, text=True)
+    wait_for(process, out, 5)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 75, said
+    step = checkpoint.newest(out / "checkpoints")
+    assert step == max(losses(out))
+    pretrain(*same)
+    assert list(losses(out)) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_with_a_message(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    same = ("--method", "mae", "--data", photos, "--out", out, "--steps", 100_000, "--log-every", 1, *TINY)
+    process = subprocess.Popen(command("pretrain", *same, "--nproc", 2), stderr=subprocess.PIPE, text=True)
+    wait_for(process, out, 5)
+    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    ranked = {}
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranked.update({int(e[5:]): child for e in environment if e.startswith(b"RANK=")})
+    os.kill(ranked[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "process 1 of 2 was killed (SIGKILL)" in said

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from .data.sampler import samples
 from .data.source import Source, open_source, pretraining_split, splits
 from .data.subset import Subset
 from .distributed import World
+from .encoder import Encoder
 from .errors import UserError
 from .monitor import CollapseMonitor, spread
 from .pretext import Method, Step
@@ -130,7 +132,7 @@ def _train(run: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -
             lineage = {
                 "method": run.method, "data": run.data, "step": step, "images_seen": step * batch_size, "seed": run.seed
             }  # fmt: skip
-            encoder.save(out / "encoder", method.exported(), preprocessing=preprocessing, lineage=lineage)
+            encoder.save(out / "encoder", Encoder(method.exported(), run.encoder, preprocessing, lineage))
             checkpoint.prune(folder, keep_last=run.keep_last, keep_every=run.keep_every)
         distributed.barrier()
 
@@ -147,6 +149,7 @@ def _train(run: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -
         stop_step=steps,
         workers=_workers(run, here),
         policy=run.bad_images,
+        pin=here.device.type == "cuda",
     )
     pending: list[Tensor] = []  # one row a step since the last log: finite?, gradient norm, loss, its terms
     finite_samples: list[tuple[int, Tensor, Tensor]] = []  # step, sample ids, which of their losses are finite
@@ -265,7 +268,7 @@ def _train(run: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -
                 report.scores("val", _validate(run, method, held_out, specs, autocast, here, steps), step_number)
             if _due(step_number, run.knn_every):
                 if knn is not None:
-                    probe = encoder.Encoder(method.exported(), preprocessing, {})
+                    probe = Encoder(method.exported(), run.encoder, preprocessing, {})
                     report.scores("knn", {"top1": knn(probe)}, step_number)
                     method.train()
                 distributed.barrier()
@@ -302,8 +305,8 @@ def _open_data(run: Run) -> tuple[Source, Source | None]:
     others = [name for name in splits(run.data) if name != split]
     preferred = [name for name in others if name.startswith("val")] or others
     pool = open_source(run.data, preferred[0]) if preferred else source
-    if run.val_images >= len(pool):
-        raise UserError(f"--val-images {run.val_images}, but there are {len(pool)} images to hold out from")
+    if not 0 < run.val_images < len(pool):
+        raise UserError(f"--val-images is {run.val_images}; there are {len(pool)} images to hold out from")
     order = numpy_generator(run.seed, "held out").permutation(len(pool))
     held_out = Subset(pool, order[: run.val_images])
     if pool is source:
@@ -353,20 +356,30 @@ def _validate(
     run: Run, method: Method, held_out: Source, specs: Any, autocast: Any, here: World, steps: int
 ) -> dict[str, float]:
     """The mean loss over the held-out images, always with the same views and the same noise."""
-    size = min(run.batch_size, len(held_out)) // here.size * here.size
-    share = Share(size, 1, here.rank, here.size)
-    total = torch.zeros((), device=here.device)
+    share = Share(min(run.batch_size, len(held_out)) // here.size * here.size, 1, here.rank, here.size)
+    size, rows = share.batch_size, share.rows(0)
     count = len(held_out) // size
+    mine = np.concatenate([np.arange(rows.start, rows.stop) + number * size for number in range(count)])
+    total = torch.zeros((), device=here.device)
     method.eval()
     with torch.no_grad():
         for number, raw in enumerate(
-            fixed_batches(held_out, specs, share, seed=run.seed, channels=run.in_chans, policy=run.bad_images)
+            fixed_batches(
+                held_out,
+                mine,
+                specs,
+                seed=run.seed,
+                channels=run.in_chans,
+                batch_size=share.micro_size,
+                workers=0,
+                policy=run.bad_images,
+            )
         ):
             step = Step(
                 step=steps - 1,
                 total=steps,
                 noise=key(run.seed, "validation", number),
-                rows=share.rows(0),
+                rows=rows,
                 batch_size=size,
                 device=here.device,
             )

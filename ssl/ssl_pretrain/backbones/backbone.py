@@ -29,9 +29,10 @@ class Features:
 class Backbone(nn.Module, ABC):
     """An encoder without any head. Final subclasses live in one file each and are built by `backbones.build`.
 
-    Attributes every backbone sets: `config` (its frozen dataclass), `image_size` (H, W), `in_chans`, `dim` (D, width of
-    every feature), `depth` (number of blocks or stages), `stride` (pixels a patch side (h, w)), `supports` (frozenset of
-    words among "keep", "replace", "attention", "blocks", "drop_path").
+    Attributes every backbone sets: `config` (its frozen dataclass), `image_size` (H, W), `in_chans`, `dim` (D, width
+    of every feature), `depth` (number of blocks or stages), `stride` (pixels a patch side (h, w)), `supports`
+    (frozenset of words among "keep", "replace", "attention", "blocks", "drop_path"). Whatever a forward computes with
+    is in `state_dict()`.
     """
 
     config: Any
@@ -83,6 +84,11 @@ class Backbone(nn.Module, ABC):
                     f"a ViT (--encoder vit_small) does"
                 )
 
+    def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """Weights (a state dict) of the same architecture built for another `image_size`, as this one holds them.
+        Default: as they are, for most architectures hold nothing that depends on the image size."""
+        return weights
+
     def describe(self) -> dict[str, Any]:
-        """The architecture as plain data, enough to build the same backbone again (goes into an export's config.json)."""
+        """The architecture's options as plain data, with which `backbones.build` makes the same one again."""
         return asdict(self.config)

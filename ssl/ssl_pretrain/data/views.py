@@ -4,6 +4,7 @@ Shapes: H x W pixels of the whole image, h x w of the view, C channels.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,8 +49,9 @@ class ViewSpec:
     solarize_threshold: float = 0.5  # of full scale; pixels at or above it are inverted
 
 
-# What a sample's random numbers are for: this many uniform draws for every view, whatever it uses of them, so that no knob of
-# a view shifts another knob's draws. Two (area, ratio) for each try at a crop, top, left, the flips, then the colour.
+# What a sample's random numbers are for: this many uniform draws for every view, whatever it uses of them, so that no
+# knob of a view shifts another knob's draws. Two (area, ratio) for each try at a crop, top, left, the flips, then the
+# colour.
 _TRIES = 10
 _COLOUR_AT = 2 * _TRIES + 4
 _DRAWS = _COLOUR_AT + 13
@@ -67,7 +69,9 @@ class Draw:
     hflip: bool
     vflip: bool
     geometry: np.ndarray  # (5,) float32: the box as shares of the whole image, and 1 where flipped left to right
-    colour: np.ndarray  # (COLOUR_PARAMS,) float32: jitter yes/no, its four factors, their order, grayscale yes/no, the blur's
+    colour: (
+        np.ndarray
+    )  # (COLOUR_PARAMS,) float32: jitter yes/no, its four factors, their order, grayscale yes/no, the blur's
     # sigma in pixels or 0 for none, solarize yes/no
 
 
@@ -92,40 +96,42 @@ def draw(spec: ViewSpec, rng: np.random.Generator, height: int, width: int) -> D
 def cut(image: np.ndarray, spec: ViewSpec, rng: np.random.Generator) -> Cut:
     """One view of `image` (uint8 (H, W, C), any C), drawn from `rng`."""
     drawn = draw(spec, rng, *image.shape[:2])
-    pixels = torch.empty(*spec.size, image.shape[2], dtype=torch.uint8)
+    pixels = torch.empty(1, *spec.size, image.shape[2], dtype=torch.uint8)
     top, left, height, width = drawn.box
-    render(image[top : top + height, left : left + width], spec, drawn, pixels)
-    return Cut(pixels.numpy(), drawn.geometry, drawn.colour)
+    render(image[top : top + height, left : left + width], spec, drawn, pixels.permute(0, 3, 1, 2))
+    return Cut(pixels[0].numpy(), drawn.geometry, drawn.colour)
 
 
 def render(crop: np.ndarray, spec: ViewSpec, drawn: Draw, out: Tensor) -> None:
-    """Resize and flip the pixels of `drawn.box`, uint8 (height, width, C), into `out`, uint8 (h, w, C) of the spec's size."""
-    target = out.permute(2, 0, 1).unsqueeze(0)
-    _resize(crop, spec.interpolation, target)
+    """Resize and flip the pixels of `drawn.box`, uint8 (height, width, C), into `out`: uint8 (1, C, h, w) of the spec's
+    size, in channels-last memory."""
+    _resize(crop, spec.interpolation, out)
     if drawn.hflip or drawn.vflip:
-        target.copy_(torch.flip(target, [2] * drawn.vflip + [3] * drawn.hflip))
+        out.copy_(torch.flip(out, [2] * drawn.vflip + [3] * drawn.hflip))
 
 
 def resize_and_crop(
     image: np.ndarray, resize: int, crop: tuple[int, int], interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 ) -> np.ndarray:
-    """The deterministic view of evaluation: the shorter side to `resize` pixels, then the central `crop` (height, width).
+    """The deterministic view of evaluation: the shorter side to `resize` pixels, then the central `crop` (height,
+    width).
 
-    image: uint8 (H, W, C). Returns uint8 (*crop, C). The longer side keeps the aspect ratio, rounded down. Nothing is ever
-    padded: where the crop would not fit, the image is made just large enough for it, more than `resize`.
+    image: uint8 (H, W, C). Returns uint8 (*crop, C). The longer side keeps the aspect ratio, rounded down. Nothing is
+    ever padded: where the crop would not fit, the image is made just large enough for it, more than `resize`.
     """
     height, width = image.shape[:2]
     short = min(height, width)
     short_to = max(resize, -(-crop[0] * short // height), -(-crop[1] * short // width))
     size = short_to * height // short, short_to * width // short
-    resized = torch.empty(*size, image.shape[2], dtype=torch.uint8)
-    _resize(image, interpolation, resized.permute(2, 0, 1).unsqueeze(0))
+    resized = torch.empty(1, *size, image.shape[2], dtype=torch.uint8)
+    _resize(image, interpolation, resized.permute(0, 3, 1, 2))
     top, left = round((size[0] - crop[0]) / 2), round((size[1] - crop[1]) / 2)
-    return resized[top : top + crop[0], left : left + crop[1]].contiguous().numpy()
+    return resized[0, top : top + crop[0], left : left + crop[1]].contiguous().numpy()
 
 
-# The operators behind torch.nn.functional.interpolate(antialias=True), in the form that writes where it is told: a fresh
-# 224 x 224 result for each image costs a third of the resize in page faults. uint8 in, uint8 out, any number of channels.
+# The operators behind torch.nn.functional.interpolate(antialias=True), in the form that writes where it is told: a
+# fresh 224 x 224 result for each image costs a third of the resize in page faults. uint8 in, uint8 out, any number of
+# channels.
 _RESIZE = {
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
@@ -134,7 +140,10 @@ _RESIZE = {
 
 def _resize(pixels: np.ndarray, interpolation: str, out: Tensor) -> None:
     """Antialiased resize of uint8 (H, W, C) to `out`, uint8 (1, C, h, w) in channels-last memory."""
-    source = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    pixels = np.ascontiguousarray(pixels)  # a copy of its rows here is faster than the one that torch would make
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory that must not be written to: it is only read
+        source = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
     if source.shape == out.shape:
         out.copy_(source)
     else:

@@ -1,0 +1,136 @@
+"""The training loop against a bare hand-written step of the same model: images a second and peak memory.
+
+    python benchmarks/step.py [--encoder vit_tiny] [--image-size 224] [--batch-size 32] [--steps 12] [--rounds 3]
+
+Each variant runs in a process of its own, in turn, on the same ready batch; the medians' ratio is what counts.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def model(arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from ssl_pretrain import backbones
+    from ssl_pretrain.methods.mae import MAE
+
+    torch.manual_seed(0)
+    options = {**backbones.defaults(arguments.encoder), **MAE.recipe.encoder, "patch_size": arguments.patch_size}
+    size = (arguments.image_size, arguments.image_size)
+    return MAE(backbones.build(arguments.encoder, image_size=size, **options), MAE.Config())
+
+
+def bare(arguments: argparse.Namespace) -> float:
+    """Forward, backward, AdamW: nothing else. Images a second over the second half of the steps."""
+    import torch
+
+    from ssl_pretrain.pretext import Batch, Step
+
+    method = model(arguments)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size)
+    batch = Batch(views={"image": images}, index=torch.arange(arguments.batch_size))
+    times = []
+    for number in range(arguments.steps):
+        began = time.perf_counter()
+        where = {"rows": slice(0, len(images)), "batch_size": len(images), "device": images.device}
+        losses = method(batch, Step(step=number, total=arguments.steps, noise=number, **where))
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - began)
+    return arguments.batch_size / statistics.median(times[len(times) // 2 :])
+
+
+def loop(arguments: argparse.Namespace) -> float:
+    """The same through `ssl_pretrain.train`, its loader replaced by one ready uint8 batch."""
+    import numpy as np
+    import torch
+
+    from ssl_pretrain import backbones, train
+    from ssl_pretrain.config import Run
+    from ssl_pretrain.data.loader import RawBatch
+    from ssl_pretrain.data.views import COLOUR_PARAMS
+    from ssl_pretrain.methods.mae import MAE
+
+    size, count = arguments.image_size, arguments.batch_size
+    raw = RawBatch(
+        step=0,
+        micro=0,
+        index=np.arange(count),
+        labels=None,
+        views={"image": torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)},
+        geometry={"image": np.zeros((count, 5), np.float32)},
+        colour={"image": np.zeros((count, COLOUR_PARAMS), np.float32)},
+    )
+    stamps = []
+
+    def ready(*_: Any, **__: Any) -> Iterator[RawBatch]:
+        for _ in itertools.count():
+            stamps.append(time.perf_counter())
+            yield raw
+
+    train.batches = ready
+    options = backbones.config_class(arguments.encoder)(
+        **{**backbones.defaults(arguments.encoder), **MAE.recipe.encoder, "patch_size": arguments.patch_size}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(
+            method="mae",
+            out=Path(folder) / "run",
+            encoder=arguments.encoder,
+            image_size=(size,),
+            batch_size=count,
+            steps=arguments.steps,
+            precision="fp32",
+            monitor_every=0,
+            picture_every=0,
+        )
+        train.train(run, MAE.Config(), options)
+    times = [after - before for before, after in itertools.pairwise(stamps)]
+    return count / statistics.median(times[len(times) // 2 :])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--encoder", default="vit_tiny")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--patch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--variant", choices=["bare", "loop"])
+    arguments = parser.parse_args()
+    if arguments.variant:
+        speed = {"bare": bare, "loop": loop}[arguments.variant](arguments)
+        print(json.dumps({"speed": speed, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        return
+    found: dict[str, list[dict[str, float]]] = {"bare": [], "loop": []}
+    for _ in range(arguments.rounds):
+        for variant, results in found.items():
+            argv = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+            said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+            results.append(json.loads(said.strip().splitlines()[-1]))
+    median = {
+        v: {k: statistics.median(r[k] for r in results) for k in ("speed", "memory")} for v, results in found.items()
+    }
+    print(f"MAE {arguments.encoder}/{arguments.patch_size} at {arguments.image_size}, batch {arguments.batch_size}, fp32")
+    for variant, m in median.items():
+        print(f"{variant:5}  {m['speed']:8.1f} images/s  peak {m['memory']:7.0f} MiB")
+    print(f"loop / bare: speed {median['loop']['speed'] / median['bare']['speed']:.3f}, "
+          f"memory {median['loop']['memory'] / median['bare']['memory']:.3f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""One evaluation, from what the user asked for to results.json: the encoder, the data, the evaluator, the baselines."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ssl_pretrain import backbones, distributed
+from ssl_pretrain.data.decode import BadImage, Picture
+from ssl_pretrain.data.source import Source, evaluation_splits, open_source, splits
+from ssl_pretrain.encoder import Encoder, Preprocessing, load, random_like
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.features import pixel_encoder
+
+from ._results import record, write
+from ._task import Data, Task
+
+UNTRAINED, PIXELS = "random", "pixels"  # what --encoder may be beside a path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The evaluation."""
+
+    encoder: str
+    """A run folder, an exported encoder, or a baseline: random (untrained) or pixels."""
+    like: Path | None = None
+    """With --encoder random: the run or encoder whose shape it has (default: vit_tiny at the images' size)."""
+    data: str | None = None
+    """Labelled images: a folder, tar shards, parquet, or fractals (default: what the encoder was trained on)."""
+    train_split: str | None = None
+    """Split to train on, or to find neighbours in (default: train)."""
+    test_split: str | None = None
+    """Split to test on (default: test, else val)."""
+    out: Path | None = None
+    """Folder for results.json (default: eval/EVALUATOR-DATA in the folder of the encoder)."""
+    baselines: bool = True
+    """Evaluate the untrained encoder, and where it makes sense raw pixels, beside this one."""
+    batch_size: int = 256
+    """Images a pass through the encoder."""
+    workers: int | None = None
+    """Processes that read images (default: the cores that are left, at most 16)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the encoder runs (auto: a GPU where there is one)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the encoder; features are float32."""
+    cache: bool = True
+    """Keep features on the disk and use those kept before."""
+    seed: int = 0
+    """Seed of everything random: the untrained encoder, the held-out images, heads and their batches."""
+
+
+def run(
+    name: str,
+    evaluator: Any,
+    options: Options,
+    config: Any,
+    progress: Callable[[str], Callable[[str, int, int], None] | None],
+) -> tuple[dict[str, Any], Path]:
+    """Evaluate as asked; returns what results.json holds, and its path.
+
+    evaluator: a module of this package, or a plugin: it has `evaluate(task, config) -> Outcome`, and may name BASELINES.
+    progress: for what encoder is at work ("" for the one asked for), the function that is told how far it is.
+    Raises UserError for whatever the user must change.
+    """
+    started = time.monotonic()
+    if options.batch_size < 1 or (options.workers or 0) < 0:
+        raise UserError("--batch-size must be at least 1 and --workers at least 0")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; --device cpu")
+    cuda = options.device != "cpu" and torch.cuda.is_available()
+    spare = distributed.cores() - 1 if cuda else distributed.cores() // 2
+    encoder, chosen = _open(options)
+    data = Data.open(chosen, options.train_split, options.test_split)
+    out = options.out or _default_out(options, f"{name}-{Path(chosen).name.split(':')[0]}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"{out} cannot be made ({problem.strerror}): choose another folder with --out") from None
+
+    task = Task(
+        encoder=encoder,
+        data=data,
+        device=torch.device("cuda" if cuda else "cpu"),
+        seed=options.seed,
+        batch_size=options.batch_size,
+        workers=min(16, spare) if options.workers is None else options.workers,
+        precision=options.precision,
+        cache=options.cache,
+        progress=progress(""),
+    )
+    outcome = evaluator.evaluate(task, config)
+    baselines: dict[str, Any] = {}
+    if options.baselines:
+        for kind in getattr(evaluator, "BASELINES", ()):
+            if options.encoder in (PIXELS, kind):
+                continue
+            if kind == UNTRAINED:
+                other = random_like(encoder, options.seed)
+            else:
+                other = _pixels(data.train.source, encoder.preprocessing.channels)
+            found = evaluator.evaluate(dataclasses.replace(task, encoder=other, progress=progress(kind)), config)
+            scores = {key: found.metrics[key] for key in ("top1", "top5")}
+            baselines[kind] = {**scores, "headline": found.protocol["headline"]}
+        baselines["majority"] = data.majority()
+    seconds = time.monotonic() - started
+    result = record(name, outcome, baselines=baselines, encoder=_facts(options, encoder), seconds=seconds)
+    try:
+        return result, write(out, result)
+    except OSError as problem:
+        raise UserError(f"{out} cannot be written ({problem.strerror}): choose another folder with --out") from None
+
+
+def _open(options: Options) -> tuple[Encoder, str]:
+    """The encoder and the name of the data to evaluate it on."""
+    if options.encoder == PIXELS:
+        assert options.data is not None  # _check_paths saw to it
+        return _pixels(_training_images(options, options.data)), options.data
+    if options.encoder == UNTRAINED and options.like is None:
+        assert options.data is not None
+        return _untrained(_training_images(options, options.data), options.seed), options.data
+    encoder = load(options.like or options.encoder)
+    data = options.data or encoder.lineage.get("data")
+    if not data:
+        raise UserError(f"{options.encoder} does not say what it was trained on: name labelled images with --data")
+    if not options.data:
+        try:
+            splits(data)
+        except UserError as problem:
+            raise UserError(f"{problem} (what the encoder was trained on; name other data with --data)") from None
+    return (random_like(encoder, options.seed) if options.encoder == UNTRAINED else encoder), data
+
+
+def _training_images(options: Options, data: str) -> Source:
+    return open_source(data, options.train_split or evaluation_splits(data)[0])
+
+
+def _pixels(source: Source, channels: int | None = None) -> Encoder:
+    """Raw pixels of such images in the place of an encoder."""
+    height, width, channels = _shape(source, channels)
+    return pixel_encoder((height, width), channels)
+
+
+def _untrained(source: Source, seed: int) -> Encoder:
+    """An untrained vit_tiny for such images: of their own size in patches of 4 or 8 pixels where they are small, else
+    of 224 in patches of 16."""
+    height, width, channels = _shape(source, None)
+    side = min(height, width)
+    patch = 4 if side <= 48 else 8 if side <= 96 else 16
+    size = max(side // patch * patch, patch) if side <= 96 else 224
+    backbone = backbones.build("vit_tiny", image_size=(size, size), in_chans=channels, patch_size=patch)
+    preprocessing = Preprocessing.for_size((size, size), (0.5,) * channels, (0.25,) * channels)
+    return random_like(Encoder(backbone, "vit_tiny", preprocessing, {}), seed)
+
+
+def _shape(source: Source, channels: int | None) -> tuple[int, int, int]:
+    """Height, width and channels of the first image that can be read; `channels`, where they are known before."""
+    for i in range(len(source)):
+        with contextlib.suppress(BadImage, OSError, ValueError):
+            item = source[i]
+            count = channels or (3 if isinstance(item, bytes) or item.ndim == 2 else item.shape[2])
+            picture = Picture(item, count)
+            return picture.height, picture.width, count
+    raise UserError(f"no image of {source.description} can be read")
+
+
+def _facts(options: Options, encoder: Encoder) -> dict[str, Any]:
+    """What encoder it was, for the record."""
+    return {
+        "path": options.encoder,
+        **({"like": str(options.like)} if options.like else {}),
+        "name": encoder.name,
+        "image_size": list(encoder.backbone.image_size),
+        **encoder.backbone.describe(),
+        **encoder.lineage,
+    }
+
+
+def _default_out(options: Options, name: str) -> Path:
+    """Where a result goes: beside the encoder it is about, or for a baseline into the current folder."""
+    if options.encoder in (UNTRAINED, PIXELS):
+        return Path(f"eval-{options.encoder}-{name}")
+    return Path(options.encoder) / "eval" / name

@@ -1,0 +1,171 @@
+"""What an evaluator is given: an encoder, labelled images to train on and to test on, and how to get features of them.
+
+Shapes: N images of a split, n of them readable, F floats a feature, C classes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssl_pretrain.data.source import Source, evaluation_splits, open_source
+from ssl_pretrain.data.subset import Subset
+from ssl_pretrain.encoder import Encoder
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.features import Bad, Precision, extract
+
+UNKNOWN = -1  # the label of an image that has none
+
+
+@dataclass(frozen=True)
+class Images:
+    """The labelled images of one split."""
+
+    split: str
+    source: Source
+    labels: np.ndarray  # (N,) int64 in [0, C): the task's numbering of the classes, not the source's
+    unlabelled: int  # images of the split left out because they have no label
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images to train an evaluator on, images to test it on, and the classes of both."""
+
+    name: str  # as the user wrote it
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+
+    @classmethod
+    def open(cls, name: str, train_split: str | None = None, test_split: str | None = None) -> "Data":
+        """The data of that name; splits not given are found by their names. Raises UserError where there is no such
+        data or split, no labels, fewer than two classes, or a class to test that no training image has."""
+        if train_split is None or test_split is None:
+            found = evaluation_splits(name)
+            train_split, test_split = train_split or found[0], test_split or found[1]
+        if train_split == test_split:
+            raise UserError(
+                f"--train-split and --test-split are both {train_split!r}: a test on training images says nothing"
+            )
+        (train, of_train), (test, of_test) = _labelled(name, train_split), _labelled(name, test_split)
+        classes, known, asked = _agree(train, test)
+        present = np.unique(known)
+        if len(present) < 2:
+            raise UserError(
+                f"all training images of {name} are of one class, {classes[present[0]]}: nothing to tell apart"
+            )
+        strange = np.setdiff1d(asked, present)
+        if len(strange):
+            names = ", ".join(classes[label] for label in strange[:5]) + (", ..." if len(strange) > 5 else "")
+            raise UserError(
+                f"{name}: {np.isin(asked, strange).sum()} images of split {test_split!r} are of {len(strange)} "
+                f"class(es) that no image of split {train_split!r} has: {names}"
+            )
+        return cls(
+            name,
+            Images(train_split, train, known, len(of_train) - len(train)),
+            Images(test_split, test, asked, len(of_test) - len(test)),
+            classes,
+        )
+
+    def majority(self) -> dict[str, Any]:
+        """What it scores to say the most frequent training class of every test image."""
+        label = int(np.bincount(self.train.labels).argmax())
+        return {"top1": 100 * float((self.test.labels == label).mean()), "class": self.classes[label]}
+
+
+@dataclass(frozen=True)
+class Side:
+    """Features of the readable images of one split."""
+
+    features: dict[str, np.ndarray]  # by tap: (n, F) float32, perhaps memory-mapped
+    labels: np.ndarray  # (n,) int64 in [0, C)
+    index: np.ndarray  # (n,) int64: which image of the split's source a row is of
+    bad: list[Bad]  # the images that could not be read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """An encoder to evaluate on data."""
+
+    encoder: Encoder
+    data: Data
+    device: torch.device
+    seed: int = 0
+    batch_size: int = 256  # images a pass through the encoder
+    workers: int = 0  # processes that decode images
+    precision: Precision = "fp32"
+    cache: bool = True  # keep features on the disk
+    progress: Callable[[str, int, int], None] | None = None  # what is being done, how much of it, of how much
+
+    def features(self, taps: Sequence[str]) -> tuple[Side, Side]:
+        """The encoder's features of the training and of the test images. Raises as `ssl_pretrain.features.extract`."""
+        train, test = (self._extract(images, taps) for images in (self.data.train, self.data.test))
+        return train, test
+
+    def protocol(self, train: Side, test: Side) -> dict[str, Any]:
+        """What any evaluator's number depends on: the images, their preparation, and the encoder."""
+        return {
+            "data": self.data.name,
+            "train": _facts(self.data.train, train),
+            "test": _facts(self.data.test, test),
+            "classes": len(self.data.classes),
+            "preprocessing": dataclasses.asdict(self.encoder.preprocessing),
+            "encoder_fingerprint": self.encoder.fingerprint,
+            "precision": self.precision,
+            "seed": self.seed,
+        }
+
+    def report(self, what: str, done: int, total: int) -> None:
+        """Tell whoever watches how far it is."""
+        if self.progress:
+            self.progress(what, done, total)
+
+    def _extract(self, images: Images, taps: Sequence[str]) -> Side:
+        found = extract(
+            self.encoder,
+            images.source,
+            taps,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            device=self.device,
+            precision=self.precision,
+            cache=self.cache,
+            progress=lambda done, total: self.report(f"features of {images.split}", done, total),
+        )
+        return Side(found.features, images.labels[found.index], found.index, found.bad)
+
+
+def _facts(images: Images, side: Side) -> dict[str, Any]:
+    return {
+        "split": images.split,
+        "fingerprint": images.source.fingerprint,
+        "images": len(side.labels),
+        "unlabelled": images.unlabelled,
+        "bad": [dataclasses.asdict(item) for item in side.bad],
+    }
+
+
+def _labelled(name: str, split: str) -> tuple[Source, Source]:
+    """The labelled images of a split, and the whole split."""
+    whole = open_source(name, split)
+    if whole.labels is None or not (whole.labels != UNKNOWN).any():
+        raise UserError(
+            f"{name}: the images of split {split!r} have no labels, and this evaluator needs them: sort them into a "
+            f"folder for each class, or give shards with labels"
+        )
+    known = np.flatnonzero(whole.labels != UNKNOWN)
+    return (whole if len(known) == len(whole) else Subset(whole, known)), whole
+
+
+def _agree(train: Source, test: Source) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """Class names of a common numbering, and the labels of both sides in it: by name where both sides name their
+    classes, else by number. A class that only the test side has comes last."""
+    known, asked = np.asarray(train.labels), np.asarray(test.labels)
+    if train.classes is None or test.classes is None:
+        return tuple(map(str, range(max(known.max(), asked.max()) + 1))), known, asked
+    names = list(train.classes) + [name for name in test.classes if name not in train.classes]
+    return tuple(names), known, np.array([names.index(name) for name in test.classes])[asked]

@@ -1,0 +1,367 @@
+"""Linear probe: softmax regression on frozen features. Many are trained at once, over learning rates, blocks and
+pooling (the grid of DINOv2, appendix B.3; features of the last four blocks also in I-JEPA; the batch norm before it in
+MAE, A.1).
+
+Shapes: B images of a step, n of a split, F floats of an input, G heads that share an input, C classes. Heads of one
+input stand side by side in one matrix (F, G * C), so a step of all of them is two matrix products."""
+
+import contextlib
+import math
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_pretrain.data.loader import Share, batches, to_batch
+from ssl_pretrain.data.subset import Subset
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.features import Tap, blocks, poolings, vectors
+from ssl_pretrain.randomness import key, numpy_generator
+
+from ._results import Outcome, classification
+from ._task import Side, Task
+
+BASELINES = ("random",)
+MOMENTUM = 0.9
+INIT_STD = 0.01  # of the weights; biases start at 0
+BATCH_NORM_EPS = 1e-6
+CHUNK = 2048  # rows scored at a time
+LR_BATCH = 256  # learning rates are given for this many images a step
+Pooling = Literal["cls", "mean", "cls+mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Linear probe."""
+
+    lrs: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+    """Peak learning rates to try, per 256 images of a step."""
+    layers: tuple[int, ...] | None = None
+    """How many of the last blocks an input takes, each number tried (default: 1 and 4, where the encoder gives
+    blocks)."""
+    poolings: tuple[Pooling, ...] | None = None
+    """What an input takes of a block: cls, mean of the patches, or cls of each and mean of the last (default: all there
+    are)."""
+    steps: int = 2000
+    """Steps of SGD with momentum 0.9; the learning rate falls to 0 by half a cosine."""
+    probe_batch_size: int = 1024
+    """Images a step of the heads (at most the training images)."""
+    weight_decay: float = 0.0
+    """L2 penalty on the weights."""
+    batch_norm: bool = True
+    """Standardise each input by its mean and variance over the training features (batch norm without affine)."""
+    held_out: float = 0.1
+    """Share of the training images, of each class, that the best head is chosen on."""
+    augment: bool = False
+    """Train on random crops (0.08 to 1 of the area) and flips, through the encoder at every step, not on cached
+    features."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What of the encoder a head sees."""
+
+    layers: int
+    pooling: str
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The features it is put together from."""
+        kinds = {"cls": ["cls"], "mean": ["mean"], "cls+mean": ["cls"]}[self.pooling]
+        taps = [str(Tap(kind, -block)) for kind in kinds for block in range(1, self.layers + 1)]
+        return (*taps, "mean") if self.pooling == "cls+mean" else tuple(taps)
+
+
+@final
+class Heads:
+    """G linear classifiers of the same input that differ in their learning rates, side by side. Each goes its own way:
+    one that diverges to NaN leaves the others as they are."""
+
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        lrs: Sequence[float],
+        *,
+        weight_decay: float,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        """Weights N(0, 0.01), the same in each head; biases 0. `lrs`: peak learning rates, as used. `generator`:
+        CPU."""
+        start = torch.randn(width, classes, generator=generator) * INIT_STD
+        self.weight = start.repeat(1, len(lrs)).to(device)  # (F, G * C)
+        self.bias = torch.zeros(len(lrs) * classes, device=device)
+        self.lr = torch.tensor(lrs, device=device).repeat_interleave(classes)  # (G * C,)
+        self.weight_decay = weight_decay
+        self.shape = len(lrs), classes
+        self._momentum = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, G, C) of inputs (B, F)."""
+        return torch.addmm(self.bias, x, self.weight).view(-1, *self.shape)
+
+    def gradient(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each head's mean cross-entropy with `labels` (B,), by its weights (F, G * C) and biases (G * C): with p
+        the softmax and y the one-hot label, x' (p - y) / B."""
+        error = self.logits(x).softmax(2)
+        error[torch.arange(len(x), device=x.device), :, labels] -= 1
+        error = error.view(len(x), -1).div_(len(x))
+        return x.T @ error, error.sum(0)
+
+    def step(self, x: Tensor, labels: Tensor, scale: float) -> None:
+        """One step of SGD with momentum at `scale` times each head's peak learning rate."""
+        weight, bias = self.gradient(x, labels)
+        if self.weight_decay:
+            weight.add_(self.weight, alpha=self.weight_decay)
+        for parameter, velocity, gradient in zip((self.weight, self.bias), self._momentum, (weight, bias), strict=True):
+            velocity.mul_(MOMENTUM).add_(gradient)
+            parameter.addcmul_(velocity, self.lr, value=-scale)
+
+
+def evaluate(task: Task, config: Config) -> Outcome:
+    """Train heads on a part of the training images, choose the best on the rest of them, train that one again on all
+    training images, and test it once.
+
+    Raises UserError for knobs out of range, where every class has a single training image, or where all heads diverge,
+    and as `Task.features`."""
+    _check(config)
+    inputs = _inputs(task, config)
+    taps = tuple(dict.fromkeys(tap for one in inputs for tap in one.taps))
+    train, test = task.features(taps)
+    fit, held = hold_out(train.labels, config.held_out, task.seed)
+
+    scaling = _Scaling(train, taps, fit, config.batch_norm)
+    heads = _train(task, config, train, fit, inputs=inputs, lrs=config.lrs, scaling=scaling, what="heads")
+    tried = [
+        {"lr": lr, "layers": one.layers, "pooling": one.pooling, "top1": top1, "loss": loss}
+        for one, scores in zip(inputs, _score(heads, train, held, scaling, task.device), strict=True)
+        for lr, (top1, loss) in zip(config.lrs, scores, strict=True)
+    ]
+    whole = [head for head in tried if head["top1"] is not None]
+    if not whole:
+        raise UserError(f"every head diverged at --lrs {' '.join(map(str, config.lrs))}: give lower ones")
+    best = max(whole, key=lambda head: (head["top1"], -head["loss"]))  # the first of equal ones
+
+    one = Input(best["layers"], best["pooling"])
+    everything = np.arange(len(train.labels))
+    scaling = _Scaling(train, one.taps, everything, config.batch_norm)
+    head = _train(
+        task, config, train, everything, inputs=[one], lrs=[best["lr"]], scaling=scaling, what="the best head"
+    )[one]
+    ranked = [
+        head.logits(x)[:, 0].sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
+        for x, _ in _chunks(one, test, np.arange(len(test.labels)), scaling, task.device)
+    ]
+    return Outcome(
+        classification(torch.cat(ranked).numpy(), test.labels, task.data.classes),
+        {
+            "headline": f"pooling {best['pooling']} of the last {best['layers']} block(s), lr {best['lr']:g}"
+            + (" (at the edge of the grid)" if best["lr"] in (min(config.lrs), max(config.lrs)) else ""),
+            "features": list(one.taps),
+            "selected": best,
+            "selection": f"highest top-1 on {len(held)} held-out training images ({config.held_out:g} of each class); "
+            f"the selected head was trained again on all training images and tested once",
+            "all_scored_on": "held-out training images",
+            "sweep": {
+                "lrs": list(config.lrs),
+                "inputs": [{"layers": one.layers, "pooling": one.pooling} for one in inputs],
+                "optimizer": f"SGD, momentum {MOMENTUM}, cosine to 0",
+                "lr_batch": LR_BATCH,
+                "weight_decay": config.weight_decay,
+                "steps": config.steps,
+                "batch_size": min(config.probe_batch_size, len(train.labels)),
+                "batch_norm": config.batch_norm,
+                "augment": config.augment,
+            },
+            **task.protocol(train, test),
+        },
+        tried,
+    )
+
+
+def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of `labels` (n,) to train on and to choose on, sorted: of each class `share` of its images, but at least
+    one and not all, are held out, drawn by `seed`. A class with a single image is only trained on. Raises UserError
+    where nothing is left to choose on."""
+    held = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        held.append(numpy_generator(seed, "held out", int(label)).permutation(members)[:count])
+    chosen = np.sort(np.concatenate(held))
+    if not len(chosen):
+        raise UserError(
+            "every class has a single training image, so no head can be chosen without the test images: use knn"
+        )
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def _check(config: Config) -> None:
+    if not config.lrs or not all(math.isfinite(lr) and lr > 0 for lr in config.lrs):
+        raise UserError(f"--lrs {' '.join(map(str, config.lrs))}: learning rates must be above 0")
+    if config.layers is not None and (not config.layers or min(config.layers) < 1):
+        raise UserError(f"--layers {' '.join(map(str, config.layers))}: numbers of blocks, 1 or more")
+    if config.steps < 1 or config.probe_batch_size < 1:
+        raise UserError(
+            f"--steps is {config.steps} and --probe-batch-size {config.probe_batch_size}; both must be at least 1"
+        )
+    if not 0 < config.held_out < 1:
+        raise UserError(f"--held-out is {config.held_out}; it must lie between 0 and 1")
+    if config.weight_decay < 0:
+        raise UserError(f"--weight-decay is {config.weight_decay}; it must not be negative")
+
+
+def _inputs(task: Task, config: Config) -> list[Input]:
+    """The inputs to try on this encoder."""
+    layers = config.layers or ((1, 4) if blocks(task.encoder) >= 4 else (1,))
+    has_cls = "cls" in poolings(task.encoder, task.device)
+    kinds = config.poolings or (("cls", "mean", "cls+mean") if has_cls else ("mean",))
+    return [Input(number, kind) for number in dict.fromkeys(layers) for kind in dict.fromkeys(kinds)]
+
+
+# ---- From features to the heads' inputs.
+
+
+class _Scaling:
+    """Standardises features by their statistics over rows of the training features, or leaves them as they are."""
+
+    def __init__(self, train: Side, taps: Sequence[str], rows: np.ndarray, active: bool) -> None:
+        self._by_tap = {tap: _statistics(train.features[tap], rows) for tap in taps} if active else {}
+
+    def __call__(self, one: Input, features: dict[str, Tensor]) -> Tensor:
+        """The input (B, F) put together from features by tap."""
+        return torch.cat([self._scaled(tap, features[tap]) for tap in one.taps], dim=1)
+
+    def _scaled(self, tap: str, x: Tensor) -> Tensor:
+        if not self._by_tap:
+            return x
+        mean, deviation = self._by_tap[tap]
+        return (x - mean.to(x.device)) / deviation.to(x.device)
+
+
+def _statistics(features: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean and sqrt(variance + eps), (F,) float32, over those rows of (n, F)."""
+    total, squares = np.zeros(features.shape[1]), np.zeros(features.shape[1])
+    parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+    for part in parts:
+        total += features[part].sum(0, dtype=np.float64)
+    mean = total / len(rows)
+    for part in parts:
+        squares += ((features[part] - mean) ** 2).sum(0)
+    deviation = np.sqrt(squares / len(rows) + BATCH_NORM_EPS)
+    return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(deviation.astype(np.float32))
+
+
+def _rows(side: Side, taps: Sequence[str], rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    return {tap: torch.from_numpy(side.features[tap][rows]).to(device, non_blocking=True) for tap in taps}
+
+
+def _chunks(
+    one: Input, side: Side, rows: np.ndarray, scaling: _Scaling, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs (B, F) and labels (B,) of those rows, in order."""
+    for start in range(0, len(rows), CHUNK):
+        part = rows[start : start + CHUNK]
+        yield scaling(one, _rows(side, one.taps, part, device)), torch.from_numpy(side.labels[part]).to(device)
+
+
+# ---- Training.
+
+
+@torch.no_grad()
+def _train(
+    task: Task,
+    config: Config,
+    train: Side,
+    rows: np.ndarray,
+    *,
+    inputs: Sequence[Input],
+    lrs: Sequence[float],
+    scaling: _Scaling,
+    what: str,
+) -> dict[Input, Heads]:
+    """Heads for each input and learning rate, trained on those rows of the training images."""
+    batch = min(config.probe_batch_size, len(rows))
+    taps = tuple(dict.fromkeys(tap for one in inputs for tap in one.taps))
+    supply = _augmented if config.augment else _cached
+    heads = {}
+    for one in inputs:
+        heads[one] = Heads(
+            sum(train.features[tap].shape[1] for tap in one.taps),
+            len(task.data.classes),
+            [lr * batch / LR_BATCH for lr in lrs],
+            weight_decay=config.weight_decay,
+            generator=torch.Generator().manual_seed(key(task.seed, "heads", one.layers, one.pooling)),
+            device=task.device,
+        )
+    with contextlib.closing(supply(task, train, rows, taps, batch=batch, steps=config.steps)) as given:
+        for step, (features, labels) in enumerate(given):
+            scale = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            for one, group in heads.items():
+                group.step(scaling(one, features), labels, scale)
+            if step % 50 == 49 or step + 1 == config.steps:
+                task.report(what, step + 1, config.steps)
+    return heads
+
+
+Supply = Generator[tuple[dict[str, Tensor], Tensor], None, None]  # features by tap, (B, F) each, and labels (B,)
+
+
+def _cached(task: Task, train: Side, rows: np.ndarray, taps: Sequence[str], *, batch: int, steps: int) -> Supply:
+    """Batches of the extracted features; each epoch in another order, what does not fill a batch left out."""
+    each = len(rows) // batch
+    for step in range(steps):
+        epoch, place = divmod(step, each)
+        if place == 0:
+            order = numpy_generator(task.seed, "order", epoch).permutation(rows)
+        chosen = np.sort(order[place * batch : (place + 1) * batch])  # sorted: a memory map is read from front to back
+        yield _rows(train, taps, chosen, task.device), torch.from_numpy(train.labels[chosen]).to(task.device)
+
+
+def _augmented(task: Task, train: Side, rows: np.ndarray, taps: Sequence[str], *, batch: int, steps: int) -> Supply:
+    """Batches of random crops and flips, through the encoder."""
+    how = task.encoder.preprocessing
+    specs = (ViewSpec(name="image", size=how.crop, scale=(0.08, 1.0), interpolation=how.interpolation),)
+    labels = torch.from_numpy(train.labels[rows])
+    wanted = [Tap.parse(tap) for tap in taps]
+    loader = batches(
+        Subset(task.data.train.source, train.index[rows]),
+        specs,
+        Share(batch),
+        seed=key(task.seed, "crops"),
+        channels=how.channels,
+        start_step=0,
+        stop_step=steps,
+        workers=task.workers,
+        policy="replace",
+        pin=task.device.type == "cuda",
+    )
+    with contextlib.closing(loader):
+        for raw in loader:
+            images = to_batch(raw, specs, how.mean, how.std, task.device).views["image"]
+            with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+                features = vectors(task.encoder, images, wanted)
+            yield features, labels[raw.index].to(task.device)
+
+
+@torch.no_grad()
+def _score(
+    heads: dict[Input, Heads], side: Side, rows: np.ndarray, scaling: _Scaling, device: torch.device
+) -> list[list[tuple[float | None, float | None]]]:
+    """For each input and each of its heads: top-1 in percent and mean cross-entropy on those rows; None, None for a
+    head that diverged."""
+    result = []
+    for one, group in heads.items():
+        right, loss = torch.zeros(group.shape[0], device=device), torch.zeros(group.shape[0], device=device)
+        for x, labels in _chunks(one, side, rows, scaling, device):
+            log_p = group.logits(x).log_softmax(2)
+            right += (log_p.argmax(2) == labels[:, None]).sum(0)
+            loss -= log_p[torch.arange(len(x), device=device), :, labels].sum(0)
+        scores = zip((100 * right / len(rows)).tolist(), (loss / len(rows)).tolist(), strict=True)
+        result.append([(top1, mean) if math.isfinite(mean) else (None, None) for top1, mean in scores])
+    return result

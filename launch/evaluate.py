@@ -1,0 +1,147 @@
+"""The command `ssl-eval`."""
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ssl_pretrain import flags, plugins
+from ssl_pretrain.data.source import splits
+from ssl_pretrain.errors import UserError, nearest
+
+PROG = "ssl-eval"
+EVALUATORS = "ssl_pretrain.eval"
+WORDS = ("random", "pixels")  # what --encoder may be beside a path
+EPILOG = (
+    "Example: ssl-eval knn --encoder runs/mae --data photos/. The result is printed and written to results.json. "
+    "Features are kept under $SSL_PRETRAIN_CACHE (or ~/.cache/ssl-pretrain) and shared by all evaluators. Exit codes: "
+    "0 done, 2 a mistake in the command, 1 anything else."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, having said everything there is to say."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(argv)
+    except UserError as mistake:
+        print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted; no result was written", file=sys.stderr)
+        return 1
+
+
+def _main(argv: list[str]) -> int:
+    known = plugins.names(EVALUATORS)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview(known), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    name = argv[0]
+    if name.startswith("-"):
+        raise UserError(f"the evaluator comes first: {PROG} {known[0]} {' '.join(argv)}")
+    if name not in known:
+        raise UserError(f"unknown evaluator {name!r}{nearest(name, known)}")
+    _check_paths(argv[1:])
+
+    evaluator = plugins.load(EVALUATORS, name, "evaluator")  # imports torch: not before the command looks good
+    evaluation = importlib.import_module(f"{EVALUATORS}._evaluation")
+    description = (evaluator.__doc__ or name).split("\n\n")[0]
+    kinds = [evaluation.Options, evaluator.Config]
+    options, config = flags.parse(kinds, argv[1:], {}, prog=f"{PROG} {name}", description=description, epilog=EPILOG)
+    with _progress() as progress:
+        result, path = evaluation.run(name, evaluator, options, config, progress)
+    importlib.import_module(f"{EVALUATORS}._results").show(result)
+    print(f"written: {path}")
+    return 0
+
+
+def _overview(known: list[str]) -> str:
+    lines = [
+        f"usage: {PROG} EVALUATOR --encoder ENCODER [--data DATA] [flags]",
+        "",
+        "Evaluate a frozen encoder on labelled images. Evaluators:",
+        "",
+        *(f"  {name:<12} {_summary(name)}" for name in known),
+        "",
+        f"{PROG} EVALUATOR --help shows all flags. {EPILOG}",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(name: str) -> str:
+    """The first sentence of an evaluator's file, without importing it."""
+    spec = importlib.util.find_spec(f"{EVALUATORS}.{name}")
+    if spec is None or spec.origin is None:
+        return ""
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return text.replace("\n", " ").split(" (")[0].split(". ")[0].split(": ")[0]
+
+
+def _check_paths(argv: list[str]) -> None:
+    """Raise UserError for an encoder or data that is not there, as far as it can be seen without torch."""
+    encoder, like, data = (_word(argv, flag) for flag in ("--encoder", "--like", "--data"))
+    for flag, path in (("--encoder", encoder), ("--like", like)):
+        if path is None or (flag == "--encoder" and path in WORDS) or Path(path).exists():
+            continue
+        there = (
+            [str(Path(path).parent / entry.name) for entry in Path(path).parent.iterdir()]
+            if Path(path).parent.is_dir()
+            else []
+        )
+        hint = nearest(path, [*there, *WORDS])
+        raise UserError(
+            f"{flag} {path} does not exist"
+            + (hint if hint.startswith("; did") else f"; give a run, an encoder folder, {' or '.join(WORDS)}")
+        )
+    if like is not None and encoder != "random":
+        raise UserError("--like gives the shape of an untrained encoder: it goes with --encoder random only")
+    if encoder == "pixels" and data is None:
+        raise UserError("--encoder pixels needs --data")
+    if encoder == "random" and like is None and data is None:
+        raise UserError("--encoder random needs --data, or --like RUN")
+    if data is not None:
+        splits(data)
+
+
+def _word(argv: list[str], flag: str) -> str | None:
+    """The last value a flag is given on the command line."""
+    found = None
+    for at, word in enumerate(argv):
+        if word == flag and at + 1 < len(argv):
+            found = argv[at + 1]
+        elif word.startswith(flag + "="):
+            found = word.split("=", 1)[1]
+    return found
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], Callable[[str, int, int], None] | None]]:
+    """Gives, for what a group of bars is about, a function that draws how far it is; nothing where nobody looks."""
+    if not sys.stderr.isatty():
+        yield lambda about: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def about(group: str) -> Callable[[str, int, int], None]:
+            def report(what: str, done: int, total: int) -> None:
+                text = f"{group}: {what}" if group else what
+                if text not in tasks:
+                    tasks[text] = bars.add_task(text, total=total)
+                bars.update(tasks[text], completed=done, total=total)
+
+            return report
+
+        yield about
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,413 @@
+"""The vision transformer (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021) with what later papers added:
+registers, layer scale, SwiGLU, query-key norm, drop path, rotary positions, decayed shortcuts.
+
+Shapes: B images, C channels, H x W pixels, p patch side, N patches on an (h, w) grid in raster order, K of them kept, P
+prefix tokens (CLS, then registers), L = P + N or P + K tokens, D width, d width of a head. Parameters have the names of
+the released ViTs (MAE, DINO, DINOv2), registers are `reg_tokens`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .attention import attend, prefix_mask
+from .backbone import Backbone, Features
+from .positions import resize_table, rope_angles, rotate, sincos_table
+
+SIZES = {
+    "vit_micro": {"dim": 128, "depth": 4, "heads": 4},
+    "vit_tiny": {"dim": 192, "depth": 12, "heads": 3},
+    "vit_small": {"dim": 384, "depth": 12, "heads": 6},
+    "vit_base": {"dim": 768, "depth": 12, "heads": 12},
+    "vit_large": {"dim": 1024, "depth": 24, "heads": 16},
+    "vit_huge": {"dim": 1280, "depth": 32, "heads": 16},
+    "vit_giant": {"dim": 1536, "depth": 40, "heads": 24},
+}
+NORM_EPS = 1e-6  # of every layer norm, as in all published ViTs; torch's 1e-5 is a silent difference
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles of rotary positions
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens by one linear map; its weight has a convolution's shape (D, C, p, p), as in checkpoints."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) to (B, N, D), or to (B, K, D) of the patches `keep` (B, K).
+
+        A product of matrices: patches left out cost nothing, and it is faster than the convolution for all of them.
+        """
+        p = self.proj.kernel_size[0]
+        patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p)
+        if keep is None:
+            patches = patches.flatten(1, 2)
+        else:
+            w = patches.shape[2]
+            patches = patches[torch.arange(len(keep), device=keep.device)[:, None], keep // w, keep % w]
+        return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one matrix for queries, keys and values; `qk_norm` normalises the queries and keys
+    of each head (Dehghani et al., 2023, section 2)."""
+
+    def __init__(self, dim: int, heads: int, *, qkv_bias: bool, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(dim // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None, causal: bool, rope: Rope | None) -> Tensor:
+        """Tokens (B, L, D) to (B, L, D)."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, d)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        x = attend(q.to(v.dtype), k.to(v.dtype), v, mask, causal)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear maps with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP, w3(silu(gate) * up) (Shazeer, 2020), its hidden width two thirds of an MLP's, rounded up to a multiple
+    of 8 (DINOv2's rule); gate and up are one matrix w12, in that order."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        gate, up = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * up)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel (Touvron et al., "Going deeper with Image Transformers", 2021, section 2)."""
+
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: x <- shortcut * x + f(x) for f = attention, then for f = MLP. The ViT's, and what
+    methods build their decoders and predictors of.
+
+    shortcut: factor on the identity path ("Residual Connections Harm Generative Representation Learning", Zhang et al.,
+    2024). Linear maps begin truncated normal with deviation 0.02, biases zero.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        swiglu: bool = False,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        layer_scale: float | None = None,
+        shortcut: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, heads, qkv_bias=qkv_bias, qk_norm=qk_norm)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = (SwiGLU if swiglu else Mlp)(dim, int(dim * mlp_ratio))
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.trunc_normal_(part.weight, std=0.02)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        rope: Rope | None = None,
+        branches: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens (B, L, D) to (B, L, D).
+
+        mask, causal: as `attend` takes them. rope: each broadcastable to (B, heads, L, d / 2). branches: (B, 2) factors
+        on each sample's two branches (drop path).
+        """
+        y = self.ls1(self.attn(self.norm1(x), mask, causal, rope))
+        if branches is not None:
+            y = y * branches[:, 0, None, None]
+        x = torch.add(y, x, alpha=self.shortcut)
+        y = self.ls2(self.mlp(self.norm2(x)))
+        if branches is not None:
+            y = y * branches[:, 1, None, None]
+        return torch.add(y, x, alpha=self.shortcut)
+
+
+@final
+class ViT(Backbone):
+    """A vision transformer, for images of any size that is a multiple of the patch: positions are resized where the
+    grid is not the configured one. Raises UserError for options and image sizes that do not fit together."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """The encoder (ViT)."""
+
+        dim: int
+        """Width: channels of every token."""
+        depth: int
+        """Number of blocks."""
+        heads: int
+        """Attention heads of a block; they share the width."""
+        patch_size: int = 16
+        """Side of a patch, pixels; must divide the image's sides."""
+        mlp_ratio: float = 4.0
+        """Hidden width of the MLP, as a multiple of the width."""
+        swiglu: bool = False
+        """Gated MLP (SwiGLU), two thirds as wide."""
+        cls: bool = True
+        """Have a class token."""
+        registers: int = 0
+        """Number of register tokens (Darcet et al. 2024)."""
+        positions: Literal["learned", "sincos", "rope"] = "learned"
+        """Positions: a learned table, fixed sine-cosine (MAE), or axial rotary (DINOv3)."""
+        pool: Literal["cls", "mean"] = "mean"
+        """What stands for the whole image: the class token, or the mean of the patches."""
+        qkv_bias: bool = True
+        """Biases on queries, keys and values."""
+        qk_norm: bool = False
+        """Layer norm on queries and keys."""
+        layer_scale: float | None = None
+        """Initial value of LayerScale; none: no LayerScale."""
+        drop_path: float = 0.0
+        """Stochastic depth: probability at the last block, rising linearly from 0 at the first."""
+        shortcut_decay: float = 1.0
+        """Factor on the identity shortcuts at the last block, linear from 1 at the first."""
+
+    supports = frozenset({"keep", "replace", "attention", "blocks", "drop_path"})
+
+    def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
+        super().__init__()
+        _validate(config, in_chans)
+        height, width = image_size
+        self.config, self.image_size, self.in_chans = config, (height, width), in_chans
+        self.dim, self.depth, self.stride = config.dim, config.depth, (config.patch_size, config.patch_size)
+        self.grid = self._grid(height, width)
+        self.prefix_tokens = int(config.cls) + config.registers
+        dim, patches, share = config.dim, self.grid[0] * self.grid[1], 1 / max(config.depth - 1, 1)
+
+        self.patch_embed = PatchEmbed(config.patch_size, in_chans, dim)
+        # The weight keeps torch's own initialisation, as DINO's and timm's: its deviation suits any size of patch.
+        assert self.patch_embed.proj.bias is not None
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if config.cls else None
+        self.reg_tokens = nn.Parameter(torch.randn(1, config.registers, dim) * 0.02) if config.registers else None
+        self.pos_embed: Tensor | None
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, int(config.cls) + patches, dim))
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        elif config.positions == "sincos":
+            table = F.pad(sincos_table(self.grid, dim), (0, 0, int(config.cls), 0))  # zero for the class token
+            self.register_buffer("pos_embed", table[None])
+        else:
+            self.pos_embed = None
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                config.heads,
+                mlp_ratio=config.mlp_ratio,
+                swiglu=config.swiglu,
+                qkv_bias=config.qkv_bias,
+                qk_norm=config.qk_norm,
+                layer_scale=config.layer_scale,
+                shortcut=1 + (config.shortcut_decay - 1) * i * share,
+            )
+            for i in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        keep: Tensor | None = None,
+        replace: tuple[Tensor, Tensor] | None = None,
+        attention: str | Tensor = "full",
+        prefix_length: Tensor | None = None,
+        blocks: tuple[int, ...] = (),
+        drop: Tensor | None = None,
+    ) -> Features:
+        """See `Backbone.forward`. With `keep`, the tokens that masks, causality and prefix lengths speak of are the
+        kept ones in the order asked for; the mask of `replace` stays one of all N patches.
+
+        Raises UserError for images of other channels or of a size the patch does not divide and for blocks there are
+        not, ValueError for an attention it does not know, RuntimeError where drop path lacks its noise.
+        """
+        if images.shape[1] != self.in_chans:
+            raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
+        grid = self._grid(images.shape[2], images.shape[3])
+        wanted = [self._block(i) for i in blocks]
+
+        x = self.patch_embed(images, keep)
+        if replace is not None:
+            masked, token = replace
+            if keep is not None:
+                masked = masked.gather(1, keep)
+            x = torch.where(masked[:, :, None], token.to(x.dtype), x)
+        x = self._positioned(x, grid, keep)
+
+        mask, causal = self._mask(attention, prefix_length, x.shape[1])
+        rope = self._rope(grid, keep, x.device)
+        factors = self._drop_path(drop)
+        outputs: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, causal, rope, None if factors is None else factors[:, 2 * i : 2 * i + 2])
+            if i in wanted:
+                outputs[i] = x
+        x = self.norm(x)
+
+        prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
+        cls = prefix[:, 0] if self.config.cls else None
+        return Features(
+            cls=cls,
+            patches=patches,
+            grid=grid,
+            pooled=cls if cls is not None and self.config.pool == "cls" else patches.mean(1),
+            prefix=prefix if self.prefix_tokens else None,
+            blocks=tuple(outputs[i] for i in wanted),
+        )
+
+    def layer_of(self, parameter: str) -> int:
+        """See `Backbone.layer_of`. Raises KeyError for a name that is no parameter's."""
+        part, _, rest = parameter.partition(".")
+        if part == "blocks":
+            return int(rest.partition(".")[0]) + 1
+        return {"patch_embed": 0, "cls_token": 0, "reg_tokens": 0, "pos_embed": 0, "norm": self.depth + 1}[part]
+
+    def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """See `Backbone.adapt`: the position table is resized to this encoder's grid."""
+        if "pos_embed" not in weights or image_size == self.image_size:
+            return weights
+        tokens, table = int(self.config.cls), weights["pos_embed"]
+        resized = resize_table(table[:, tokens:], self._grid(*image_size), self.grid)
+        return weights | {"pos_embed": torch.cat([table[:, :tokens], resized], dim=1)}
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """The grid (h, w) of patches of an image of height x width pixels."""
+        p = self.config.patch_size
+        if height % p or width % p or height < p or width < p:
+            fits = [max(p, round(side / p) * p) for side in (height, width)]
+            raise UserError(
+                f"images of {height} x {width} pixels (height x width) do not divide into patches of {p} x {p}: "
+                f"take --image-size {fits[0]} {fits[1]} or another --patch-size"
+            )
+        return height // p, width // p
+
+    def _block(self, i: int) -> int:
+        """The index of block `i`, which may count from the end."""
+        if not -self.depth <= i < self.depth:
+            raise UserError(f"the encoder has blocks 0 to {self.depth - 1} (or -{self.depth} to -1), not {i}")
+        return i % self.depth
+
+    def _positioned(self, x: Tensor, grid: tuple[int, int], keep: Tensor | None) -> Tensor:
+        """Patch embeddings (B, N or K, D) with their positions, behind the prefix tokens: (B, L, D)."""
+        # Under autocast, too, the residual stream has the precision of the parameters, with or without prefix tokens.
+        x = x.to(self.norm.weight.dtype)
+        cls: Tensor | None = self.cls_token
+        if self.pos_embed is not None:
+            tokens = int(self.config.cls)
+            table = resize_table(self.pos_embed[:, tokens:], self.grid, grid)
+            x = x + (table if keep is None else F.embedding(keep, table[0]))
+            cls = None if cls is None else cls + self.pos_embed[:, :1]
+        prefix = [token.expand(len(x), -1, -1) for token in (cls, self.reg_tokens) if token is not None]
+        return torch.cat([*prefix, x], dim=1) if prefix else x
+
+    def _mask(self, attention: str | Tensor, prefix_length: Tensor | None, length: int) -> tuple[Tensor | None, bool]:
+        """What `attend` takes: a mask (B or 1, 1, L, L) or None, and whether attention is plainly causal."""
+        if isinstance(attention, Tensor):
+            if attention.ndim != 3 or attention.shape[1:] != (length, length):
+                raise ValueError(f"the attention mask must be (B or 1, {length}, {length}), not {(*attention.shape,)}")
+            return attention[:, None], False
+        if attention == "prefix":
+            if prefix_length is None:
+                raise ValueError('attention="prefix" needs prefix_length')
+            return prefix_mask(prefix_length, length - self.prefix_tokens, self.prefix_tokens), False
+        if attention not in ("full", "causal"):
+            raise ValueError(f"attention is {attention!r}; it must be full, causal, prefix or a bool mask")
+        return None, attention == "causal"
+
+    def _rope(self, grid: tuple[int, int], keep: Tensor | None, device: torch.device) -> Rope | None:
+        """Rotary positions, each (1 or B, 1, L, d / 2); prefix tokens have angle 0, which turns nothing."""
+        if self.config.positions != "rope":
+            return None
+        angles = rope_angles(grid, self.dim // self.config.heads, device)
+        angles = angles[None] if keep is None else angles[keep]
+        angles = F.pad(angles, (0, 0, self.prefix_tokens, 0))[:, None]
+        return angles.cos(), angles.sin()
+
+    def _drop_path(self, drop: Tensor | None) -> Tensor | None:
+        """Factors (B, 2 * depth) on each sample's branches (stochastic depth, Huang et al., 2016): 0 with the branch's
+        probability, else 1 / (1 - probability); None where nothing is dropped."""
+        if not self.training or self.config.drop_path == 0:
+            return None
+        if drop is None:
+            raise RuntimeError(
+                f"drop path needs noise in training: pass drop=step.rand({2 * self.depth}), the Step.rand of the "
+                f"method's step, so that every rank and a continued run draw the same"
+            )
+        rates = torch.linspace(0, self.config.drop_path, self.depth, device=drop.device).repeat_interleave(2)
+        return (drop >= rates) / (1 - rates)
+
+
+def _validate(config: ViT.Config, in_chans: int) -> None:
+    """Raise UserError for options out of range or against each other."""
+    for option in ("dim", "depth", "heads", "patch_size", "mlp_ratio"):
+        if getattr(config, option) <= 0:
+            raise UserError(f"--{option.replace('_', '-')} is {getattr(config, option)}; it must be above 0")
+    if in_chans <= 0:
+        raise UserError(f"--in-chans is {in_chans}; it must be above 0")
+    if config.registers < 0:
+        raise UserError(f"--registers is {config.registers}; it must not be negative")
+    if not 0 <= config.drop_path < 1:
+        raise UserError(f"--drop-path is {config.drop_path}; it must be at least 0 and below 1")
+    if config.dim % config.heads:
+        fits = [heads for heads in range(1, config.dim + 1) if config.dim % heads == 0]
+        near = min(fits, key=lambda heads: abs(heads - config.heads))
+        raise UserError(f"--heads {config.heads} must divide --dim {config.dim}; {near} does")
+    if config.positions == "sincos" and config.dim % 4:
+        raise UserError(f"--positions sincos needs a --dim that is a multiple of 4, not {config.dim}")
+    if config.positions == "rope" and config.dim // config.heads % 4:
+        head = config.dim // config.heads
+        raise UserError(f"--positions rope needs a head width (--dim / --heads) that is a multiple of 4, not {head}")
+    if config.pool == "cls" and not config.cls:
+        raise UserError("--pool cls needs a class token (--cls); without one, --pool mean")

@@ -1,0 +1,145 @@
+"""Colour: jitter, grayscale, blur and solarize of a batch at once, on its device, from parameters drawn beforehand.
+
+Shapes: B images, C channels, H x W pixels, P = views.COLOUR_PARAMS numbers an image. The parameters stay on the CPU,
+where they say which images each operation touches, so nothing here waits for the device.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .views import BLUR_SIGMA, FACTORS, GRAYSCALE, JITTER, ORDER, SOLARIZE, ViewSpec
+
+_LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
+
+
+def coloured(spec: ViewSpec) -> bool:
+    """Whether the spec changes colours at all."""
+    jitter = spec.jitter is not None and spec.jitter.p > 0
+    return jitter or spec.grayscale > 0 or spec.blur > 0 or spec.solarize > 0
+
+
+def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Views as the workers cut them, to what a method sees.
+
+    raw: uint8 (..., H, W, C) on the device; params: float32 (..., P) on the CPU, with the same leading sizes; mean,
+    std: C numbers each, of pixels in [0, 1]. Returns float32 (..., C, H, W), coloured by `apply` and normalised.
+    """
+    pixels = raw.movedim(-1, -3)
+    out = torch.empty(pixels.shape, dtype=torch.float32, device=raw.device).copy_(pixels)
+    shape = (len(mean), 1, 1)
+    centre = torch.tensor(mean, dtype=torch.float32).view(shape)
+    scale = 1 / torch.tensor(std, dtype=torch.float32).view(shape)
+    bias = (-centre * scale).to(raw.device, non_blocking=True)
+    if coloured(spec):
+        flat = out.view(-1, *out.shape[-3:]).div_(255)
+        out = apply(flat, params.reshape(-1, params.shape[-1]), spec).view(out.shape)
+        return torch.addcmul(bias, out, scale.to(raw.device, non_blocking=True), out=out)
+    return torch.addcmul(bias, out, (scale / 255).to(raw.device, non_blocking=True), out=out)
+
+
+def apply(images: Tensor, params: np.ndarray, spec: ViewSpec) -> Tensor:
+    """Change colours as the rows of `params` (B, P) say (`views.Draw.colour`), in the order jitter, grayscale, blur,
+    solarize.
+
+    images: float32 (B, C, H, W) in [0, 1]; returns the same, in place where it can. The operations are torchvision's
+    on float images (v2.functional): each jitter result is clamped to [0, 1]; contrast blends with the mean luma of
+    the whole image; hue turns in HSV; grayscale is luma in all channels; solarize inverts pixels at or above the
+    threshold. Where C is not 3 there is no luma and no hue: saturation, hue and grayscale are left out, contrast
+    blends with the mean of all channels, and the rest is the same. The blur is Gaussian, sigma in pixels, mirrored at
+    the border (the edge pixel itself not repeated), over ceil(3 sigma) pixels each way of the spec's largest sigma,
+    or the side less one where that is smaller: the tail cut off holds 0.3 %. (SimCLR and DINO: the same sigmas; their
+    kernels differ in the tail only.)
+    """
+    if spec.jitter is not None:
+        strengths = (spec.jitter.brightness, spec.jitter.contrast, spec.jitter.saturation, spec.jitter.hue)
+        operations = (_brightness, _contrast, _saturation, _hue)
+        jittered = params[:, JITTER] > 0
+        for place in range(4):
+            for number, operation in enumerate(operations):
+                if strengths[number] == 0 or (number >= 2 and images.shape[1] != 3):
+                    continue
+                rows = np.flatnonzero(jittered & (params[:, ORDER][:, place] == number))
+                if rows.size:
+                    factors = torch.from_numpy(params[rows, FACTORS][:, number].astype(np.float32))
+                    at, factors = _on(images, rows), factors.to(images.device, non_blocking=True)
+                    images[at] = operation(images[at], factors.view(-1, 1, 1, 1))
+    rows = np.flatnonzero(params[:, GRAYSCALE] > 0)
+    if rows.size and images.shape[1] == 3:
+        at = _on(images, rows)
+        images[at] = _luma(images[at]).expand(-1, 3, -1, -1)
+    rows = np.flatnonzero(params[:, BLUR_SIGMA] > 0)
+    if rows.size:
+        at = _on(images, rows)
+        images[at] = _blur(images[at], params[rows, BLUR_SIGMA], spec.blur_sigma[1])
+    rows = np.flatnonzero(params[:, SOLARIZE] > 0)
+    if rows.size:
+        at = _on(images, rows)
+        chosen = images[at]
+        images[at] = torch.where(chosen >= spec.solarize_threshold, 1 - chosen, chosen)
+    return images
+
+
+def _on(images: Tensor, rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(rows).to(images.device, non_blocking=True)
+
+
+def _luma(images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W)."""
+    red, green, blue = images.unbind(1)
+    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(1)
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return (factor * images + (1 - factor) * other).clamp_(0, 1)
+
+
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return (images * factor).clamp_(0, 1)
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    grey = _luma(images) if images.shape[1] == 3 else images
+    return _blend(images, grey.mean((1, 2, 3), keepdim=True), factor)
+
+
+def _saturation(images: Tensor, factor: Tensor) -> Tensor:
+    return _blend(images, _luma(images), factor)
+
+
+def _hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue by `turn` of a full circle, hexcone HSV (Smith, "Color gamut transform pairs", SIGGRAPH 1978)."""
+    red, green, blue = images.unbind(1)
+    high, low = images.amax(1), images.amin(1)
+    chroma = high - low
+    divisor = torch.where(chroma == 0, 1, chroma)
+    sixth = torch.where(
+        high == red,
+        (green - blue) / divisor,
+        torch.where(high == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    sixth = (sixth + 6 * turn.view(-1, 1, 1)).unsqueeze(1)
+    # a channel is `high` within one sixth of its own hue, `low` beyond two, and on the straight line between
+    centre = torch.tensor((0.0, 2.0, 4.0)).to(images.device, non_blocking=True).view(1, 3, 1, 1)
+    away = ((sixth - centre + 3) % 6 - 3).abs_()
+    return low.unsqueeze(1) + chroma.unsqueeze(1) * (2 - away).clamp_(0, 1)
+
+
+def _blur(images: Tensor, sigma: np.ndarray, largest: float) -> Tensor:
+    """Gaussian blur with one sigma an image, as a weighted sum of shifted images: rows, then columns."""
+    device = images.device
+    for dim in (2, 3):
+        side = images.shape[dim]
+        radius = min(math.ceil(3 * largest), side - 1)
+        gauss = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma[:, None].astype(np.float64)) ** 2)
+        weights = torch.from_numpy((gauss / gauss.sum(1, keepdims=True)).astype(np.float32))
+        weights = weights.to(device, non_blocking=True).view(len(sigma), -1, 1, 1, 1)
+        pad = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
+        padded = F.pad(images, pad, mode="reflect")
+        images = padded.narrow(dim, 0, side) * weights[:, 0]
+        for shift in range(1, 2 * radius + 1):
+            images.addcmul_(padded.narrow(dim, shift, side), weights[:, shift])
+    return images

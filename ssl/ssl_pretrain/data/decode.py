@@ -1,0 +1,248 @@
+"""Decoding: the bytes of an image file, or an array, to uint8 pixels (H, W, C) of the channels a run was asked for.
+
+Same bytes with simplejpeg and without: both paths run libjpeg-turbo's accurate integer DCT and smooth chroma
+upsampling. Whether a file is readable is the same question on both paths too, for Pillow has the last word.
+"""
+
+import functools
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+try:
+    import simplejpeg
+except ImportError:  # optional: Pillow reads the same pixels, slower
+    simplejpeg = None
+
+# What Pillow may try. Not all it can: EPS, for one, would start Ghostscript on whatever the file says.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+MAX_PIXELS = 178_956_970  # above it an image is taken for a decompression bomb (the limit where Pillow refuses, too)
+
+_NPY = b"\x93NUMPY"
+_ORIENTATION = 0x0112  # EXIF 2.32, table 4
+# libjpeg's smooth upsampling of a row looks at the chroma row below it, which covers two luma rows
+_CONTEXT_ROWS = 2
+
+
+class BadImage(Exception):
+    """An image that cannot be read. `reason` says why, in a few words that go behind the file's name."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode(item: bytes | np.ndarray, channels: int) -> np.ndarray:
+    """The pixels of `item`, uint8 (H, W, channels), upright. The rules are `Picture`'s. Raises BadImage."""
+    picture = Picture(item, channels)
+    return picture.crop(0, 0, picture.height, picture.width)
+
+
+class Picture:
+    """An image of known `height` and `width` (pixels, upright), whose pixels are decoded when a crop of it is asked
+    for.
+
+    `item` is an image file's bytes, the bytes of a .npy file, or an array. An image file becomes 1 channel (luma) or
+    3 (RGB), whatever its mode: palettes are looked up, CMYK is converted, alpha is dropped as `Image.convert` drops
+    it, the EXIF orientation is applied, and of several frames the first is taken. Depth becomes 8 bits by the full
+    range of the type, never by what this image happens to hold: 16 bits lose the lower 8, in Pillow's mode I too
+    (which must then hold 0..65535), floats (mode F) must lie in [0, 1] and are multiplied by 255. Arrays and .npy
+    hold uint8 or uint16, (H, W) or (H, W, channels), and are the only way to other channel counts; they are not
+    converted from one count to another.
+
+    Raises BadImage for what cannot be read: truncated, empty, no image, no pixels, over MAX_PIXELS, another channel
+    count. A JPEG that is damaged in the middle, without being cut off, decodes as far as libjpeg goes, as everywhere
+    else.
+    """
+
+    def __init__(self, item: bytes | np.ndarray, channels: int) -> None:
+        self.channels = channels
+        self._jpeg: _Jpeg | None = None
+        self._pixels: np.ndarray | None = None
+        if isinstance(item, np.ndarray):
+            self._pixels = _checked(item, channels)
+        elif item.startswith(_NPY):
+            self._pixels = _checked(_npy(item), channels)
+        elif channels not in (1, 3):
+            raise BadImage(f"an image file gives 1 or 3 channels; {channels} are read from .npy files only")
+        else:
+            self._jpeg = _plain_jpeg(item)
+            if self._jpeg is None:
+                self._pixels = _pillow(item, channels)
+        if self._pixels is not None:
+            self.height, self.width = self._pixels.shape[:2]
+        elif self._jpeg is not None:
+            self.height, self.width = self._jpeg.height, self._jpeg.width
+
+    def crop(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """The pixels of that box (inside the image), uint8 (height, width, channels), perhaps read-only. Raises
+        BadImage.
+
+        Exactly the box of the whole decoded image; of a plain JPEG only the rows down to the box's last are decoded.
+        """
+        if self._pixels is not None:
+            return self._pixels[top : top + height, left : left + width]
+        assert self._jpeg is not None
+        data = self._jpeg.until(top + height)
+        if simplejpeg is not None:
+            try:
+                # not strict: rows left out look like extraneous bytes, and Pillow does not mind damage in the middle
+                # either
+                pixels = simplejpeg.decode_jpeg(data, "GRAY" if self.channels == 1 else "RGB", strict=False)
+                return pixels[top : top + height, left : left + width]
+            except ValueError:
+                pass  # Pillow may know better, and says why where it does not
+        return _pillow(data, self.channels, box=(left, top, left + width, top + height))
+
+
+@dataclass(frozen=True)
+class _Jpeg:
+    """A JPEG of one sequential scan, upright, whole to its end marker: what can be decoded from the top down to any
+    row."""
+
+    data: bytes
+    height: int
+    width: int
+    height_at: int  # offset of the two bytes of the frame header that hold the height (ITU-T T.81, B.2.2)
+
+    def until(self, bottom: int) -> bytes:
+        """The file made to say that it ends below row `bottom` (exclusive), so that a decoder stops there. The rows
+        above come out as they would from the whole file."""
+        rows = bottom + _CONTEXT_ROWS
+        if rows >= self.height:
+            return self.data
+        at = self.height_at
+        return b"".join((self.data[:at], rows.to_bytes(2, "big"), self.data[at + 2 :]))
+
+
+def _plain_jpeg(data: bytes) -> _Jpeg | None:
+    """`data` as a _Jpeg, or None where it is anything else, or damaged, or needs turning: Pillow's business, all of
+    it."""
+    if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
+        return None
+    frame = None  # (height, width, components, offset of the height)
+    at = 2
+    try:
+        while data[at] == 0xFF:
+            marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+            if marker in (0xC0, 0xC1):  # SOF0, SOF1: sequential Huffman
+                height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
+                components = data[at + 9]
+                vertical = max(data[at + 11 + 3 * i] & 15 for i in range(components))
+                if data[at + 4] != 8 or components not in (1, 3) or vertical > 2:
+                    return None
+                if not 0 < height * width <= MAX_PIXELS:
+                    return None
+                frame = height, width, components, at + 5
+            elif (marker == 0xE1 and _turned(data[at + 4 : at + 2 + length])) or (
+                marker == 0xE2 and data[at + 4 : at + 8] == b"MPF\0"  # several pictures in one file
+            ):
+                return None
+            elif marker == 0xDA:  # SOS; one scan holds all components, or there are several scans
+                if frame is None or data[at + 4] != frame[2]:
+                    return None
+                return _Jpeg(data, frame[0], frame[1], frame[3])
+            elif marker not in (0xC4, 0xDB, 0xDD, 0xFE) and not 0xE0 <= marker <= 0xEF:  # DHT DQT DRI COM APPn
+                return None
+            at += 2 + length
+    except (IndexError, ValueError):
+        pass
+    return None
+
+
+def _turned(app1: bytes) -> bool:
+    """Whether an APP1 segment may ask for the image to be turned or mirrored."""
+    if app1.startswith(b"Exif\0\0"):
+        exif = Image.Exif()
+        try:
+            exif.load(app1)
+            return exif.get(_ORIENTATION, 1) != 1
+        except Exception:  # damaged EXIF raises all sorts of things; Pillow's reading of the whole file decides
+            return True
+    return b"tiff:Orientation" in app1
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _pillow(data: bytes, channels: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """Decode with Pillow. `box` (left, top, right, bottom) is of an upright image only."""
+    if not data:
+        raise BadImage("the file is empty")
+    # Pillow warns of large images, odd EXIF and odd palettes: nothing a user could act on, once per image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data), formats=("JPEG",) if box else _formats()) as file:
+                if file.width * file.height > MAX_PIXELS:
+                    raise BadImage(f"{file.width} x {file.height} pixels, taken for a decompression bomb")
+                if channels == 1 and file.format in ("JPEG", "MPO"):
+                    file.draft("L", file.size)  # the stored luma itself, as simplejpeg gives it
+                image = file.crop(box) if box else ImageOps.exif_transpose(file)
+                pixels = _eight_bits(image, channels)
+        except Image.UnidentifiedImageError:
+            raise BadImage("not an image, or of a format that is not read") from None
+        except BadImage:
+            raise
+        except Exception as error:  # hostile bytes make codecs raise nearly anything; all of it means unreadable
+            raise BadImage(f"{type(error).__name__}: {error}".removeprefix("OSError: ")) from error
+    if pixels.size == 0:
+        raise BadImage("the image has no pixels")
+    return pixels
+
+
+def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
+    """A Pillow image as uint8 (H, W, channels), by the rules of `Picture`."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        if image.mode == "F":
+            if not (values.min() >= 0 and values.max() <= 1):  # false for NaN, too
+                raise BadImage(
+                    f"float pixels in [{values.min():g}, {values.max():g}]; only [0, 1] has a known full scale"
+                )
+            grey = np.rint(values * 255).astype(np.uint8)
+        else:
+            if values.min() < 0 or values.max() > 65535:
+                raise BadImage(
+                    f"integer pixels in [{values.min()}, {values.max()}]; only 0..65535 has a known full scale"
+                )
+            grey = (values >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], channels, axis=2)
+    if image.mode == "P":
+        image = image.convert("RGBA")  # by way of alpha, for a palette may hold transparency
+    mode = "L" if channels == 1 else "RGB"
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _npy(data: bytes) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:
+        raise BadImage(f"damaged .npy: {error}") from error
+
+
+def _checked(array: np.ndarray, channels: int) -> np.ndarray:
+    """A given array as uint8 (H, W, channels)."""
+    if array.dtype not in (np.uint8, np.uint16):
+        raise BadImage(f"array of {array.dtype}; uint8 or uint16 is read")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3:
+        raise BadImage(f"array of shape {array.shape}; (H, W) or (H, W, C) is read")
+    if array.shape[2] != channels:
+        raise BadImage(f"array of {array.shape[2]} channels where {channels} are wanted")
+    if array.size == 0:
+        raise BadImage("the image has no pixels")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise BadImage(f"{array.shape[1]} x {array.shape[0]} pixels, taken for a decompression bomb")
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    return array

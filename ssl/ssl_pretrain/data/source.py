@@ -1,0 +1,186 @@
+"""Where images come from: the contract of a source, and finding out what kind of data a path holds.
+
+A `data` string is the path of a folder of images, of tar or parquet shards (a directory of them or one file), or
+'fractals' with options (see data/fractals.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import numpy as np
+
+from ..errors import UserError, nearest
+
+Kind = Literal["fractals", "folder", "tar", "parquet"]
+COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+
+
+class Source(ABC):
+    """N samples with random access. Picklable, and safe to fork: files are opened lazily and read by position."""
+
+    labels: np.ndarray | None  # (N,) int64, -1 where unknown; None where the data has no labels
+    classes: tuple[str, ...] | None  # class names by label
+    fingerprint: str  # hex; the same for the same data at another place, another one when files come, go or change size
+    description: str  # one line for people
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> bytes | np.ndarray:
+        """An encoded image file, or a decoded array (H, W, C) uint8. Raises IndexError outside 0..N-1; OSError or
+        ValueError where this one sample cannot be read. The bytes may be no image, or empty: decoding tells."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """The sample's name for messages: its path, or shard:member."""
+
+
+def splits(data: str) -> list[str]:
+    """The splits of the data, e.g. ["train", "val"]; [] where it is not split. Raises UserError as `open_source`."""
+    return _splits(data, _kind(data))
+
+
+def open_source(data: str, split: str | None) -> Source:
+    """The samples of one split, or with None everything.
+
+    Raises UserError where there is no such data or split, or nothing in it that can be read.
+    """
+    kind = _kind(data)
+    if split is not None:
+        split = _known_split(data, split, _splits(data, kind))
+    match kind:
+        case "fractals":
+            from .fractals import FractalSource
+
+            return FractalSource(data, split)
+        case "folder":
+            from .folder import FolderSource
+
+            return FolderSource(_path(data), split)
+        case "tar":
+            from .tar import TarSource
+
+            return TarSource(_path(data), split)
+        case "parquet":
+            from .parquet import ParquetSource
+
+            return ParquetSource(_path(data), split)
+
+
+def _splits(data: str, kind: Kind) -> list[str]:
+    match kind:
+        case "fractals":
+            from . import fractals
+
+            return fractals.splits(data)
+        case "folder":
+            from . import folder
+
+            return folder.splits(_path(data))
+        case "tar":
+            from . import tar
+
+            return tar.splits(_path(data))
+        case "parquet":
+            from . import parquet
+
+            return parquet.splits(_path(data))
+
+
+def pretraining_split(data: str) -> str | None:
+    """The split to pretrain on: "train" where there is one, else None (everything)."""
+    return "train" if "train" in splits(data) else None
+
+
+def evaluation_splits(data: str) -> tuple[str, str]:
+    """The splits to train and to test an evaluator on. Raises UserError where the names do not tell."""
+    known = splits(data)
+    test = next((word for word in ("test", "val", "validation", "valid") if word in known), None)
+    if "train" in known and test is not None:
+        return "train", test
+    if not known:
+        raise UserError(
+            f"{data} is not split into training and test images: sort them into folders train/ and val/ "
+            f"(shards: 'train' and 'val' in their names), or point at data that is"
+        )
+    raise UserError(
+        f"{data} has the split{'s' if len(known) > 1 else ''} {', '.join(known)}, which do not say what to train and "
+        f"what to test on; name them with --train-split and --test-split"
+    )
+
+
+def _known_split(data: str, split: str, known: list[str]) -> str:
+    if split.lower() in known:
+        return split.lower()
+    if not known:
+        raise UserError(f"{data} has no split {split!r}: it is not split at all (looked for train, val, test in names)")
+    raise UserError(f"{data} has no split {split!r}; it has {', '.join(known)}{nearest(split.lower(), known)}")
+
+
+def _path(data: str) -> str:
+    return os.path.abspath(os.path.expanduser(data))
+
+
+def _kind(data: str) -> Kind:
+    """What the data is, found out by looking. A folder known from before is not listed again."""
+    from . import folder
+    from .names import SPLIT_WORDS
+
+    if data.split(":", 1)[0] == "fractals":
+        return "fractals"
+    path = _path(data)
+    if not os.path.exists(path):
+        raise UserError(_missing(data, path))
+    if os.path.isfile(path):
+        return _kind_of_file(data, path)
+    if folder.stored(path) is not None:
+        return "folder"
+    try:
+        names = os.listdir(path)
+        for inner in [name for name in names if name.lower() in (*SPLIT_WORDS, "data")]:
+            if os.path.isdir(os.path.join(path, inner)):
+                names += os.listdir(os.path.join(path, inner))
+    except OSError as error:
+        raise UserError(f"{data} cannot be read: {error.strerror}") from None
+    names = [name.lower() for name in names if not name.startswith(".")]
+    if any(name.endswith(".tar") for name in names):
+        return "tar"
+    if any(name.endswith(".parquet") for name in names):
+        return "parquet"
+    if packed := next((name for name in names if name.endswith(COMPRESSED_TAR)), None):
+        raise UserError(compressed(os.path.join(data, packed)))
+    return "folder"
+
+
+def _kind_of_file(data: str, path: str) -> Kind:
+    if path.lower().endswith(".tar"):
+        return "tar"
+    if path.lower().endswith(".parquet"):
+        return "parquet"
+    if path.lower().endswith(COMPRESSED_TAR):
+        raise UserError(compressed(data))
+    raise UserError(f"{data} is a file, and neither .tar nor .parquet: give a folder of images, tar or parquet shards")
+
+
+def compressed(shard: str) -> str:
+    """The message for a compressed archive."""
+    return (
+        f"{shard} is compressed, so no single image can be read from it: unpack it once to a plain .tar (gunzip, unxz)"
+    )
+
+
+def _missing(data: str, path: str) -> str:
+    parent, name = os.path.split(path)
+    while not os.path.isdir(parent):
+        parent, name = os.path.split(parent)
+    try:
+        close = difflib.get_close_matches(name, os.listdir(parent), n=1)
+    except OSError:
+        close = []
+    hint = f"did you mean {os.path.join(parent, close[0])}?" if close else f"{parent} exists, and holds no {name}"
+    return f"there is no {data}: {hint}"

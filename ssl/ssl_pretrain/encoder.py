@@ -1,0 +1,302 @@
+"""An exported encoder: written by the loop, read by evaluators and by anybody's own code.
+
+A folder with `model.safetensors` (weights under the field's names), `config.json` (architecture, preprocessing, lineage,
+a hash of the weights) and a model card. Shapes: B images, C channels, H x W pixels.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import backbones
+from .backbones.backbone import Backbone, Features
+from .checkpoint import sync, write_text
+from .errors import UserError, nearest
+from .randomness import key
+
+FORMAT = 1  # of config.json; a reader refuses a newer one
+SHOWN = 10  # names listed in a message of each kind of mismatch
+# Options that may differ between an export and the encoder its weights start (--init-from): they give no weight another
+# meaning. All others must agree, heads for instance, which no shape would betray.
+FREE = frozenset({"drop_path", "pool"})
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a picture to what the encoder was trained on: the shorter side to `resize` pixels, the central `crop`
+    (height, width), [0, 1], minus `mean`, over `std`."""
+
+    resize: int
+    crop: tuple[int, int]
+    interpolation: Literal["bicubic", "bilinear"]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return len(self.mean)
+
+    @classmethod
+    def for_size(cls, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> "Preprocessing":
+        """The usual evaluation crop: 224 out of 256 and in that proportion; from 112 pixels down the whole image, as on
+        small-image data sets."""
+        short = min(size)
+        return cls(round(short * 256 / 224) if short > 112 else short, size, "bicubic", mean, std)
+
+
+@final
+class Encoder(nn.Module):
+    """A backbone with its preprocessing. Call it with images (B, C, H, W) as `preprocess` gives them; returns Features.
+
+    Attributes: `backbone`; `name`, the encoder's among `backbones.names()`; `preprocessing`; `lineage`, where the
+    weights come from (method, data, step, ...), JSON data.
+    """
+
+    def __init__(self, backbone: Backbone, name: str, preprocessing: Preprocessing, lineage: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.backbone, self.name, self.preprocessing = backbone, name, preprocessing
+        self.lineage = dict(lineage)
+
+    def preprocess(self, images: Sequence[Image.Image | np.ndarray | bytes]) -> Tensor:
+        """Pictures (PIL images of any mode, arrays (H, W, C) uint8, the bytes of image files; turned upright as EXIF
+        says) to (B, C, H, W) float32 on the encoder's device.
+
+        Raises UserError for one that cannot be read or has other channels than the encoder takes.
+        """
+        from .data.decode import BadImage, _eight_bits, decode
+        from .data.views import resize_and_crop
+
+        how = self.preprocessing
+        crops = []
+        for i, image in enumerate(images):
+            try:
+                if isinstance(image, Image.Image) and how.channels in (1, 3):
+                    pixels = _eight_bits(ImageOps.exif_transpose(image), how.channels)
+                else:
+                    pixels = decode(np.asarray(image) if isinstance(image, Image.Image) else image, how.channels)
+            except BadImage as problem:
+                raise UserError(f"image {i} of the {len(images)} to encode: {problem}") from None
+            crops.append(resize_and_crop(pixels, how.resize, how.crop, how.interpolation))
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        return self.normalise(torch.from_numpy(np.stack(crops)).to(device))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Crops (B, H, W, C) uint8, on any device, to (B, C, H, W) float32."""
+        mean, std = (torch.tensor(v, device=pixels.device) for v in (self.preprocessing.mean, self.preprocessing.std))
+        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+    def forward(self, images: Tensor, **options: Any) -> Features:
+        """See `Backbone.forward`."""
+        return self.backbone(images, **options)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex; the same for the same weights (as they are now), architecture and preprocessing."""
+        described = json.dumps(_config(self), sort_keys=True)
+        return hashlib.blake2b((described + _hash(self.backbone.state_dict())).encode(), digest_size=16).hexdigest()
+
+
+def save(path: Path, encoder: Encoder) -> None:
+    """Write an export to the folder `path`, over an older one. Files are written aside, synced and renamed; killed in
+    between, it leaves no config.json, so never one beside other weights. Raises OSError where it cannot be written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / f".model.safetensors.{os.getpid()}"
+    weights = {name: value.detach().cpu().contiguous() for name, value in encoder.backbone.state_dict().items()}
+    try:
+        save_file(weights, aside, metadata={"format": "pt"})
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        (path / "config.json").unlink(missing_ok=True)
+        os.replace(aside, path / "model.safetensors")
+    except (OSError, SafetensorError) as problem:
+        aside.unlink(missing_ok=True)
+        raise problem if isinstance(problem, OSError) else OSError(f"{path}: {problem}") from None
+    config = {"format": FORMAT, **_config(encoder), "lineage": encoder.lineage, "weights": _hash(weights)}
+    write_text(path / "README.md", _card(encoder))
+    write_text(path / "config.json", json.dumps(config, indent=1) + "\n")
+    sync(path)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """The encoder in a folder, or in the `encoder/` of a run folder; in eval mode on `device`, every weight trainable.
+
+    Raises UserError where there is none, where it was written by a newer version, where its weights do not match its
+    architecture key for key, and where they are not the ones that were saved.
+    """
+    folder = _folder(Path(path))
+    config, weights = _read(folder)
+    described, wanted = config["backbone"], config["preprocessing"]
+    try:
+        crop, mean, std = (tuple(wanted[name]) for name in ("crop", "mean", "std"))
+        preprocessing = Preprocessing(wanted["resize"], crop, wanted["interpolation"], mean, std)
+        backbone = _build(described["name"], described["image_size"], described["in_chans"], described["options"])
+        lineage, saved = config["lineage"], config["weights"]
+    except (KeyError, TypeError, ValueError) as problem:
+        raise UserError(f"{folder / 'config.json'} is no description of an encoder: {problem!r}") from None
+    except UserError as problem:
+        raise UserError(f"{folder / 'config.json'}: {problem}") from None
+    _check_names(backbone, weights, folder)
+    backbone.load_state_dict(weights)
+    if _hash(weights) != saved:
+        raise UserError(
+            f"{folder / 'model.safetensors'} is damaged or was exchanged: its weights are not those that config.json was "
+            f"written with; copy or export it again"
+        )
+    return Encoder(backbone, described["name"], preprocessing, lineage).to(device).eval()
+
+
+def load_weights(path: str | Path, backbone: Backbone) -> None:
+    """Put an export's weights into a backbone of the same architecture, which may be for another image size.
+
+    Raises UserError with the difference where it is another architecture, and as `load` does.
+    """
+    folder = _folder(Path(path))
+    other = load(folder).backbone
+    own, theirs = ({**b.describe(), "in_chans": b.in_chans} for b in (backbone, other))
+    differences = [
+        f"--{name.replace('_', '-')} {own.get(name)} instead of {theirs.get(name)}"
+        for name in sorted({*own, *theirs} - FREE)
+        if own.get(name) != theirs.get(name)
+    ]
+    if differences:
+        raise UserError(f"the encoder in {folder} is another than the one to start: {', '.join(differences)}")
+    weights = backbone.adapt(other.state_dict(), other.image_size)
+    _check_names(backbone, weights, folder)
+    backbone.load_state_dict(weights)
+
+
+def random_like(encoder: Encoder | str | Path, seed: int = 0) -> Encoder:
+    """An untrained encoder of the same architecture and preprocessing, its weights a function of the seed; in eval mode
+    on the same device. `encoder` may also be a path as `load` takes it."""
+    if not isinstance(encoder, Encoder):
+        encoder = load(encoder)
+    like = encoder.backbone
+    backbone = _build(encoder.name, like.image_size, like.in_chans, like.describe(), seed)
+    device = next(encoder.parameters()).device
+    return Encoder(backbone, encoder.name, encoder.preprocessing, {"method": "random", "seed": seed}).to(device).eval()
+
+
+def _build(name: str, image_size: Sequence[int], in_chans: int, options: Mapping[str, Any], seed: int = 0) -> Backbone:
+    """A new backbone, without touching the process's random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key(seed, "random encoder"))
+        height, width = image_size
+        return backbones.build(name, image_size=(height, width), in_chans=in_chans, **options)
+
+
+def _folder(path: Path) -> Path:
+    """The folder of the export at `path`."""
+    if not path.exists():
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(path.name, beside)
+        hint = hint if hint.startswith("; did") else ""
+        raise UserError(f"{path} does not exist{hint}: give a run folder, or the encoder/ in one")
+    for folder in (path, path / "encoder"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(
+        f"{path} holds no encoder (neither config.json nor encoder/config.json): give a run folder that has saved a "
+        f"checkpoint, or the encoder/ in one"
+    )
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the weights by name."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        newer = config["format"] > FORMAT
+        parts = [config["backbone"], config["preprocessing"]]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"{file} is no description of an encoder: {problem!r}") from None
+    if newer:
+        raise UserError(
+            f"{file} is of format {config['format']}, this version reads up to {FORMAT}: upgrade ssl-pretrain"
+        )
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{file} is no description of an encoder: its parts are not objects")
+    try:
+        return config, load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{folder / 'model.safetensors'} cannot be read: {problem}") from None
+
+
+def _check_names(backbone: Backbone, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Raise UserError, with the difference, unless the weights have the backbone's names and shapes."""
+    own = backbone.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - own.keys()),
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in sorted(own.keys() & weights.keys())
+            if own[name].shape != weights[name].shape
+        ],
+    }
+    said = [
+        f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if said:
+        kind = type(backbone).__name__
+        raise UserError(f"the weights in {where} do not fit the {kind} of its config: {'; '.join(said)}")
+
+
+def _hash(weights: Mapping[str, Tensor]) -> str:
+    """Hex hash of tensors by name: names, types, shapes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _config(encoder: Encoder) -> dict[str, Any]:
+    """What config.json says of the architecture and the preprocessing."""
+    return {
+        "backbone": {
+            "name": encoder.name,
+            "image_size": list(encoder.backbone.image_size),
+            "in_chans": encoder.backbone.in_chans,
+            "options": encoder.backbone.describe(),
+        },
+        "preprocessing": dataclasses.asdict(encoder.preprocessing),
+    }
+
+
+def _card(encoder: Encoder) -> str:
+    """The model card, Markdown."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in encoder.lineage.items())
+    height, width = encoder.backbone.image_size
+    return f"""# {encoder.name}, pretrained with {encoder.lineage.get("method", "an unknown method")}
+
+{facts}
+- input: {encoder.backbone.in_chans} x {height} x {width} pixels, preprocessing in config.json
+- features: {encoder.backbone.dim} wide
+
+```python
+from PIL import Image
+
+from ssl_pretrain import encoder
+
+model = encoder.load("this folder")
+features = model(model.preprocess([Image.open("cat.jpg")]))  # .pooled (1, {encoder.backbone.dim})
+```
+
+Made by ssl-pretrain. It was trained without labels; what it is good for must be measured on the task at hand.
+"""

@@ -1,0 +1,412 @@
+"""Features of a data set's images: one pass of a frozen encoder, kept in a cache that every evaluator reads.
+
+Shapes: N images of the source, n of them readable, F floats a feature; B, H, W, C a batch of images in uint8.
+
+A *tap* says which vector of an encoder: "cls", "mean" (of the patch tokens) or "pooled" (as the encoder defines it), of
+the last block after the final norm; "cls@-4" and "mean@-4" are those of the fourth block from the end, with the final
+norm applied to it too (as DINOv2's and I-JEPA's linear evaluations do).
+
+The cache is the folder `features` under `data.index.directory()`: a subfolder for each (encoder, images, preprocessing,
+precision), in it a .npy file for each tap. Anything in it may be deleted at any time.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .backbones.backbone import Backbone, Features
+from .checkpoint import write_text
+from .data.decode import BadImage, decode
+from .data.index import directory
+from .data.source import Source
+from .data.subset import Subset
+from .data.views import resize_and_crop
+from .encoder import Encoder, Preprocessing
+from .errors import UserError, nearest
+
+FORMAT = 1  # of the cache and of what a tap means; a cache of another format is not read
+POOLINGS = ("pooled", "cls", "mean")
+Precision = Literal["fp32", "bf16"]
+Progress = Callable[[int, int], None]  # images done, images in all
+
+
+class NotFinite(UserError):
+    """The encoder gives NaN or infinity."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """An image that could not be read."""
+
+    index: int  # in the source
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Which vector of an encoder."""
+
+    pooling: str  # one of POOLINGS
+    block: int = -1  # from the end
+
+    @classmethod
+    def parse(cls, text: str) -> "Tap":
+        """The tap of that name. Raises UserError for what is none."""
+        match = re.fullmatch(r"(\w+)(?:@(-[1-9]\d*))?", text)
+        if match is None or match[1] not in POOLINGS:
+            raise UserError(
+                f"unknown feature {text!r}{nearest(text, POOLINGS)} (cls@-4 is that of the fourth block from the end)"
+            )
+        tap = cls(match[1], int(match[2] or -1))
+        if tap.pooling == "pooled" and tap.block != -1:
+            raise UserError(
+                f"feature {text!r}: 'pooled' is a vector of the last block; name cls@{tap.block} or mean@{tap.block}"
+            )
+        return tap
+
+    def __str__(self) -> str:
+        return self.pooling if self.block == -1 else f"{self.pooling}@{self.block}"
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Features of the n readable images of a source, in its order."""
+
+    features: dict[str, np.ndarray]  # by tap: (n, F) float32, memory-mapped and read-only where cached
+    index: np.ndarray  # (n,) int64: which image of the source a row is of
+    labels: np.ndarray | None  # (n,) int64, the source's
+    bad: list[Bad] = field(default_factory=list)  # the images left out
+
+
+def extract(
+    encoder: Encoder,
+    source: Source,
+    taps: Sequence[str],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> Extracted:
+    """The features of every readable image of `source` at each of `taps`, of the encoder in eval mode on `device`.
+
+    Images are decoded, resized and cropped as `encoder.preprocessing` says, in `workers` processes (0: in this one),
+    and come to the encoder once however many taps there are. With `cache`, only taps that are not there yet are
+    computed, rows go to the disk as they come, and what is returned is memory-mapped: memory does not grow with N.
+    Without it everything is in memory. An image that cannot be read is left out and listed.
+
+    Raises UserError where no image can be read, an unknown tap, one that the encoder does not have, or a cache that
+    cannot be written; NotFinite where the encoder gives NaN or infinity. Either way nothing half-written stays.
+    """
+    wanted = {str(Tap.parse(text)): Tap.parse(text) for text in taps}
+    encoder.to(device).eval()
+    folder = _folder(encoder, source, precision) if cache else None
+    bad, found = _stored(folder, len(source), list(wanted)) if folder else ([], {})
+    if missing := [tap for name, tap in wanted.items() if name not in found]:
+        work = _Pass(encoder, source, batch_size, workers, torch.device(device), precision, folder, progress)
+        fresh, unread = work.run(missing)
+        if found and unread != bad:  # other images could be read than when the rest was computed: rows do not match
+            found = {}
+            fresh, unread = work.run(list(wanted.values()))
+        found, bad = found | fresh, unread
+    readable = np.ones(len(source), bool)
+    readable[[item.index for item in bad]] = False
+    index = np.flatnonzero(readable)
+    return Extracted(
+        {name: found[name][: len(index)] for name in wanted},
+        index,
+        None if source.labels is None else np.asarray(source.labels)[index],
+        bad,
+    )
+
+
+def vectors(encoder: Encoder, images: Tensor, taps: Sequence[Tap]) -> dict[str, Tensor]:
+    """The encoder's vectors (B, F) float32 of normalised images (B, C, H, W), by tap. Raises UserError for a tap that
+    the encoder does not have."""
+    wanted = tuple(sorted({tap.block for tap in taps if tap.block != -1}))
+    if wanted and -wanted[0] > blocks(encoder):
+        raise UserError(f"this encoder gives features of its last {blocks(encoder)} block(s), not of {-wanted[0]}")
+    features = encoder(images, blocks=wanted) if wanted else encoder(images)
+    tokens = {}
+    for block, output in zip(wanted, features.blocks, strict=True):
+        # `norm`: what a backbone that supports "blocks" has after the last of them
+        tokens[block] = cast(nn.Module, encoder.backbone.norm)(output)
+    result = {}
+    for tap in taps:
+        if tap.pooling == "cls" and features.cls is None:
+            raise UserError("this encoder has no CLS token: --features pooled or mean, not cls")
+        if tap.pooling == "pooled":
+            vector = features.pooled
+        elif tap.block == -1:
+            vector = features.cls if tap.pooling == "cls" else features.patches.mean(1)
+        else:
+            output = tokens[tap.block]
+            prefix = 0 if features.prefix is None else features.prefix.shape[1]
+            vector = output[:, 0] if tap.pooling == "cls" else output[:, prefix:].mean(1)
+        assert vector is not None
+        result[str(tap)] = vector.float()
+    return result
+
+
+def blocks(encoder: Encoder) -> int:
+    """Of how many of its last blocks an encoder gives features; 1: of the last only."""
+    return encoder.backbone.depth if "blocks" in encoder.backbone.supports else 1
+
+
+@torch.inference_mode()
+def poolings(encoder: Encoder, device: torch.device | str) -> tuple[str, ...]:
+    """Which of POOLINGS the encoder's last block has: not "cls" where there is no CLS token."""
+    height, width = encoder.preprocessing.crop
+    blank = torch.zeros(1, encoder.preprocessing.channels, height, width, device=device)
+    has_cls = encoder.to(device).eval()(blank).cls is not None
+    return tuple(name for name in POOLINGS if has_cls or name != "cls")
+
+
+@final
+class Pixels(Backbone):
+    """Raw pixels in the place of a backbone: the image as one vector, which is `pooled` and the only patch."""
+
+    supports = frozenset()
+
+    @dataclass(frozen=True)
+    class Config:
+        """Nothing to choose."""
+
+    def __init__(self, image_size: tuple[int, int], in_chans: int) -> None:
+        super().__init__()
+        self.config = self.Config()
+        self.image_size, self.in_chans = image_size, in_chans
+        self.dim, self.depth, self.stride = in_chans * image_size[0] * image_size[1], 1, image_size
+
+    def forward(self, images: Tensor, **options: Any) -> Features:
+        """The pixels of images (B, C, H, W). Raises UnsupportedByBackbone for any option."""
+        self.require("the caller", *options)
+        flat = images.flatten(1)
+        return Features(cls=None, patches=flat[:, None], grid=(1, 1), pooled=flat)
+
+    def layer_of(self, parameter: str) -> int:
+        """There are no parameters: raises KeyError."""
+        raise KeyError(parameter)
+
+
+def pixel_encoder(image_size: tuple[int, int], channels: int) -> Encoder:
+    """The baseline that any encoder must beat: images of about `image_size` (height, width), shrunk to at most 32 x 32
+    pixels, values in [0, 1] minus 0.5 over 0.25."""
+    side = min(32, *image_size)
+    preprocessing = Preprocessing.for_size((side, side), (0.5,) * channels, (0.25,) * channels)
+    return Encoder(Pixels((side, side), channels), "pixels", preprocessing, {"method": "pixels"})
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One way of the images through the encoder."""
+
+    encoder: Encoder
+    source: Source
+    batch_size: int
+    workers: int
+    device: torch.device
+    precision: Precision
+    folder: Path | None  # of the cache
+    progress: Progress | None
+
+    def run(self, taps: list[Tap]) -> tuple[dict[str, np.ndarray], list[Bad]]:
+        """Features by tap, (N, F), the rows of readable images first, in the cache or in memory; and the bad images."""
+        with contextlib.ExitStack() as stack:
+            rows: dict[str, _Rows] = {}
+            bad: list[Bad] = []
+            done = 0
+            for images, failures in _images(self.encoder.preprocessing, self.source, self.batch_size, self.workers):
+                bad += failures
+                done += len(images) + len(failures)
+                if len(bad) == done:
+                    raise UserError(f"none of the first {done} images can be read; {bad[0].name}: {bad[0].reason}")
+                if len(images):
+                    for name, vector in self._encode(images, taps).items():
+                        if name not in rows:
+                            rows[name] = stack.enter_context(_Rows((len(self.source), vector.shape[1]), self.folder))
+                        rows[name].append(vector)
+                if self.progress:
+                    self.progress(done, len(self.source))
+            found = {name: part.finish(_file(name, bad)) for name, part in rows.items()}
+        if self.folder is not None:
+            what = {"images": self.source.description, "encoder": self.encoder.lineage, "bad": list(map(asdict, bad))}
+            with _cache_errors(self.folder):
+                write_text(self.folder / "images.json", json.dumps(what, indent=1))
+        return found, bad
+
+    @torch.inference_mode()
+    def _encode(self, images: np.ndarray, taps: list[Tap]) -> dict[str, np.ndarray]:
+        """The vectors (B, F) of uint8 images (B, H, W, C), by tap."""
+        pixels = torch.from_numpy(images).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            found = vectors(self.encoder, self.encoder.normalise(pixels), taps)
+        for name, vector in found.items():
+            if not vector.isfinite().all():
+                raise NotFinite(
+                    f"the encoder gives NaN or infinity for images of {self.source.description} (feature {name}): its "
+                    f"training diverged, or --precision bf16 is too coarse for it"
+                )
+        return {name: vector.cpu().numpy() for name, vector in found.items()}
+
+
+# ---- Reading the images.
+
+
+class _Images(Dataset):
+    """Images of a source as uint8 (H, W, C), or why there is none."""
+
+    def __init__(self, source: Source, preprocessing: Preprocessing) -> None:
+        self.source, self.how = source, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> np.ndarray | Bad:
+        try:
+            pixels = decode(self.source[i], self.how.channels)
+        except (BadImage, OSError, ValueError) as problem:
+            return Bad(i, self.source.name(i), str(problem))
+        return resize_and_crop(pixels, self.how.resize, self.how.crop, self.how.interpolation)
+
+
+def _collate(items: list[np.ndarray | Bad]) -> tuple[np.ndarray, list[Bad]]:
+    # Arrays, not tensors: those would come through shared memory, of which containers often have next to none.
+    images = [item for item in items if not isinstance(item, Bad)]
+    bad = [item for item in items if isinstance(item, Bad)]
+    return np.stack(images) if images else np.empty((0,), np.uint8), bad
+
+
+def _begin_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+
+
+def _images(
+    preprocessing: Preprocessing, source: Source, batch_size: int, workers: int
+) -> Iterator[tuple[np.ndarray, list[Bad]]]:
+    """The source's images in order, uint8 (B, H, W, C), and what could not be read between them."""
+    return iter(
+        DataLoader(
+            _Images(source, preprocessing),
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=_collate,
+            worker_init_fn=_begin_worker,
+        )
+    )
+
+
+# ---- The cache.
+
+
+def _folder(encoder: Encoder, source: Source, precision: Precision) -> Path:
+    """Where features of these images by this encoder are kept."""
+    what = [FORMAT, encoder.fingerprint, _identity(source), asdict(encoder.preprocessing), precision]
+    key = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return directory() / "features" / key
+
+
+def _identity(source: Source) -> list[str]:
+    if isinstance(source, Subset):
+        return [
+            *_identity(source.source),
+            hashlib.blake2b(source.indices.astype(np.int64).tobytes(), digest_size=16).hexdigest(),
+        ]
+    return [source.fingerprint, str(len(source))]
+
+
+def _file(tap: str, bad: list[Bad]) -> str:
+    """A tap's file. Its name says which images were left out, so that rows of two passes are never mixed up."""
+    left_out = json.dumps([item.index for item in bad]).encode()
+    return f"{tap}.{hashlib.blake2b(left_out, digest_size=4).hexdigest()}.npy"
+
+
+def _stored(folder: Path, count: int, names: list[str]) -> tuple[list[Bad], dict[str, np.ndarray]]:
+    """What the cache has of these taps: the images left out, and arrays (N, F). A damaged file is as good as none."""
+    try:
+        record = json.loads((folder / "images.json").read_text())
+        bad = [Bad(**item) for item in record["bad"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [], {}
+    found = {}
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            array = np.load(folder / _file(name, bad), mmap_mode="r", allow_pickle=False)
+            if array.ndim == 2 and len(array) == count and array.dtype == np.float32:
+                found[name] = array
+    return bad, found
+
+
+@contextlib.contextmanager
+def _cache_errors(folder: Path) -> Iterator[None]:
+    """Errors of the system in here are about the cache: raised as UserError."""
+    try:
+        yield
+    except OSError as problem:
+        raise UserError(
+            f"the feature cache {folder.parent} cannot be written ({problem.strerror}): set SSL_PRETRAIN_CACHE to a "
+            f"folder with room, or do without (--no-cache)"
+        ) from None
+
+
+class _Rows:
+    """An array (N, F) float32 that is filled from the top, batch by batch: in memory, or in a file of `folder` that is
+    written aside and gets its name in `finish`. Leaving the context unfinished removes the file."""
+
+    def __init__(self, shape: tuple[int, int], folder: Path | None) -> None:
+        self.filled = 0
+        self.folder = folder
+        if folder is None:
+            self.array = np.empty(shape, np.float32)
+            return
+        with _cache_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix=".writing-", dir=folder)
+            self.aside = Path(name)
+            try:
+                self.array = np.lib.format.open_memmap(self.aside, mode="w+", dtype=np.float32, shape=shape)
+                # The room is taken first: a disk that is full under a memory map ends the process without a word.
+                os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+            except OSError:
+                self.aside.unlink()
+                raise
+            finally:
+                os.close(descriptor)
+
+    def append(self, rows: np.ndarray) -> None:
+        """Fill the next len(rows) rows."""
+        self.array[self.filled : self.filled + len(rows)] = rows
+        self.filled += len(rows)
+
+    def finish(self, name: str) -> np.ndarray:
+        """The array; where it is in a file, that is now called `name` and the array is read-only."""
+        if self.folder is None:
+            return self.array
+        assert isinstance(self.array, np.memmap)
+        self.array.flush()
+        os.replace(self.aside, self.folder / name)
+        return np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+
+    def __enter__(self) -> "_Rows":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.folder is not None:
+            self.aside.unlink(missing_ok=True)

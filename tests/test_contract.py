@@ -1,0 +1,146 @@
+"""What every method must fulfil, checked over the folder's listing: a new method is tested by being there."""
+
+import dataclasses
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, losses
+from one_step import SIZE, SMALL, batch, build, one_step
+
+from ssl_pretrain import checkpoint, encoder, flags, plugins, pretext
+from ssl_pretrain.config import Run
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.pretext import Step
+
+METHODS = plugins.own("ssl_pretrain.methods")
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def test_the_folder_is_what_is_tested() -> None:
+    assert METHODS == sorted(p.stem for p in (ROOT / "methods").glob("*.py") if p.stem != "__init__")
+    assert "mae" in METHODS
+
+
+@every_method
+def test_one_final_class_with_a_frozen_config_whose_every_knob_is_explained_and_read(name: str) -> None:
+    kind = pretext.load(name)
+    assert getattr(kind, "__final__", False), f"{kind.__name__} must be @final"
+    assert kind.__mro__[1] is pretext.Method
+    assert dataclasses.is_dataclass(kind.Config)
+    assert kind.Config.__dataclass_params__.frozen
+    explained = flags.docs(kind.Config)
+    source = inspect.getsource(inspect.getmodule(kind))
+    run = {field.name for field in dataclasses.fields(Run)}
+    for field in dataclasses.fields(kind.Config):
+        assert explained.get(field.name), f"{field.name} has no help"
+        assert re.search(rf"config\.{field.name}\b", source), f"nothing reads {field.name}"
+        assert field.name not in run, f"{field.name} is a flag of the run"
+    for flag in kind.recipe.small:
+        assert flag in run or flag in kind.Config.__dataclass_fields__, f"recipe.small: unknown {flag}"
+
+
+@every_method
+def test_it_has_a_page_and_a_test(name: str) -> None:
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+    assert f"--method {name}" in page
+    assert (ROOT / "tests" / f"test_{name}.py").exists()
+
+
+@every_method
+def test_views_are_declared(name: str) -> None:
+    kind = pretext.load(name)
+    specs = kind.views(kind.Config(), (48, 32))
+    assert specs
+    assert all(isinstance(spec, ViewSpec) for spec in specs)
+    assert len({spec.name for spec in specs}) == len(specs)
+    assert (48, 32) in [spec.size for spec in specs]  # not square, not turned round
+
+
+@every_method
+def test_the_loss_is_finite_and_no_parameter_is_dead(name: str) -> None:
+    result = one_step(name)
+    assert torch.isfinite(result["loss"])
+    dead = [n for n in result["trainable"] if not result["gradients"].get(n, torch.zeros(1)).abs().sum() > 0]
+    assert not dead
+    assert all(bool(torch.isfinite(g).all()) for g in result["gradients"].values())
+
+
+@every_method
+def test_forward_changes_no_state_and_is_a_function_of_the_step(name: str) -> None:
+    method = build(name)
+    method.eval()
+    before = {n: v.clone() for n, v in method.state_dict().items()}
+
+    def loss(number: int) -> float:
+        step = Step(step=1, total=10, noise=number, rows=slice(0, 16), batch_size=16, device=torch.device("cpu"))
+        with torch.no_grad():
+            return float(method(batch(method, slice(0, 16)), step).total)
+
+    assert loss(1) == loss(1)
+    assert all(torch.equal(v, before[n]) for n, v in method.state_dict().items())
+
+
+@every_method
+def test_two_ranks_and_two_micro_batches_give_the_loss_and_gradients_of_one(name: str, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("one_step.py")
+    place = {"SSL_PRETRAIN_RENDEZVOUS": (tmp_path / "rendezvous").as_uri(), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, name, tmp_path / "two"],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    one = one_step(name)
+    for other in (torch.load(tmp_path / "two.pt"), one_step(name, 2)):
+        torch.testing.assert_close(other["loss"], one["loss"], rtol=1e-5, atol=1e-6)
+        assert other["gradients"].keys() == one["gradients"].keys()
+        for n, gradient in one["gradients"].items():
+            torch.testing.assert_close(other["gradients"][n], gradient, rtol=1e-3, atol=1e-6)
+        for n, value in one["state"].items():
+            torch.testing.assert_close(other["state"][n], value, rtol=1e-4, atol=1e-6)
+
+
+@every_method
+def test_a_resumed_run_has_the_bits_of_the_undisturbed_one(
+    name: str, photos: Path, tmp_path: Path, pretrain: Callable
+) -> None:
+    out = tmp_path / "run"
+    same = ["--method", name, "--data", photos, "--out", out, "--steps", 6, "--log-every", 1, "--checkpoint-every", 3]
+    same += ["--encoder", "vit_micro", "--image-size", *SIZE, "--patch-size", 8, "--depth", 2, "--batch-size", 16]
+    same += [word for knob, value in SMALL.get(name, {}).items() for word in ("--" + knob.replace("_", "-"), value)]
+    same += ["--lr", "1e-3", "--workers", 0]
+    pretrain(*same)
+    whole, curve = checkpoint.load(out / "checkpoints", 6), losses(out)
+    whole = {part: {n: v.clone() for n, v in whole[part].items()} for part in ("method", "optimizer")}
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    pretrain(*same)
+    resumed = checkpoint.load(out / "checkpoints", 6)
+    for part in ("method", "optimizer"):
+        for n, value in whole[part].items():
+            assert torch.equal(value, resumed[part][n]), n
+    assert losses(out) == curve
+    exported = encoder.load(out)
+    assert exported(torch.zeros(1, 3, *SIZE)).pooled.shape == (1, exported.backbone.dim)
+
+
+@pytest.mark.slow
+@every_method
+def test_it_learns_on_real_images(name: str, shared_data: Path, tmp_path: Path, pretrain: Callable) -> None:
+    """kNN of CIFAR-10 images clearly above the untrained encoder's after a minute."""
+    small = pretext.load(name).recipe.small
+    argv = ["--method", name, "--data", shared_data / "cifar10_lossless5k", "--out", tmp_path / "run", "--steps", 600]
+    argv += ["--encoder", "vit_micro", "--image-size", 32, "--patch-size", 4, "--batch-size", 128, "--workers", 1]
+    argv += [word for knob, value in small.items() for word in ("--" + knob.replace("_", "-"), value)]
+    said = pretrain(*argv).stdout
+    trained, untrained = map(float, re.findall(r"([\d.]+) %", said))
+    assert trained > untrained + 3, said

@@ -1,0 +1,93 @@
+"""Every command in README and docs is run, shrunk; links lead somewhere; the README's Python example works."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DATA, ROOT, TINY, picture
+
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+SHRINK = {
+    "pretrain": ["--steps", "2", "--workers", "0"],
+    "evaluate": ["--batch-size", "32"],
+}
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of code blocks (indented or fenced) that are one of our commands, continuation lines joined."""
+    text = re.sub(r" *\\\n\s*", " ", page.read_text())
+    lines = re.findall(r"^(?:    )?((?:.*&& )?(?:ssl-pretrain|ssl-eval|python benchmarks/)\s?[^|`]*)$", text, re.MULTILINE)
+    return [line.split("&& ")[-1].strip() for line in lines]
+
+
+ALL = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in commands(page)]
+
+
+def test_the_commands_are_found() -> None:
+    readme = [line for page, line in ALL if page == "README.md"]
+    assert "ssl-pretrain --method mae" in readme
+    assert any(line.startswith("ssl-eval linear") for line in readme)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user's: photos/, labelled-photos/ with splits, cat.jpg, and the real data where it is there."""
+    desk = tmp_path_factory.mktemp("desk") / "project"
+    for split, count in (("train", 20), ("val", 6)):
+        for label in ("red", "blue"):
+            folder = desk / "labelled-photos" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = picture(1000 * len(label) + i).convert("RGB", (1, 0, 0, 0) * 3 if label == "red" else None)
+                image.save(folder / f"{split}-{label}-{i}.jpg")
+    (desk / "photos").mkdir()
+    for i in range(40):
+        picture(i).save(desk / "photos" / f"{i}.jpg")
+    picture(7, (300, 400)).save(desk / "cat.jpg")
+    (desk / "benchmarks").symlink_to(ROOT / "benchmarks")
+    if DATA.is_dir():
+        (desk.parent / "shared").symlink_to(DATA.parent)
+    return desk
+
+
+def run(line: str, desk: Path) -> None:
+    if "../shared" in line and not DATA.is_dir():
+        pytest.skip("../shared/data is not there: this command needs it")
+    words = shlex.split(line.replace("...", "").split("#")[0])
+    program = {"ssl-pretrain": "pretrain", "ssl-eval": "evaluate"}.get(words[0])
+    if program == "pretrain":
+        argv = [sys.executable, "-m", "ssl_pretrain.launch.pretrain", *words[1:], *SHRINK[program]]
+        argv += ["--out", str(desk / "run" / str(abs(hash(line))))] if "--out" not in words else []
+        if "--help" not in words and "--data" in words:
+            argv += [w for i, w in enumerate(TINY) if w != "--depth" and TINY[i - 1] != "--depth"]
+    elif program:
+        argv = [sys.executable, "-m", "ssl_pretrain.launch.evaluate", *words[1:], *SHRINK[program]]
+    else:
+        argv = [sys.executable, *words[1:], "--help"]
+    done = subprocess.run(argv, cwd=desk, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted({page for page, _ in ALL}))
+def test_every_command_of_a_page_runs_in_order(page: str, desk: Path) -> None:
+    for where, line in ALL:
+        if where == page:
+            run(line, desk)
+    if page == "README.md":
+        example = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        assert example
+        code = example[1] + "assert features.pooled.shape == (1, model.backbone.dim)\n"
+        done = subprocess.run([sys.executable, "-c", code], cwd=desk, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

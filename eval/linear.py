@@ -71,9 +71,13 @@ class Input:
     @property
     def taps(self) -> tuple[str, ...]:
         """The features it is put together from."""
-        kinds = {"cls": ["cls"], "mean": ["mean"], "cls+mean": ["cls"]}[self.pooling]
-        taps = [str(Tap(kind, -block)) for kind in kinds for block in range(1, self.layers + 1)]
-        return (*taps, "mean") if self.pooling == "cls+mean" else tuple(taps)
+        kind = "mean" if self.pooling == "mean" else "cls"
+        taps = tuple(str(Tap(kind, -block)) for block in range(1, self.layers + 1))
+        return (*taps, "mean") if self.pooling == "cls+mean" else taps
+
+    def of(self, features: dict[str, Tensor]) -> Tensor:
+        """The input (B, F) put together from features by tap."""
+        return torch.cat([features[tap] for tap in self.taps], dim=1)
 
 
 @final
@@ -233,15 +237,15 @@ class _Scaling:
     def __init__(self, train: Side, taps: Sequence[str], rows: np.ndarray, active: bool) -> None:
         self._by_tap = {tap: _statistics(train.features[tap], rows) for tap in taps} if active else {}
 
-    def __call__(self, one: Input, features: dict[str, Tensor]) -> Tensor:
-        """The input (B, F) put together from features by tap."""
-        return torch.cat([self._scaled(tap, features[tap]) for tap in one.taps], dim=1)
-
-    def _scaled(self, tap: str, x: Tensor) -> Tensor:
+    def __call__(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Features by tap, (B, F) each, standardised."""
         if not self._by_tap:
-            return x
-        mean, deviation = self._by_tap[tap]
-        return (x - mean.to(x.device)) / deviation.to(x.device)
+            return features
+        result = {}
+        for tap, x in features.items():
+            mean, deviation = (value.to(x.device, non_blocking=True) for value in self._by_tap[tap])
+            result[tap] = (x - mean) / deviation
+        return result
 
 
 def _statistics(features: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -267,7 +271,7 @@ def _chunks(
     """Inputs (B, F) and labels (B,) of those rows, in order."""
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
-        yield scaling(one, _rows(side, one.taps, part, device)), torch.from_numpy(side.labels[part]).to(device)
+        yield one.of(scaling(_rows(side, one.taps, part, device))), torch.from_numpy(side.labels[part]).to(device)
 
 
 # ---- Training.
@@ -302,8 +306,9 @@ def _train(
     with contextlib.closing(supply(task, train, rows, taps, batch=batch, steps=config.steps)) as given:
         for step, (features, labels) in enumerate(given):
             scale = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            scaled = scaling(features)
             for one, group in heads.items():
-                group.step(scaling(one, features), labels, scale)
+                group.step(one.of(scaled), labels, scale)
             if step % 50 == 49 or step + 1 == config.steps:
                 task.report(what, step + 1, config.steps)
     return heads
@@ -357,7 +362,7 @@ def _score(
     head that diverged."""
     result = []
     for one, group in heads.items():
-        right, loss = torch.zeros(group.shape[0], device=device), torch.zeros(group.shape[0], device=device)
+        right, loss = torch.zeros(2, group.shape[0], dtype=torch.float64, device=device)
         for x, labels in _chunks(one, side, rows, scaling, device):
             log_p = group.logits(x).log_softmax(2)
             right += (log_p.argmax(2) == labels[:, None]).sum(0)

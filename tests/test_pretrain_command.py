@@ -163,7 +163,7 @@ def test_init_from_starts_from_an_export(photos: Path, tmp_path: Path, pretrain:
     done = pretrain(
         *same, "--out", tmp_path / "fourth", "--init-from", tmp_path / "first", "--depth", 3, "--steps", 1, code=2
     )
-    assert "blocks.2" in done.stderr
+    assert "--depth 3 instead of 2" in done.stderr
 
 
 PLUGIN = '''

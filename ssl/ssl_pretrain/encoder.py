@@ -1,7 +1,7 @@
 """An exported encoder: written by the loop, read by evaluators and by anybody's own code.
 
-A folder with `model.safetensors` (weights under the field's names), `config.json` (architecture, preprocessing, lineage,
-a hash of the weights) and a model card. Shapes: B images, C channels, H x W pixels.
+A folder with `model.safetensors` (weights under the field's names), `config.json` (architecture, preprocessing,
+lineage, a hash of the weights) and a model card. Shapes: B images, C channels, H x W pixels.
 """
 
 import dataclasses
@@ -153,8 +153,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     backbone.load_state_dict(weights)
     if _hash(weights) != saved:
         raise UserError(
-            f"{folder / 'model.safetensors'} is damaged or was exchanged: its weights are not those that config.json was "
-            f"written with; copy or export it again"
+            f"{folder / 'model.safetensors'} is damaged or was exchanged: its weights are not those that config.json "
+            f"was written with; copy or export it again"
         )
     return Encoder(backbone, described["name"], preprocessing, lineage).to(device).eval()
 
@@ -224,9 +224,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{file} is no description of an encoder: {problem!r}") from None
     if newer:
-        raise UserError(
-            f"{file} is of format {config['format']}, this version reads up to {FORMAT}: upgrade ssl-pretrain"
-        )
+        raise UserError(f"{file} is of format {config['format']}, newer than {FORMAT}: upgrade ssl-pretrain to read it")
     if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{file} is no description of an encoder: its parts are not objects")
     try:
@@ -262,7 +260,7 @@ def _hash(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -74,7 +74,7 @@ def vote(
 
 def _unit(rows: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
     """Rows (n, D) as unit vectors, float32, on the device; a row of zeros stays zero."""
-    loaded = rows if isinstance(rows, Tensor) else torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
+    loaded = rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, np.float32))
     unit = normalize(loaded.to(device, torch.float32), dim=1)
     if not unit.isfinite().all():
         raise ValueError("features to compare hold values that are not finite")

@@ -57,8 +57,9 @@ class Report:
         for name, value in line.items():
             if name not in ("step", "time") and isinstance(value, int | float):
                 self._board.add_scalar(f"train/{name}", value, line["step"])
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         shown = (
-            f"loss {line['loss']:.4f}  {line['images_per_s']:.0f} images/s  data wait {line['data_wait']:.0%}  "
+            f"loss {loss}  {line['images_per_s']:.0f} images/s  data wait {line['data_wait']:.0%}  "
             f"{_duration(seconds_left)} left"
         )
         if self._bar:

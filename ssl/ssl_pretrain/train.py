@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
@@ -357,34 +356,21 @@ def _validate(
 ) -> dict[str, float]:
     """The mean loss over the held-out images, always with the same views and the same noise."""
     share = Share(min(run.batch_size, len(held_out)) // here.size * here.size, 1, here.rank, here.size)
-    size, rows = share.batch_size, share.rows(0)
-    count = len(held_out) // size
-    mine = np.concatenate([np.arange(rows.start, rows.stop) + number * size for number in range(count)])
-    total = torch.zeros((), device=here.device)
+    total, count = torch.zeros((), device=here.device), 0
     method.eval()
     with torch.no_grad():
-        for number, raw in enumerate(
-            fixed_batches(
-                held_out,
-                mine,
-                specs,
-                seed=run.seed,
-                channels=run.in_chans,
-                batch_size=share.micro_size,
-                workers=0,
-                policy=run.bad_images,
-            )
-        ):
+        for raw in fixed_batches(held_out, specs, share, seed=run.seed, channels=run.in_chans, policy=run.bad_images):
             step = Step(
                 step=steps - 1,
                 total=steps,
-                noise=key(run.seed, "validation", number),
-                rows=rows,
-                batch_size=size,
+                noise=key(run.seed, "validation", raw.step),
+                rows=share.rows(0),
+                batch_size=share.batch_size,
                 device=here.device,
             )
             with autocast:
                 total += method(to_batch(raw, specs, run.mean, run.std, here.device), step).total
+            count += 1
     method.train()
     return {"loss": float(distributed.all_reduce_(total)) / (count * here.size)}
 

@@ -38,6 +38,9 @@ IN_MEMORY_BYTES = 1 << 30  # an index larger than this must have a file
 _TRAILER = struct.Struct("<16sQ8s")  # digest of the footer, its length, magic
 
 
+Ticket = tuple[Path | bytes, str]
+
+
 class Damaged(Exception):
     """The bytes are not a whole index."""
 
@@ -47,24 +50,22 @@ class CacheUnwritable(Exception):
 
 
 class Index:
-    """Named read-only arrays and `meta` (plain data), mapped from a file (and pickled as its path), or in memory.
+    """Named read-only arrays and `meta` (plain data), mapped from a file, or in memory. A mapped one holds a
+    file descriptor, and pickles as its path.
 
     Raises Damaged where the bytes are not a whole index.
     """
 
     def __init__(self, source: Path | bytes) -> None:
         self._source = source
-        self._map()
-
-    def _map(self) -> None:
         buffer: bytes | mmap.mmap
-        if isinstance(self._source, Path):
-            with open(self._source, "rb") as file:
+        if isinstance(source, Path):
+            with open(source, "rb") as file:
                 if os.fstat(file.fileno()).st_size == 0:
                     raise Damaged("empty file")
                 buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         else:
-            buffer = self._source
+            buffer = source
         footer, self.identity = _footer(buffer)
         self.meta: dict[str, Any] = footer["meta"]
         self._arrays: dict[str, np.ndarray] = {}
@@ -80,17 +81,23 @@ class Index:
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"source": self._source, "identity": self.identity}
+    def ticket(self) -> Ticket:
+        """What opens the same index again (`reopen`)."""
+        return self._source, self.identity
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._source = state["source"]
-        try:
-            self._map()
-        except (OSError, Damaged) as error:
-            raise RuntimeError(f"an index went away or was damaged while in use: {error}") from None
-        if self.identity != state["identity"]:
-            raise RuntimeError(f"{self._source!s} was built again while in use: the data changed during the run")
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reopen, self.ticket()
+
+
+def reopen(source: Path | bytes, identity: str) -> Index:
+    """The index that gave this ticket. Raises RuntimeError where it is no longer the same."""
+    try:
+        index = Index(source)
+    except (OSError, Damaged) as error:
+        raise RuntimeError(f"an index went away or was damaged while in use: {error}") from None
+    if index.identity != identity:
+        raise RuntimeError(f"{source!s} was built again while in use: the data changed during the run")
+    return index
 
 
 def _footer(buffer: bytes | mmap.mmap) -> tuple[dict[str, Any], str]:

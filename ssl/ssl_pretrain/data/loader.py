@@ -64,7 +64,7 @@ class Share:
         if self.batch_size < 1 or self.batch_size % parts:
             below = self.batch_size // parts * parts
             raise UserError(
-                f"a batch of {self.batch_size} images does not divide into {self.world} process(es) x "
+                f"--batch-size {self.batch_size} does not divide into {self.world} process(es) x "
                 f"{self.accumulate} micro-batch(es); the nearest that do: "
                 + (f"{below} and {below + parts}" if below > 0 else f"{parts}")
             )

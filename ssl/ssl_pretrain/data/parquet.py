@@ -6,10 +6,11 @@ of rows at a time, into the cache of indexes (data/index.py) and read from there
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import numpy as np
@@ -26,7 +27,9 @@ try:
 except ImportError:
     pa = None
 
-BATCH_ROWS = 256  # rows unpacked at a time
+BATCH_ROWS = 64  # rows unpacked at a time
+READ_BYTES = 1 << 20  # of a file read at a time
+OPEN_FILES = 128  # unpacked files kept mapped (each holds a file descriptor) by one source in one process
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")  # preferred names, where the metadata does not tell
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 
@@ -41,11 +44,18 @@ class ParquetSource(Source):
         columns = _Columns(files[0][1])
         wanted = [file for word, file in files if split is None or word == split]
         self._files = wanted
-        self._parts = [_unpacked(file, columns.image) for file in wanted]
-        self._ends = np.cumsum([len(part["offsets"]) - 1 for part in self._parts])
+        self._tickets: list[index.Ticket] = []
+        rows, filled = [], False
+        for file in wanted:
+            part = _unpacked(file, columns.image)
+            self._tickets.append(part.ticket())
+            rows.append(len(part["offsets"]) - 1)
+            filled = filled or bool(part["offsets"][-1])
+        self._ends = np.cumsum(rows)
+        self._part = _reopener(self._tickets)
         if len(self) == 0:
             raise UserError(f"{path} holds no rows")
-        if self._parts and all(part["offsets"][-1] == 0 for part in self._parts):
+        if not filled:
             raise UserError(
                 f"the images of {path} are not in its column {columns.image!r} (every value is empty; it may hold "
                 f"paths of files elsewhere): give the folder of those files, or embed them in the parquet"
@@ -62,10 +72,17 @@ class ParquetSource(Source):
     def _fingerprint(self) -> str:
         """Of the files' names, sizes and row counts."""
         facts = [
-            [os.path.basename(file), os.path.getsize(file), len(part["offsets"]) - 1]
-            for file, part in zip(self._files, self._parts, strict=True)
+            [os.path.basename(file), os.path.getsize(file), end]
+            for file, end in zip(self._files, self._ends.tolist(), strict=True)
         ]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_part"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._part = _reopener(self._tickets)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -79,13 +96,19 @@ class ParquetSource(Source):
 
     def __getitem__(self, index: int) -> bytes:
         part, row = self._place(index)
-        start, stop = self._parts[part]["offsets"][row : row + 2].tolist()
-        return self._parts[part]["images"][start:stop].tobytes()
+        unpacked = self._part(part)
+        start, stop = unpacked["offsets"][row : row + 2].tolist()
+        return unpacked["images"][start:stop].tobytes()
 
     def name(self, index: int) -> str:
         """file:row, counted from 0."""
         part, row = self._place(index)
         return names.printable(os.fsencode(f"{self._files[part]}:{row}"))
+
+
+def _reopener(tickets: list[index.Ticket]) -> Callable[[int], Index]:
+    """Opens the unpacked file of a number, and keeps the last few open."""
+    return functools.lru_cache(OPEN_FILES)(lambda part: index.reopen(*tickets[part]))
 
 
 def splits(path: str) -> list[str]:
@@ -208,13 +231,17 @@ def _image_bytes(file: str, column: str, lengths: list[np.ndarray]) -> Iterator[
     """The images of a file, some rows at a time, as (bytes,) uint8; puts each batch's lengths (n,) into `lengths`.
     A null is an image of no bytes."""
     try:
-        with pq.ParquetFile(file) as rows:
+        with pq.ParquetFile(file, buffer_size=READ_BYTES) as rows:
             for batch in rows.iter_batches(BATCH_ROWS, columns=[column]):
                 images = batch.column(0)
                 if pa.types.is_struct(images.type):
                     images = pc.struct_field(images, "bytes")
                 images = pc.fill_null(images, b"")
-                lengths.append(pc.binary_length(images).to_numpy(zero_copy_only=False).astype(np.int64))
-                yield np.frombuffer(b"".join(images.to_pylist()), np.uint8)
+                wide = np.int64 if pa.types.is_large_binary(images.type) else np.int32
+                _, ends, values = images.buffers()
+                offsets = np.frombuffer(ends, wide)[images.offset : images.offset + len(images) + 1]
+                lengths.append(np.diff(offsets))
+                if values is not None:
+                    yield np.frombuffer(values, np.uint8)[offsets[0] : offsets[-1]]
     except (KeyError, IndexError, pa.ArrowInvalid) as error:
         raise UserError(f"{file} cannot be read: {error}") from None

@@ -11,11 +11,12 @@ import numpy as np
 
 from ..randomness import key
 
-_ROUNDS = (
-    8  # four make a pseudorandom permutation of a large domain (Luby and Rackoff); tiny ones need more to look shuffled
-)
+# Four rounds make a pseudorandom permutation of a large domain (Luby and Rackoff, 1988); a domain of six needs twelve
+# before pairs of positions look independent
+_ROUNDS = 12
 # Odd constants of SplitMix64 (Steele, Lea and Flood, 2014): the increment and the finaliser's two multipliers
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MULTIPLY_1, _MULTIPLY_2, _HALF = np.uint64(_MIX_1), np.uint64(_MIX_2), np.uint64(32)
 _MASK = (1 << 64) - 1
 
 
@@ -33,7 +34,7 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
         raise ValueError(f"positions must lie in [0, {size})")
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
-    keys = [_scramble(key + i * _GOLDEN) for i in range(1, _ROUNDS + 1)]
+    keys = [np.uint64(_scramble(key + i * _GOLDEN)) for i in range(1, _ROUNDS + 1)]
     values = _network(positions.ravel().astype(np.uint64), a, b, keys)
     outside = np.flatnonzero(values >= size)
     while outside.size:
@@ -56,20 +57,20 @@ def samples(position: int, count: int, size: int, seed: int) -> tuple[np.ndarray
     return epochs, index
 
 
-def _network(values: np.ndarray, a: int, b: int, keys: list[int]) -> np.ndarray:
+def _network(values: np.ndarray, a: int, b: int, keys: list[np.uint64]) -> np.ndarray:
     """A keyed permutation of [0, a b). values: uint64 (N,)."""
     x, y = np.divmod(values, np.uint64(b))
     modulus, other = np.uint64(a), np.uint64(b)
     for round_key in keys:
-        z = y + np.uint64(round_key)
-        z *= np.uint64(_MIX_1)
-        z ^= z >> np.uint64(32)
-        z *= np.uint64(_MIX_2)
-        z >>= np.uint64(32)  # uniform in [0, 2**32), scaled to [0, modulus) without a division
+        z = y + round_key
+        z *= _MULTIPLY_1
+        z ^= z >> _HALF
+        z *= _MULTIPLY_2
+        z >>= _HALF  # uniform in [0, 2**32), scaled to [0, modulus) without a division
         z *= modulus
-        z >>= np.uint64(32)
+        z >>= _HALF
         z += x
-        z -= modulus * (z >= modulus)
+        np.subtract(z, modulus, out=z, where=z >= modulus)
         x, y, modulus, other = y, z, other, modulus
     return x * np.uint64(b) + y  # an even number of rounds: x is of Z_a again
 

@@ -59,11 +59,11 @@ class TarSource(Source):
     def __len__(self) -> int:
         return len(self._listing)
 
-    def _shard(self, row: int) -> tuple[str, int]:
-        """The path of the shard of an index row, and how long it was when indexed."""
+    def _shard(self, row: int) -> tuple[str, int, int]:
+        """The path of the shard of an index row, its length when indexed, and when it had changed last (ns)."""
         found = self._listing.index
-        name, length, _ = found.meta["shards"][int(found["shard"][row])]
-        return os.path.join(self.path, name) if name else self.path, length
+        name, length, changed_ns = found.meta["shards"][int(found["shard"][row])]
+        return os.path.join(self.path, name) if name else self.path, length, changed_ns
 
     def __getitem__(self, index: int) -> bytes | np.ndarray:
         row, found = self._listing.row(index), self._listing.index
@@ -72,18 +72,19 @@ class TarSource(Source):
 
     def name(self, index: int) -> str:
         """shard:member."""
-        shard, _ = self._shard(self._listing.row(index))
+        shard, _, _ = self._shard(self._listing.row(index))
         return names.printable(os.fsencode(shard) + b":" + self._listing.path(index))
 
 
 class _Shard:
     """An open archive, read by position, so threads and forked processes may share it. Closed with its last reader."""
 
-    def __init__(self, path: str, length: int) -> None:
+    def __init__(self, path: str, length: int, changed_ns: int) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if os.fstat(self._descriptor).st_size != length:
-            raise OSError(f"{path} changed its size since it was indexed: do not write to data that is in use")
+        status = os.fstat(self._descriptor)
+        if (status.st_size, status.st_mtime_ns) != (length, changed_ns):
+            raise OSError(f"{path} changed since it was indexed: do not write to data that is in use")
 
     def read(self, start: int, size: int) -> bytes:
         data = os.pread(self._descriptor, size, start)

@@ -157,9 +157,9 @@ def _train(run: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -
     step_number = start
     waited, since, seen_at = 0.0, time.perf_counter(), start
     method.train()
-    saved = start
+    saved, stopped = start, None
     with contextlib.closing(loader):
-        while step_number < steps and stopped_by(stop) is None:
+        while step_number < steps and (stopped := _agreed(stop)) is None:
             # -- one optimiser step
             lr = learning_rate(
                 step_number,
@@ -281,15 +281,15 @@ def _train(run: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -
     bad_images = 0
     if here.first:
         bad_images = report.merge_bad_images()
-        state_text = f"stopped: {stopped_by(stop)} at step {step_number}" if step_number < steps else "finished"
+        state_text = f"stopped: {stopped} at step {step_number}" if step_number < steps else "finished"
         manifest.end(out, state_text, step=step_number, steps=steps, skipped_steps=skipped, bad_images=bad_images)
     report.close()
     distributed.barrier()
-    return Outcome(out, step_number, steps, stopped_by(stop) if step_number < steps else None, bad_images)
+    return Outcome(out, step_number, steps, stopped, bad_images)
 
 
-def stopped_by(stop: StopRequest) -> str | None:
-    """The signal that any process got, agreed on by all; None without one."""
+def _agreed(stop: StopRequest) -> str | None:
+    """The signal that any process got, agreed on by all (who must all ask); None without one."""
     if not distributed.agree(stop.signal is not None):
         return None
     return stop.signal or "a signal to another process"

@@ -21,9 +21,9 @@ from typing import Any
 
 def model(arguments: argparse.Namespace) -> Any:
     import torch
+    from ssl_pretrain.methods.mae import MAE
 
     from ssl_pretrain import backbones
-    from ssl_pretrain.methods.mae import MAE
 
     torch.manual_seed(0)
     options = {**backbones.defaults(arguments.encoder), **MAE.recipe.encoder, "patch_size": arguments.patch_size}
@@ -57,12 +57,12 @@ def loop(arguments: argparse.Namespace) -> float:
     """The same through `ssl_pretrain.train`, its loader replaced by one ready uint8 batch."""
     import numpy as np
     import torch
+    from ssl_pretrain.methods.mae import MAE
 
     from ssl_pretrain import backbones, train
     from ssl_pretrain.config import Run
     from ssl_pretrain.data.loader import RawBatch
     from ssl_pretrain.data.views import COLOUR_PARAMS
-    from ssl_pretrain.methods.mae import MAE
 
     size, count = arguments.image_size, arguments.batch_size
     raw = RawBatch(
@@ -125,7 +125,9 @@ def main() -> None:
     median = {
         v: {k: statistics.median(r[k] for r in results) for k in ("speed", "memory")} for v, results in found.items()
     }
-    print(f"MAE {arguments.encoder}/{arguments.patch_size} at {arguments.image_size}, batch {arguments.batch_size}, fp32")
+    print(
+        f"MAE {arguments.encoder}/{arguments.patch_size} at {arguments.image_size}, batch {arguments.batch_size}, fp32"
+    )
     for variant, m in median.items():
         print(f"{variant:5}  {m['speed']:8.1f} images/s  peak {m['memory']:7.0f} MiB")
     print(f"loop / bare: speed {median['loop']['speed'] / median['bare']['speed']:.3f}, "

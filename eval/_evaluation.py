@@ -64,7 +64,7 @@ def run(
 ) -> tuple[dict[str, Any], Path]:
     """Evaluate as asked; returns what results.json holds, and its path.
 
-    evaluator: a module of this package, or a plugin: it has `evaluate(task, config) -> Outcome`, and may name BASELINES.
+    evaluator: a module of this package, or a plugin, with `evaluate(task, config) -> Outcome` and perhaps BASELINES.
     progress: for what encoder is at work ("" for the one asked for), the function that is told how far it is.
     Raises UserError for whatever the user must change.
     """
@@ -107,7 +107,7 @@ def run(
             found = evaluator.evaluate(dataclasses.replace(task, encoder=other, progress=progress(kind)), config)
             scores = {key: found.metrics[key] for key in ("top1", "top5")}
             baselines[kind] = {**scores, "headline": found.protocol["headline"]}
-        baselines["majority"] = data.majority()
+        baselines["majority"] = data.majority(outcome.protocol)
     seconds = time.monotonic() - started
     result = record(name, outcome, baselines=baselines, encoder=_facts(options, encoder), seconds=seconds)
     try:

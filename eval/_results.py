@@ -66,44 +66,33 @@ def write(folder: Path, result: dict[str, Any]) -> Path:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a result: the headline with the baselines beside it, then what else was tried, best first."""
+    """Print a result: what else was tried, best first, then the headline with the baselines beside it."""
     console = Console()
-    metrics, protocol = result["metrics"], result["protocol"]
-    table = Table(
-        title=f"{result['evaluator']} on {protocol['data']} ({protocol['test']['split']}, {metrics['n']:,} images)"
-    )
-    for heading in ("encoder", "top-1 %", "top-5 %"):
-        table.add_column(heading, justify="left" if heading == "encoder" else "right")
-    encoder = result["encoder"]
+    metrics, protocol, encoder = result["metrics"], result["protocol"], result["encoder"]
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    tried = sorted((e for e in result["all"] if e["top1"] is not None), key=lambda e: -e["top1"])
+    if len(tried) > 1:
+        say(f"the best of {len(result['all'])} settings, on {protocol['all_scored_on']}:")
+        sweep = Table(*(_HEADINGS.get(key, key) for key in tried[0]))
+        for entry in tried[:LISTED]:
+            sweep.add_row(*(f"{value:.2f}" if key in _HEADINGS else str(value) for key, value in entry.items()))
+        console.print(sweep)
+
+    say(f"{result['evaluator']} on {protocol['data']}, {protocol['test']['split']} ({metrics['n']:,} images):")
+    table = Table("encoder", _HEADINGS["top1"], _HEADINGS["top5"])
     size = " x ".join(map(str, encoder["image_size"]))
     rows = [(f"{encoder['path']} ({encoder['name']}, {size})", metrics)]
     rows += [(_BASELINES.get(name, name), scores) for name, scores in result["baselines"].items()]
     for name, scores in rows:
         table.add_row(name, *(f"{scores[key]:.2f}" if key in scores else "" for key in ("top1", "top5")))
     console.print(table)
-
-    tried = [entry for entry in result["all"] if entry["top1"] is not None]
-    if len(tried) > 1:
-        tried.sort(key=lambda entry: -entry["top1"])
-        sweep = Table(title=f"the {min(LISTED, len(tried))} best of {len(tried)} tried, on {protocol['all_scored_on']}")
-        for heading in tried[0]:
-            sweep.add_column(heading, justify="right")
-        for entry in tried[:LISTED]:
-            sweep.add_row(
-                *(
-                    f"{value:.2f}" if key == "top1" else f"{value:.5g}" if isinstance(value, float) else str(value)
-                    for key, value in entry.items()
-                )
-            )
-        console.print(sweep)
-    console.print(f"headline: {protocol['headline']}", highlight=False, markup=False, soft_wrap=True)
-    bad = len(protocol["train"]["bad"]) + len(protocol["test"]["bad"])
-    if bad:
-        console.print(f"{bad} images could not be read and were left out (listed in results.json)", highlight=False)
+    say(f"headline: {protocol['headline']}")
+    if bad := len(protocol["train"]["bad"]) + len(protocol["test"]["bad"]):
+        say(f"{bad} images could not be read and were left out; results.json lists them")
 
 
-_BASELINES = {
-    "random": "the same, untrained",
-    "pixels": "raw pixels",
-    "majority": "most frequent class",
-}
+_BASELINES = {"random": "the same, untrained", "pixels": "raw pixels", "majority": "most frequent class"}
+_HEADINGS = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss"}

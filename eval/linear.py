@@ -332,7 +332,7 @@ def _augmented(task: Task, train: Side, rows: np.ndarray, taps: Sequence[str], *
     """Batches of random crops and flips, through the encoder."""
     how = task.encoder.preprocessing
     specs = (ViewSpec(name="image", size=how.crop, scale=(0.08, 1.0), interpolation=how.interpolation),)
-    labels = torch.from_numpy(train.labels[rows])
+    labels = torch.from_numpy(train.labels[rows]).to(task.device)
     wanted = [Tap.parse(tap) for tap in taps]
     loader = batches(
         Subset(task.data.train.source, train.index[rows]),
@@ -348,10 +348,10 @@ def _augmented(task: Task, train: Side, rows: np.ndarray, taps: Sequence[str], *
     )
     with contextlib.closing(loader):
         for raw in loader:
-            images = to_batch(raw, specs, how.mean, how.std, task.device).views["image"]
+            given = to_batch(raw, specs, how.mean, how.std, task.device)
             with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
-                features = vectors(task.encoder, images, wanted)
-            yield features, labels[raw.index].to(task.device)
+                features = vectors(task.encoder, given.views["image"], wanted)
+            yield features, labels[given.index]
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(argv)
     except UserError as mistake:
-        print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
+        text = str(mistake)
+        print(text if text.startswith(PROG) else f"{PROG}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted; no result was written", file=sys.stderr)

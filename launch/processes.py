@@ -18,7 +18,11 @@ def run_local(module: str, argv: list[str], count: int) -> int:
     Signals that stop a run are passed on. Where one process fails, the others are ended and its code is returned.
     """
     with tempfile.TemporaryDirectory(prefix="ssl-pretrain-") as folder:
-        place = {RENDEZVOUS: (Path(folder) / "rendezvous").as_uri(), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        place = {
+            RENDEZVOUS: (Path(folder) / "rendezvous").as_uri(),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+        }
         children = [
             subprocess.Popen(
                 [sys.executable, "-m", module, *argv],
@@ -57,7 +61,9 @@ def _wait(children: list[subprocess.Popen]) -> int:
             rank, code = failed[0]
             if code is not None and code < 0:
                 name = signal.Signals(-code).name
-                print(f"process {rank} of {len(children)} was killed ({name}); the same command resumes", file=sys.stderr)
+                print(
+                    f"process {rank} of {len(children)} was killed ({name}); the same command resumes", file=sys.stderr
+                )
                 return 1
             return code or 1
         if all(code is not None for code in codes):

@@ -68,7 +68,9 @@ class MAE(Method):
             )
         self.grid = tuple(size // side for size, side in zip(encoder.image_size, encoder.stride, strict=True))
         if self.kept(self.grid[0] * self.grid[1]) < 1:
-            raise UserError(f"--mask-ratio {config.mask_ratio} leaves none of the {self.grid[0]} x {self.grid[1]} patches")
+            raise UserError(
+                f"--mask-ratio {config.mask_ratio} leaves none of the {self.grid[0]} x {self.grid[1]} patches"
+            )
         width = config.decoder_dim
         values = encoder.stride[0] * encoder.stride[1] * encoder.in_chans
         self.decoder_embed = nn.Linear(encoder.dim, width)
@@ -130,7 +132,9 @@ class MAE(Method):
         if not self.config.norm_pix:
             return {}
         values = self.decoder_pred.out_features
-        return {"loss": ((values - 1) / values, "the decoder paints every patch in its mean colour, nothing is learned")}
+        return {
+            "loss": ((values - 1) / values, "the decoder paints every patch in its mean colour, nothing is learned")
+        }
 
     @torch.no_grad()
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:

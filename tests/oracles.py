@@ -1,5 +1,6 @@
 """Other people's implementations that tests compare with. They are not dependencies: a test skips where one is absent."""
 
+import contextlib
 import warnings
 from types import ModuleType
 
@@ -27,10 +28,8 @@ def import_timm() -> ModuleType:
 
 def import_transformers() -> ModuleType:
     """transformers, which uses torchvision where that is installed."""
-    try:
+    with contextlib.suppress(pytest.skip.Exception):
         import_torchvision()
-    except pytest.skip.Exception:
-        pass
     return _quietly("transformers")
 
 

@@ -1,4 +1,5 @@
-"""Decoding: every mode and depth to the channels asked for, the same with simplejpeg and without, and clear refusals."""
+"""Decoding: every mode and depth to the channels asked for, the same with simplejpeg and without, and clear
+refusals."""
 
 import io
 import tarfile

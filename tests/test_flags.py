@@ -41,7 +41,8 @@ def read(*argv: str, **defaults: object) -> tuple[Run, Knobs]:
 
 def test_values_of_every_type() -> None:
     run, knobs = read(
-        *"--method mae --lr 1e-3 --size 32 128 --betas 0.8 0.9 --out a/b --precision fp32 --no-flip --mask-ratio=0.5".split()
+        *"--method mae --lr 1e-3 --size 32 128 --betas 0.8 0.9 --out a/b".split(),
+        *"--precision fp32 --no-flip --mask-ratio=0.5".split(),
     )
     assert run == Run(
         method="mae", lr=1e-3, size=(32, 128), betas=(0.8, 0.9), out=Path("a/b"), precision="fp32", flip=False

@@ -157,7 +157,9 @@ def test_init_from_starts_from_an_export(photos: Path, tmp_path: Path, pretrain:
     frozen = ("--steps", 1, "--lr", 0, "--final-lr", 0)
     pretrain(*same, "--out", tmp_path / "second", "--init-from", tmp_path / "first", "--seed", 5, *frozen)
     pretrain(*same, "--out", tmp_path / "third", "--seed", 5, *frozen)
-    first, second, third = (encoder.load(tmp_path / name).backbone.state_dict() for name in ("first", "second", "third"))
+    first, second, third = (
+        encoder.load(tmp_path / name).backbone.state_dict() for name in ("first", "second", "third")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], third[name]) for name in first)
     done = pretrain(
@@ -214,7 +216,9 @@ def plugin(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
 
 
-NO_DECODER = [w for i, w in enumerate(TINY) if not w.startswith("--decoder") and not TINY[i - 1].startswith("--decoder")]
+NO_DECODER = [
+    w for i, w in enumerate(TINY) if not w.startswith("--decoder") and not TINY[i - 1].startswith("--decoder")
+]
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
@@ -259,4 +263,6 @@ def test_the_command_is_installed() -> None:
         [Path(sys.executable).parent / "ssl-pretrain", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    assert done.stdout == subprocess.run(command("pretrain", "--help"), capture_output=True, text=True, check=True).stdout
+    assert (
+        done.stdout == subprocess.run(command("pretrain", "--help"), capture_output=True, text=True, check=True).stdout
+    )

@@ -39,9 +39,7 @@ def three_forms(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return forms
 
 
-def test_shards_and_folders_give_the_same_run(
-    three_forms: dict[str, Path], tmp_path: Path, pretrain: Callable
-) -> None:
+def test_shards_and_folders_give_the_same_run(three_forms: dict[str, Path], tmp_path: Path, pretrain: Callable) -> None:
     curves = {}
     for name, folder in three_forms.items():
         out = tmp_path / name

@@ -185,7 +185,9 @@ def test_a_full_disk_ends_the_run_with_one_message_and_keeps_what_was_saved(
 
 
 @pytest.mark.slow
-def test_one_and_two_ranks_and_micro_batches_give_the_same_run(photos: Path, tmp_path: Path, pretrain: Callable) -> None:
+def test_one_and_two_ranks_and_micro_batches_give_the_same_run(
+    photos: Path, tmp_path: Path, pretrain: Callable
+) -> None:
     same = ("--method", "mae", "--data", photos, "--steps", 20, "--log-every", 1, *TINY)
     pretrain(*same, "--out", tmp_path / "one")
     pretrain(*same, "--out", tmp_path / "two", "--nproc", 2)

@@ -1,4 +1,5 @@
-"""The stateless order of samples: a bijection for every size and key, uniform over keys, the same wherever it is entered."""
+"""The stateless order of samples: a bijection for every size and key, uniform over keys, the same wherever it is
+entered."""
 
 import time
 

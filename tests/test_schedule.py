@@ -8,9 +8,7 @@ from ssl_pretrain.schedule import cosine, learning_rate
 
 
 def test_warmup_then_half_a_cosine() -> None:
-    rates = [
-        learning_rate(s, steps=100, peak=2.0, final=0.5, warmup=10, kind="cosine") for s in range(101)
-    ]
+    rates = [learning_rate(s, steps=100, peak=2.0, final=0.5, warmup=10, kind="cosine") for s in range(101)]
     for s in range(10):
         assert rates[s] == pytest.approx(2.0 * (s + 1) / 10)
     for s in range(10, 101):
@@ -20,9 +18,7 @@ def test_warmup_then_half_a_cosine() -> None:
 
 
 def test_constant_with_cooldown() -> None:
-    rates = [
-        learning_rate(s, steps=50, peak=1.0, final=0.0, warmup=5, kind="constant", cooldown=10) for s in range(51)
-    ]
+    rates = [learning_rate(s, steps=50, peak=1.0, final=0.0, warmup=5, kind="constant", cooldown=10) for s in range(51)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:41] == [1.0] * 36
     assert rates[40:] == pytest.approx([1 - i / 10 for i in range(11)])

@@ -98,6 +98,7 @@ def test_order_of_many_names_is_that_of_python(tmp_path):
     made |= {"shared-prefix-of-more-than-sixteen" + str(i) for i in range(300)}
     files = {f"{rng.choice(['q', 'q.r', 'p'])}/{stem}{rng.choice(['.png', '.jpg', '.x.png'])}": b"" for stem in made}
     files |= {path.replace("p/", "q/", 1): b"" for path in files}
+    files |= {path.replace("q/", "p/", 1).replace(".png", ".webp"): b"" for path in files}
     root = fill(tmp_path, files)
     source = open_source(str(root), None)
 
@@ -773,19 +774,20 @@ def test_parquet_messages(tmp_path, monkeypatch):
 
 
 def test_unpacking_takes_little_memory(tmp_path):
-    """A row group of 128 MB, unpacked within a fraction of it."""
+    """128 MB of images in 16 row groups, unpacked within the room of a few of them."""
     images = [np.random.default_rng(i).bytes(1 << 18) for i in range(512)]
-    path = write_parquet(tmp_path / "x.parquet", {"image": images}, compression="none")
+    path = write_parquet(tmp_path / "x.parquet", {"image": images}, row_group_size=32)
     program = (
-        "import resource, sys\n"
+        "import sys\n"
         "import pyarrow.parquet\n"
         "from ssl_pretrain.data.source import open_source\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "before = peak()\n"
         "assert len(open_source(sys.argv[1], None)) == 512\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "print(peak() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 64_000  # KiB
+    assert int(done.stdout) < 110_000  # KiB
 
 
 def test_pyarrow_is_not_imported_for_other_data(tmp_path):

@@ -127,8 +127,8 @@ def test_no_knob_shifts_the_draws_of_another():
 
 def test_colour_parameters_are_distributed_as_declared():
     spec = ViewSpec(
-        name="v", size=(8, 8), jitter=Jitter(hue=0.1, p=0.8), grayscale=0.2, blur=0.5, blur_sigma=(0.1, 2.0), solarize=0.1,
-        hflip=0.3, vflip=0.6,
+        name="v", size=(8, 8), jitter=Jitter(hue=0.1, p=0.8), grayscale=0.2, blur=0.5, blur_sigma=(0.1, 2.0),
+        solarize=0.1, hflip=0.3, vflip=0.6,
     )  # fmt: skip
     draws = [draw(spec, rng, 50, 50) for rng in rngs(4000)]
     rows = np.stack([d.colour for d in draws])
@@ -387,3 +387,18 @@ def test_no_colour_no_work(monkeypatch: pytest.MonkeyPatch):
     spec = ViewSpec(name="v", size=(4, 4), jitter=Jitter(p=0.0))
     raw = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
     colour.finish(raw, np.zeros((2, COLOUR_PARAMS), np.float32), spec, (0.5,) * 3, (0.2,) * 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_same_without_waiting_for_it():
+    params = np.stack([draw(FULL, r, 50, 50).colour for r in rngs(32)])
+    params[:, SOLARIZE] = 0
+    raw = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (32, 24, 20, 3), dtype=np.uint8))
+    on_cpu = colour.finish(raw, params, FULL, (0.5,) * 3, (0.2,) * 3)
+    on_gpu = raw.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = colour.finish(on_gpu, params, FULL, (0.5,) * 3, (0.2,) * 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(got.cpu(), on_cpu, atol=1e-4, rtol=0)

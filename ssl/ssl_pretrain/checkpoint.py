@@ -11,7 +11,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -46,7 +46,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         with open(aside / "state.pt", "wb") as file:
             summed = _Summed(file)
             try:
-                torch.save(state, summed)
+                torch.save(state, cast(BinaryIO, summed))
             except RuntimeError as problem:  # torch's zip writer hides the OSError that stopped it
                 cause = problem.__context__ or problem.__cause__
                 raise (cause if isinstance(cause, OSError) else OSError(str(problem))) from None

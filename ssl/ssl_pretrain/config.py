@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import yaml
 
@@ -113,6 +113,27 @@ class Run:
     """Steps with a non-finite loss or gradient, one after another, that end the run."""
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Run):
+    """A run with every default decided: the fields that may be left open in a Run, here of the type they have then."""
+
+    out: Path
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    steps: int
+    optimizer: Literal["adamw", "sgd"]
+    lr: float
+    final_lr: float
+    warmup_steps: int
+    cooldown_steps: int
+    betas: tuple[float, float]
+    weight_decay: float
+    final_weight_decay: float
+    precision: Literal["fp32", "bf16"]
+
+
 # What may differ when a run is continued: where and how fast it runs, and what is watched, never what is computed.
 FREE = frozenset(
     "out config data workers nproc accumulate compile checkpoint_every keep_last keep_every log_every monitor_every "
@@ -142,7 +163,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {name.replace("-", "_"): _number(value) for name, value in read.items()}
 
 
-def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", "bf16"]) -> Run:
+def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", "bf16"]) -> Resolved:
     """The run with every default decided: from the method's recipe and the number of training images.
 
     Raises UserError for values that contradict each other.
@@ -194,26 +215,27 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
     cooldown = steps // 5 if run.cooldown_steps is None else run.cooldown_steps
     if warmup + (cooldown if run.schedule == "constant" else 0) > steps:
         raise UserError(f"--warmup-steps {warmup} and --cooldown-steps {cooldown} do not fit into {steps} steps")
-    return dataclasses.replace(
-        run,
-        out=run.out or Path("runs") / f"{run.method}-{Path(run.data.split(':')[0]).resolve().name}",
-        image_size=(size[0], size[-1]),
-        mean=mean,
-        std=std,
-        steps=steps,
-        epochs=None,
-        images=None,
-        optimizer=run.optimizer or recipe.optimizer,
-        lr=lr,
-        final_lr=min(recipe.final_lr, lr) if run.final_lr is None else run.final_lr,
-        warmup_steps=warmup,
-        cooldown_steps=cooldown if run.schedule == "constant" else 0,
-        betas=run.betas or recipe.betas,
-        weight_decay=weight_decay,
-        final_weight_decay=final_weight_decay,
-        clip_grad=recipe.clip_grad if run.clip_grad is None else run.clip_grad,
-        precision=precision,
-    )
+    decided: dict[str, Any] = {
+        "out": run.out or Path("runs") / f"{run.method}-{Path(run.data.split(':')[0]).resolve().name}",
+        "image_size": (size[0], size[-1]),
+        "mean": mean,
+        "std": std,
+        "steps": steps,
+        "epochs": None,
+        "images": None,
+        "optimizer": run.optimizer or recipe.optimizer,
+        "lr": lr,
+        "final_lr": min(recipe.final_lr, lr) if run.final_lr is None else run.final_lr,
+        "warmup_steps": warmup,
+        "cooldown_steps": cooldown if run.schedule == "constant" else 0,
+        "betas": run.betas or recipe.betas,
+        "weight_decay": weight_decay,
+        "final_weight_decay": final_weight_decay,
+        "clip_grad": recipe.clip_grad if run.clip_grad is None else run.clip_grad,
+        "precision": precision,
+    }
+    given_fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    return Resolved(**{**given_fields, **decided})
 
 
 def plain(*parts: Any) -> dict[str, Any]:

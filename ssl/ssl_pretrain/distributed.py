@@ -52,7 +52,9 @@ def world(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise UserError(f"{local_size} processes on this machine but {torch.cuda.device_count()} GPUs: lower --nproc")
+            raise UserError(
+                f"{local_size} processes on this machine but {torch.cuda.device_count()} GPUs: lower --nproc"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:

@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -302,15 +303,19 @@ def _images(
     preprocessing: Preprocessing, source: Source, batch_size: int, workers: int
 ) -> Iterator[tuple[np.ndarray, list[Bad]]]:
     """The source's images in order, uint8 (B, H, W, C), and what could not be read between them."""
-    return iter(
-        DataLoader(
-            _Images(source, preprocessing),
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=_collate,
-            worker_init_fn=_begin_worker,
-        )
+    loader = DataLoader(
+        _Images(source, preprocessing),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_begin_worker,
+        generator=torch.Generator(),  # it draws a seed for its workers, which use none; not from the global state
+        multiprocessing_context="fork" if workers else None,
     )
+    with warnings.catch_warnings():
+        # Python 3.12 on forking with threads about: the workers run none of theirs; torch on more workers than CPUs
+        warnings.simplefilter("ignore")
+        return iter(loader)
 
 
 # ---- The cache.
@@ -347,7 +352,7 @@ def _stored(folder: Path, count: int, names: list[str]) -> tuple[list[Bad], dict
         return [], {}
     found = {}
     for name in names:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, EOFError):
             array = np.load(folder / _file(name, bad), mmap_mode="r", allow_pickle=False)
             if array.ndim == 2 and len(array) == count and array.dtype == np.float32:
                 found[name] = array

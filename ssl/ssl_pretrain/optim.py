@@ -26,7 +26,7 @@ def decays(name: str, parameter: Tensor, rule: Literal["no_1d", "no_1d_tokens", 
         return True
     if parameter.ndim <= 1 or name.endswith(".bias"):
         return False
-    return rule == "no_1d" or name.split(".")[-1] not in DECAYED_TOKENS
+    return rule == "no_1d" or name.rsplit(".", maxsplit=1)[-1] not in DECAYED_TOKENS
 
 
 def parameter_groups(

@@ -38,7 +38,9 @@ class Step:
     depend on how many ranks or micro-batches hold the batch.
     """
 
-    def __init__(self, *, step: int, total: int, noise: int, rows: slice, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, *, step: int, total: int, noise: int, rows: slice, batch_size: int, device: torch.device
+    ) -> None:
         self.step = step  # optimiser steps done before this one
         self.total = total
         self.progress = step / total  # in [0, 1): what every schedule is a function of
@@ -97,7 +99,9 @@ class Recipe:
     decay: Literal["no_1d", "no_1d_tokens", "all"] = "no_1d"  # which parameters decay, see optim.parameter_groups
     clip_grad: float | None = None  # global norm
     warmup: float = 0.05  # share of the steps
-    small: dict[str, Any] = field(default_factory=dict)  # flags of the two-minute built-in run, where the paper's are too big
+    small: dict[str, Any] = field(
+        default_factory=dict
+    )  # flags of the two-minute built-in run, where the paper's are too big
     encoder: dict[str, Any] = field(default_factory=dict)  # the paper's choices of encoder options, by flag name
 
 

@@ -53,6 +53,8 @@ class KnnScore:
         sides = [extract(encoder, side, ("pooled",), device=device, **self.how) for side in (self.bank, self.queries)]
         (bank, bank_labels), (queries, labels) = [(side.features["pooled"], side.labels) for side in sides]
         similarity, index = nearest(torch.as_tensor(np.asarray(queries)), torch.as_tensor(np.asarray(bank)), NEIGHBOURS)
+        assert bank_labels is not None  # `of` takes only labelled images
+        assert labels is not None
         classes = int(max(bank_labels.max(), labels.max())) + 1
         votes = vote(similarity, index, torch.as_tensor(bank_labels), classes, TEMPERATURE, NEIGHBOURS)
         return 100 * float((votes.argmax(1).cpu() == torch.as_tensor(labels)).float().mean())

@@ -4,13 +4,14 @@ Position in a run is one integer, the number of optimiser steps done. Data, view
 (and of the seed), so a checkpoint is the tensors and that integer, and a continued run is the same run.
 """
 
-import contextlib
 import dataclasses
+import inspect
 import math
 import time
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import backbones, checkpoint, config, distributed, encoder, manifest, optim, pretext
-from .config import Run
+from .config import Resolved, Run
 from .data.loader import Share, batches, fixed_batches, to_batch
 from .data.sampler import samples
 from .data.source import Source, open_source, pretraining_split, splits
@@ -59,18 +60,17 @@ def train(run: Run, knobs: Any, options: Any) -> Outcome:
         return _train(run, knobs, options, here, stop)
 
 
-def _train(run: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -> Outcome:
-    kind = pretext.load(run.method)
+def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -> Outcome:
+    kind = pretext.load(asked.method)
 
     # ---- Data. The first process opens it first, so that an index is built once.
     if here.first:
-        source, held_out = _open_data(run)
+        source, held_out = _open_data(asked)
     distributed.barrier()
     if not here.first:
-        source, held_out = _open_data(run)
-    run = config.resolve(run, kind.recipe, len(source), _precision(run, here.device))
+        source, held_out = _open_data(asked)
+    run = config.resolve(asked, kind.recipe, len(source), _precision(asked, here.device))
     steps, batch_size, accumulate, out = run.steps, run.batch_size, run.accumulate, run.out
-    assert steps is not None and out is not None and len(run.image_size) == 2
     share = Share(batch_size, accumulate, here.rank, here.size)
     specs = kind.views(knobs, run.image_size)
     normalisation = (run.mean, run.std)
@@ -116,9 +116,14 @@ def _train(run: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -
             if isinstance(part, nn.ModuleList) and name.split(".")[-1].endswith("blocks"):
                 for block in part:
                     block.compile()
-    wrapped: nn.Module = method
+    wrapped: Method | DistributedDataParallel = method
     if here.size > 1:
-        wrapped = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers agree by construction; the option that says so has another name from torch 2.13 on.
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
+        wrapped = DistributedDataParallel(method, gradient_as_bucket_view=True, **buffers)
     autocast = torch.autocast(here.device.type, torch.bfloat16, enabled=run.precision == "bf16")
 
     preprocessing = encoder.Preprocessing.for_size(run.image_size, run.mean, run.std)
@@ -158,7 +163,7 @@ def _train(run: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -
     waited, since, seen_at = 0.0, time.perf_counter(), start
     method.train()
     saved, stopped = start, None
-    with contextlib.closing(loader):
+    with closing(loader):
         while step_number < steps and (stopped := _agreed(stop)) is None:
             # -- one optimiser step
             lr = learning_rate(
@@ -174,15 +179,15 @@ def _train(run: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -
             optim.set_rates(optimizer, lr, weight_decay)
             micro_rows = []
             for micro in range(accumulate):
-                asked = time.perf_counter()
+                began = time.perf_counter()
                 raw = next(loader)
-                waited += time.perf_counter() - asked
+                waited += time.perf_counter() - began
                 for bad in raw.failures:
                     report.bad_image(*bad)
                 batch = to_batch(raw, specs, *normalisation, here.device)
                 step = _step(run, step_number, share.rows(micro), here)
                 last = micro == accumulate - 1
-                with contextlib.nullcontext() if last or here.size == 1 else wrapped.no_sync():
+                with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
                     with autocast:
                         losses = wrapped(batch, step)
                     (losses.total / accumulate).backward()
@@ -313,10 +318,9 @@ def _open_data(run: Run) -> tuple[Source, Source | None]:
     return source, held_out
 
 
-def _find_start(run: Run, record: dict[str, Any], source: Source, folder: Path) -> int:
+def _find_start(run: Resolved, record: dict[str, Any], source: Source, folder: Path) -> int:
     """The step to start from: 0, or that of the newest whole checkpoint. Refuses to continue another run."""
     out = run.out
-    assert out is not None
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -336,11 +340,13 @@ def _find_start(run: Run, record: dict[str, Any], source: Source, folder: Path) 
         raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}): {remedy}")
     known = manifest.read(out).get("data", {}).get("fingerprint")
     if known not in (None, source.fingerprint):
-        raise UserError(f"the images in {run.data} are not those that the run in {out} began with: choose another --out")
+        raise UserError(
+            f"the images in {run.data} are not those that the run in {out} began with: choose another --out"
+        )
     return checkpoint.newest(folder) or 0
 
 
-def _step(run: Run, number: int, rows: slice, here: World) -> Step:
+def _step(run: Resolved, number: int, rows: slice, here: World) -> Step:
     return Step(
         step=number,
         total=run.steps,
@@ -352,7 +358,7 @@ def _step(run: Run, number: int, rows: slice, here: World) -> Step:
 
 
 def _validate(
-    run: Run, method: Method, held_out: Source, specs: Any, autocast: Any, here: World, steps: int
+    run: Resolved, method: Method, held_out: Source, specs: Any, autocast: Any, here: World, steps: int
 ) -> dict[str, float]:
     """The mean loss over the held-out images, always with the same views and the same noise."""
     share = Share(min(run.batch_size, len(held_out)) // here.size * here.size, 1, here.rank, here.size)
@@ -386,7 +392,7 @@ def _features(method: Method, images: Tensor, autocast: Any) -> Tensor:
 
 
 def _bad_step_text(
-    run: Run, bad: list[int], table: Tensor, names: list[str], source: Source, suspects: list[int]
+    run: Resolved, bad: list[int], table: Tensor, names: list[str], source: Source, suspects: list[int]
 ) -> str:
     """Which steps were skipped, for which term, and on which images (all of the first such step where none is known)."""
     columns = ["gradient norm", "loss", *names]
@@ -402,7 +408,7 @@ def _some(values: list[int]) -> str:
     return ", ".join(map(str, values[:8])) + (f", ... ({len(values)} in all)" if len(values) > 8 else "")
 
 
-def _precision(run: Run, device: torch.device) -> str:
+def _precision(run: Run, device: torch.device) -> Literal["fp32", "bf16"]:
     """What "auto" means here: bf16 where the device computes in it natively."""
     if run.precision != "auto":
         return run.precision
@@ -430,5 +436,3 @@ def _millions(parameters: list[nn.Parameter]) -> str:
 def _json_number(value: Any) -> Any:
     """JSON has no NaN: None stands for it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-

@@ -12,7 +12,7 @@ The data string is 'fractals', or with options in any order
 from __future__ import annotations
 
 import hashlib
-import itertools
+import math
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from typing import final
@@ -35,8 +35,8 @@ SHARES = (0.65, 1.0)  # of the image's side that a fractal takes, alone
 SHARES_OF_SEVERAL = (0.6, 0.85), (0.3, 0.5)  # the largest, and each of the others
 POINTS_A_PIXEL = 2.0  # of the square that the fractal takes
 MINIMAL_POINTS = 1536
-RECORDED_STEPS = 4
-MIXING_STEPS = 8  # before the first recorded one
+STUCK = 0.005  # share of the points that may not have left the point where the orbit begins
+COLOUR_DOUBLINGS = 3  # a colour coordinate is that of the last 2^3 maps
 HALF_OPAQUE = 0.5  # hits of a pixel that let half of the background through
 BACKGROUND_CELLS = 4  # of the smooth noise, each way
 COLOUR_STEPS = np.linspace(0, 1, 64)
@@ -176,11 +176,11 @@ def system_of_class(seed: int, number: int) -> System:
     while True:
         rng = numpy_generator(seed, "fractal class", number, attempt)
         system = sample_system(rng)
-        xy = _chaos_game(system, CHECK_SIZE**2 * 2, rng)[:, :2]
-        extent = np.ptp(xy, axis=0)
+        xy = _chaos_game(system, CHECK_SIZE**2 * 2, rng)[:2]
+        extent = np.ptp(xy, axis=1)
         if extent.min() > 0.2 * extent.max() > 1e-3:
-            cells = ((xy - xy.min(axis=0)) / extent.max() * (CHECK_SIZE - 1e-3)).astype(np.int64)
-            covered = len(np.unique(cells @ [CHECK_SIZE, 1])) / CHECK_SIZE**2
+            cells = ((xy - xy.min(axis=1)[:, None]) / extent.max() * (CHECK_SIZE - 1e-3)).astype(np.int64)
+            covered = len(np.unique(cells[0] * CHECK_SIZE + cells[1])) / CHECK_SIZE**2
             if COVERAGE[0] <= covered <= COVERAGE[1]:
                 return system
         attempt += 1
@@ -234,46 +234,49 @@ def _vary(system: System, rng: np.random.Generator) -> System:
     return System(a, system.b + SHIFT * rng.standard_normal((maps, 2)), system.p)
 
 
-def _fixed_points(system: System) -> np.ndarray:
-    """(K, 2): the x of each map with A x + b = x, by Cramer's rule."""
-    m, b = np.eye(2) - system.a, system.b
-    det = m[:, 0, 0] * m[:, 1, 1] - m[:, 0, 1] * m[:, 1, 0]
-    x = b[:, 0] * m[:, 1, 1] - m[:, 0, 1] * b[:, 1]
-    y = m[:, 0, 0] * b[:, 1] - b[:, 0] * m[:, 1, 0]
-    return np.stack([x, y], axis=1) / det[:, None]
-
-
 def _chaos_game(system: System, points: int, rng: np.random.Generator) -> np.ndarray:
-    """About that many points of the attractor, (P, 4) float32: x, y, a colour coordinate in [0, 1], and 1.
+    """The orbit of one point under random maps, (3, P) float32: x, y, and a colour coordinate in [0, 1].
 
-    Many points move at once. In each step they are shuffled, and each map takes its share p of them. They begin at
-    fixed points of the maps, so all are on the attractor; each at that of another map than its first, lest it stays
-    there. The colour coordinate moves half-way to that of the map applied: it tells which maps led to a place (as in
-    flame fractals).
+    All places of the orbit at once: maps compose, so products of 2, 4, 8, ... neighbours in the random sequence (taken
+    as a ring) come by doubling, and each place is where the maps before it lead from a point of the attractor. The
+    colour coordinate moves half-way to that of each map applied: it tells which maps led to a place (as in flame
+    fractals).
     """
-    maps = len(system.p)
-    width = max(points // RECORDED_STEPS, 64)
-    ends = np.rint(np.cumsum(system.p) * width).astype(int).tolist()
-    shares = [slice(*pair) for pair in itertools.pairwise([0, *ends])]
-    step = np.zeros((maps, 4, 4), np.float32)  # row vectors (x, y, colour, 1) times this
-    step[:, :2, :2] = system.a.transpose(0, 2, 1)
-    step[:, 3, :2] = system.b
-    step[:, 2, 2] = 0.5
-    step[:, 3, 2] = 0.5 * np.arange(maps) / (maps - 1)
-    step[:, 3, 3] = 1
-    now = np.full((width, 4), (0, 0, 0.5, 1), np.float32)
-    for share, fixed in zip(shares, np.roll(_fixed_points(system), 1, axis=0), strict=True):
-        now[share, :2] = fixed
-    order = rng.permutation(width)
-    shuffle = np.empty(width, np.intp)  # of one cycle: on a short one a point would see the same few maps for ever
-    shuffle[order] = np.roll(order, 1)
-    seen = np.empty((RECORDED_STEPS, width, 4), np.float32)
-    for i in range(MIXING_STEPS + RECORDED_STEPS):
-        then = seen[i % RECORDED_STEPS]  # the mixing steps are overwritten
-        for share, matrix in zip(shares, step, strict=True):
-            np.dot(now[share], matrix, out=then[share])
-        np.take(then, shuffle, axis=0, out=now, mode="clip")
-    return seen.reshape(-1, 4)
+    largest = int(np.argmax(system.p))
+    start = np.linalg.solve(np.eye(2) - system.a[largest], system.b[largest]).astype(np.float32)  # its fixed point
+    memory = math.log(STUCK) / math.log(system.p[largest])  # maps until all but that share have been through another
+    doublings = max(0, math.ceil(math.log2(memory / 2)))
+
+    draws = rng.random(points, dtype=np.float32)
+    which = np.zeros(points, np.int8)
+    for edge in np.cumsum(system.p)[:-1].tolist():
+        which += (draws >= edge).view(np.int8)
+    maps = np.concatenate([system.a, system.b[:, :, None]], axis=2).astype(np.float32)
+    word = maps.transpose(1, 2, 0).take(which, axis=2)  # (2, 3, P): A and b of the maps that lead to each place
+    for doubling in range(doublings):
+        word = _apply(word, _earlier(word, 1 << doubling))
+    orbit = np.empty((3, points), np.float32)
+    middle = _apply(word, start[:, None, None])
+    orbit[:2] = _apply(word, _earlier(middle, 1 << doublings))[:, 0]
+
+    colour = which * np.float32(0.5 / (len(system.p) - 1))
+    for doubling in range(COLOUR_DOUBLINGS):
+        colour = colour + _earlier(colour, 1 << doubling) * np.float32(0.5 ** (1 << doubling))
+    orbit[2] = colour
+    return orbit
+
+
+def _earlier(ring: np.ndarray, steps: int) -> np.ndarray:
+    """(..., P): at each place, what is that many places before."""
+    return np.concatenate([ring[..., -steps:], ring[..., :-steps]], axis=-1)
+
+
+def _apply(word: np.ndarray, to: np.ndarray) -> np.ndarray:
+    """Affine maps (2, 3, P) after other maps (2, 3, P), or applied to points (2, 1, P)."""
+    after = word[:, :1] * to[0]
+    after += word[:, 1:2] * to[1]
+    after[:, -1] += word[:, 2]
+    return after
 
 
 def render(systems: list[System], size: int, rng: np.random.Generator) -> np.ndarray:
@@ -291,11 +294,9 @@ def _paint(canvas: np.ndarray, system: System, share: float, dark: bool, rng: np
     size = canvas.shape[1]
     points = _chaos_game(system, max(MINIMAL_POINTS, int(POINTS_A_PIXEL * (size * share) ** 2)), rng)
     mirror, turn, right, down, turns, *phase = rng.random(8).tolist()
-    view = np.zeros((3, 4))  # to x and y on the canvas, and the colour coordinate
-    view[:2, :2] = _rotation(np.array(ROTATION * (2 * turn - 1)))
-    view[:2, 0] *= 1 if mirror < 0.5 else -1
-    view[2, 2] = 1
-    x, y, colour = np.dot(view.astype(np.float32), points.T)
+    view = _rotation(np.array(ROTATION * (2 * turn - 1))).astype(np.float32)
+    view[:, 0] *= 1 if mirror < 0.5 else -1
+    x, y = view @ points[:2]
     x -= x.min()
     y -= y.min()
     wide, high = float(x.max()), float(y.max())
@@ -304,9 +305,10 @@ def _paint(canvas: np.ndarray, system: System, share: float, dark: bool, rng: np
     y *= scale
     x += right * (size - 1 - wide * scale)
     y += down * (size - 1 - high * scale)
-    at = y.astype(np.int32) * size + x.astype(np.int32)
-    hits = _smooth(np.bincount(at, minlength=size * size).reshape(size, size).astype(np.float32))
-    colour = _smooth(np.bincount(at, colour, minlength=size * size).reshape(size, size).astype(np.float32))
+    side = size + 2  # with a margin
+    at = (y.astype(np.int32) + 1) * side + (x.astype(np.int32) + 1)
+    hits = _smooth(np.bincount(at, minlength=side * side), side)
+    colour = _smooth(np.bincount(at, points[2], minlength=side * side), side)
     colour /= np.maximum(hits, 1e-6)
 
     tone = np.log1p(hits)
@@ -327,16 +329,17 @@ def _paint(canvas: np.ndarray, system: System, share: float, dark: bool, rng: np
     canvas += paint
 
 
-def _smooth(field: np.ndarray) -> np.ndarray:
-    """(S, S) float32, smoothed by weights 1, 2, 1 along each axis: less jagged, less dusty."""
+def _smooth(field: np.ndarray, side: int) -> np.ndarray:
+    """(side * side,) with an empty margin of one pixel -> (side - 2, side - 2) float32, smoothed by weights 1, 2, 1
+    along each axis: less jagged, less dusty."""
+    field = field.astype(np.float32)
     wide = field * 2
-    wide[:, 1:] += field[:, :-1]
-    wide[:, :-1] += field[:, 1:]
+    wide[1:] += field[:-1]
+    wide[:-1] += field[1:]
     both = wide * 2
-    both[1:] += wide[:-1]
-    both[:-1] += wide[1:]
-    both *= 1 / 16
-    return both
+    both[side:] += wide[:-side]
+    both[:-side] += wide[side:]
+    return both.reshape(side, side)[1:-1, 1:-1] * np.float32(1 / 16)
 
 
 def _smooth_noise(size: int, rng: np.random.Generator) -> np.ndarray:

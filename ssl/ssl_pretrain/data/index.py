@@ -78,9 +78,6 @@ class Index:
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._arrays
-
     def ticket(self) -> Ticket:
         """What opens the same index again (`reopen`)."""
         return self._source, self.identity

@@ -13,7 +13,7 @@ import shutil
 import signal
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import add
 from typing import Any, Literal, final
@@ -113,7 +113,7 @@ def batches(
     workers: int,
     policy: Policy,
     pin: bool = False,
-) -> Iterator[RawBatch]:
+) -> Generator[RawBatch, None, None]:
     """This process's micro-batches of the steps start_step, ..., stop_step - 1, in order; `share.accumulate` for each
     step.
 
@@ -139,7 +139,7 @@ def fixed_batches(
     policy: Policy,
     workers: int = 0,
     pin: bool = False,
-) -> Iterator[RawBatch]:
+) -> Generator[RawBatch, None, None]:
     """The samples of `source` once, in their own order, with the same views every time: for a validation loss.
 
     Shared out as in `batches`; samples beyond the last whole global batch are left out. The rest is as in `batches`,
@@ -330,7 +330,7 @@ class _Fixed(_Maker):
         return place
 
 
-def _made(maker: _Maker, numbers: range, workers: int, pin: bool, rows: int) -> Iterator[RawBatch]:
+def _made(maker: _Maker, numbers: range, workers: int, pin: bool, rows: int) -> Generator[RawBatch, None, None]:
     """`maker`'s micro-batches of `numbers`, in order, by that many workers; `rows` images in each."""
     workers = min(workers, len(numbers))
     if workers == 0:
@@ -413,6 +413,11 @@ def _check_shared_memory(bytes_each: int, workers: int) -> None:
         )
 
 
-def _is_about_shared_memory(error: RuntimeError) -> bool:
-    text = str(error)
-    return "Bus error" in text or "shared memory" in text or "No space left" in text
+def _is_about_shared_memory(error: BaseException | None) -> bool:
+    """Whether a RuntimeError of torch, or what it was raised from, says that /dev/shm is full."""
+    while error is not None:
+        text = str(error)
+        if "Bus error" in text or "shared memory" in text or "No space left" in text:
+            return True
+        error = error.__cause__
+    return False

@@ -232,16 +232,17 @@ def _image_bytes(file: str, column: str, lengths: list[np.ndarray]) -> Iterator[
     A null is an image of no bytes."""
     try:
         with pq.ParquetFile(file, buffer_size=READ_BYTES) as rows:
-            for batch in rows.iter_batches(BATCH_ROWS, columns=[column]):
-                images = batch.column(0)
-                if pa.types.is_struct(images.type):
-                    images = pc.struct_field(images, "bytes")
-                images = pc.fill_null(images, b"")
-                wide = np.int64 if pa.types.is_large_binary(images.type) else np.int32
-                _, ends, values = images.buffers()
-                offsets = np.frombuffer(ends, wide)[images.offset : images.offset + len(images) + 1]
-                lengths.append(np.diff(offsets))
-                if values is not None:
-                    yield np.frombuffer(values, np.uint8)[offsets[0] : offsets[-1]]
+            for group in range(rows.num_row_groups):  # one at a time: asked for all, pyarrow keeps many in memory
+                for batch in rows.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False):
+                    images = batch.column(0)
+                    if pa.types.is_struct(images.type):
+                        images = pc.struct_field(images, "bytes")
+                    images = pc.fill_null(images, b"")
+                    wide = np.int64 if pa.types.is_large_binary(images.type) else np.int32
+                    _, ends, values = images.buffers()
+                    offsets = np.frombuffer(ends, wide)[images.offset : images.offset + len(images) + 1]
+                    lengths.append(np.diff(offsets))
+                    if values is not None:
+                        yield np.frombuffer(values, np.uint8)[offsets[0] : offsets[-1]]
     except (KeyError, IndexError, pa.ArrowInvalid) as error:
         raise UserError(f"{file} cannot be read: {error}") from None

@@ -1,0 +1,244 @@
+"""Neighbours and votes against scikit-learn and NumPy, the memory they take, and the protocol of `ssl-eval knn`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from ssl_pretrain.eval import knn
+from ssl_pretrain.eval._task import Data, Images, Task
+
+from ssl_pretrain.data.source import Source
+from ssl_pretrain.encoder import Encoder
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.features import extract, pixel_encoder
+from ssl_pretrain.neighbours import nearest, vote
+
+
+def vectors(rows: int, dim: int = 24, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32) * 3 + 0.2
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("k", [1, 7, 100, 333])
+@pytest.mark.parametrize("tile", [(64, 128), (17, 50), (2048, 8192), (5, 1000)])
+def test_neighbours_are_those_of_scikit_learn(k: int, tile: tuple[int, int]) -> None:
+    queries, bank = vectors(83, seed=1), vectors(1000, seed=2)
+    similarity, index = nearest(torch.from_numpy(queries), bank, k, tile=tile)
+    oracle = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(unit(bank))
+    distance, wanted = oracle.kneighbors(unit(queries))
+    np.testing.assert_array_equal(index.numpy(), wanted)
+    np.testing.assert_allclose(similarity.numpy(), 1 - distance, atol=2e-6)
+    assert (similarity.dtype, index.dtype) == (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("tile", [(4, 16), (3, 7), (100, 1000)])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_of_equal_similarities_the_lower_index_comes_first(tile: tuple[int, int], exclude_self: bool) -> None:
+    bank = np.eye(4, dtype=np.float32)[np.random.default_rng(0).integers(0, 3, 90)]  # copies of three unit vectors
+    queries = bank if exclude_self else np.eye(4, dtype=np.float32)
+    similarity, index = nearest(queries, bank, 40, exclude_self=exclude_self, tile=tile)
+    exact = queries @ bank.T
+    if exclude_self:
+        np.fill_diagonal(exact, -np.inf)
+    wanted = np.argsort(-exact, axis=1, kind="stable")[:, :40]
+    np.testing.assert_array_equal(index.numpy(), wanted)
+    np.testing.assert_array_equal(similarity.numpy(), np.take_along_axis(exact, wanted, 1))
+
+
+@pytest.mark.parametrize("tile", [(7, 16), (64, 64), (50, 33)])
+def test_without_oneself(tile: tuple[int, int]) -> None:
+    bank = vectors(211)
+    _, index = nearest(bank, bank, 9, exclude_self=True, tile=tile)
+    exact = unit(bank) @ unit(bank).T
+    np.fill_diagonal(exact, -np.inf)
+    np.testing.assert_array_equal(index.numpy(), np.argsort(-exact, axis=1)[:, :9])
+
+
+def test_more_neighbours_than_there_are() -> None:
+    bank = vectors(12)
+    similarity, index = nearest(bank[:3], bank, 20)
+    assert similarity.shape == index.shape == (3, 12)
+    assert nearest(bank, bank, 20, exclude_self=True)[1].shape == (12, 11)
+    for row in nearest(bank, bank, 20, exclude_self=True)[1].numpy():
+        assert len(set(row)) == 11
+
+
+def test_what_cannot_be_searched() -> None:
+    bank = vectors(12)
+    spoilt = bank.copy()
+    spoilt[3, 2] = np.nan
+    for queries, rows, k, keywords in (
+        (bank, bank[:, :5], 3, {}),
+        (bank, bank, 0, {}),
+        (bank[:1], bank[:1], 1, {"exclude_self": True}),
+        (bank[:3], bank, 1, {"exclude_self": True}),
+        (bank, spoilt, 3, {}),
+        (spoilt, bank, 3, {}),
+    ):
+        with pytest.raises(ValueError, match=r"must be|no \d|needs the bank|not finite"):
+            nearest(queries, rows, k, **keywords)
+
+
+def test_memory_mapped_features_of_half_precision(tmp_path: Path) -> None:
+    bank = vectors(300).astype(np.float16)
+    np.save(tmp_path / "bank.npy", bank)
+    mapped = np.load(tmp_path / "bank.npy", mmap_mode="r")
+    _, index = nearest(mapped[:20], mapped, 5, tile=(8, 64))
+    exact = unit(bank[:20]) @ unit(bank).T
+    np.testing.assert_array_equal(index.numpy(), np.argsort(-exact, axis=1)[:, :5])
+
+
+def test_the_whole_matrix_of_similarities_never_exists() -> None:
+    # 20,000 x 20,000 floats are 1.5 GiB; a fresh process, because the peak of this one is not of this search alone
+    code = """
+import resource, torch
+from ssl_pretrain.neighbours import nearest
+rows = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
+nearest(rows[:300], rows[:300], 10)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+nearest(rows, rows, 10, tile=(1024, 4096))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200 * 1024  # KiB
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_votes_are_those_of_scikit_learn(temperature: float) -> None:
+    rng = np.random.default_rng(3)
+    bank, queries, labels = vectors(500, 8), vectors(200, 8, seed=9), rng.integers(0, 6, 500)
+    similarity, index = nearest(queries, bank, 50)
+    for k in (1, 5, 20, 50):
+        oracle = KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+        ).fit(unit(bank), labels)
+        scores = vote(similarity, index, torch.from_numpy(labels), 6, temperature, k)
+        np.testing.assert_array_equal(scores.argmax(1).numpy(), oracle.predict(unit(queries)))
+        shares = (scores / scores.sum(1, keepdim=True)).numpy()
+        np.testing.assert_allclose(shares, oracle.predict_proba(unit(queries)), atol=1e-4)
+
+
+def test_a_low_temperature_stays_finite() -> None:
+    similarity = torch.tensor([[0.9, 0.8, 0.8]])
+    scores = vote(similarity, torch.tensor([[0, 1, 2]]), torch.tensor([1, 0, 0]), 2, 0.001)
+    assert scores.tolist() == [[pytest.approx(0, abs=1e-40), 1.0]]
+
+
+# ---- The evaluator, on images whose pixels are the features.
+
+
+class Arrays(Source):
+    """Images in memory."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...] | None = None) -> None:
+        self.images, self.labels, self.classes = images, labels, classes
+        self.fingerprint, self.description = "arrays", "arrays"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+def noisy_classes(count: int, seed: int, classes: int = 7, noise: float = 300.0) -> Arrays:
+    """Images 8 x 8 of classes that overlap."""
+    centres = np.stack([np.asarray(picture(1000 + c, (8, 8))) for c in range(classes)]).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, count)
+    images = centres[labels] + noise * rng.standard_normal((count, 8, 8, 3))
+    return Arrays(images.clip(0, 255).astype(np.uint8), labels.astype(np.int64))
+
+
+def task_of(train: Arrays, test: Arrays, classes: int = 7, **options: object) -> Task:
+    names = tuple(f"class {c}" for c in range(classes))
+    data = Data("arrays", Images("train", train, train.labels, 0), Images("test", test, test.labels, 0), names)
+    encoder: Encoder = pixel_encoder((8, 8), 3)
+    return Task(encoder=encoder, data=data, device=torch.device("cpu"), cache=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def task() -> Task:
+    return task_of(noisy_classes(300, 1), noisy_classes(150, 2))
+
+
+def features_of(task: Task) -> list[np.ndarray]:
+    sides = (task.data.train.source, task.data.test.source)
+    return [extract(task.encoder, side, ["pooled"], cache=False).features["pooled"] for side in sides]
+
+
+def test_every_setting_scores_what_scikit_learn_says(task: Task) -> None:
+    outcome = knn.evaluate(task, knn.Config())
+    train, test = features_of(task)
+    labels = task.data.test.labels
+    assert [(entry["feature"], entry["k"]) for entry in outcome.all] == [("pooled", k) for k in (20, 5, 10, 100)]
+    for entry in outcome.all:
+        oracle = KNeighborsClassifier(
+            entry["k"], metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        ).fit(train, task.data.train.labels)
+        assert entry["top1"] == pytest.approx(100 * oracle.score(test, labels), abs=1e-9)
+        five = np.argsort(-oracle.predict_proba(test), axis=1, kind="stable")[:, :5]
+        assert entry["top5"] == pytest.approx(100 * (five == labels[:, None]).any(1).mean(), abs=1e-9)
+    first = outcome.all[0]
+    assert (outcome.metrics["top1"], outcome.metrics["n"]) == (first["top1"], 150)
+    assert 30 < first["top1"] < 100
+    share = sum(outcome.metrics["per_class"][f"class {c}"] * (labels == c).sum() for c in range(7)) / 150
+    assert share == pytest.approx(first["top1"])
+    assert outcome.protocol["headline"] == "feature pooled, k 20"
+
+
+def test_the_choice_is_by_leave_one_out_and_never_by_the_test_labels(task: Task) -> None:
+    config = knn.Config(k=(1, 3, 9, 250), select="train")
+    outcome = knn.evaluate(task, config)
+    train, _ = features_of(task)
+    labels = task.data.train.labels
+    exact = unit(train) @ unit(train).T
+    np.fill_diagonal(exact, -np.inf)
+    order = np.argsort(-exact, axis=1)
+    wanted = {}
+    for k in config.k:
+        scores = np.zeros((300, 7))
+        for row in range(300):
+            for column in order[row, :k]:
+                scores[row, labels[column]] += np.exp(exact[row, column] / 0.07)
+        wanted[k] = 100 * (scores.argmax(1) == labels).mean()
+    found = {entry["k"]: entry["top1"] for entry in outcome.protocol["leave_one_out"]}
+    assert found == pytest.approx(wanted)
+    assert outcome.protocol["headline"] == f"feature pooled, k {max(wanted, key=wanted.__getitem__)}"
+
+    poisoned = Arrays(task.data.test.source.images, (task.data.test.labels + 1) % 7)
+    other = knn.evaluate(task_of(noisy_classes(300, 1), poisoned), config)
+    assert other.protocol["headline"] == outcome.protocol["headline"]
+    assert other.metrics["top1"] != outcome.metrics["top1"]
+
+
+def test_few_images_and_few_classes() -> None:
+    outcome = knn.evaluate(task_of(noisy_classes(8, 1, 2), noisy_classes(1, 2, 2), classes=2), knn.Config())
+    assert sorted(entry["k"] for entry in outcome.all) == [5, 8]
+    assert (outcome.metrics["n"], outcome.metrics["top5"]) == (1, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (knn.Config(k=(20, 0)), "--k is 20 0"),
+        (knn.Config(k=()), "--k"),
+        (knn.Config(temperature=0.0), "--temperature is 0"),
+        (knn.Config(features=("poled",)), "did you mean pooled"),
+    ],
+)
+def test_knobs_out_of_range(task: Task, config: knn.Config, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        knn.evaluate(task, config)

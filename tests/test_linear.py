@@ -1,0 +1,216 @@
+"""The linear probe: heads side by side against torch's own and NumPy's softmax regression, and the protocol."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from ssl_pretrain.eval import linear
+from ssl_pretrain.eval._task import Side, Task
+from ssl_pretrain.eval.linear import Heads, hold_out
+from test_features import Passes, small_encoder
+from test_knn import Arrays, features_of, noisy_classes, task_of
+
+from ssl_pretrain.errors import UserError
+
+FEW = linear.Config(lrs=(0.01, 0.1), steps=60, probe_batch_size=64)
+
+
+def heads(lrs: list[float], width: int = 6, classes: int = 4, weight_decay: float = 0.0) -> Heads:
+    generator = torch.Generator().manual_seed(5)
+    return Heads(width, classes, lrs, weight_decay=weight_decay, generator=generator, device=torch.device("cpu"))
+
+
+def batch(rows: int = 33, width: int = 6, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator), torch.randint(0, classes, (rows,), generator=generator)
+
+
+def cross_entropy(weight: np.ndarray, bias: np.ndarray, x: np.ndarray, labels: np.ndarray) -> float:
+    logits = x @ weight + bias
+    return float(np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(x)), labels]))
+
+
+def test_the_gradient_is_that_of_the_mean_cross_entropy() -> None:
+    group = heads([0.1, 0.2, 0.3])
+    x, labels = batch()
+    with torch.no_grad():  # three heads at different places
+        group.weight.add_(torch.randn(group.weight.shape, generator=torch.Generator().manual_seed(1)))
+        group.bias.add_(torch.randn(group.bias.shape, generator=torch.Generator().manual_seed(2)))
+    by_weight, by_bias = (g.double().numpy() for g in group.gradient(x, labels))
+    for head in range(3):
+        columns = slice(4 * head, 4 * head + 4)
+        weight, bias = group.weight[:, columns].double().numpy(), group.bias[columns].double().numpy()
+        for parameter, gradient in ((weight, by_weight[:, columns]), (bias, by_bias[columns])):
+            for place in np.ndindex(parameter.shape):
+                before, e = parameter[place], 1e-6
+                losses = []
+                for parameter[place] in (before + e, before - e):
+                    losses.append(cross_entropy(weight, bias, x.double().numpy(), labels.numpy()))
+                parameter[place] = before
+                assert gradient[place] == pytest.approx((losses[0] - losses[1]) / (2 * e), abs=1e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_heads_together_go_the_way_each_goes_alone_in_torch(weight_decay: float) -> None:
+    lrs, steps = [0.5, 0.01, 3.0], 12
+    group = heads(lrs, weight_decay=weight_decay)
+    start = group.weight[:, :4].clone()
+    assert torch.equal(start, group.weight[:, 8:])
+    for step in range(steps):
+        group.step(*batch(seed=step), scale=1 - step / steps)
+    for head, lr in enumerate(lrs):
+        alone = torch.nn.Linear(6, 4)
+        with torch.no_grad():
+            alone.weight.copy_(start.T)
+            alone.bias.zero_()
+        groups = [{"params": [alone.weight], "weight_decay": weight_decay}, {"params": [alone.bias]}]
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+        for step in range(steps):
+            for each in optimizer.param_groups:
+                each["lr"] = lr * (1 - step / steps)
+            x, labels = batch(seed=step)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(alone(x), labels).backward()
+            optimizer.step()
+        x, _ = batch(seed=99)
+        torch.testing.assert_close(group.logits(x)[:, head], alone(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_diverges_leaves_the_others_alone() -> None:
+    together, calm = heads([0.1, float("inf"), 0.2]), heads([0.1, 0.2])
+    for step in range(10):
+        together.step(*batch(seed=step), scale=1.0)
+        calm.step(*batch(seed=step), scale=1.0)
+    x, _ = batch(seed=99)
+    assert not together.logits(x)[:, 1].isfinite().all()
+    torch.testing.assert_close(together.logits(x)[:, [0, 2]], calm.logits(x), rtol=1e-5, atol=1e-6)
+
+    outcome = linear.evaluate(task_of(noisy_classes(300, 1), noisy_classes(50, 2)), replace(FEW, lrs=(0.1, 1e39)))
+    assert {(entry["lr"], entry["top1"] is None) for entry in outcome.all} == {(0.1, False), (1e39, True)}
+    with pytest.raises(UserError, match="every head diverged"):
+        linear.evaluate(task_of(noisy_classes(300, 1), noisy_classes(50, 2)), replace(FEW, lrs=(1e39,)))
+
+
+def test_held_out_images() -> None:
+    labels = np.repeat([0, 1, 2, 3], [100, 30, 2, 1])
+    np.random.default_rng(0).shuffle(labels)
+    fit, held = hold_out(labels, 0.1, seed=0)
+    np.testing.assert_array_equal(np.sort(np.concatenate([fit, held])), np.arange(133))
+    assert np.bincount(labels[held], minlength=4).tolist() == [10, 3, 1, 0]
+    again, other = hold_out(labels, 0.1, seed=0)[1], hold_out(labels, 0.1, seed=1)[1]
+    np.testing.assert_array_equal(held, again)
+    assert not np.array_equal(held, other)
+    with pytest.raises(UserError, match="single training image"):
+        hold_out(np.arange(5), 0.1, seed=0)
+
+
+def test_standardising_uses_the_training_rows_only() -> None:
+    rng = np.random.default_rng(0)
+    features = (rng.standard_normal((5000, 9)) * rng.uniform(0.1, 9, 9) + rng.uniform(-90, 90, 9)).astype(np.float32)
+    rows = np.sort(rng.permutation(5000)[:4500])
+    side = Side({"mean": features}, np.zeros(5000, np.int64), np.arange(5000), [])
+    scaling = linear._Scaling(side, ["mean"], rows, True)
+    fit = features[rows].astype(np.float64)
+    wanted = (features - fit.mean(0)) / np.sqrt(fit.var(0) + 1e-6)
+    found = scaling({"mean": torch.from_numpy(features)})["mean"].numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    off = linear._Scaling(side, ["mean"], rows, False)({"mean": torch.from_numpy(features)})["mean"]
+    np.testing.assert_array_equal(off.numpy(), features)
+
+
+def test_it_reaches_what_logistic_regression_reaches() -> None:
+    task = task_of(noisy_classes(1500, 1), noisy_classes(600, 2))
+    outcome = linear.evaluate(task, linear.Config(steps=400, probe_batch_size=256))
+    train, test = features_of(task)
+    scaler = StandardScaler().fit(train)
+    best = max(
+        LogisticRegression(C=c, max_iter=300)
+        .fit(scaler.transform(train), task.data.train.labels)
+        .score(scaler.transform(test), task.data.test.labels)
+        for c in (1e-4, 1e-3, 1e-2)
+    )
+    assert 40 < 100 * best < 95
+    assert outcome.metrics["top1"] > 100 * best - 3.5
+
+
+def test_the_test_labels_choose_nothing() -> None:
+    train, test = noisy_classes(400, 1), noisy_classes(150, 2)
+    outcome = linear.evaluate(task_of(train, test), FEW)
+    poisoned = linear.evaluate(task_of(train, Arrays(test.images, (test.labels + 1) % 7)), FEW)
+    assert poisoned.all == outcome.all
+    assert poisoned.protocol["selected"] == outcome.protocol["selected"]
+    assert poisoned.metrics["top1"] < outcome.metrics["top1"]
+    scored = [entry for entry in outcome.all if entry["top1"] is not None]
+    assert outcome.protocol["selected"]["top1"] == max(entry["top1"] for entry in scored)
+    assert "41 held-out" in outcome.protocol["selection"]
+
+
+def test_the_same_seed_gives_the_same_and_another_seed_another() -> None:
+    def run(seed: int) -> tuple:
+        outcome = linear.evaluate(task_of(noisy_classes(400, 1), noisy_classes(150, 2), seed=seed), FEW)
+        return outcome.metrics, outcome.all
+
+    assert run(0) == run(0)
+    assert run(0)[1] != run(1)[1]
+
+
+def encoder_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[Task, Passes]:
+    monkeypatch.setenv("SSL_PRETRAIN_CACHE", str(tmp_path))
+    encoder = small_encoder(**options)
+    task = task_of(noisy_classes(200, 1), noisy_classes(60, 2))
+    return replace(task, encoder=encoder, cache=True), Passes(encoder)
+
+
+def test_which_inputs_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, passes = encoder_task(tmp_path, monkeypatch, depth=4)
+    outcome = linear.evaluate(task, FEW)
+    assert passes.images == 260 + 1  # one pass for all taps, and a blank image to see whether there is a CLS token
+    tried = {(entry["layers"], entry["pooling"]) for entry in outcome.all}
+    assert tried == {(n, p) for n in (1, 4) for p in ("cls", "mean", "cls+mean")}
+    assert len(outcome.all) == 12
+    assert linear.Input(4, "cls+mean").taps == ("cls", "cls@-2", "cls@-3", "cls@-4", "mean")
+    assert linear.Input(2, "mean").taps == ("mean", "mean@-2")
+    again = linear.evaluate(task, FEW)
+    assert passes.images == 260 + 2
+    assert again.metrics == outcome.metrics
+
+    shallow, _ = encoder_task(tmp_path, monkeypatch, depth=2, cls=False, pool="mean")
+    assert {(e["layers"], e["pooling"]) for e in linear.evaluate(shallow, FEW).all} == {(1, "mean")}
+    with pytest.raises(UserError, match="no CLS token"):
+        linear.evaluate(shallow, replace(FEW, poolings=("cls",)))
+    with pytest.raises(UserError, match="last 2 block"):
+        linear.evaluate(shallow, replace(FEW, layers=(3,)))
+
+
+def test_augmented_training_goes_through_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, passes = encoder_task(tmp_path, monkeypatch)
+    config = replace(FEW, augment=True, steps=10)
+    outcome = linear.evaluate(task, config)
+    # two trainings of 10 steps of 64 crops beside the 260 images seen once and the blank one
+    assert passes.images == 260 + 1 + 2 * 10 * 64
+    assert outcome.protocol["sweep"]["augment"] is True
+    again = linear.evaluate(replace(task, workers=2), config)
+    assert (again.metrics, again.all) == (outcome.metrics, outcome.all)
+    plain = linear.evaluate(task, replace(config, augment=False))
+    assert plain.all != outcome.all
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"lrs": (0.1, -1.0)}, "--lrs 0.1 -1.0"),
+        ({"lrs": ()}, "--lrs"),
+        ({"layers": (0,)}, "--layers 0"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"probe_batch_size": 0}, "--probe-batch-size 0"),
+        ({"held_out": 1.0}, "--held-out is 1.0"),
+        ({"weight_decay": -0.1}, "--weight-decay is -0.1"),
+    ],
+)
+def test_knobs_out_of_range(knobs: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        linear.evaluate(task_of(noisy_classes(20, 1), noisy_classes(5, 2)), replace(FEW, **knobs))

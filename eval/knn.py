@@ -43,7 +43,8 @@ def evaluate(task: Task, config: Config) -> Outcome:
 
     Nothing is chosen by looking at test labels: the headline is the first k and the first feature, or with `select` the
     pair that is best where each training image is classified by the others. Raises UserError for knobs out of range,
-    and as `Task.features`."""
+    and as `Task.features`.
+    """
     if not config.k or min(config.k) < 1:
         raise UserError(f"--k is {' '.join(map(str, config.k))}; it must be at least 1")
     if not config.temperature > 0:

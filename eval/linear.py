@@ -3,7 +3,8 @@ pooling (the grid of DINOv2, appendix B.3; features of the last four blocks also
 MAE, A.1).
 
 Shapes: B images of a step, n of a split, F floats of an input, G heads that share an input, C classes. Heads of one
-input stand side by side in one matrix (F, G * C), so a step of all of them is two matrix products."""
+input stand side by side in one matrix (F, G * C), so a step of all of them is two matrix products.
+"""
 
 import contextlib
 import math
@@ -132,7 +133,8 @@ def evaluate(task: Task, config: Config) -> Outcome:
     training images, and test it once.
 
     Raises UserError for knobs out of range, where every class has a single training image, or where all heads diverge,
-    and as `Task.features`."""
+    and as `Task.features`.
+    """
     _check(config)
     inputs = _inputs(task, config)
     taps = tuple(dict.fromkeys(tap for one in inputs for tap in one.taps))

@@ -230,6 +230,25 @@ def test_few_images_and_few_classes() -> None:
     assert (outcome.metrics["n"], outcome.metrics["top5"]) == (1, 100.0)
 
 
+def test_classes_are_the_same_by_name_and_images_without_label_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.zeros((6, 8, 8, 3), np.uint8)
+    sides = {
+        "train": Arrays(images, np.array([2, 0, -1, 1, 1, 0]), ("ant", "bee", "cow")),
+        "test": Arrays(images[:4], np.array([0, 1, -1, 0]), ("cow", "ant")),
+    }
+    monkeypatch.setattr("ssl_pretrain.eval._task.open_source", lambda name, split: sides[split])
+    data = Data.open("insects", "train", "test")
+    assert data.classes == ("ant", "bee", "cow")
+    assert data.train.labels.tolist() == [2, 0, 1, 1, 0]
+    assert data.test.labels.tolist() == [2, 0, 2]
+    assert (data.train.unlabelled, data.test.unlabelled) == (1, 1)
+    assert [data.test.source.name(i) for i in range(3)] == ["0", "1", "3"]
+
+    sides["test"] = Arrays(images[:2], np.array([2, 4]))  # numbers only, and 4 is none of the three
+    with pytest.raises(UserError, match=r"1 images of split 'test' are of 1 class\(es\).* has: 4"):
+        Data.open("insects", "train", "test")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

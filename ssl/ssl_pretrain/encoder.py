@@ -16,7 +16,7 @@ from typing import Any, Literal, final
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -110,24 +110,25 @@ class Encoder(nn.Module):
 
 
 def save(path: Path, encoder: Encoder) -> None:
-    """Write an export to the folder `path`, over an older one. Files are written aside, synced and renamed; killed in
-    between, it leaves no config.json, so never one beside other weights. Raises OSError where it cannot be written.
+    """Write an export to the folder `path`, over an older one. Files are written aside, synced and renamed; the weights
+    carry their config.json in their header, so that killed between two renames (or with a disk that fills up there) it
+    leaves the old export or the new one. Raises OSError where it cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
     aside = path / f".model.safetensors.{os.getpid()}"
     weights = {name: value.detach().cpu().contiguous() for name, value in encoder.backbone.state_dict().items()}
+    config = {"format": FORMAT, **_config(encoder), "lineage": encoder.lineage, "weights": _hash(weights)}
+    text = json.dumps(config, indent=1) + "\n"
     try:
-        save_file(weights, aside, metadata={"format": "pt"})
+        save_file(weights, aside, metadata={"format": "pt", "config": text})
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
-        (path / "config.json").unlink(missing_ok=True)
         os.replace(aside, path / "model.safetensors")
     except (OSError, SafetensorError) as problem:
         aside.unlink(missing_ok=True)
         raise problem if isinstance(problem, OSError) else OSError(f"{path}: {problem}") from None
-    config = {"format": FORMAT, **_config(encoder), "lineage": encoder.lineage, "weights": _hash(weights)}
+    write_text(path / "config.json", text)
     write_text(path / "README.md", _card(encoder))
-    write_text(path / "config.json", json.dumps(config, indent=1) + "\n")
     sync(path)
 
 
@@ -228,9 +229,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{file} is no description of an encoder: its parts are not objects")
     try:
-        return config, load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as problem:
+        weights = load_file(folder / "model.safetensors")
+        with safe_open(folder / "model.safetensors", "pt") as opened:
+            header = json.loads((opened.metadata() or {}).get("config", "{}"))
+    except (OSError, SafetensorError, ValueError) as problem:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read: {problem}") from None
+    if header.get("weights") not in (None, config.get("weights")) and header["weights"] == _hash(weights):
+        config = header  # `save` ended between its two renames: the weights are new, config.json is the one before
+    return config, weights
 
 
 def _check_names(backbone: Backbone, weights: Mapping[str, Tensor], where: Path) -> None:

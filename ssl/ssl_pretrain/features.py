@@ -19,7 +19,7 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, final
 
@@ -90,7 +90,7 @@ class Extracted:
     features: dict[str, np.ndarray]  # by tap: (n, F) float32, memory-mapped and read-only where cached
     index: np.ndarray  # (n,) int64: which image of the source a row is of
     labels: np.ndarray | None  # (n,) int64, the source's
-    bad: list[Bad] = field(default_factory=list)  # the images left out
+    bad: list[Bad]  # the images left out
 
 
 def extract(

@@ -108,14 +108,15 @@ class _Jpeg:
     width: int
     height_at: int  # offset of the two bytes of the frame header that hold the height (ITU-T T.81, B.2.2)
 
-    def until(self, bottom: int) -> bytes:
+    def until(self, bottom: int) -> bytes | bytearray:
         """The file made to say that it ends below row `bottom` (exclusive), so that a decoder stops there. The rows
         above come out as they would from the whole file."""
         rows = bottom + _CONTEXT_ROWS
         if rows >= self.height:
             return self.data
-        at = self.height_at
-        return b"".join((self.data[:at], rows.to_bytes(2, "big"), self.data[at + 2 :]))
+        shortened = bytearray(self.data)
+        shortened[self.height_at : self.height_at + 2] = rows.to_bytes(2, "big")
+        return shortened
 
 
 def _plain_jpeg(data: bytes) -> _Jpeg | None:
@@ -172,7 +173,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _pillow(data: bytes, channels: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+def _pillow(data: bytes | bytearray, channels: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
     """Decode with Pillow. `box` (left, top, right, bottom) is of an upright image only."""
     if not data:
         raise BadImage("the file is empty")

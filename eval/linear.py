@@ -31,6 +31,7 @@ MOMENTUM = 0.9
 INIT_STD = 0.01  # of the weights; biases start at 0
 BATCH_NORM_EPS = 1e-6
 CHUNK = 2048  # rows scored at a time
+EPOCHS, MIN_STEPS = 10, 2000
 LR_BATCH = 256  # learning rates are given for this many images a step
 Pooling = Literal["cls", "mean", "cls+mean"]
 
@@ -39,17 +40,18 @@ Pooling = Literal["cls", "mean", "cls+mean"]
 class Config:
     """Linear probe."""
 
-    lrs: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
-    """Peak learning rates to try, per 256 images of a step."""
+    lrs: tuple[float, ...] = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+    """Peak learning rates to try, per 256 images of a step (DINOv2's grid times 10, for inputs are standardised)."""
     layers: tuple[int, ...] | None = None
     """How many of the last blocks an input takes, each number tried (default: 1 and 4, where the encoder gives
     blocks)."""
     poolings: tuple[Pooling, ...] | None = None
     """What an input takes of a block: cls, mean of the patches, or cls of each and mean of the last (default: all there
     are)."""
-    steps: int = 2000
-    """Steps of SGD with momentum 0.9; the learning rate falls to 0 by half a cosine."""
-    probe_batch_size: int = 1024
+    steps: int | None = None
+    """Steps of SGD with momentum 0.9; the learning rate falls to 0 by half a cosine (default: 10 passes over the training
+    images, at least 2000 steps)."""
+    probe_batch_size: int = 512
     """Images a step of the heads (at most the training images)."""
     weight_decay: float = 0.0
     """L2 penalty on the weights."""
@@ -140,9 +142,14 @@ def evaluate(task: Task, config: Config) -> Outcome:
     taps = tuple(dict.fromkeys(tap for one in inputs for tap in one.taps))
     train, test = task.features(taps)
     fit, held = hold_out(train.labels, config.held_out, task.seed)
+    batch = min(config.probe_batch_size, len(fit))
+    steps = config.steps or max(MIN_STEPS, EPOCHS * len(fit) // batch)
 
     scaling = _Scaling(train, taps, fit, config.batch_norm)
-    heads = _train(task, config, train, fit, inputs=inputs, lrs=config.lrs, scaling=scaling, what="heads")
+    heads = _train(
+        task, config, train, fit,
+        inputs=inputs, lrs=config.lrs, scaling=scaling, batch=batch, steps=steps, what="heads",
+    )  # fmt: skip
     tried = [
         {"lr": lr, "layers": one.layers, "pooling": one.pooling, "top1": top1, "loss": loss}
         for one, scores in zip(inputs, _score(heads, train, held, scaling, task.device), strict=True)
@@ -157,8 +164,9 @@ def evaluate(task: Task, config: Config) -> Outcome:
     everything = np.arange(len(train.labels))
     scaling = _Scaling(train, one.taps, everything, config.batch_norm)
     head = _train(
-        task, config, train, everything, inputs=[one], lrs=[best["lr"]], scaling=scaling, what="the best head"
-    )[one]
+        task, config, train, everything,
+        inputs=[one], lrs=[best["lr"]], scaling=scaling, batch=batch, steps=steps, what="the best head",
+    )[one]  # fmt: skip
     ranked = [
         head.logits(x)[:, 0].sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
         for x, _ in _chunks(one, test, np.arange(len(test.labels)), scaling, task.device)
@@ -179,8 +187,8 @@ def evaluate(task: Task, config: Config) -> Outcome:
                 "optimizer": f"SGD, momentum {MOMENTUM}, cosine to 0",
                 "lr_batch": LR_BATCH,
                 "weight_decay": config.weight_decay,
-                "steps": config.steps,
-                "batch_size": min(config.probe_batch_size, len(train.labels)),
+                "steps": steps,
+                "batch_size": batch,
                 "batch_norm": config.batch_norm,
                 "augment": config.augment,
             },
@@ -212,7 +220,7 @@ def _check(config: Config) -> None:
         raise UserError(f"--lrs {' '.join(map(str, config.lrs))}: learning rates must be above 0")
     if config.layers is not None and (not config.layers or min(config.layers) < 1):
         raise UserError(f"--layers {' '.join(map(str, config.layers))}: numbers of blocks, 1 or more")
-    if config.steps < 1 or config.probe_batch_size < 1:
+    if (config.steps is not None and config.steps < 1) or config.probe_batch_size < 1:
         raise UserError(
             f"--steps is {config.steps} and --probe-batch-size {config.probe_batch_size}; both must be at least 1"
         )
@@ -289,10 +297,11 @@ def _train(
     inputs: Sequence[Input],
     lrs: Sequence[float],
     scaling: _Scaling,
+    batch: int,
+    steps: int,
     what: str,
 ) -> dict[Input, Heads]:
     """Heads for each input and learning rate, trained on those rows of the training images."""
-    batch = min(config.probe_batch_size, len(rows))
     taps = tuple(dict.fromkeys(tap for one in inputs for tap in one.taps))
     supply = _augmented if config.augment else _cached
     heads = {}
@@ -305,14 +314,14 @@ def _train(
             generator=torch.Generator().manual_seed(key(task.seed, "heads", one.layers, one.pooling)),
             device=task.device,
         )
-    with contextlib.closing(supply(task, train, rows, taps, batch=batch, steps=config.steps)) as given:
+    with contextlib.closing(supply(task, train, rows, taps, batch=batch, steps=steps)) as given:
         for step, (features, labels) in enumerate(given):
-            scale = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            scale = 0.5 * (1 + math.cos(math.pi * step / steps))
             scaled = scaling(features)
             for one, group in heads.items():
                 group.step(one.of(scaled), labels, scale)
-            if step % 50 == 49 or step + 1 == config.steps:
-                task.report(what, step + 1, config.steps)
+            if step % 50 == 49 or step + 1 == steps:
+                task.report(what, step + 1, steps)
     return heads
 
 

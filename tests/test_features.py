@@ -1,8 +1,10 @@
 """Features: what a tap is, what is kept in the cache and when it is used again, and images that cannot be read."""
 
 import errno
+import fcntl
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,30 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(folder: Path) -> Non
         np.testing.assert_array_equal(found.labels, [0, 1, 1, 0, 0, 1, 0, 1])
 
 
+def test_what_a_killed_process_left_is_removed_and_two_at_once_compute_once(folder: Path, cache: Path) -> None:
+    source = open_source(str(folder), None)
+    extract(small_encoder(), source, ["cls"])
+    [place] = cache.iterdir()
+    (place / ".writing-1-cls.npy").write_bytes(b"half")
+    extract(small_encoder(), source, ["mean"])
+    assert sorted(path.name.split(".")[0] for path in place.iterdir()) == ["cls", "images", "lock", "mean"]
+
+    with open(place / "lock", "wb") as lock:  # as another process that computes the same
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        encoder = small_encoder()
+        passes = Passes(encoder)
+        found: list[np.ndarray] = []
+        thread = threading.Thread(target=lambda: found.append(extract(encoder, source, ["pooled"]).features["pooled"]))
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        [kept] = place.glob("cls.*")
+        shutil.copy(kept, place / kept.name.replace("cls", "pooled"))
+    thread.join(30)
+    assert passes.images == 0
+    np.testing.assert_array_equal(found[0], np.load(kept))
+
+
 class Moody(Source):
     """Images of which one can be read at some times only."""
 
@@ -233,7 +259,7 @@ def test_rows_of_two_passes_are_never_mixed(folder: Path) -> None:
 def test_nothing_readable_is_said_at_once(folder: Path, cache: Path) -> None:
     with pytest.raises(UserError, match=r"none of the first 10 images can be read.*5 are read from \.npy"):
         extract(small_encoder(in_chans=5), open_source(str(folder), None), ["cls"])
-    assert not list(cache.glob("*/*"))
+    assert not [*cache.glob("*/*.npy"), *cache.glob("*/.*")]
 
 
 def test_features_that_are_not_finite(folder: Path, cache: Path) -> None:
@@ -242,7 +268,7 @@ def test_features_that_are_not_finite(folder: Path, cache: Path) -> None:
         encoder.backbone.norm.bias[3] = torch.nan
     with pytest.raises(NotFinite, match="NaN or infinity"):
         extract(encoder, open_source(str(folder), None), ["cls"])
-    assert not list(cache.glob("*/*"))
+    assert not [*cache.glob("*/*.npy"), *cache.glob("*/.*")]
 
 
 def test_a_cache_that_cannot_be_written(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +280,7 @@ def test_a_cache_that_cannot_be_written(folder: Path, cache: Path, monkeypatch: 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"No space left.*SSL_PRETRAIN_CACHE.*--no-cache"):
         extract(encoder, source, ["cls"])
-    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert not [*cache.glob("*/*.npy"), *cache.glob("*/.*")]
     shutil.rmtree(cache)
     cache.write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot be written"):

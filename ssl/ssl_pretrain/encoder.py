@@ -120,7 +120,7 @@ def save(path: Path, encoder: Encoder) -> None:
     config = {"format": FORMAT, **_config(encoder), "lineage": encoder.lineage, "weights": _hash(weights)}
     text = json.dumps(config, indent=1) + "\n"
     try:
-        save_file(weights, aside, metadata={"format": "pt", "config": text})
+        save_file(weights, aside, metadata={"config": text})  # one entry: several come in a random order
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path / "model.safetensors")

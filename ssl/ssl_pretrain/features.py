@@ -11,12 +11,12 @@ precision), in it a .npy file for each tap. Anything in it may be deleted at any
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import signal
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -119,13 +119,17 @@ def extract(
     encoder.to(device).eval()
     folder = _folder(encoder, source, precision) if cache else None
     bad, found = _stored(folder, len(source), list(wanted)) if folder else ([], {})
-    if missing := [tap for name, tap in wanted.items() if name not in found]:
-        work = _Pass(encoder, source, batch_size, workers, torch.device(device), precision, folder, progress)
-        fresh, unread = work.run(missing)
-        if found and unread != bad:  # other images could be read than when the rest was computed: rows do not match
-            found = {}
-            fresh, unread = work.run(list(wanted.values()))
-        found, bad = found | fresh, unread
+    if found.keys() != wanted.keys():
+        with _alone(folder):
+            if folder:  # another process may have computed them meanwhile
+                bad, found = _stored(folder, len(source), list(wanted))
+            if missing := [tap for name, tap in wanted.items() if name not in found]:
+                work = _Pass(encoder, source, batch_size, workers, torch.device(device), precision, folder, progress)
+                fresh, unread = work.run(missing)
+                if found and unread != bad:  # others could be read when the rest was computed: rows do not match
+                    found = {}
+                    fresh, unread = work.run(list(wanted.values()))
+                found, bad = found | fresh, unread
     readable = np.ones(len(source), bool)
     readable[[item.index for item in bad]] = False
     index = np.flatnonzero(readable)
@@ -241,7 +245,9 @@ class _Pass:
                 if len(images):
                     for name, vector in self._encode(images, taps).items():
                         if name not in rows:
-                            rows[name] = stack.enter_context(_Rows((len(self.source), vector.shape[1]), self.folder))
+                            rows[name] = stack.enter_context(
+                                _Rows(name, (len(self.source), vector.shape[1]), self.folder)
+                            )
                         rows[name].append(vector)
                 if self.progress:
                     self.progress(done, len(self.source))
@@ -371,29 +377,46 @@ def _cache_errors(folder: Path) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def _alone(folder: Path | None) -> Iterator[None]:
+    """Hold a folder of the cache, so that two processes do not compute the same; None: nothing to hold."""
+    if folder is None:
+        yield
+        return
+    with _cache_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "wb")  # noqa: SIM115 -- closed below; only the opening is the cache's matter
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: the work may be done twice, and the files are whole either way
+            yield
+            return
+        for leftover in folder.glob(".writing-*"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
+        yield
+
+
 class _Rows:
     """An array (N, F) float32 that is filled from the top, batch by batch: in memory, or in a file of `folder` that is
     written aside and gets its name in `finish`. Leaving the context unfinished removes the file."""
 
-    def __init__(self, shape: tuple[int, int], folder: Path | None) -> None:
+    def __init__(self, tap: str, shape: tuple[int, int], folder: Path | None) -> None:
         self.filled = 0
         self.folder = folder
         if folder is None:
             self.array = np.empty(shape, np.float32)
             return
         with _cache_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=".writing-", dir=folder)
-            self.aside = Path(name)
+            self.aside = folder / f".writing-{os.getpid()}-{tap}.npy"
             try:
                 self.array = np.lib.format.open_memmap(self.aside, mode="w+", dtype=np.float32, shape=shape)
                 # The room is taken first: a disk that is full under a memory map ends the process without a word.
-                os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+                with open(self.aside, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             except OSError:
-                self.aside.unlink()
+                self.aside.unlink(missing_ok=True)
                 raise
-            finally:
-                os.close(descriptor)
 
     def append(self, rows: np.ndarray) -> None:
         """Fill the next len(rows) rows."""

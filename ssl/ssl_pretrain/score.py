@@ -49,7 +49,7 @@ class KnnScore:
         return cls(Subset(bank, order[:BANK]), queries, batch_size=256, workers=run.workers or 0)
 
     def __call__(self, encoder: Encoder) -> float:
-        device = next(encoder.parameters()).device
+        device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
         sides = [extract(encoder, side, ("pooled",), device=device, **self.how) for side in (self.bank, self.queries)]
         (bank, bank_labels), (queries, labels) = [(side.features["pooled"], side.labels) for side in sides]
         similarity, index = nearest(torch.as_tensor(np.asarray(queries)), torch.as_tensor(np.asarray(bank)), NEIGHBOURS)

@@ -2,11 +2,13 @@
 
 After Anderson & Farrell, "Improving Fractal Pre-training" (WACV 2022), section 3: the affine maps of a system are
 sampled through their singular values, so that nearly every system has an attractor with structure. The images of a
-class differ by small changes of the maps, rotation, mirror, scale, place, colours and background. An image is a
-function of (seed, split, index) alone. K maps a system, P points, S x S pixels.
+class differ by small changes of the maps, rotation, mirror, scale, place, colours and background. Each class has a
+palette of its own, varied; with palettes=0 colours are drawn anew for each image, as in the paper, and the ground is
+as bright as the fractal: much harder. An image is a function of (seed, split, index) alone. K maps a system, P points,
+S x S pixels.
 
 The data string is 'fractals', or with options in any order
-'fractals:classes=20,images=4096,size=40,instances=1,seed=0'.
+'fractals:classes=20,images=4096,size=40,instances=1,palettes=1,seed=0'.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ CHECK_SIZE = 24
 TURN = 0.12  # radians; how far a map is turned from image to image, at most, either way
 SHRINK = 0.06  # how much of its size a map loses from image to image, at most; never a gain: it stays contractive
 SHIFT = 0.06  # standard deviation of a map's translation from image to image
-ROTATION = np.pi / 6  # of the whole fractal from image to image, at most, either way
+ROTATION = np.pi / 4  # of the whole fractal from image to image, at most, either way
 SHARES = (0.65, 1.0)  # of the image's side that a fractal takes, alone
 SHARES_OF_SEVERAL = (0.6, 0.85), (0.3, 0.5)  # the largest, and each of the others
 POINTS_A_PIXEL = 2.0  # of the square that the fractal takes
@@ -40,14 +42,17 @@ COLOUR_DOUBLINGS = 3  # a colour coordinate is that of the last 2^3 maps
 HALF_OPAQUE = 0.5  # hits of a pixel that let half of the background through
 BACKGROUND_CELLS = 4  # of the smooth noise, each way
 COLOUR_STEPS = np.linspace(0, 1, 64)
+VARIED_COLOUR = 0.4  # of the palette's turn and phases from image to image, as a share of a whole turn
+GROUND = 0.3  # brightest ground behind fractals with palettes
 LIMITS = {
     "classes": (2, 1_000_000),
     "images": (1, 1 << 40),
     "size": (8, 2048),
     "instances": (1, 16),
+    "palettes": (0, 1),
     "seed": (0, 1 << 62),
 }
-VERSION = 1  # of the pictures; part of the fingerprint
+VERSION = 2  # of the pictures; part of the fingerprint
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Options:
     images: int = 4096  # of the training split; the test split has a quarter of that
     size: int = 40  # pixels, height and width
     instances: int = 1  # fractals on one image, at most, each of another class
+    palettes: int = 1  # 1: each class has its colours; 0: each image has
     seed: int = 0
 
 
@@ -120,8 +126,10 @@ class FractalSource(Source):
         word, number = self._place(index)
         rng = numpy_generator(self.options.seed, "fractal", word, number)
         present = self._present[index]
-        systems = [system_of_class(self.options.seed, int(c)) for c in present[present >= 0]]
-        return render(systems, self.options.size, rng)
+        classes = [int(c) for c in present[present >= 0]]
+        systems = [system_of_class(self.options.seed, c) for c in classes]
+        palettes = [palette_of_class(self.options.seed, c) for c in classes] if self.options.palettes else None
+        return render(systems, self.options.size, rng, palettes)
 
     def name(self, index: int) -> str:
         """fractals:split:number."""
@@ -279,21 +287,42 @@ def _apply(word: np.ndarray, to: np.ndarray) -> np.ndarray:
     return after
 
 
-def render(systems: list[System], size: int, rng: np.random.Generator) -> np.ndarray:
-    """An image (S, S, 3) uint8 of the systems on one background; the first is the largest."""
-    dark = rng.random() < 0.5  # dark fractals on light ground, or the other way
-    canvas = 0.55 * _smooth_noise(size, rng) + (0.45 if dark else 0.0)
+@lru_cache(4096)
+def palette_of_class(seed: int, number: int) -> np.ndarray:
+    """The colours of a class: how far its palette goes round, and the phases of red, green and blue, (4,) in [0, 1)."""
+    return numpy_generator(seed, "fractal palette", number).random(4)
+
+
+def render(
+    systems: list[System], size: int, rng: np.random.Generator, palettes: list[np.ndarray] | None = None
+) -> np.ndarray:
+    """An image (S, S, 3) uint8 of the systems on one background; the first is the largest. With `palettes`, each (4,),
+    they have these colours, nearly, on a dark ground."""
+    # Without palettes, dark fractals on light ground, or the other way.
+    dark = bool(rng.random() < 0.5) and palettes is None
+    canvas = _smooth_noise(size, rng) * (0.55 if palettes is None else GROUND) + (0.45 if dark else 0.0)
     for i, system in enumerate(systems):
         low, high = SHARES if len(systems) == 1 else SHARES_OF_SEVERAL[min(i, 1)]
-        _paint(canvas, _vary(system, rng), low + (high - low) * rng.random(), dark, rng)
+        palette = None if palettes is None else palettes[i]
+        _paint(canvas, _vary(system, rng), low + (high - low) * rng.random(), dark, rng, palette)
     return np.ascontiguousarray((canvas * 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def _paint(canvas: np.ndarray, system: System, share: float, dark: bool, rng: np.random.Generator) -> None:
+def _paint(
+    canvas: np.ndarray,
+    system: System,
+    share: float,
+    dark: bool,
+    rng: np.random.Generator,
+    own: np.ndarray | None = None,
+) -> None:
     """Draw a fractal on the canvas (3, S, S) float32 in [0, 1]; its longer side takes that share of the canvas."""
     size = canvas.shape[1]
     points = _chaos_game(system, max(MINIMAL_POINTS, int(POINTS_A_PIXEL * (size * share) ** 2)), rng)
-    mirror, turn, right, down, turns, *phase = rng.random(8).tolist()
+    mirror, turn, right, down, *colours = rng.random(8).tolist()
+    if own is not None:
+        colours = (own + VARIED_COLOUR * (np.array(colours) - 0.5)).tolist()
+    turns, *phase = colours
     view = _rotation(np.array(ROTATION * (2 * turn - 1))).astype(np.float32)
     view[:, 0] *= 1 if mirror < 0.5 else -1
     x, y = view @ points[:2]

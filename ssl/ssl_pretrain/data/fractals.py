@@ -42,7 +42,7 @@ COLOUR_DOUBLINGS = 3  # a colour coordinate is that of the last 2^3 maps
 HALF_OPAQUE = 0.5  # hits of a pixel that let half of the background through
 BACKGROUND_CELLS = 4  # of the smooth noise, each way
 COLOUR_STEPS = np.linspace(0, 1, 64)
-VARIED_COLOUR = 0.4  # of the palette's turn and phases from image to image, as a share of a whole turn
+VARIED_COLOUR = 0.5  # of the palette's turn and phases from image to image, as a share of a whole turn
 GROUND = 0.3  # brightest ground behind fractals with palettes
 LIMITS = {
     "classes": (2, 1_000_000),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -266,3 +267,18 @@ def test_the_command_is_installed() -> None:
     assert (
         done.stdout == subprocess.run(command("pretrain", "--help"), capture_output=True, text=True, check=True).stdout
     )
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme_ends_by_itself_and_has_learned(tmp_path: Path) -> None:
+    """`ssl-pretrain --method mae` in an empty folder, with nothing else said."""
+    began = time.monotonic()
+    done = subprocess.run(
+        command("pretrain", "--method", "mae"), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 480  # 240 s on two free cores; others may be at work on this machine
+    trained, untrained = map(float, re.findall(r"([\d.]+) %", done.stdout))
+    assert trained > untrained + 5, done.stdout
+    assert "ssl-eval linear --encoder runs/mae-fractals" in done.stdout
+    assert (tmp_path / "runs" / "mae-fractals" / "encoder" / "model.safetensors").exists()

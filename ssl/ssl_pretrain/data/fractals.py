@@ -3,7 +3,7 @@
 After Anderson & Farrell, "Improving Fractal Pre-training" (WACV 2022), section 3: the affine maps of a system are
 sampled through their singular values, so that nearly every system has an attractor with structure. The images of a
 class differ by small changes of the maps, rotation, mirror, scale, place, colours and background. Each class has a
-palette of its own, varied; with palettes=0 colours are drawn anew for each image, as in the paper, and the ground is
+palette of its own, varied a little; with palettes=0 colours are drawn anew for each image, as in the paper, and the ground is
 as bright as the fractal: much harder. An image is a function of (seed, split, index) alone. K maps a system, P points,
 S x S pixels.
 
@@ -32,7 +32,7 @@ CHECK_SIZE = 24
 TURN = 0.12  # radians; how far a map is turned from image to image, at most, either way
 SHRINK = 0.06  # how much of its size a map loses from image to image, at most; never a gain: it stays contractive
 SHIFT = 0.06  # standard deviation of a map's translation from image to image
-ROTATION = np.pi / 4  # of the whole fractal from image to image, at most, either way
+ROTATION = np.pi / 6  # of the whole fractal from image to image, at most, either way
 SHARES = (0.65, 1.0)  # of the image's side that a fractal takes, alone
 SHARES_OF_SEVERAL = (0.6, 0.85), (0.3, 0.5)  # the largest, and each of the others
 POINTS_A_PIXEL = 2.0  # of the square that the fractal takes
@@ -42,8 +42,8 @@ COLOUR_DOUBLINGS = 3  # a colour coordinate is that of the last 2^3 maps
 HALF_OPAQUE = 0.5  # hits of a pixel that let half of the background through
 BACKGROUND_CELLS = 4  # of the smooth noise, each way
 COLOUR_STEPS = np.linspace(0, 1, 64)
-VARIED_COLOUR = 0.5  # of the palette's turn and phases from image to image, as a share of a whole turn
-GROUND = 0.3  # brightest ground behind fractals with palettes
+VARIED_COLOUR = 0.1  # of the palette's turn and phases from image to image, as a share of a whole turn
+GROUND = 0.2  # brightest ground behind fractals with palettes
 LIMITS = {
     "classes": (2, 1_000_000),
     "images": (1, 1 << 40),

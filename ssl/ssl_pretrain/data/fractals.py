@@ -3,9 +3,9 @@
 After Anderson & Farrell, "Improving Fractal Pre-training" (WACV 2022), section 3: the affine maps of a system are
 sampled through their singular values, so that nearly every system has an attractor with structure. The images of a
 class differ by small changes of the maps, rotation, mirror, scale, place, colours and background. Each class has a
-palette of its own, varied a little; with palettes=0 colours are drawn anew for each image, as in the paper, and the ground is
-as bright as the fractal: much harder. An image is a function of (seed, split, index) alone. K maps a system, P points,
-S x S pixels.
+palette of its own, varied a little; with palettes=0 colours are drawn anew for each image, as in the paper, and the
+ground is as bright as the fractal: much harder. An image is a function of (seed, split, index) alone. K maps a system,
+P points, S x S pixels.
 
 The data string is 'fractals', or with options in any order
 'fractals:classes=20,images=4096,size=40,instances=1,palettes=1,seed=0'.

@@ -76,7 +76,7 @@ class Encoder(nn.Module):
 
         Raises UserError for one that cannot be read or has other channels than the encoder takes.
         """
-        from .data.decode import BadImage, _eight_bits, decode
+        from .data.decode import BadImage, decode, eight_bits
         from .data.views import resize_and_crop
 
         how = self.preprocessing
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         for i, image in enumerate(images):
             try:
                 if isinstance(image, Image.Image) and how.channels in (1, 3):
-                    pixels = _eight_bits(ImageOps.exif_transpose(image), how.channels)
+                    pixels = eight_bits(ImageOps.exif_transpose(image), how.channels)
                 else:
                     pixels = decode(np.asarray(image) if isinstance(image, Image.Image) else image, how.channels)
             except BadImage as problem:

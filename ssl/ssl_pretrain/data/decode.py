@@ -187,7 +187,7 @@ def _pillow(data: bytes | bytearray, channels: int, box: tuple[int, int, int, in
                 if channels == 1 and file.format in ("JPEG", "MPO"):
                     file.draft("L", file.size)  # the stored luma itself, as simplejpeg gives it
                 image = file.crop(box) if box else ImageOps.exif_transpose(file)
-                pixels = _eight_bits(image, channels)
+                pixels = eight_bits(image, channels)
         except Image.UnidentifiedImageError:
             raise BadImage("not an image, or of a format that is not read") from None
         except BadImage:
@@ -199,7 +199,7 @@ def _pillow(data: bytes | bytearray, channels: int, box: tuple[int, int, int, in
     return pixels
 
 
-def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
+def eight_bits(image: Image.Image, channels: int) -> np.ndarray:
     """A Pillow image as uint8 (H, W, channels), by the rules of `Picture`."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY, command, losses, metrics, picture
+from conftest import ROOT, TINY, command, losses, metrics, picture
+from ssl_pretrain.launch.pretrain import read_command
 
 from ssl_pretrain import encoder
 
@@ -282,3 +283,12 @@ def test_the_first_command_of_the_readme_ends_by_itself_and_has_learned(tmp_path
     assert trained > untrained + 5, done.stdout
     assert "ssl-eval linear --encoder runs/mae-fractals" in done.stdout
     assert (tmp_path / "runs" / "mae-fractals" / "encoder" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_names_only_flags_that_there_are(recipe: Path) -> None:
+    run, knobs, options = read_command(["--config", str(recipe), "--data", "."])
+    written = yaml.safe_load(recipe.read_text())
+    assert written.keys() <= {name for part in (run, knobs, options) for name in vars(part)}
+    header = recipe.read_text().split("method:")[0]
+    assert f"ssl-pretrain --config recipes/{recipe.name}" in header

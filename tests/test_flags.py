@@ -53,6 +53,7 @@ def test_values_of_every_type() -> None:
 def test_flags_win_over_yaml_over_defaults() -> None:
     run, knobs = read("--lr", "none", method="mae", lr=1, size=[64], mask_ratio=0.1)
     assert (run.lr, run.size, run.precision, knobs.mask_ratio) == (None, (64,), "auto", 0.1)
+    assert read(method="mae", size=64)[0].size == (64,)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,8 @@ def test_flags_win_over_yaml_over_defaults() -> None:
         (["mae"], {}, ["unexpected 'mae'"]),
         ([], {"method": "mae", "maskratio": 0.5}, ["'maskratio'", "did you mean mask_ratio?"]),
         ([], {"method": "mae", "lr": "1e-3"}, ["lr", "'1e-3' is not a number or none"]),
-        ([], {"method": "mae", "size": 3}, ["size", "3 is not a list"]),
+        ([], {"method": "mae", "betas": 3}, ["betas", "3 is not a list"]),
+        ([], {"method": "mae", "size": "big"}, ["size", "'big' is not a whole number"]),
         ([], {"method": "mae", "flip": 1}, ["flip", "1 is not true or false"]),
         ([], {"method": "mae", "precision": "fp23"}, ["did you mean fp32?"]),
     ],

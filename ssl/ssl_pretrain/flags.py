@@ -71,8 +71,7 @@ def parse(
         values = {}
         for f in dataclasses.fields(kind):
             if f.name in given:
-                value = given[f.name]
-                values[f.name] = tuple(value) if isinstance(value, list) else value
+                values[f.name] = _tupled(given[f.name], hints[f.name])
             elif _default(f) is dataclasses.MISSING:
                 raise UserError(f"{prog}: --{f.name.replace('_', '-')} is needed ({docs(kind).get(f.name, '')})")
         result.append(kind(**values))
@@ -111,6 +110,8 @@ def check(value: Any, hint: Any) -> None:
             raise ValueError(f"{value!r} is not one of {', '.join(map(str, arguments))}{_close(value, arguments)}")
         return None
     if origin is tuple:
+        if arguments[-1] is Ellipsis and not isinstance(value, list | tuple):
+            return check(value, arguments[0])  # one number where several may stand
         if not isinstance(value, list | tuple):
             raise ValueError(f"{value!r} is not a list")
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
@@ -206,6 +207,13 @@ def _name(hint: Any) -> str:
 def _close(word: Any, options: Iterable[Any]) -> str:
     hint = nearest(str(word), map(str, options))
     return hint if hint.startswith("; did") else ""
+
+
+def _tupled(value: Any, hint: Any) -> Any:
+    """A list, of argparse or YAML, as a tuple; and a single value where a field takes any number of them."""
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if typing.get_origin(hint) is tuple and not isinstance(value, tuple) else value
 
 
 def _default(f: dataclasses.Field) -> Any:

@@ -1,5 +1,6 @@
 """The command `ssl-pretrain`."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,15 +109,12 @@ def _methods() -> str:
 
 
 def _placed() -> bool:
-    import os
-
+    """Whether this is already one of several processes."""
     return "RANK" in os.environ
 
 
 def _finish(run: Run, out: Path) -> None:
     """Say where the encoder is, how good it is at a glance, and what to do next."""
-    import os
-
     if os.environ.get("RANK", "0") != "0":
         return
     from ssl_pretrain import encoder

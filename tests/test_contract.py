@@ -47,6 +47,18 @@ def test_one_final_class_with_a_frozen_config_whose_every_knob_is_explained_and_
     assert set(kind.recipe.small) <= known
 
 
+def test_every_flag_of_a_run_is_explained_and_read() -> None:
+    explained = flags.docs(Run)
+    files = [*(ROOT / "ssl").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
+    source = "\n".join(path.read_text() for path in files)
+    for field in dataclasses.fields(Run):
+        assert explained.get(field.name), f"{field.name} has no help"
+        read = (
+            re.search(rf"\b(run|asked)\.{field.name}\b", source) or field.name == "config"
+        )  # read before there is a Run
+        assert read, f"nothing reads --{field.name}"
+
+
 @every_method
 def test_it_has_a_page_and_a_test(name: str) -> None:
     page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()

@@ -21,7 +21,7 @@ def commands(page: Path) -> list[str]:
     """Lines of code blocks (indented or fenced) that are one of our commands, continuation lines joined."""
     text = re.sub(r" *\\\n\s*", " ", page.read_text())
     lines = re.findall(
-        r"^(?:    )?((?:.*&& )?(?:ssl-pretrain|ssl-eval|python benchmarks/)\s?[^|`]*)$", text, re.MULTILINE
+        r"^(?:    )?((?:.*&& )?(?:ssl-pretrain|ssl-eval|python benchmarks/)[^|`\n]*)$", text, re.MULTILINE
     )
     return [line.split("&& ")[-1].strip() for line in lines]
 

@@ -309,19 +309,20 @@ def _images(
     preprocessing: Preprocessing, source: Source, batch_size: int, workers: int
 ) -> Iterator[tuple[np.ndarray, list[Bad]]]:
     """The source's images in order, uint8 (B, H, W, C), and what could not be read between them."""
-    loader = DataLoader(
-        _Images(source, preprocessing),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=_begin_worker,
-        generator=torch.Generator(),  # it draws a seed for its workers, which use none; not from the global state
-        multiprocessing_context="fork" if workers else None,
-    )
     with warnings.catch_warnings():
         # Python 3.12 on forking with threads about: the workers run none of theirs; torch on more workers than CPUs
         warnings.simplefilter("ignore")
-        return iter(loader)
+        return iter(
+            DataLoader(
+                _Images(source, preprocessing),
+                batch_size=batch_size,
+                num_workers=workers,
+                collate_fn=_collate,
+                worker_init_fn=_begin_worker,
+                generator=torch.Generator(),  # it draws a seed for its workers, which use none; not the global state
+                multiprocessing_context="fork" if workers else None,
+            )
+        )
 
 
 # ---- The cache.

@@ -421,7 +421,7 @@ def _workers(run: Run, here: World) -> int:
     """Loader processes: as asked, else those cores that training leaves free (on a CPU it leaves none, one is enough)."""
     if run.workers is not None:
         return run.workers
-    mine = distributed.cores() // here.local_size
+    mine = max(1, distributed.cores() // here.local_size)  # more processes than cores is slow, but no mistake
     return max(1, min(16, mine - 1)) if here.device.type == "cuda" else min(1, mine - 1)
 
 

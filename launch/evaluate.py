@@ -84,7 +84,7 @@ def _summary(name: str) -> str:
 
 def _check_paths(argv: list[str]) -> None:
     """Raise UserError for an encoder or data that is not there, as far as it can be seen without torch."""
-    encoder, like, data = (_word(argv, flag) for flag in ("--encoder", "--like", "--data"))
+    encoder, like, data = (flags.word(argv, flag) for flag in ("--encoder", "--like", "--data"))
     for flag, path in (("--encoder", encoder), ("--like", like)):
         if path is None or (flag == "--encoder" and path in WORDS) or Path(path).exists():
             continue
@@ -106,17 +106,6 @@ def _check_paths(argv: list[str]) -> None:
         raise UserError("--encoder random needs --data, or --like RUN")
     if data is not None:
         splits(data)
-
-
-def _word(argv: list[str], flag: str) -> str | None:
-    """The last value a flag is given on the command line."""
-    found = None
-    for at, word in enumerate(argv):
-        if word == flag and at + 1 < len(argv):
-            found = argv[at + 1]
-        elif word.startswith(flag + "="):
-            found = word.split("=", 1)[1]
-    return found
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def read_command(argv: list[str]) -> tuple[Run, Any, Any]:
 
     Imports torch only once the method, the encoder and the data are known to be there.
     """
-    method, encoder, file, data = (_word(argv, name) for name in ("--method", "--encoder", "--config", "--data"))
+    method, encoder, file, data = (flags.word(argv, name) for name in ("--method", "--encoder", "--config", "--data"))
     written = config.read_yaml(Path(file)) if file else {}
     method, data = method or written.get("method"), data or written.get("data", "fractals")
     if method is None:
@@ -91,17 +91,6 @@ def read_command(argv: list[str]) -> tuple[Run, Any, Any]:
     known = {field for each in kinds for field in each.__dataclass_fields__}
     defaults = {**{key: value for key, value in below.items() if key in known}, **written}
     return tuple(flags.parse(kinds, argv, defaults, prog=PROG, description=DESCRIPTION, epilog=EPILOG))
-
-
-def _word(argv: list[str], flag: str) -> str | None:
-    """The last value a flag is given on the command line."""
-    found = None
-    for at, word in enumerate(argv):
-        if word == flag and at + 1 < len(argv):
-            found = argv[at + 1]
-        elif word.startswith(flag + "="):
-            found = word.split("=", 1)[1]
-    return found
 
 
 def _methods() -> str:

@@ -135,6 +135,17 @@ def check(value: Any, hint: Any) -> None:
     return None
 
 
+def word(argv: list[str], flag: str) -> str | None:
+    """The last value that `flag` ("--data") is given in `argv`, None without any; before anything is parsed."""
+    found = None
+    for at, word in enumerate(argv):
+        if word == flag and at + 1 < len(argv):
+            found = argv[at + 1]
+        elif word.startswith(flag + "="):
+            found = word.split("=", 1)[1]
+    return found
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{self.prog}: {message.removeprefix('argument ')}")

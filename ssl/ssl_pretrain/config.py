@@ -141,7 +141,7 @@ FREE = frozenset(
 )
 LENGTH = frozenset({"steps", "epochs", "images", "warmup_steps", "cooldown_steps"})
 
-# The built-in run on fractals: about two minutes on two CPU cores. A method's recipe adds its own (Recipe.small).
+# The built-in run on fractals: three to four minutes on two CPU cores. A method's recipe adds its own (Recipe.small).
 SMALL = {"encoder": "vit_micro", "image_size": 32, "patch_size": 4, "batch_size": 128, "steps": 500}
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -128,7 +128,7 @@ class MAE(Method):
         x = rows(x[:, -patches:], masked)
         return self.decoder_pred(self.decoder_norm(x)), masked, keep, grid
 
-    def collapsed(self) -> dict[str, tuple[float, str]]:
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """With normalised pixels, the loss of painting every patch in its mean colour."""
         if not self.config.norm_pix:
             return {}

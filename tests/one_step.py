@@ -12,14 +12,22 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_pretrain import backbones, distributed, pretext
+from ssl_pretrain import backbones, distributed, pretext, two_pass
 from ssl_pretrain.data.loader import Share
-from ssl_pretrain.pretext import Batch, Step
+from ssl_pretrain.data.views import fitted
+from ssl_pretrain.pretext import Batch, Step, WholeBatchMethod
 from ssl_pretrain.randomness import key
 
 BATCH, SIZE = 16, (32, 32)
 # Small enough for a test; a method's file needs no entry here unless its defaults are too big.
-SMALL = {"mae": {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}}
+SMALL = {
+    "mae": {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
+    "simclr": {"hidden_dim": 64, "embedding_dim": 32},
+    "lejepa": {"hidden_dim": 64, "embedding_dim": 16, "slices": 32, "local_views": 2},
+    "dino": {"hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 48, "local_views": 2},
+    "aim": {"head_dim": 32, "head_depth": 1},
+    "npid": {"embedding_dim": 16, "negatives": 8},
+}
 
 
 def build(name: str) -> pretext.Method:
@@ -28,17 +36,23 @@ def build(name: str) -> pretext.Method:
     torch.manual_seed(key("one step", name))
     options = {**backbones.defaults("vit_micro"), "patch_size": 8, "depth": 2, **kind.recipe.encoder}
     encoder = backbones.build("vit_micro", image_size=SIZE, **options)
-    return kind(encoder, kind.Config(**SMALL.get(name, {})))
+    method = kind(encoder, kind.Config(**SMALL.get(name, {})))
+    method.prepare(BATCH)
+    return method
 
 
 def batch(method: pretext.Method, rows: slice) -> Batch:
     """Rows of a global batch of noise images, with the views the method declares."""
     views = {}
-    for spec in type(method).views(method.config, SIZE):
+    for spec in fitted(type(method).views(method.config, SIZE), SIZE, method.encoder.stride):
         generator = torch.Generator().manual_seed(key("view", spec.name))
         images = torch.randn(spec.count, BATCH, 3, *spec.size, generator=generator)[:, rows]
         views[spec.name] = images if spec.count > 1 else images[0]
     return Batch(views=views, index=torch.arange(BATCH)[rows], labels=torch.arange(BATCH)[rows] % 4)
+
+
+def _step(rows: slice) -> Step:
+    return Step(step=3, total=10, noise=7, rows=rows, batch_size=BATCH, device=torch.device("cpu"))
 
 
 def one_step(name: str, micro_batches: int = 1) -> dict:
@@ -47,16 +61,19 @@ def one_step(name: str, micro_batches: int = 1) -> dict:
         method = build(name)
         share = Share(BATCH, micro_batches, here.rank, here.size)
         wrapped = DistributedDataParallel(method) if here.size > 1 else method
-        loss = torch.zeros(())
-        for micro in range(micro_batches):
-            rows = share.rows(micro)
-            step = Step(step=3, total=10, noise=7, rows=rows, batch_size=BATCH, device=torch.device("cpu"))
-            last = micro == micro_batches - 1
-            with nullcontext() if last or here.size == 1 else wrapped.no_sync():
-                losses = wrapped(batch(method, rows), step)
-                (losses.total / micro_batches).backward()
-            loss += losses.total.detach() / micro_batches
-        method.after_step(step)
+        parts = [(batch(method, share.rows(micro)), _step(share.rows(micro))) for micro in range(micro_batches)]
+        results = []
+        if isinstance(method, WholeBatchMethod) and micro_batches > 1:
+            results.append(two_pass.backward(method, parts, nullcontext(), list(method.parameters())))
+        else:
+            for micro, part in enumerate(parts):
+                last = micro == micro_batches - 1
+                with nullcontext() if last or here.size == 1 else wrapped.no_sync():
+                    results.append(wrapped(*part))
+                    (results[-1].total / micro_batches).backward()
+        carried = {name: torch.cat([each.carry[name] for each in results]) for name in results[0].carry}
+        method.after_step(parts[-1][1], carried)
+        loss = torch.stack([each.total.detach() for each in results]).mean()
         loss = distributed.all_reduce_(loss) / here.size
         return {
             "rank": here.rank,

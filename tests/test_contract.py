@@ -33,7 +33,7 @@ def test_the_folder_is_what_is_tested() -> None:
 def test_one_final_class_with_a_frozen_config_whose_every_knob_is_explained_and_read(name: str) -> None:
     kind = pretext.load(name)
     assert getattr(kind, "__final__", False), f"{kind.__name__} must be @final"
-    assert kind.__mro__[1] is pretext.Method
+    assert kind.__mro__[1] in (pretext.Method, pretext.WholeBatchMethod)
     assert dataclasses.is_dataclass(kind.Config)
     assert kind.Config.__dataclass_params__.frozen
     explained = flags.docs(kind.Config)

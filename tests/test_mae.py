@@ -182,7 +182,7 @@ def test_painting_the_mean_colour_gives_the_collapsed_value() -> None:
     method = build()
     nn.init.zeros_(method.decoder_pred.weight)
     nn.init.zeros_(method.decoder_pred.bias)
-    value, _ = method.collapsed()["loss"]
+    value, _ = method.collapsed(256)["loss"]
     found = method(Batch(views={"image": images(64)}, index=torch.arange(64)), step(64))
     assert float(found.total.detach()) == pytest.approx(value, rel=1e-4)
 

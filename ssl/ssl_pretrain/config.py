@@ -56,7 +56,7 @@ class Run:
     accumulate: int = 1
     """Micro-batches that a step's batch is worked through in, to save memory."""
 
-    optimizer: Literal["adamw", "sgd"] | None = None
+    optimizer: Literal["adamw", "sgd", "lars"] | None = None
     """Optimiser (default: the method's)."""
     lr: float | None = None
     """Peak learning rate as used, not per 256 images (default: the method's, scaled to the batch size)."""
@@ -69,13 +69,15 @@ class Run:
     cooldown_steps: int | None = None
     """Steps of linear cooldown of the constant schedule (default: a fifth of the run)."""
     betas: tuple[float, float] | None = None
-    """AdamW's decay rates of the moments; SGD uses the first as momentum (default: the method's)."""
+    """AdamW's decay rates of the moments; SGD and LARS use the first as momentum (default: the method's)."""
     weight_decay: float | None = None
     """Decoupled weight decay (default: the method's)."""
     final_weight_decay: float | None = None
     """Weight decay at the end, by half a cosine (default: the method's, else as at the start)."""
     clip_grad: float | None = None
-    """Largest global gradient norm; none: no clipping (default: the method's)."""
+    """Largest gradient norm; none: no clipping (default: the method's)."""
+    clip_each: bool | None = None
+    """Clip each parameter's gradient by its own norm instead of all by the global one (default: the method's)."""
     layer_decay: float = 1.0
     """Factor on the learning rate for each block away from the encoder's output."""
 
@@ -123,7 +125,7 @@ class Resolved(Run):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     steps: int
-    optimizer: Literal["adamw", "sgd"]
+    optimizer: Literal["adamw", "sgd", "lars"]
     lr: float
     final_lr: float
     warmup_steps: int
@@ -131,6 +133,7 @@ class Resolved(Run):
     betas: tuple[float, float]
     weight_decay: float
     final_weight_decay: float
+    clip_each: bool
     precision: Literal["fp32", "bf16"]
 
 
@@ -141,8 +144,8 @@ FREE = frozenset(
 )
 LENGTH = frozenset({"steps", "epochs", "images", "warmup_steps", "cooldown_steps"})
 
-# The built-in run on fractals: three to four minutes on two CPU cores. A method's recipe adds its own (Recipe.small).
-SMALL = {"encoder": "vit_micro", "image_size": 32, "patch_size": 4, "batch_size": 128, "steps": 500}
+# The built-in run on fractals: about two minutes on two CPU cores. A method's recipe adds its own (Recipe.small).
+SMALL = {"encoder": "vit_micro", "image_size": 32, "patch_size": 4, "batch_size": 128, "steps": 250}
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -232,6 +235,7 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
         "weight_decay": weight_decay,
         "final_weight_decay": final_weight_decay,
         "clip_grad": recipe.clip_grad if run.clip_grad is None else run.clip_grad,
+        "clip_each": recipe.clip_each if run.clip_each is None else run.clip_each,
         "precision": precision,
     }
     given_fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UserError
 
@@ -84,11 +84,81 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def size() -> int:
+    """How many processes the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """All processes' rows; backward, each row's gradient is the sum over the processes that used it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        world = dist.get_world_size()
+        ctx.mine = slice(dist.get_rank() * len(rows), (dist.get_rank() + 1) * len(rows))
+        out = rows.new_empty(world * len(rows), *rows.shape[1:])
+        dist.all_gather(list(out.chunk(world)), rows.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total[ctx.mine]
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over processes of a tensor of one shape; backward, the mean of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return _mean_(tensor.detach().clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _mean_(grads[0].clone())
+
+
+def _mean_(tensor: Tensor) -> Tensor:
+    dist.all_reduce(tensor)
+    return tensor.div_(dist.get_world_size())
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Every process's rows (B, ...), equally many each, in the order of ranks: (W * B, ...). Carries gradients.
+
+    A loss computed from them is the same on all processes, and the mean over processes of its gradients, which the loop
+    takes, is the gradient of the global loss: backward sums over processes.
+    """
+    return _Gather.apply(rows) if size() > 1 else rows
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over processes of a tensor of the same shape on each. Carries gradients, in the sense of `gather`."""
+    return _Mean.apply(tensor) if size() > 1 else tensor
+
+
 def all_reduce_(tensor: Tensor, how: str = "sum") -> Tensor:
     """Reduce a tensor in place over all processes ("sum" or "max"). Carries no gradient: not for use inside a loss."""
     if dist.is_initialized():
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
     return tensor
+
+
+def mean_gradients_(parameters: list[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes, all in one exchange."""
+    if not dist.is_initialized():
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch._utils._flatten_dense_tensors(grads)
+    dist.all_reduce(flat)
+    flat.div_(dist.get_world_size())
+    torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
 
 
 def agree(flag: bool) -> bool:

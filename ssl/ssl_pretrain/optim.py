@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .lars import Lars
 from .pretext import Method
 
 DECAYED_TOKENS = ("cls_token", "mask_token", "reg_tokens", "pos_embed")
@@ -55,11 +56,13 @@ def parameter_groups(
 
 
 def build(
-    kind: Literal["adamw", "sgd"], groups: list[dict[str, Any]], betas: tuple[float, float]
+    kind: Literal["adamw", "sgd", "lars"], groups: list[dict[str, Any]], betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
     """The optimiser, fused (one kernel over all parameters; three times faster than the default on CPU and GPU)."""
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    if kind == "lars":
+        return Lars(groups, momentum=betas[0])
     return torch.optim.SGD(groups, lr=0.0, momentum=betas[0], fused=True)
 
 
@@ -81,6 +84,17 @@ def step_if(optimizer: torch.optim.Optimizer, ok: Tensor) -> None:
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     """Global 2-norm of all gradients, float32 ()."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_(parameters: list[nn.Parameter], most: float, norm: Tensor | None) -> None:
+    """Scale gradients down to a 2-norm of at most `most`: together, by their global `norm` (), or with None each
+    parameter's by itself (DINO, as released)."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if norm is not None:
+        torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
+        return
+    factors = most / (torch.stack(torch._foreach_norm(grads)) + 1e-6)
+    torch._foreach_mul_(grads, list(factors.clamp(max=1.0).unbind()))
 
 
 def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

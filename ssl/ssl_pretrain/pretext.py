@@ -3,6 +3,7 @@ H x W pixels; the global batch is what all ranks and all micro-batches of one op
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -39,7 +40,7 @@ class Step:
     """
 
     def __init__(
-        self, *, step: int, total: int, noise: int, rows: slice, batch_size: int, device: torch.device
+        self, *, step: int, total: int, noise: int, rows: slice | Tensor, batch_size: int, device: torch.device
     ) -> None:
         self.step = step  # optimiser steps done before this one
         self.total = total
@@ -74,6 +75,18 @@ class Step:
         """Normal noise of exactly `shape`, the same on every rank and micro-batch (e.g. SIGReg's directions)."""
         return torch.randn(*shape, generator=self.generator(), device=self.device)
 
+    def restarted(self) -> Step:
+        """The same place in the run with the draws from the first on: a second pass meets the same noise."""
+        again = copy.copy(self)
+        again._draws = 0
+        return again
+
+    def with_rows(self, rows: Tensor) -> Step:
+        """The same place with other rows (B,) int64 of the global batch; its draws go on from where these stand."""
+        other = copy.copy(self)
+        other.rows = rows
+        return other
+
 
 @dataclass
 class Losses:
@@ -82,13 +95,14 @@ class Losses:
     total: Tensor  # () with gradient: the mean over this micro-batch, so that the mean over ranks is the global loss
     terms: dict[str, Tensor] = field(default_factory=dict)  # detached scalars (), logged under these names
     per_sample: Tensor | None = None  # (B,) detached, where the loss is a mean over samples
+    carry: dict[str, Tensor] = field(default_factory=dict)  # detached (n, ...): what `after_step` needs of this forward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a paper trains its method: the defaults of the run's flags. Every one can be overridden by its flag."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: float = 1.5e-4  # peak, at a global batch of `lr_batch`; scaled to the run's batch by `lr_scaling`
     lr_batch: int = 256
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
@@ -97,11 +111,11 @@ class Recipe:
     weight_decay: float = 0.05
     final_weight_decay: float | None = None  # cosine from weight_decay to this; None: constant
     decay: Literal["no_1d", "no_1d_tokens", "all"] = "no_1d"  # which parameters decay, see optim.parameter_groups
-    clip_grad: float | None = None  # global norm
+    clip_grad: float | None = None  # norm of all gradients together, or of each parameter's alone
+    clip_each: bool = False  # each parameter's alone (DINO, iBOT)
     warmup: float = 0.05  # share of the steps
-    small: dict[str, Any] = field(
-        default_factory=dict
-    )  # flags of the two-minute built-in run, where the paper's are too big
+    # Flags of the two-minute built-in run, where the paper's are too big.
+    small: dict[str, Any] = field(default_factory=dict)
     encoder: dict[str, Any] = field(default_factory=dict)  # the paper's choices of encoder options, by flag name
 
 
@@ -124,6 +138,10 @@ class Method(nn.Module, ABC):
         self.encoder = encoder
         self.config = config
 
+    def prepare(self, images: int) -> None:
+        """Make what hangs on the weights that the encoder starts from (a teacher) or on how many images there are to train
+        on (a bank of them). Called once, after the constructor and after --init-from, before a checkpoint is loaded."""
+
     @classmethod
     @abstractmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -133,20 +151,49 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The loss of one micro-batch."""
 
-    def after_step(self, step: Step) -> None:
-        """Update state that gradients do not (teachers, queues, centres), after the optimiser; must honour `step.ok`."""
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """Update state that gradients do not (teachers, queues, centres), after the optimiser; must honour `step.ok`.
+
+        carried: what this process's forwards gave in `Losses.carry`, by name, the rows of all micro-batches one after
+        another. What all processes gave is `distributed.gather(rows)` of it.
+        """
 
     def exported(self) -> Backbone:
         """The encoder that evaluators get."""
         return self.encoder
 
-    def collapsed(self) -> dict[str, tuple[float, str]]:
-        """For each loss term that has one: the value it takes when the method learns nothing, and what that means."""
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """For each loss term that has one: the value it takes when the method learns nothing, and what that means.
+
+        batch_size: the global one.
+        """
         return {}
 
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Pictures for a person, by name: (n, C, H, W) in the views' normalised colours. Called without gradients."""
         return {}
+
+
+class WholeBatchMethod(Method, ABC):
+    """A method whose loss looks at the batch as a whole: contrasts, clusters, correlations, batch norm in its heads.
+
+    Its forward is cut in two, so that a batch worked through in micro-batches gives the loss and the gradients of the
+    whole one (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021): first
+    `embed` for each micro-batch, then `loss` once for all, then `embed` again with gradients.
+    """
+
+    @abstractmethod
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """What the loss needs of each image, by name, each (B, ...): all that treats images one by one."""
+
+    @abstractmethod
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """The loss of this process's share of the batch, from `embed`'s rows of all its micro-batches. Heads with batch
+        norm belong here. What the other processes hold comes through `distributed.gather` and `distributed.mean`."""
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """The loss of one micro-batch that is all there is. Final: not to be overridden."""
+        return self.loss(self.embed(batch, step), step)
 
 
 def load(name: str) -> type[Method]:

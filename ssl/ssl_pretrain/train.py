@@ -18,17 +18,19 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import backbones, checkpoint, config, distributed, encoder, manifest, optim, pretext
+from . import backbones, checkpoint, config, distributed, encoder, manifest, optim, pretext, two_pass
 from .config import Resolved, Run
 from .data.loader import Share, batches, fixed_batches, to_batch
 from .data.sampler import samples
 from .data.source import Source, open_source, pretraining_split, splits
 from .data.subset import Subset
+from .data.views import fitted
 from .distributed import World
 from .encoder import Encoder
 from .errors import UserError
 from .monitor import CollapseMonitor, spread
-from .pretext import Method, Step
+from .parts.norm import couples_samples
+from .pretext import Batch, Losses, Method, Step, WholeBatchMethod
 from .randomness import key, numpy_generator
 from .report import Report
 from .schedule import cosine, learning_rate
@@ -72,26 +74,36 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     run = config.resolve(asked, kind.recipe, len(source), _precision(asked, here.device))
     steps, batch_size, accumulate, out = run.steps, run.batch_size, run.accumulate, run.out
     share = Share(batch_size, accumulate, here.rank, here.size)
-    specs = kind.views(knobs, run.image_size)
     normalisation = (run.mean, run.std)
+
+    # ---- Where to start: this run's own checkpoint, or step 0 with random weights or another encoder's.
+    record = config.plain(run, knobs, options)
+    folder = out / "checkpoints"
+    start = distributed.from_first(_find_start(run, record, source, folder) if here.first else None)
 
     # ---- Model. Its random weights are a function of the seed alone.
     torch.manual_seed(key(run.seed, "init"))
     backbone = backbones.build(
         run.encoder, image_size=run.image_size, in_chans=run.in_chans, **dataclasses.asdict(options)
     )
-    method = kind(backbone, knobs).to(here.device)
+    specs = fitted(kind.views(knobs, run.image_size), run.image_size, backbone.stride)
+    method = kind(backbone, knobs)
+    whole_batch = isinstance(method, WholeBatchMethod) and accumulate > 1
+    if accumulate > 1 and couples_samples(method.encoder if whole_batch else method):
+        raise UserError(
+            f"--accumulate {accumulate} would change the result: batch norm would see micro-batches instead of the batch. "
+            f"Leave it at 1 with --method {run.method} --encoder {run.encoder}, or use more processes"
+        )
+    if run.init_from is not None and not start:
+        encoder.load_weights(run.init_from, method.encoder)
+    method.prepare(len(source))
+    method.to(here.device)
     optimizer = optim.build(
         run.optimizer,
         optim.parameter_groups(method, rule=kind.recipe.decay, layer_decay=run.layer_decay),
         run.betas,
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    # ---- Where to start: 1. this run's own checkpoint, 2. another encoder's weights, 3. the random weights.
-    record = config.plain(run, knobs, options)
-    folder = out / "checkpoints"
-    start = distributed.from_first(_find_start(run, record, source, folder) if here.first else None)
     skipped = 0
     if start:
         state = checkpoint.load(folder, start)
@@ -99,8 +111,6 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
         optim.load_state_by_name(optimizer, state["optimizer"])
         skipped = state["skipped"]
         del state
-    elif run.init_from is not None:
-        encoder.load_weights(run.init_from, method.encoder)
     report = Report(out, step=start, steps=steps, silent=not here.first)
     if here.first:
         checkpoint.write_text(out / "config.yaml", yaml.safe_dump(record, sort_keys=False))
@@ -141,7 +151,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
         distributed.barrier()
 
     # ---- The loop.
-    monitor = CollapseMonitor(method.collapsed())
+    monitor = CollapseMonitor(method.collapsed(batch_size))
     knn = KnnScore.of(run) if run.knn_every and here.first else None
     loader = batches(
         source,
@@ -177,7 +187,8 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
             )
             weight_decay = cosine(step_number / steps, run.weight_decay, run.final_weight_decay)
             optim.set_rates(optimizer, lr, weight_decay)
-            micro_rows = []
+            results: list[tuple[Tensor, Losses]] = []  # sample ids and losses of each forward
+            parts: list[tuple[Batch, Step]] = []  # micro-batches that wait for one loss of all of them
             for micro in range(accumulate):
                 began = time.perf_counter()
                 raw = next(loader)
@@ -187,23 +198,32 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                 batch = to_batch(raw, specs, *normalisation, here.device)
                 step = _step(run, step_number, share.rows(micro), here)
                 last = micro == accumulate - 1
+                if whole_batch:
+                    parts.append((batch, step))
+                    if last:
+                        assert isinstance(method, WholeBatchMethod)
+                        losses = two_pass.backward(method, parts, autocast, parameters)
+                        results.append((torch.cat([part.index for part, _ in parts]), losses))
+                    continue
                 with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
                     with autocast:
                         losses = wrapped(batch, step)
                     (losses.total / accumulate).backward()
-                micro_rows.append(torch.stack([losses.total.detach(), *losses.terms.values()]))
-                if losses.per_sample is not None:
-                    finite_samples.append((step_number, batch.index, torch.isfinite(losses.per_sample)))
-            values = torch.stack(micro_rows).mean(0)
+                results.append((batch.index, losses))
+            values = torch.stack([torch.stack([each.total.detach(), *each.terms.values()]) for _, each in results])
+            values = values.mean(0)
+            for index, each in results:
+                if each.per_sample is not None:
+                    finite_samples.append((step_number, index, torch.isfinite(each.per_sample)))
             norm = optim.gradient_norm(parameters)
             # A step is taken by all processes or by none, and only if everything in it is finite.
             bad_flag = (~(torch.isfinite(values[0]) & torch.isfinite(norm))).float()
             ok = distributed.all_reduce_(bad_flag, "max") == 0
             if run.clip_grad is not None:
-                torch._foreach_mul_([p.grad for p in parameters], (run.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+                optim.clip_(parameters, run.clip_grad, None if run.clip_each else norm)
             optim.step_if(optimizer, ok)
             step.ok = ok
-            method.after_step(step)
+            method.after_step(step, {n: torch.cat([each.carry[n] for _, each in results]) for n in losses.carry})
             optimizer.zero_grad(set_to_none=True)
             pending.append(torch.cat([torch.stack([ok.float(), norm]), values]))
             names = list(losses.terms)

@@ -5,7 +5,7 @@ Shapes: H x W pixels of the whole image, h x w of the view, C channels.
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -47,6 +47,21 @@ class ViewSpec:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
     solarize_threshold: float = 0.5  # of full scale; pixels at or above it are inverted
+
+
+def fitted(specs: tuple[ViewSpec, ...], image_size: tuple[int, int], stride: tuple[int, int]) -> tuple[ViewSpec, ...]:
+    """The specs with every size but the run's own `image_size` brought to the nearest multiple of the encoder's stride: a
+    method declares its small crops without knowing the patch they will be cut into."""
+
+    def multiple(side: int, step: int) -> int:
+        return max(step, int(side / step + 0.5) * step)
+
+    return tuple(
+        spec
+        if spec.size == tuple(image_size)
+        else replace(spec, size=(multiple(spec.size[0], stride[0]), multiple(spec.size[1], stride[1])))
+        for spec in specs
+    )
 
 
 # What a sample's random numbers are for: this many uniform draws for every view, whatever it uses of them, so that no

@@ -1,0 +1,147 @@
+"""AIM (El-Nouby et al., "Scalable Pre-training of Large Autoregressive Image Models", ICML 2024).
+
+Patches in raster order; from each patch beyond a prefix and all before it, the pixels of the next one are predicted.
+Shapes: B images, C channels, N patches, p patch side, D encoder width, E width of the head, F = p * p * C values a patch.
+"""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.backbones.positions import sincos_table
+from ssl_pretrain.backbones.vit import Mlp
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.patches import normalise, patchify, unpatchify
+from ssl_pretrain.parts.views import encode
+from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
+
+
+class ResidualMlp(nn.Module):
+    """x + MLP(LayerNorm(x)): a block of the head, which looks at each token alone (section 3.2)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) to (..., E)."""
+        return x + self.mlp(self.norm(x))
+
+
+@final
+class AIM(Method):
+    """Predict the next patch; the mean squared error of normalised pixels beyond the prefix is the loss (section 3.1).
+
+    Attention is causal, but full within a prefix of random length, so that the encoder is used to the full attention it
+    is evaluated with (section 3.2, "prefix Transformer"). Raises UnsupportedByBackbone for an encoder without attention
+    masks, UserError for images of a single patch.
+    """
+
+    recipe = Recipe(
+        lr=1e-3,
+        lr_batch=4096,
+        lr_scaling="linear",
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        clip_grad=1.0,
+        warmup=31250 / 500000,
+        encoder={"positions": "sincos", "cls": False, "pool": "mean", "qkv_bias": False},
+        small={"lr": 1e-3, "head_dim": 128, "head_depth": 2, "steps": 200},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Autoregressive image model (AIM)."""
+
+        head_dim: int = 2048
+        """Width of the prediction head."""
+        head_depth: int = 12
+        """Residual MLP blocks of the prediction head."""
+        norm_pix: bool = True
+        """Predict each patch's pixels normalised by their own mean and variance."""
+        crop_scale: tuple[float, float] = (0.4, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        encoder.require("aim", "attention")
+        self.grid = tuple(size // side for size, side in zip(encoder.image_size, encoder.stride, strict=True))
+        if self.grid[0] * self.grid[1] < 2:
+            raise UserError("aim needs images of at least two patches: raise --image-size or lower --patch-size")
+        if config.head_dim % 4:
+            raise UserError(f"--head-dim {config.head_dim} must be a multiple of 4")
+        values = encoder.stride[0] * encoder.stride[1] * encoder.in_chans
+        self.head_embed = nn.Linear(encoder.dim, config.head_dim)
+        self.head_blocks = nn.ModuleList(ResidualMlp(config.head_dim) for _ in range(config.head_depth))
+        self.head_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
+        self.head_pred = nn.Linear(config.head_dim, values)
+        self.register_buffer("head_pos_embed", sincos_table(self.grid, config.head_dim)[None], persistent=False)
+        for part in (self.head_embed, self.head_pred, *self.head_blocks.modules()):
+            if isinstance(part, nn.Linear):
+                nn.init.trunc_normal_(part.weight, std=0.02)
+                nn.init.zeros_(part.bias)
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """One random resized crop, flipped (appendix, table of the pre-training hyperparameters)."""
+        return (ViewSpec(name="image", size=image_size, scale=config.crop_scale),)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """Loss over batch.views["image"] (B, C, H, W): the mean over all patches beyond the prefixes of the global batch.
+        `per_sample` is each image's share, their mean the loss."""
+        images = batch.views["image"]
+        predicted, prefixes = self.predict(images, step)
+        target = patchify(images, self.encoder.stride).float()
+        if self.config.norm_pix:
+            target, _, _ = normalise(target)
+        errors = (predicted.float() - target[:, 1:]).square().mean(-1)  # (B, N - 1): of patches 1 to N - 1
+        patches = target.shape[1]
+        wanted = torch.arange(1, patches, device=images.device) >= prefixes[step.rows, None]
+        counted = (patches - prefixes).float().mean()  # a share of the global batch's count: ranks weigh patches alike
+        per_sample = (errors * wanted).sum(1) / counted
+        return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
+
+    def predict(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Predictions (B, N - 1, F) of the patches 1 to N - 1, and the prefix lengths of the global batch, uniform in
+        1 ... N - 1."""
+        p, q = self.encoder.stride
+        grid = (images.shape[-2] // p, images.shape[-1] // q)
+        patches = grid[0] * grid[1]
+        prefixes = 1 + (step.shared_rand(step.batch_size) * (patches - 1)).long()
+        own = prefixes[step.rows]
+        tokens = encode(self.encoder, images, step, attention="prefix", prefix_length=own).patches[:, :-1]
+        positions = self.head_pos_embed
+        if grid != self.grid:
+            positions = sincos_table(grid, self.config.head_dim)[None].to(images.device)
+        x = self.head_embed(tokens)
+        x = x + positions[:, :-1].to(x.dtype)
+        for block in self.head_blocks:
+            x = block(x)
+        return self.head_pred(self.head_norm(x)), prefixes
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """With normalised pixels, the loss of painting every patch in its mean colour."""
+        if not self.config.norm_pix:
+            return {}
+        values = self.head_pred.out_features
+        return {"loss": ((values - 1) / values, "every patch is predicted in its mean colour, nothing is learned")}
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Input, and each patch as predicted from those before it (n, C, H, W), with its true mean and variance where the
+        target is normalised; the first patch, which nothing predicts, as it is."""
+        images = batch.views["image"]
+        predicted, _ = self.predict(images, step)
+        patches = patchify(images, self.encoder.stride).float()
+        predicted = predicted.float()
+        if self.config.norm_pix:
+            _, mean, deviation = normalise(patches[:, 1:])
+            predicted = predicted * deviation + mean
+        grid = tuple(size // side for size, side in zip(images.shape[-2:], self.encoder.stride, strict=True))
+        painted = torch.cat([patches[:, :1], predicted], dim=1)
+        return {"input": images, "prediction": unpatchify(painted, self.encoder.stride, (grid[0], grid[1]))}

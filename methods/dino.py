@@ -1,0 +1,164 @@
+"""DINO (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021).
+
+A student sees all crops of an image, its teacher (a moving average of it) the large ones only; the student predicts the
+teacher's soft assignment to K prototypes from every other crop. Shapes: B images of this process, V views of each, G of
+them global, D encoder width, K prototypes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.distill import cross_entropy_of_pairs, warmed_up
+from ssl_pretrain.parts.heads import PrototypeHead
+from ssl_pretrain.parts.teacher import follow_, follower, rising
+from ssl_pretrain.parts.views import crop_size, encode, jitter
+from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
+
+
+@final
+class DINO(Method):
+    """Self-distillation with no labels; the exported encoder is the teacher's.
+
+    Defaults are the paper's for ViT-S/16 (section 3 and appendix), where it differs the released code's. Raises
+    UserError for knobs out of range.
+    """
+
+    recipe = Recipe(
+        lr=5e-4,
+        lr_batch=256,
+        betas=(0.9, 0.999),
+        weight_decay=0.04,
+        final_weight_decay=0.4,
+        final_lr=1e-6,
+        clip_grad=3.0,
+        clip_each=True,
+        warmup=0.1,
+        encoder={"drop_path": 0.1, "pool": "cls"},
+        small={
+            "lr": 1e-3,
+            "drop_path": 0.0,
+            "prototypes": 1024,
+            "hidden_dim": 512,
+            "local_views": 2,
+            "blur": 0.0,
+            "momentum": 0.98,
+            "steps": 120,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """DINO."""
+
+        prototypes: int = 65536
+        """Outputs of the head."""
+        hidden_dim: int = 2048
+        """Width of the head's two hidden layers."""
+        bottleneck_dim: int = 256
+        """Width of the vectors that are compared with the prototypes."""
+        momentum: float = 0.996
+        """Teacher's momentum at the start; it rises to 1 by half a cosine."""
+        student_temperature: float = 0.1
+        """Temperature of the student's softmax."""
+        teacher_temperature: float = 0.04
+        """Temperature of the teacher's softmax at the end of its warm-up."""
+        teacher_temperature_start: float = 0.04
+        """The same at the start; long runs of the paper warm up from 0.04 to 0.07."""
+        teacher_temperature_warmup: float = 0.1
+        """Share of the run in which the teacher's temperature goes from start to end."""
+        centre_momentum: float = 0.9
+        """Momentum of the centre that is taken from the teacher's outputs."""
+        freeze_prototypes: float = 0.01
+        """Share of the run at its start in which the prototypes stay as they are (1 of 100 epochs)."""
+        local_views: int = 8
+        """Small crops of each image."""
+        global_scale: tuple[float, float] = (0.4, 1.0)
+        """Share of the image's area that a global crop covers, from and to."""
+        local_scale: tuple[float, float] = (0.05, 0.4)
+        """Share of the image's area that a local crop covers, from and to."""
+        local_ratio: float = 96 / 224
+        """Side of a local view over that of a global one, rounded to what the encoder takes."""
+        blur: float = 1.0
+        """Factor on the probabilities of blur (1, 0.1 and 0.5 for the two global and the local views); 0 is usual for
+        images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        if not 0 <= config.momentum < 1:
+            raise UserError(f"--momentum is {config.momentum}; it must be at least 0 and below 1")
+        self.head = PrototypeHead(encoder.dim, config.hidden_dim, config.bottleneck_dim, config.prototypes)
+        self.register_buffer("centre", torch.zeros(config.prototypes))
+
+    def prepare(self, images: int) -> None:
+        """The teacher begins as the student."""
+        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "head": self.head}))
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """Two global crops, the one always blurred, the other solarized now and then, and local ones (appendix E)."""
+        colour = {"jitter": jitter(0.5), "grayscale": 0.2}
+        large = {"size": image_size, "scale": config.global_scale, **colour}
+        views = (
+            ViewSpec(name="global1", blur=1.0 * config.blur, **large),
+            ViewSpec(name="global2", blur=0.1 * config.blur, solarize=0.2, **large),
+        )
+        if not config.local_views:
+            return views
+        small = {"size": crop_size(image_size, config.local_ratio), "scale": config.local_scale, **colour}
+        return (*views, ViewSpec(name="local", count=config.local_views, blur=0.5 * config.blur, **small))
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """The mean cross-entropy over the pairs of a teacher's view and another view of the student (eq. 3)."""
+        views = torch.stack([batch.views["global1"], batch.views["global2"]])
+        vectors = [encode(self.encoder, views, step).pooled]
+        if self.config.local_views:
+            vectors.append(encode(self.encoder, batch.views["local"], step).pooled)
+        student = self.head(torch.cat(vectors), frozen=step.progress < self.config.freeze_prototypes)
+        with torch.no_grad():
+            teacher = self.teacher["head"](encode(self.teacher["encoder"], views, step).pooled).float()
+        b = len(batch.index)
+        each, entropy = cross_entropy_of_pairs(
+            student.unflatten(0, (-1, b)),
+            torch.softmax((teacher - self.centre) / self.temperature(step), dim=-1).unflatten(0, (2, b)),
+            self.config.student_temperature,
+        )
+        return Losses(
+            total=each.mean(),
+            terms={"teacher_entropy": entropy},
+            per_sample=each.detach(),
+            carry={"teacher": teacher.mean(0, keepdim=True)},
+        )
+
+    def temperature(self, step: Step) -> float:
+        """The teacher's temperature in this step."""
+        start, end = self.config.teacher_temperature_start, self.config.teacher_temperature
+        return warmed_up(start, end, self.config.teacher_temperature_warmup, step.progress)
+
+    @torch.no_grad()
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """The teacher follows the student, the centre the teacher's outputs (eq. 4)."""
+        student = nn.ModuleDict({"encoder": self.encoder, "head": self.head})
+        follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
+        seen = distributed.mean(carried["teacher"].mean(0))
+        moved = self.centre.lerp(seen, 1 - self.config.centre_momentum)
+        self.centre.copy_(torch.where(step.ok, moved, self.centre))
+
+    def exported(self) -> Backbone:
+        """The teacher's encoder."""
+        return self.teacher["encoder"]
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """Uniform outputs, and outputs that are always the same prototype."""
+        uniform = math.log(self.config.prototypes)
+        return {
+            "loss": (uniform, "student and teacher give every image the uniform distribution"),
+            "teacher_entropy": (0.0, "the teacher gives every image one prototype with certainty"),
+        }

@@ -1,0 +1,111 @@
+"""LeJEPA (Balestriero & LeCun, "LeJEPA: Provable and Scalable Self-Supervised Learning Without the Heuristics", 2025).
+
+All views of an image predict the centre of its global views, and SIGReg keeps the embeddings an isotropic normal cloud.
+No teacher, no stop-gradient, no predictor. Shapes: B images of this process, V views of each, D encoder width, K
+embedding width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.heads import mlp
+from ssl_pretrain.parts.sigreg import sigreg, sigreg_of_a_point
+from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
+from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
+
+
+@final
+class LeJEPA(WholeBatchMethod):
+    """(1 - lambda) * prediction + lambda * SIGReg (section 5, algorithm 2).
+
+    Defaults are the released ImageNet setting: 2 global and 6 local views, lambda 0.05, 1,024 directions.
+    """
+
+    recipe = Recipe(
+        lr=5e-4,
+        lr_scaling="none",
+        betas=(0.9, 0.999),
+        weight_decay=5e-2,
+        final_lr=5e-7,
+        warmup=0.01,
+        encoder={"pool": "cls"},
+        small={"lr": 2e-3, "global_scale": (0.2, 1.0), "local_views": 0, "hidden_dim": 512, "blur": 0.0, "steps": 150},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """LeJEPA."""
+
+        sigreg_weight: float = 0.05
+        """Weight of SIGReg (the paper's lambda); the prediction has 1 minus it."""
+        slices: int = 1024
+        """Random directions of SIGReg, new in every step."""
+        global_views: int = 2
+        """Large crops of each image; the centre that all views predict is theirs."""
+        local_views: int = 6
+        """Small crops of each image."""
+        global_scale: tuple[float, float] = (0.3, 1.0)
+        """Share of the image's area that a global crop covers, from and to."""
+        local_scale: tuple[float, float] = (0.05, 0.3)
+        """Share of the image's area that a local crop covers, from and to."""
+        local_ratio: float = 98 / 224
+        """Side of a local view over that of a global one, rounded to what the encoder takes."""
+        hidden_dim: int = 2048
+        """Width of the projector's two hidden layers."""
+        embedding_dim: int = 64
+        """Width of the embeddings."""
+        blur: float = 0.5
+        """Probability of blur; 0 is usual for images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        if not 0 < config.sigreg_weight < 1:
+            raise UserError(f"--sigreg-weight is {config.sigreg_weight}; it must lie between 0 and 1")
+        if config.global_views < 1 or config.global_views + config.local_views < 2:
+            raise UserError("--global-views must be at least 1, and with --local-views there must be two views")
+        hidden = config.hidden_dim
+        self.projector = mlp((encoder.dim, hidden, hidden, config.embedding_dim))
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """Global and local crops, coloured alike (section 6, as released)."""
+        colour = {"jitter": jitter(0.5), "grayscale": 0.2, "blur": config.blur, "solarize": 0.2}
+        large = ViewSpec(name="global", count=config.global_views, size=image_size, scale=config.global_scale, **colour)
+        if not config.local_views:
+            return (large,)
+        small = crop_size(image_size, config.local_ratio)
+        return (large, ViewSpec(name="local", count=config.local_views, size=small, scale=config.local_scale, **colour))
+
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The encoder's vectors of all views: "pooled" (B, V, D), global ones first."""
+        pooled = []
+        for name, count in (("global", self.config.global_views), ("local", self.config.local_views)):
+            if count:
+                pooled.append(by_image(encode(self.encoder, batch.views[name], step).pooled, count))
+        return {"pooled": torch.cat(pooled, dim=1)}
+
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """Terms "prediction", the mean squared distance to the centre of the global views, and "sigreg", the mean over
+        views of SIGReg of the embeddings of that view."""
+        pooled = embedded["pooled"].transpose(0, 1)  # (V, B, D)
+        z = self.projector(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2]).float()
+        centre = z[: self.config.global_views].mean(0)
+        prediction = (z - centre).square().mean(dim=(0, 2))  # (B,)
+        directions = step.shared_randn(z.shape[-1], self.config.slices)
+        normality = torch.stack([sigreg(view, directions) for view in z]).mean()
+        weight = self.config.sigreg_weight
+        return Losses(
+            total=(1 - weight) * prediction.mean() + weight * normality,
+            terms={"prediction": prediction.mean().detach(), "sigreg": normality.detach()},
+            per_sample=prediction.detach(),
+        )
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """SIGReg of one point."""
+        return {"sigreg": (sigreg_of_a_point(batch_size), "all images get the same embedding")}

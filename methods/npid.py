@@ -1,0 +1,128 @@
+"""NPID (Wu, Xiong, Yu & Lin, "Unsupervised Feature Learning via Non-Parametric Instance-level Discrimination", CVPR 2018).
+
+Every image is a class of its own, its weight vector the embedding that the image had when it was last seen, kept in a
+bank. Shapes: B images of this process, M images of the data set, D encoder width, K embedding width, m negatives.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import Jitter, ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.heads import unit
+from ssl_pretrain.parts.views import encode
+from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
+
+
+@final
+class NPID(WholeBatchMethod):
+    """Tell each image from m others of the bank by noise-contrastive estimation (section 3.2).
+
+    Defaults are the paper's and its release's (sections 3 and 4.2): momentum SGD, learning rate 0.03 with 256 images, 4,096
+    negatives, temperature 0.07. Raises UserError for knobs out of range.
+    """
+
+    recipe = Recipe(
+        optimizer="sgd",
+        lr=0.03,
+        lr_batch=256,
+        betas=(0.9, 0.999),
+        weight_decay=1e-4,
+        decay="all",
+        warmup=0.0,
+        encoder={"pool": "cls"},
+        small={"optimizer": "adamw", "lr": 1e-3, "negatives": 1024, "warmup_steps": 20, "steps": 250},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Non-parametric instance discrimination (NPID)."""
+
+        embedding_dim: int = 128
+        """Width of the embeddings; the bank holds one for each image of the data."""
+        negatives: int = 4096
+        """Images of the bank that each image is told from, drawn anew each time."""
+        temperature: float = 0.07
+        """Temperature of the similarities."""
+        bank_momentum: float = 0.5
+        """Share of an image's old embedding that stays in the bank."""
+        proximal: float = 0.0
+        """Weight of the squared distance to the image's embedding in the bank (the paper's lambda; its release leaves this
+        to the bank's momentum)."""
+        crop_scale: tuple[float, float] = (0.2, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        if config.negatives < 1:
+            raise UserError(f"--negatives is {config.negatives}; it must be at least 1")
+        if not 0 <= config.bank_momentum < 1:
+            raise UserError(f"--bank-momentum is {config.bank_momentum}; it must be at least 0 and below 1")
+        self.projector = nn.Linear(encoder.dim, config.embedding_dim)
+        # The constant of normalisation (section 3.2, "Z"), estimated in the first step; 0 until then.
+        self.register_buffer("normaliser", torch.zeros(()))
+
+    def prepare(self, images: int) -> None:
+        """A bank of random unit vectors (M, K)."""
+        self.register_buffer("bank", F.normalize(torch.randn(images, self.config.embedding_dim), dim=1))
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """One crop with colour jitter (section 4.2 and the release)."""
+        strong = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, p=1.0)
+        return (ViewSpec(name="image", size=image_size, scale=config.crop_scale, jitter=strong, grayscale=0.2),)
+
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Unit embeddings "embedding" (B, K) and the sample ids "index" (B,)."""
+        pooled = encode(self.encoder, batch.views["image"], step).pooled
+        return {"embedding": unit(self.projector(pooled)), "index": batch.index}
+
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """The NCE loss (eqs. 5 to 7) and the proximal term (eq. 8). The first step estimates Z, from its whole batch."""
+        v, index = embedded["embedding"], embedded["index"]
+        count, m = len(self.bank), self.config.negatives
+        others = (step.rand(m) * count).long().clamp_max(count - 1)  # (B, m), uniform; itself is not left out
+        bank = self.bank[torch.cat([index[:, None], others], dim=1)]  # (B, 1 + m, K)
+        logits = torch.einsum("bk,bmk->bm", v, bank) / self.config.temperature
+        first = distributed.mean(logits.detach()[:, 1:].exp().mean()) * count
+        normaliser = torch.where(self.normaliser > 0, self.normaliser, first)
+        # h = P / (P + m / M) with P = exp(logit) / Z, so its log-odds are these
+        odds = logits - torch.log(normaliser) - math.log(m / count)
+        contrast = F.softplus(-odds[:, 0]) + F.softplus(odds[:, 1:]).sum(1)
+        proximal = (v - bank[:, 0]).square().sum(1)
+        each = contrast + self.config.proximal * proximal
+        return Losses(
+            total=each.mean(),
+            terms={"contrast": contrast.mean().detach(), "proximal": proximal.mean().detach()},
+            per_sample=each.detach(),
+            carry={"index": index, "embedding": v.detach(), "normaliser": normaliser[None]},
+        )
+
+    @torch.no_grad()
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """Every image seen moves its place in the bank (section 3.1; momentum as released)."""
+        index, v = distributed.gather(carried["index"]), distributed.gather(carried["embedding"])
+        # An image that is twice in a batch writes its last embedding twice, so that the order of writing is no matter.
+        same = index[:, None] == index
+        last = (same * torch.arange(1, len(index) + 1, device=index.device)).argmax(1)
+        keep = self.config.bank_momentum
+        moved = F.normalize(keep * self.bank[index] + (1 - keep) * v[last], dim=1)
+        self.bank[index] = torch.where(step.ok, moved, self.bank[index])
+        self.normaliser.copy_(torch.where(step.ok, carried["normaliser"].mean(), self.normaliser))
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """The loss where every image is as like all others as itself: h = 1 / (1 + m)."""
+        m = self.config.negatives
+        return {
+            "contrast": (
+                math.log(1 + m) + m * math.log1p(1 / m),
+                "no image is told from the others, all similarities are equal",
+            )
+        }

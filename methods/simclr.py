@@ -1,0 +1,99 @@
+"""SimCLR (Chen, Kornblith, Norouzi & Hinton, "A Simple Framework for Contrastive Learning of Visual Representations",
+ICML 2020), and decoupled contrastive learning (Yeh et al., ECCV 2022) as its loss.
+
+Shapes: B images of this process, D encoder width, K embedding width; two views of each image.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+from torch import Tensor
+
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.parts.contrast import contrast
+from ssl_pretrain.parts.heads import mlp
+from ssl_pretrain.parts.views import by_image, encode, jitter
+from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
+
+
+@final
+class SimCLR(WholeBatchMethod):
+    """Find each image's other view among all views of the batch.
+
+    Defaults are the paper's (section 2, appendix A and B.6): batch 4,096 on ImageNet with ResNet-50.
+    """
+
+    recipe = Recipe(
+        optimizer="lars",
+        lr=0.3,
+        lr_batch=256,
+        betas=(0.9, 0.999),
+        weight_decay=1e-6,
+        warmup=0.1,
+        encoder={"pool": "cls"},
+        small={
+            "optimizer": "adamw",
+            "lr": 1e-3,
+            "blur": 0.0,
+            "crop_scale": (0.2, 1.0),
+            "hidden_dim": 512,
+            "steps": 150,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """SimCLR."""
+
+        loss: Literal["infonce", "dcl", "dclw"] = "infonce"
+        """InfoNCE, or decoupled contrastive learning, plain or with weighted positives."""
+        temperature: float = 0.1
+        """Temperature of the similarities."""
+        hidden_dim: int = 2048
+        """Width of the projection head's hidden layer."""
+        embedding_dim: int = 128
+        """Width of the embeddings that are contrasted."""
+        crop_scale: tuple[float, float] = (0.08, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+        colour: float = 1.0
+        """Strength of the colour jitter."""
+        blur: float = 0.5
+        """Probability of blur; 0 is usual for images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim), last_norm="plain")
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """Two crops with strong colour (appendix A)."""
+        return (
+            ViewSpec(
+                name="view",
+                count=2,
+                size=image_size,
+                scale=config.crop_scale,
+                jitter=jitter(config.colour),
+                grayscale=0.2,
+                blur=config.blur,
+            ),
+        )
+
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The encoder's vectors of both views: "pooled" (B, 2, D)."""
+        return {"pooled": by_image(encode(self.encoder, batch.views["view"], step).pooled, 2)}
+
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """The mean over both views of all images (eq. 1); `per_sample` is each image's."""
+        pooled = embedded["pooled"]
+        first, second = self.projector(pooled.transpose(0, 1).flatten(0, 1)).unflatten(0, (2, -1))
+        each = contrast(first, second, self.config.temperature, self.config.loss).unflatten(0, (2, -1)).mean(0)
+        return Losses(total=each.mean(), per_sample=each.detach())
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """The loss where all similarities are equal."""
+        chosen_from = 2 * batch_size - 1 if self.config.loss == "infonce" else 2 * batch_size - 2
+        equal = math.log(chosen_from) + (0.0 if self.config.loss == "infonce" else -1 / self.config.temperature)
+        return {"loss": (equal, "all views get the same embedding, nothing is told apart")}

@@ -1,0 +1,30 @@
+"""Self-distillation: soft assignments to prototypes, and the cross-entropy between those of different views.
+
+Shapes: B images, S student views, T teacher views (the first T of the student's), K prototypes.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cross_entropy_of_pairs(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each image averaged over the pairs of a teacher's view t and a student's view s != t, (B,), and the
+    mean entropy of the teacher's distributions, () detached (DINO: Caron et al., 2021, eq. 3).
+
+    student: logits (S, B, K), divided here by `temperature`; teacher: probabilities (T, B, K) without gradient.
+    Computed in float32 (or wider).
+    """
+    s, t = len(student), len(teacher)
+    logits = student.to(torch.promote_types(student.dtype, torch.float32)) / temperature
+    # -sum_k q_k log p_k = logsumexp(l) - <q, l>, for q sums to one: no table of log-probabilities is made, and the
+    # teacher's views are summed before they meet the student's.
+    total = (t * torch.logsumexp(logits, -1)).sum(0) - torch.logsumexp(logits[:t], -1).sum(0)
+    whole = teacher.sum(0)
+    total = total - torch.einsum("bk,sbk->b", whole, logits) + torch.einsum("tbk,tbk->b", teacher, logits[:t])
+    entropy = -(teacher * teacher.clamp_min(1e-30).log()).sum(-1).mean()
+    return total / (s * t - t), entropy.detach()
+
+
+def warmed_up(start: float, end: float, share: float, progress: float) -> float:
+    """A value that goes linearly from `start` to `end` in the first `share` of the run, and stays there."""
+    return end if progress >= share else start + (end - start) * progress / share

@@ -1,0 +1,79 @@
+"""Batch normalisation over the global batch: the statistics are of all processes' samples, on CPU and GPU.
+
+Shapes: B images of this process, C channels, ... any further sizes, W processes.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..distributed import gather, size
+
+
+class _GlobalBatchNorm(_BatchNorm):
+    """Batch normalisation (Ioffe & Szegedy, 2015) whose training statistics are of the global batch, with gradients
+    through all of them. Entries of the state have torch's names. A batch that is not finite leaves the running
+    statistics as they were, so that a skipped step leaves no trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) to the same shape; every process must hold equally many values a channel."""
+        self._check_input_dim(x)
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        running = self.running_mean.clone(), self.running_var.clone()
+        if size() == 1:
+            out = F.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
+        else:
+            out = self._across(x, running)
+        with torch.no_grad():
+            for kept, new in zip((self.running_mean, self.running_var), running, strict=True):
+                kept.copy_(torch.where(torch.isfinite(new).all(), new, kept))
+        return out
+
+    def _across(self, x: Tensor, running: tuple[Tensor, Tensor]) -> Tensor:
+        """As F.batch_norm in training, over all processes; updates `running` (mean, variance) in place."""
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(wide, dim=axes, correction=0)
+        # Each process's mean and variance instead of sums of squares: nothing cancels (Chan et al., 1979). One exchange.
+        means, variances = gather(torch.stack([mean, var])[None]).unbind(1)  # (W, C) each
+        mean = means.mean(0)
+        var = (variances + (means - mean).square()).mean(0)
+        with torch.no_grad():
+            n = x.numel() // x.shape[1] * len(means)
+            for kept, new in zip(running, (mean, var * (n / max(n - 1, 1))), strict=True):
+                kept.lerp_(new.to(kept.dtype), self.momentum or 0.0)
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        scale = torch.rsqrt(var + self.eps)
+        out = (wide - mean.view(shape)) * scale.view(shape)
+        if self.weight is not None:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
+
+
+class BatchNorm1d(_GlobalBatchNorm):
+    """Over vectors (B, C) or sequences (B, C, L). See `_GlobalBatchNorm`."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim not in (2, 3):
+            raise ValueError(f"BatchNorm1d takes (B, C) or (B, C, L), not {tuple(x.shape)}")
+
+
+class BatchNorm2d(_GlobalBatchNorm):
+    """Over images (B, C, H, W). See `_GlobalBatchNorm`."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim != 4:
+            raise ValueError(f"BatchNorm2d takes (B, C, H, W), not {tuple(x.shape)}")
+
+
+def couples_samples(module: nn.Module) -> bool:
+    """Whether a module's output for one image depends on the others of its batch."""
+    known: tuple[Any, ...] = (_BatchNorm,)
+    return any(isinstance(part, known) for part in module.modules())

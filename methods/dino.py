@@ -123,7 +123,7 @@ class DINO(Method):
             vectors.append(encode(self.encoder, batch.views["local"], step).pooled)
         student = self.head(torch.cat(vectors), frozen=step.progress < self.config.freeze_prototypes)
         with torch.no_grad():
-            teacher = self.teacher["head"](encode(self.teacher["encoder"], views, step).pooled).float()
+            teacher = self.teacher["head"](encode(self.teacher["encoder"], views, step).pooled).to(self.centre.dtype)
         b = len(batch.index)
         each, entropy = cross_entropy_of_pairs(
             student.unflatten(0, (-1, b)),

@@ -94,6 +94,5 @@ class SimCLR(WholeBatchMethod):
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss where all similarities are equal."""
-        chosen_from = 2 * batch_size - 1 if self.config.loss == "infonce" else 2 * batch_size - 2
-        equal = math.log(chosen_from) + (0.0 if self.config.loss == "infonce" else -1 / self.config.temperature)
-        return {"loss": (equal, "all views get the same embedding, nothing is told apart")}
+        others = 2 * batch_size - (1 if self.config.loss == "infonce" else 2)
+        return {"loss": (math.log(others), "all views get the same embedding, nothing is told apart")}

@@ -1,0 +1,88 @@
+"""AIM: what is predicted from what, the loss against NumPy, and the prefix lengths' distribution."""
+
+import numpy as np
+import pytest
+import torch
+from one_step import batch, build
+from ssl_pretrain.methods.aim import AIM
+from test_mae import numpy_patches
+
+from ssl_pretrain import backbones
+from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.pretext import Step
+
+
+def step(noise: int = 1, rows: slice = slice(0, 16), batch_size: int = 16) -> Step:
+    return Step(step=0, total=10, noise=noise, rows=rows, batch_size=batch_size, device=torch.device("cpu"))
+
+
+def test_the_loss_is_the_mean_over_all_patches_beyond_the_prefixes() -> None:
+    method = build("aim").double()
+    assert isinstance(method, AIM)
+    images = batch(method, slice(0, 16))
+    images.views = {"image": images.views["image"].double()}
+    losses = method(images, step())
+    with torch.no_grad():
+        predicted, prefixes = method.predict(images.views["image"], step())
+    target = numpy_patches(images.views["image"].numpy(), 8)
+    target = (target - target.mean(-1, keepdims=True)) / np.sqrt(target.var(-1, ddof=1, keepdims=True) + 1e-6)
+    total, count = 0.0, 0
+    for i, prefix in enumerate(prefixes.tolist()):
+        for patch in range(prefix, 16):  # the last patch of the prefix predicts the first beyond it
+            total += ((predicted[i, patch - 1].numpy() - target[i, patch]) ** 2).mean()
+            count += 1
+    assert losses.total.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_prediction_depends_on_nothing_that_comes_later() -> None:
+    method = build("aim").eval()
+    assert isinstance(method, AIM)
+    images = batch(method, slice(0, 16)).views["image"]
+    with torch.no_grad():
+        before, prefixes = method.predict(images, step())
+        changed = images.clone()
+        changed[:, :, 16:, 16:] += 1  # of the 4 x 4 grid the patches 10, 11, 14, 15
+        after, _ = method.predict(changed, step())
+    moved = (before - after).abs().amax(-1) > 1e-6  # prediction k is that of patch k + 1 from patches 0 ... k
+    for i, prefix in enumerate(prefixes.tolist()):
+        first = 10 if prefix <= 10 else 0  # a prefix that holds patch 10 tells all its members of it
+        if prefix <= 10:
+            assert not moved[i, :first].any()
+        assert moved[i, 10:].any()
+
+
+def test_prefix_lengths_are_uniform_from_one_to_all_but_one() -> None:
+    method = build("aim").eval()
+    assert isinstance(method, AIM)
+    images = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad():
+        _, prefixes = method.predict(images, step(rows=slice(0, 1), batch_size=6000))
+    counts = np.bincount(prefixes.numpy(), minlength=17)
+    assert counts[0] == 0
+    assert counts[16] == 0
+    expected = 6000 / 15
+    assert ((counts[1:16] - expected) ** 2 / expected).sum() < 36.1  # 99.9 % of chi-square with 14 degrees of freedom
+
+
+def test_plain_pixels_and_another_size_of_image() -> None:
+    encoder = build("aim").encoder
+    method = AIM(encoder, AIM.Config(norm_pix=False, head_dim=32, head_depth=1))
+    images = batch(method, slice(0, 16))
+    assert method.collapsed(16) == {}
+    images.views = {"image": torch.zeros(16, 3, 24, 40)}
+    assert torch.isfinite(method(images, step()).total)
+    shown = method.pictures(images, step())
+    assert shown["prediction"].shape == (16, 3, 24, 40)
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(UserError, match="two patches"):
+        AIM(backbones.build("vit_micro", image_size=(8, 8), patch_size=8), AIM.Config(head_dim=32))
+    with pytest.raises(UserError, match="--head-dim"):
+        AIM(backbones.build("vit_micro", image_size=(16, 16), patch_size=8), AIM.Config(head_dim=30))
+
+    blind = backbones.build("vit_micro", image_size=(16, 16), patch_size=8)
+    blind.supports = frozenset()
+    with pytest.raises(UnsupportedByBackbone, match="aim needs an encoder that supports 'attention'"):
+        AIM(blind, AIM.Config())

@@ -1,0 +1,169 @@
+"""DINO against NumPy written from the paper's algorithm 1: loss, gradient, centre, teacher, schedules."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from one_step import batch, build
+from ssl_pretrain.methods.dino import DINO
+
+from ssl_pretrain import backbones
+from ssl_pretrain.parts.distill import cross_entropy_of_pairs, warmed_up
+from ssl_pretrain.parts.teacher import follow_, follower, rising
+from ssl_pretrain.pretext import Batch, Step
+
+ONE = torch.ones((), dtype=torch.bool)
+
+
+def step(number: int = 3, total: int = 10) -> Step:
+    return Step(step=number, total=total, noise=1, rows=slice(0, 16), batch_size=16, device=torch.device("cpu"))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def numpy_loss(student: np.ndarray, teacher: np.ndarray, temperature: float) -> np.ndarray:
+    """(B,), pair by pair."""
+    total, pairs = np.zeros(student.shape[1]), 0
+    for t in range(len(teacher)):
+        for s in range(len(student)):
+            if s != t:
+                total -= (teacher[t] * np.log(softmax(student[s] / temperature))).sum(-1)
+                pairs += 1
+    return total / pairs
+
+
+def test_cross_entropy_and_its_gradient_are_those_of_the_pairs() -> None:
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(5, 3, 7)), softmax(rng.normal(size=(2, 3, 7)) * 3)
+    x = torch.tensor(student, requires_grad=True)
+    each, entropy = cross_entropy_of_pairs(x, torch.tensor(teacher), 0.3)
+    np.testing.assert_allclose(each.detach().numpy(), numpy_loss(student, teacher, 0.3), rtol=1e-12)
+    assert entropy.item() == pytest.approx(-(teacher * np.log(teacher)).sum(-1).mean())
+    each.mean().backward()
+    assert x.grad is not None
+    for place in ((0, 0, 0), (1, 2, 3), (4, 1, 6)):
+        moved = []
+        for sign in (1, -1):
+            other = student.copy()
+            other[place] += sign * 1e-6
+            moved.append(numpy_loss(other, teacher, 0.3).mean())
+        assert x.grad[place].item() == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=1e-4, abs=1e-9)
+
+
+def test_a_uniform_student_loses_log_k_and_a_certain_teacher_has_no_entropy() -> None:
+    teacher = torch.eye(8)[:3].expand(2, 3, 8)
+    each, entropy = cross_entropy_of_pairs(torch.zeros(4, 3, 8), teacher, 0.1)
+    torch.testing.assert_close(each, torch.full((3,), math.log(8)))
+    assert entropy.item() == pytest.approx(0, abs=1e-6)
+
+
+def views_of(method: DINO) -> Batch:
+    images = batch(method, slice(0, 16))
+    images.views = {name: view.double() for name, view in images.views.items()}
+    return images
+
+
+def test_loss_centre_and_teacher_of_two_steps() -> None:
+    method = build("dino").double().eval()  # without drop path
+    assert isinstance(method, DINO)
+    images = views_of(method)
+    with torch.no_grad():
+        for p in method.head.parameters():  # the student has moved away from its teacher
+            p.add_(0.05 * torch.randn_like(p))
+        crops = [images.views["global1"], images.views["global2"], *images.views["local"]]
+        student = np.stack([method.head(method.encoder(crop).pooled).numpy() for crop in crops])
+        seen = np.stack([method.teacher["head"](method.teacher["encoder"](crop).pooled).numpy() for crop in crops[:2]])
+    centre = np.zeros(48)
+    for number in (3, 4):
+        losses = method(images, step(number))
+        expected = numpy_loss(student, softmax((seen - centre) / 0.04), 0.1)
+        np.testing.assert_allclose(losses.per_sample.numpy(), expected, rtol=1e-5)  # type: ignore[union-attr]
+        weight = method.teacher["head"].prototypes.weight.numpy().copy()
+        here = step(number)
+        here.ok = ONE
+        method.after_step(here, losses.carry)
+        centre = 0.9 * centre + 0.1 * seen.mean((0, 1))
+        np.testing.assert_allclose(method.centre.numpy(), centre, rtol=1e-6)
+        momentum = 1 - (1 - 0.996) * (math.cos(math.pi * number / 10) + 1) / 2
+        moved = momentum * weight + (1 - momentum) * method.head.prototypes.weight.detach().numpy()
+        np.testing.assert_allclose(method.teacher["head"].prototypes.weight.numpy(), moved, rtol=1e-6)
+        with torch.no_grad():
+            crops2 = crops[:2]
+            seen = np.stack([method.teacher["head"](method.teacher["encoder"](c).pooled).numpy() for c in crops2])
+
+
+def test_a_step_that_is_not_finite_moves_neither_teacher_nor_centre() -> None:
+    method = build("dino")
+    images = batch(method, slice(0, 16))
+    losses = method(images, step())
+    with torch.no_grad():
+        for p in method.head.parameters():
+            p.add_(1)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    here = step()
+    here.ok = ~ONE
+    method.after_step(here, {"teacher": torch.full_like(losses.carry["teacher"], float("nan"))})
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+
+
+def test_the_teacher_gets_no_gradient_and_sees_only_global_views() -> None:
+    method = build("dino")
+    assert isinstance(method, DINO)
+    images = batch(method, slice(0, 16))
+    losses = method(images, step())
+    losses.total.backward()
+    assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
+    images.views["local"] = torch.zeros_like(images.views["local"])
+    torch.testing.assert_close(method(images, step()).carry["teacher"], losses.carry["teacher"])
+    assert method.exported() is method.teacher["encoder"]
+
+
+def test_prototypes_are_frozen_at_the_start_and_learn_later() -> None:
+    method = build("dino")
+    assert isinstance(method, DINO)
+    for number, total in ((0, 1000), (20, 1000)):
+        method.zero_grad()
+        method(batch(method, slice(0, 16)), step(number, total)).total.backward()
+        grad = method.head.prototypes.weight.grad
+        assert grad is not None
+        assert bool((grad != 0).any()) == (number == 20)
+
+
+def test_the_temperature_of_the_teacher_warms_up() -> None:
+    assert warmed_up(0.04, 0.07, 0.3, 0.0) == pytest.approx(0.04)
+    assert warmed_up(0.04, 0.07, 0.3, 0.15) == pytest.approx(0.055)
+    assert warmed_up(0.04, 0.07, 0.3, 0.5) == 0.07
+    assert warmed_up(0.04, 0.07, 0.0, 0.0) == 0.07
+
+
+def test_the_follower_drops_nothing_and_follows_only_what_is_trained() -> None:
+    encoder = backbones.build(
+        "vit_micro", image_size=(16, 16), patch_size=8, depth=2, drop_path=0.5, positions="sincos"
+    )
+    encoder.norm.bias.requires_grad_(False)
+    teacher = follower(encoder)
+    teacher.train()
+    teacher(torch.zeros(2, 3, 16, 16))  # no noise asked for
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(1)
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    follow_(teacher, encoder, 0.75, ONE)
+    for name, p in teacher.named_parameters():
+        expected = before[name] + (0 if name == "norm.bias" else 0.25)
+        torch.testing.assert_close(p, expected)
+    assert rising(0.9, 0.0) == pytest.approx(0.9)
+    assert rising(0.9, 1.0) == pytest.approx(1.0)
+    assert rising(0.9, 0.5) == pytest.approx(0.95)
+
+
+def test_views_are_the_papers() -> None:
+    first, second, local = DINO.views(DINO.Config(), (224, 224))
+    assert (first.blur, first.solarize, second.blur, second.solarize, local.blur) == (1.0, 0.0, 0.1, 0.2, 0.5)
+    assert local.size == (96, 96)
+    assert local.count == 8
+    assert len(DINO.views(DINO.Config(local_views=0), (224, 224))) == 2

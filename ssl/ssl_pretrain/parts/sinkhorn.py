@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp: assignments to prototypes that use all prototypes alike. Shapes: B vectors of this process, K prototypes."""
+"""Sinkhorn-Knopp: assignments that use all prototypes alike. Shapes: B vectors of this process, K prototypes."""
 
 import torch
 from torch import Tensor

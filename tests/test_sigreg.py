@@ -1,0 +1,71 @@
+"""SIGReg against float64 NumPy, against its expectation under the null, and against numerical integration."""
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_pretrain.parts.sigreg import END, KNOTS, sigreg, sigreg_of_a_point
+
+
+def numpy_sigreg(z: np.ndarray, directions: np.ndarray) -> float:
+    """Section 4.2 as it stands: one direction and one knot after the other."""
+    t = np.linspace(0, END, KNOTS)
+    phi = np.exp(-(t**2) / 2)
+    spacing = END / (KNOTS - 1)
+    trapezoid = 2 * spacing * np.where((t == 0) | (t == END), 0.5, 1.0)
+    total = []
+    for a in directions.T:
+        x = z @ (a / np.linalg.norm(a))
+        ecf = np.array([np.exp(1j * tk * x).mean() for tk in t])
+        total.append(len(z) * np.sum(trapezoid * phi * np.abs(ecf - phi) ** 2))
+    return float(np.mean(total))
+
+
+def clouds(n: int = 40, d: int = 6, s: int = 9) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(n, d)) * 1.7 + 0.3, rng.normal(size=(d, s))
+
+
+def test_value_and_gradient_are_those_of_the_formula() -> None:
+    z, directions = clouds()
+    found = sigreg(torch.tensor(z, requires_grad=True), torch.tensor(directions))
+    assert found.item() == pytest.approx(numpy_sigreg(z, directions), rel=1e-10)
+    x = torch.tensor(z, requires_grad=True)
+    sigreg(x, torch.tensor(directions)).backward()
+    assert x.grad is not None
+    for row, column in ((0, 0), (17, 3), (39, 5)):
+        moved = []
+        for sign in (1, -1):
+            other = z.copy()
+            other[row, column] += sign * 1e-5
+            moved.append(numpy_sigreg(other, directions))
+        assert x.grad[row, column].item() == pytest.approx((moved[0] - moved[1]) / 2e-5, rel=1e-5, abs=1e-9)
+
+
+def test_a_normal_cloud_gives_its_expectation_whatever_its_size() -> None:
+    """E |ecf(t) - phi(t)|^2 = (1 - phi(t)^2) / N for samples of N(0, 1), so N times it does not depend on N."""
+    t = np.linspace(-END, END, 20001)
+    phi = np.exp(-(t**2) / 2)
+    expected = np.sum(phi * (1 - phi**2)) * (t[1] - t[0])
+    generator = torch.Generator().manual_seed(0)
+    for n in (64, 1024):
+        found = [
+            float(sigreg(torch.randn(n, 4, generator=generator), torch.randn(4, 64, generator=generator)))
+            for _ in range(20)
+        ]
+        assert np.mean(found) == pytest.approx(expected, rel=0.1)
+
+
+def test_it_grows_with_the_number_of_vectors_off_the_null_and_names_the_collapsed_value() -> None:
+    directions = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    for n in (8, 64):
+        assert float(sigreg(torch.zeros(n, 5), directions)) == pytest.approx(sigreg_of_a_point(n), rel=1e-5)
+    assert sigreg_of_a_point(64) == pytest.approx(8 * sigreg_of_a_point(8))
+
+
+def test_length_of_the_directions_is_no_matter_and_autocast_neither() -> None:
+    z, directions = (torch.tensor(x, dtype=torch.float32) for x in clouds())
+    plain = sigreg(z, directions)
+    torch.testing.assert_close(sigreg(z, directions * 7), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(sigreg(z, directions), plain)

@@ -55,7 +55,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def test_every_name_is_built_as_its_size_says() -> None:
-    assert backbones.names()[:2] == ["vit_micro", "vit_tiny"]
+    assert [name for name in backbones.names() if name.startswith("vit")][:2] == ["vit_micro", "vit_tiny"]
     for name in backbones.names():
         if name.startswith("vit"):
             with torch.device("meta"):

@@ -84,6 +84,29 @@ class Backbone(nn.Module, ABC):
                     f"a ViT (--encoder vit_small) does"
                 )
 
+    def refuse_options(
+        self,
+        keep: Tensor | None,
+        replace: tuple[Tensor, Tensor] | None,
+        attention: str | Tensor,
+        prefix_length: Tensor | None,
+        blocks: tuple[int, ...],
+    ) -> None:
+        """Raise UnsupportedByBackbone for every option of `forward` that is asked for but not in `supports`."""
+        full = isinstance(attention, str) and attention == "full" and prefix_length is None
+        asked = {
+            "keep": keep is not None,
+            "replace": replace is not None,
+            "attention": not full,
+            "blocks": bool(blocks),
+        }
+        for option, given in asked.items():
+            if given and option not in self.supports:
+                raise UnsupportedByBackbone(
+                    f"a forward with {option!r} was asked of {type(self).__name__}, which does not support it; "
+                    f"a ViT (--encoder vit_small) does"
+                )
+
     def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
         """Weights (a state dict) of the same architecture built for another `image_size`, as this one holds them.
         Default: as they are, for most architectures hold nothing that depends on the image size."""

@@ -1,0 +1,192 @@
+"""ConvNeXt (Liu et al., "A ConvNet for the 2020s", CVPR 2022): a convolutional network with a transformer's proportions,
+layer norms and GELUs, and without any batch norm.
+
+Shapes: B images, C channels, H x W pixels, c channels of a map of Y x X positions, (h, w) the last map, N = h * w
+positions in raster order, D width of the last map. Maps between layers are (B, Y, X, c), so that norms and linear maps
+act on the last axis; convolutions see them as (B, c, Y, X) in channels-last layout, which copies nothing. Parameters
+have timm's names, but that the final norm, timm's `head.norm`, is `norm`, and there is no `head.fc`.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .backbone import Backbone, Features
+from .vit import NORM_EPS, Mlp
+
+SIZES = {
+    "convnext_micro": {"dims": (32, 64, 128, 256), "depths": (1, 1, 2, 1), "stem_patch": 2},
+    "convnext_tiny": {"dims": (96, 192, 384, 768), "depths": (3, 3, 9, 3)},
+}
+
+
+def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of a map (B, Y, X, c)."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Block(nn.Module):
+    """x + gamma * mlp(norm(depthwise 7x7 convolution of x)), gamma a learned factor for each channel (figure 4 of the
+    paper; layer scale: Touvron et al., "Going deeper with Image Transformers", 2021)."""
+
+    def __init__(self, dim: int, layer_scale: float) -> None:
+        super().__init__()
+        self.conv_dw = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
+
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """(B, Y, X, c) to the same shape. factor: (B,) on each sample's branch (drop path)."""
+        y = self.mlp(self.norm(_convolve(self.conv_dw, x))) * self.gamma
+        if factor is not None:
+            y = y * factor[:, None, None, None]
+        return x + y
+
+
+class Stage(nn.Module):
+    """Blocks of one width; before them, but for the first stage, a norm and a 2x2 convolution of stride 2."""
+
+    def __init__(self, inside: int | None, dim: int, depth: int, layer_scale: float) -> None:
+        super().__init__()
+        self.downsample: nn.Sequential | None = None
+        if inside is not None:
+            self.downsample = nn.Sequential(nn.LayerNorm(inside, eps=NORM_EPS), nn.Conv2d(inside, dim, 2, stride=2))
+        self.blocks = nn.ModuleList(Block(dim, layer_scale) for _ in range(depth))
+
+    def forward(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
+        """(B, Y, X, c) to (B, Y // 2, X // 2, dim), in the first stage to the same shape. factors: (B, blocks)."""
+        if self.downsample is not None:
+            norm, conv = self.downsample
+            x = _convolve(conv, norm(x)).to(x.dtype)  # see ConvNeXt.forward
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if factors is None else factors[:, i])
+        return x
+
+
+@final
+class ConvNeXt(Backbone):
+    """A ConvNeXt; `depth` counts blocks. Its stride is 8 sides of the stem's patches; pixels beyond a multiple of it
+    are seen only in part. Raises UserError for options out of range and images smaller than the stride."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """The encoder (ConvNeXt)."""
+
+        dims: tuple[int, int, int, int]
+        """Width of each stage."""
+        depths: tuple[int, int, int, int]
+        """Number of blocks of each stage."""
+        stem_patch: int = 4
+        """Side of the patches that the stem embeds, pixels."""
+        layer_scale: float = 1e-6
+        """Initial value of the layer scale of each block."""
+        drop_path: float = 0.0
+        """Stochastic depth: probability at the last block, rising linearly from 0 at the first."""
+
+    supports = frozenset({"drop_path"})
+
+    def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
+        super().__init__()
+        _validate(config, in_chans)
+        height, width = image_size
+        self.config, self.image_size, self.in_chans = config, (height, width), in_chans
+        self.dim, self.depth = config.dims[-1], sum(config.depths)
+        self.stride = (8 * config.stem_patch, 8 * config.stem_patch)
+        self._check_size(height, width)
+
+        patch, first = config.stem_patch, config.dims[0]
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, first, patch, patch), nn.LayerNorm(first, eps=NORM_EPS))
+        self.stages = nn.ModuleList(
+            Stage(inside, dim, depth, config.layer_scale)
+            for inside, dim, depth in zip((None, *config.dims[:-1]), config.dims, config.depths, strict=True)
+        )
+        self.norm = nn.LayerNorm(self.dim, eps=NORM_EPS)
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                nn.init.trunc_normal_(part.weight, std=0.02)
+                assert part.bias is not None
+                nn.init.zeros_(part.bias)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        keep: Tensor | None = None,
+        replace: tuple[Tensor, Tensor] | None = None,
+        attention: str | Tensor = "full",
+        prefix_length: Tensor | None = None,
+        blocks: tuple[int, ...] = (),
+        drop: Tensor | None = None,
+    ) -> Features:
+        """See `Backbone.forward`. H and W may be anything from the stride up; the grid is each over the stride, rounded
+        down. `pooled` is the norm of the mean over positions, as published, and `patches` are the norms of each: their
+        mean is another vector than `pooled`. A block has one branch: of its two columns in `drop` it takes the first.
+
+        Raises UserError for images of other channels or smaller than the stride, UnsupportedByBackbone for keep,
+        replace, another attention than "full", and blocks (whose widths differ from stage to stage), RuntimeError
+        where drop path lacks its noise.
+        """
+        self.refuse_options(keep, replace, attention, prefix_length, blocks)
+        if images.shape[1] != self.in_chans:
+            raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
+        self._check_size(images.shape[2], images.shape[3])
+
+        factors = self._drop_path(drop)
+        conv, norm = self.stem
+        # Under autocast, too, the residual stream has the precision of the parameters.
+        x = norm(_convolve(conv, images.permute(0, 2, 3, 1).contiguous()).to(self.norm.weight.dtype))
+        first = 0
+        for stage, depth in zip(self.stages, self.config.depths, strict=True):
+            x = stage(x, None if factors is None else factors[:, first : first + depth])
+            first += depth
+        patches = self.norm(x).flatten(1, 2)
+        return Features(cls=None, patches=patches, grid=(x.shape[1], x.shape[2]), pooled=self.norm(x.mean((1, 2))))
+
+    def layer_of(self, parameter: str) -> int:
+        """See `Backbone.layer_of`; the downsampling before a stage goes with the stage's first block. Raises KeyError
+        for a name that is no parameter's."""
+        part, _, rest = parameter.partition(".")
+        if part == "stages":
+            stage, kind, block = rest.split(".")[:3]
+            return sum(self.config.depths[: int(stage)]) + (int(block) if kind == "blocks" else 0) + 1
+        return {"stem": 0, "norm": self.depth + 1}[part]
+
+    def _check_size(self, height: int, width: int) -> None:
+        """Raise UserError for images that leave the last map empty."""
+        if height < self.stride[0] or width < self.stride[1]:
+            fits = [max(side, self.stride[0]) for side in (height, width)]
+            raise UserError(
+                f"images of {height} x {width} pixels (height x width) are smaller than the encoder's stride, "
+                f"{self.stride[0]} pixels: take --image-size {fits[0]} {fits[1]} or a smaller --stem-patch"
+            )
+
+    def _drop_path(self, drop: Tensor | None) -> Tensor | None:
+        """Factors (B, depth) on each sample's branches (stochastic depth, Huang et al., 2016): 0 with the branch's
+        probability, else 1 / (1 - probability); None where nothing is dropped."""
+        if not self.training or self.config.drop_path == 0:
+            return None
+        if drop is None:
+            raise RuntimeError(
+                f"drop path needs noise in training: pass drop=step.rand({2 * self.depth}), the Step.rand of the "
+                f"method's step, so that every rank and a continued run draw the same"
+            )
+        rates = torch.linspace(0, self.config.drop_path, self.depth, device=drop.device)
+        return (drop[:, ::2] >= rates) / (1 - rates)
+
+
+def _validate(config: ConvNeXt.Config, in_chans: int) -> None:
+    """Raise UserError for options out of range."""
+    for option in ("dims", "depths"):
+        if min(getattr(config, option)) <= 0:
+            raise UserError(f"--{option} is {' '.join(map(str, getattr(config, option)))}; each must be above 0")
+    for option in ("stem_patch", "layer_scale"):
+        if getattr(config, option) <= 0:
+            raise UserError(f"--{option.replace('_', '-')} is {getattr(config, option)}; it must be above 0")
+    if in_chans <= 0:
+        raise UserError(f"--in-chans is {in_chans}; it must be above 0")
+    if not 0 <= config.drop_path < 1:
+        raise UserError(f"--drop-path is {config.drop_path}; it must be at least 0 and below 1")

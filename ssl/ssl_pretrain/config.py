@@ -56,6 +56,9 @@ class Run:
     accumulate: int = 1
     """Micro-batches that a step's batch is worked through in, to save memory."""
 
+    stages: tuple[str, ...] = ()
+    """Parts of the run that see other views, each 'SHARE KEY=VALUE ...', like '0.75 image_size=112' (docs/running.md)."""
+
     optimizer: Literal["adamw", "sgd", "lars"] | None = None
     """Optimiser (default: the method's)."""
     lr: float | None = None

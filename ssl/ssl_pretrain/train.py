@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import math
 import time
+from collections.abc import Generator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,13 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import backbones, checkpoint, config, distributed, encoder, manifest, optim, pretext, two_pass
+from . import backbones, checkpoint, config, distributed, encoder, manifest, optim, pretext, stages, two_pass
 from .config import Resolved, Run
-from .data.loader import Share, batches, fixed_batches, to_batch
+from .data.loader import RawBatch, Share, batches, fixed_batches, to_batch
 from .data.sampler import samples
 from .data.source import Source, open_source, pretraining_split, splits
 from .data.subset import Subset
-from .data.views import fitted
+from .data.views import ViewSpec
 from .distributed import World
 from .encoder import Encoder
 from .errors import UserError
@@ -86,7 +87,8 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     backbone = backbones.build(
         run.encoder, image_size=run.image_size, in_chans=run.in_chans, **dataclasses.asdict(options)
     )
-    specs = fitted(kind.views(knobs, run.image_size), run.image_size, backbone.stride)
+    plan = stages.plan(run, kind, knobs, backbone.stride)
+    specs = plan[-1].specs
     method = kind(backbone, knobs)
     whole_batch = isinstance(method, WholeBatchMethod) and accumulate > 1
     if accumulate > 1 and couples_samples(method.encoder if whole_batch else method):
@@ -153,18 +155,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     # ---- The loop.
     monitor = CollapseMonitor(method.collapsed(batch_size))
     knn = KnnScore.of(run) if run.knn_every and here.first else None
-    loader = batches(
-        source,
-        specs,
-        share,
-        seed=run.seed,
-        channels=run.in_chans,
-        start_step=start,
-        stop_step=steps,
-        workers=_workers(run, here),
-        policy=run.bad_images,
-        pin=here.device.type == "cuda",
-    )
+    loader = _stream(plan, start, source, share, run, here)
     pending: list[Tensor] = []  # one row a step since the last log: finite?, gradient norm, loss, its terms
     finite_samples: list[tuple[int, Tensor, Tensor]] = []  # step, sample ids, which of their losses are finite
     names: list[str] = []
@@ -191,11 +182,11 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
             parts: list[tuple[Batch, Step]] = []  # micro-batches that wait for one loss of all of them
             for micro in range(accumulate):
                 began = time.perf_counter()
-                raw = next(loader)
+                seen, raw = next(loader)
                 waited += time.perf_counter() - began
                 for bad in raw.failures:
                     report.bad_image(*bad)
-                batch = to_batch(raw, specs, *normalisation, here.device)
+                batch = to_batch(raw, seen, *normalisation, here.device)
                 step = _step(run, step_number, share.rows(micro), here)
                 last = micro == accumulate - 1
                 if whole_batch:
@@ -275,14 +266,14 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                     report.warn(warning)
                 waited, since, seen_at = 0.0, time.perf_counter(), step_number
             if _due(step_number, run.monitor_every):
-                images = batch.views[specs[0].name]
-                images = images[0] if specs[0].count > 1 else images
-                seen = spread(_features(method, images[:256], autocast))
-                report.scores("features", seen, step_number)
-                for warning in monitor.features(seen):
+                images = batch.views[seen[0].name]
+                images = images[0] if seen[0].count > 1 else images
+                spreads = spread(_features(method, images[:256], autocast))
+                report.scores("features", spreads, step_number)
+                for warning in monitor.features(spreads):
                     report.warn(warning)
             if _due(step_number, run.picture_every) and here.first:
-                views = {s.name: batch.views[s.name][:8] for s in specs if s.count == 1}
+                views = {s.name: batch.views[s.name][:8] for s in seen if s.count == 1}
                 few = dataclasses.replace(batch, views=views, index=batch.index[:8])
                 with torch.no_grad(), autocast:
                     rows = slice(0, len(few.index))
@@ -311,6 +302,29 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     report.close()
     distributed.barrier()
     return Outcome(out, step_number, steps, stopped, bad_images)
+
+
+def _stream(
+    plan: list[stages.Stage], start: int, source: Source, share: Share, run: Resolved, here: World
+) -> Generator[tuple[tuple[ViewSpec, ...], RawBatch]]:
+    """The micro-batches from step `start` to the run's end, each with the views of its stage."""
+    for stage in plan:
+        if start < stage.last:
+            loader = batches(
+                source,
+                stage.specs,
+                share,
+                seed=run.seed,
+                channels=run.in_chans,
+                start_step=max(start, stage.first),
+                stop_step=stage.last,
+                workers=_workers(run, here),
+                policy=run.bad_images,
+                pin=here.device.type == "cuda",
+            )
+            with closing(loader):
+                for raw in loader:
+                    yield stage.specs, raw
 
 
 def _agreed(stop: StopRequest) -> str | None:

@@ -1,4 +1,4 @@
-"""Colour: jitter, grayscale, blur and solarize of a batch at once, on its device, from parameters drawn beforehand.
+"""Colour: jitter, grayscale, blur, solarize and noise of a batch at once, on its device, from parameters drawn beforehand.
 
 Shapes: B images, C channels, H x W pixels, P = views.COLOUR_PARAMS numbers an image. The parameters stay on the CPU,
 where they say which images each operation touches, so nothing here waits for the device.
@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .views import BLUR_SIGMA, FACTORS, GRAYSCALE, JITTER, ORDER, SOLARIZE, ViewSpec
+from .views import (
+    BLUR_SIGMA,
+    FACTORS,
+    GRAYSCALE,
+    JITTER,
+    NOISE_KEY,
+    NOISE_SIGMA,
+    NOISE_SQUARE,
+    ORDER,
+    SOLARIZE,
+    ViewSpec,
+)
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
 
@@ -19,7 +30,7 @@ _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
 def coloured(spec: ViewSpec) -> bool:
     """Whether the spec changes colours at all."""
     jitter = spec.jitter is not None and spec.jitter.p > 0
-    return jitter or spec.grayscale > 0 or spec.blur > 0 or spec.solarize > 0
+    return jitter or spec.grayscale > 0 or spec.blur > 0 or spec.solarize > 0 or spec.noise_patch > 0
 
 
 def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -43,7 +54,7 @@ def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, .
 
 def apply(images: Tensor, params: np.ndarray, spec: ViewSpec) -> Tensor:
     """Change colours as the rows of `params` (B, P) say (`views.Draw.colour`), in the order jitter, grayscale, blur,
-    solarize.
+    solarize, noise.
 
     images: float32 (B, C, H, W) in [0, 1]; returns the same, in place where it can. The operations are torchvision's
     on float images (v2.functional): each jitter result is clamped to [0, 1]; contrast blends with the mean luma of
@@ -80,7 +91,20 @@ def apply(images: Tensor, params: np.ndarray, spec: ViewSpec) -> Tensor:
         at = _on(images, rows)
         chosen = images[at]
         images[at] = torch.where(chosen >= spec.solarize_threshold, 1 - chosen, chosen)
+    for row in np.flatnonzero(params[:, NOISE_SIGMA] > 0):
+        top, left, bottom, right = _square(params[row, NOISE_SQUARE], images.shape[-2], images.shape[-1])
+        generator = torch.Generator().manual_seed(int(params[row, NOISE_KEY]))
+        noise = torch.randn(images.shape[1], bottom - top, right - left, generator=generator)
+        patch = images[row, :, top:bottom, left:right]
+        patch.add_(noise.to(images.device, non_blocking=True), alpha=float(params[row, NOISE_SIGMA])).clamp_(0, 1)
     return images
+
+
+def _square(place: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of the part of a square (centre row and column, half its side) inside the image."""
+    row, column, half = place.tolist()
+    top, left = max(0, round(row - half)), max(0, round(column - half))
+    return top, left, max(top, min(height, round(row + half))), max(left, min(width, round(column + half)))
 
 
 def _on(images: Tensor, rows: np.ndarray) -> Tensor:

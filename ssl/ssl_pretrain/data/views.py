@@ -30,7 +30,9 @@ class ViewSpec:
     """One kind of view a method declares (`Method.views`); the engine makes it.
 
     A view is a random resized crop (`scale`: share of the image's area; `ratio`: width over height), flipped, and then
-    coloured in the order jitter, grayscale, blur, solarize. Probabilities in [0, 1]; `size` in pixels (height, width).
+    coloured in the order jitter, grayscale, blur, solarize, noise on a random square ("Patch Gaussian", Lopes et al.,
+    2019: side uniform up to the view's shorter one, centre anywhere, sigma uniform up to the largest). Probabilities in
+    [0, 1]; `size` in pixels (height, width).
     """
 
     name: str
@@ -47,6 +49,8 @@ class ViewSpec:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
     solarize_threshold: float = 0.5  # of full scale; pixels at or above it are inverted
+    noise_patch: float = 0.0
+    noise_patch_sigma: float = 0.5  # of full scale, the largest
 
 
 def fitted(specs: tuple[ViewSpec, ...], image_size: tuple[int, int], stride: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -69,11 +73,12 @@ def fitted(specs: tuple[ViewSpec, ...], image_size: tuple[int, int], stride: tup
 # colour.
 _TRIES = 10
 _COLOUR_AT = 2 * _TRIES + 4
-_DRAWS = _COLOUR_AT + 13
+_DRAWS = _COLOUR_AT + 19
 
 # A row of colour parameters, float32: see `colour.apply`
 JITTER, FACTORS, ORDER, GRAYSCALE, BLUR_SIGMA, SOLARIZE = 0, slice(1, 5), slice(5, 9), 9, 10, 11
-COLOUR_PARAMS = 12
+NOISE_SIGMA, NOISE_SQUARE, NOISE_KEY = 12, slice(13, 16), 16
+COLOUR_PARAMS = 17
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class Draw:
     colour: (
         np.ndarray
     )  # (COLOUR_PARAMS,) float32: jitter yes/no, its four factors, their order, grayscale yes/no, the blur's
-    # sigma in pixels or 0 for none, solarize yes/no
+    # sigma in pixels or 0 for none, solarize yes/no, the noise's sigma or 0 for none, its square's centre (row, column)
+    # and half its side in pixels, and a whole number that its values are drawn from
 
 
 @dataclass(frozen=True)
@@ -196,4 +202,9 @@ def _colour_row(spec: ViewSpec, uniform: list[float]) -> np.ndarray:
     if uniform[10] < spec.blur:
         row[BLUR_SIGMA] = spec.blur_sigma[0] + uniform[11] * (spec.blur_sigma[1] - spec.blur_sigma[0])
     row[SOLARIZE] = uniform[12] < spec.solarize
+    if uniform[13] < spec.noise_patch:
+        height, width = spec.size
+        row[NOISE_SIGMA] = uniform[14] * spec.noise_patch_sigma
+        row[NOISE_SQUARE] = uniform[15] * height, uniform[16] * width, uniform[17] * min(height, width) / 2
+        row[NOISE_KEY] = int(uniform[18] * 2**24)  # exact in float32
     return row

@@ -33,16 +33,14 @@ def warmed_up(start: float, end: float, share: float, progress: float) -> float:
     return end if progress >= share else start + (end - start) * progress / share
 
 
-def cross_entropy_of_patches(
-    student: Tensor, teacher: Tensor, counted: Tensor, temperature: float
-) -> Tensor:
+def cross_entropy_of_patches(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of each crop averaged over its masked patches, (R,); 0 for a crop without any (iBOT: Zhou et al.,
     2022, eq. 2). R crops, M patches.
 
     student: logits (R, M, K), divided here by `temperature`; teacher: probabilities (R, M, K) without gradient; counted:
     bool (R, M), True for masked patches, False for padding. Computed in float32 (or wider).
     """
-    logits = student.to(torch.promote_types(student.dtype, torch.float32)) / temperature
+    logits = wide(student) / temperature
     with torch.autocast(logits.device.type, enabled=False):  # which would multiply in bfloat16
         expected = torch.einsum("rmk,rmk->rm", teacher, logits)
     each = torch.logsumexp(logits, -1) - expected
@@ -54,3 +52,8 @@ def class_token(features: Features, method: str) -> Tensor:
     if features.cls is None:
         raise UserError(f"{method} compares class tokens, and the encoder has none: give it one (--cls --pool cls)")
     return features.cls
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is where that is wider: what losses compute in, whatever the autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

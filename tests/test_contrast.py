@@ -57,3 +57,5 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert half.dtype == torch.float32
     whole = contrast(z[0].bfloat16().float(), z[1].bfloat16().float(), 0.1)
     torch.testing.assert_close(half, whole)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(contrast(z[0].bfloat16(), z[1].bfloat16(), 0.1), whole)

@@ -31,7 +31,8 @@ def contrast(
     mine = torch.stack([unit(first), unit(second)])  # (2, B, D)
     everyone = gather(mine.transpose(0, 1)).transpose(0, 1)  # (2, N, D)
     n, b = everyone.shape[1], mine.shape[1]
-    scores = mine.flatten(0, 1) @ everyone.flatten(0, 1).T / temperature  # (2B, 2N)
+    with torch.autocast(mine.device.type, enabled=False):
+        scores = mine.flatten(0, 1) @ everyone.flatten(0, 1).T / temperature  # (2B, 2N)
     row = torch.arange(b, device=scores.device) + rank() * b
     own = torch.cat([row, row + n])
     other = torch.cat([row + n, row])

@@ -1,0 +1,124 @@
+"""Every method at the same budget: kNN and linear accuracy on CIFAR-10, with untrained, raw-pixel and supervised controls.
+
+    python benchmarks/methods.py --out runs/methods [--seeds 2] [--steps 250] [--jobs 2] [--methods mae simclr]
+
+Each run is `ssl-pretrain` with the same encoder, batch, steps (images seen) and seed, and the method's own small-image
+knobs (`Recipe.small`); each score `ssl-eval` on labelled images that took no part in training. Jobs run side by side on
+one thread each. What is there already is not done again; the table is printed at the end, as Markdown.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ssl_pretrain import backbones, config, plugins, pretext
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+COMMON = ["--encoder", "vit_micro", "--image-size", 32, "--patch-size", 8, "--batch-size", 128, "--workers", 0]
+COMMON += ["--checkpoint-every", 100000, "--monitor-every", 0, "--picture-every", 0]
+LEFT_OUT = {*config.SMALL, "pool", "positions", "cls"}  # the same for all, or the encoder's
+PROBE = ["--lrs", 0.005, 0.02, 0.1, 0.5, "--layers", 1, "--steps", 1000]
+
+
+def words(settings: dict[str, Any]) -> list[object]:
+    """Settings as flags."""
+    out: list[object] = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            out.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            out += [f"--{flag}", *(value if isinstance(value, tuple | list) else [value])]
+    return out
+
+
+def run(*argv: object) -> None:
+    """A command on one thread; ends this program with its words where it fails."""
+    command = [sys.executable, "-m", *map(str, argv)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+
+
+def train(name: str, seed: int, options: argparse.Namespace) -> None:
+    """One run and its scores, unless they are there."""
+    out = Path(options.out) / f"{name}-{seed}"
+    if (out / "scores.json").exists():
+        return
+    began = time.monotonic()
+    known = set(config.Run.__dataclass_fields__) | set(pretext.load(name).Config.__dataclass_fields__)
+    known |= set(backbones.config_class("vit_micro").__dataclass_fields__)
+    small = {k: v for k, v in pretext.load(name).recipe.small.items() if k in known - LEFT_OUT}
+    argv = ["--method", name, "--data", options.data, "--out", out, "--steps", options.steps, "--seed", seed]
+    run("ssl_pretrain.launch.pretrain", *argv, *COMMON, *words(small))
+    seconds = time.monotonic() - began
+    scores = {"seconds": seconds, **score(out, out, options)}
+    (out / "scores.json").write_text(json.dumps(scores))
+    print(f"{out.name}: {scores}", flush=True)
+
+
+def score(encoder: object, folder: Path, options: argparse.Namespace, *like: object) -> dict[str, float]:
+    """kNN and linear top-1 in percent of an encoder."""
+    found = {}
+    for evaluator, extra in (("knn", []), ("linear", PROBE)):
+        out = folder / evaluator
+        argv = ["--encoder", encoder, *like, "--data", options.probe, "--out", out, "--no-baselines", *extra]
+        run("ssl_pretrain.launch.evaluate", evaluator, *argv)
+        found[evaluator] = json.loads((out / "results.json").read_text())["metrics"]["top1"]
+    return found
+
+
+def controls(some: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Scores of the untrained encoder and of raw pixels."""
+    path = Path(options.out) / "controls.json"
+    if not path.exists():
+        like = Path(options.out) / f"{some}-0"
+        rows = {
+            "untrained": score("random", Path(options.out) / "untrained", options, "--like", like),
+            "raw pixels": score("pixels", Path(options.out) / "pixels", options, "--like", like),
+        }
+        path.write_text(json.dumps(rows))
+    return json.loads(path.read_text())
+
+
+def main() -> None:
+    """Train, score, print."""
+    every = plugins.own("ssl_pretrain.methods")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder for the runs")
+    parser.add_argument("--data", default=str(DATA / "cifar10"), help="images to train on (default: %(default)s)")
+    parser.add_argument(
+        "--probe", default=str(DATA / "cifar10_lossless5k"), help="labelled images (default: %(default)s)"
+    )
+    parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="M")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=250, help="of 128 images (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
+    options = parser.parse_args()
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    wanted = [(name, seed) for seed in range(options.seeds) for name in options.methods]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done in [pool.submit(train, name, seed, options) for name, seed in wanted]:
+            done.result()
+    print(f"\n{options.steps} steps of 128 images, {options.seeds} seeds\n\n| method | kNN | linear | seconds a run |")
+    print("| --- | --- | --- | --- |")
+    for name, row in controls(options.methods[0], options).items():
+        print(f"| {name} | {row['knn']:.1f} | {row['linear']:.1f} | |")
+    for name in options.methods:
+        files = [Path(options.out) / f"{name}-{seed}" / "scores.json" for seed in range(options.seeds)]
+        rows = [json.loads(file.read_text()) for file in files]
+        cells = [" / ".join(f"{row[key]:.1f}" for row in rows) for key in ("knn", "linear")]
+        print(f"| {name} | {' | '.join(cells)} | {statistics.mean(row['seconds'] for row in rows):.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""BYOL (Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", NeurIPS 2020).
+
+An online network predicts, from one view of an image, what a target network says of the other view; the target is a
+moving average of the online one, and nothing is pushed apart. Shapes: B images of this process, two views of each, D
+encoder width, K embedding width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import Jitter, ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.heads import mlp, unit
+from ssl_pretrain.parts.teacher import follow_, follower, rising
+from ssl_pretrain.parts.views import encode
+from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
+
+
+@final
+class BYOL(WholeBatchMethod):
+    """Predict the target network's projection of the other view; the exported encoder is the online one.
+
+    Defaults are the paper's (section 3.3 and appendix B): batch 4,096, 1,000 epochs of ImageNet with ResNet-50. Raises
+    UserError for knobs out of range.
+    """
+
+    recipe = Recipe(
+        optimizer="lars",
+        lr=0.2,
+        lr_batch=256,
+        betas=(0.9, 0.999),
+        weight_decay=1.5e-6,
+        warmup=10 / 1000,
+        encoder={"pool": "cls"},
+        small={
+            "optimizer": "adamw",
+            "lr": 1e-3,
+            "warmup_steps": 12,
+            "momentum": 0.98,
+            "hidden_dim": 512,
+            "blur": 0.0,
+            "crop_scale": (0.2, 1.0),
+            "steps": 120,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Bootstrap your own latent (BYOL)."""
+
+        momentum: float = 0.996
+        """Target network's momentum at the start; it rises to 1 by half a cosine."""
+        hidden_dim: int = 4096
+        """Width of the hidden layer of projector and predictor."""
+        embedding_dim: int = 256
+        """Width of the vectors that are predicted."""
+        crop_scale: tuple[float, float] = (0.08, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+        blur: float = 1.0
+        """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        if not 0 <= config.momentum <= 1:
+            raise UserError(f"--momentum is {config.momentum}; it must lie between 0 and 1")
+        # Unlike SimCLR's, the outputs are not normalised (section 3.3); their maps have no bias, as released.
+        self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim), last_bias=False)
+        self.predictor = mlp((config.embedding_dim, config.hidden_dim, config.embedding_dim), last_bias=False)
+
+    def prepare(self, images: int) -> None:
+        """The target network begins as the online one; it has no predictor."""
+        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "projector": self.projector}))
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """Two crops, the one always blurred, the other solarized now and then (appendix B, table 6)."""
+        jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8)
+        common = {"size": image_size, "scale": config.crop_scale, "jitter": jitter, "grayscale": 0.2}
+        return (
+            ViewSpec(name="view1", blur=1.0 * config.blur, **common),
+            ViewSpec(name="view2", blur=0.1 * config.blur, solarize=0.2, **common),
+        )
+
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Both views' vectors (B, 2, D) by the online encoder, "online", and by the target's, "target"."""
+        # View by view: where an encoder has batch norm, its statistics are of one view, as in the paper.
+        views = [batch.views["view1"], batch.views["view2"]]
+        online = [encode(self.encoder, view, step).pooled for view in views]
+        with torch.no_grad():
+            target = [encode(self.teacher["encoder"], view, step).pooled for view in views]
+        return {"online": torch.stack(online, dim=1), "target": torch.stack(target, dim=1)}
+
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """The squared distance of unit vectors, predicted and target, added over both directions (eq. 2)."""
+        first, second = (unit(self.predictor(self.projector(view))) for view in embedded["online"].unbind(1))
+        with torch.no_grad():
+            targets = [unit(self.teacher["projector"](view)) for view in embedded["target"].unbind(1)]
+        each = 4 - 2 * (first * targets[1]).sum(-1) - 2 * (second * targets[0]).sum(-1)
+        return Losses(total=each.mean(), per_sample=each.detach())
+
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """The target follows the online network (section 3.1)."""
+        online = nn.ModuleDict({"encoder": self.encoder, "projector": self.projector})
+        follow_(self.teacher, online, rising(self.config.momentum, step.progress), step.ok)
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """The loss where one vector answers everything."""
+        return {"loss": (0.0, "all views of all images get the same embedding")}

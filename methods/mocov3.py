@@ -1,0 +1,148 @@
+"""MoCo v3 (Chen, Xie & He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021).
+
+A query encoder finds each image's other view among the keys of the whole batch; the keys come from a moving average of
+it, and there is no memory queue. Shapes: B images of this process, N of all processes, two views of each, D encoder
+width, K embedding width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import Jitter, ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.heads import mlp, unit
+from ssl_pretrain.parts.init import xavier_
+from ssl_pretrain.parts.teacher import follow_, follower, rising
+from ssl_pretrain.parts.views import encode
+from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
+
+
+@final
+class MoCoV3(WholeBatchMethod):
+    """Contrast queries with the momentum encoder's keys; the exported encoder is that of the queries.
+
+    Defaults are the paper's for ViTs (sections 3 to 5): batch 4,096, 300 epochs of ImageNet. Raises UserError for knobs
+    out of range.
+    """
+
+    recipe = Recipe(
+        lr=1.5e-4,
+        lr_batch=256,
+        betas=(0.9, 0.999),
+        weight_decay=0.1,
+        decay="all",
+        warmup=40 / 300,
+        encoder={"positions": "sincos", "pool": "cls"},
+        small={
+            "lr": 1e-3,
+            "momentum": 0.98,
+            "hidden_dim": 512,
+            "blur": 0.0,
+            "crop_scale": (0.2, 1.0),
+            "steps": 120,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """MoCo v3."""
+
+        temperature: float = 0.2
+        """Temperature of the similarities."""
+        momentum: float = 0.99
+        """Momentum encoder's momentum at the start; it rises to 1 by half a cosine."""
+        freeze_patch_embed: bool = True
+        """Leave a ViT's patch embedding at its random start (section 4.2); other encoders have none to freeze."""
+        hidden_dim: int = 4096
+        """Width of the hidden layers of projector and predictor."""
+        embedding_dim: int = 256
+        """Width of the embeddings that are contrasted."""
+        crop_scale: tuple[float, float] = (0.08, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+        blur: float = 1.0
+        """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        if not 0 <= config.momentum <= 1:
+            raise UserError(f"--momentum is {config.momentum}; it must lie between 0 and 1")
+        if config.temperature <= 0:
+            raise UserError(f"--temperature is {config.temperature}; it must be above 0")
+        hidden, width = config.hidden_dim, config.embedding_dim
+        self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="plain")
+        self.predictor = mlp((width, hidden, width), last_norm="plain")
+        patch_embed = getattr(encoder, "patch_embed", None)
+        if isinstance(patch_embed, nn.Module):  # a vision transformer
+            _initialise(encoder)
+            patch_embed.requires_grad_(not config.freeze_patch_embed)
+
+    def prepare(self, images: int) -> None:
+        """The momentum encoder begins as the query encoder; it has no predictor."""
+        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "projector": self.projector}))
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """BYOL's two crops: the one always blurred, the other solarized now and then (section 5, "augmentation")."""
+        jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8)
+        common = {"size": image_size, "scale": config.crop_scale, "jitter": jitter, "grayscale": 0.2}
+        return (
+            ViewSpec(name="view1", interpolation="bilinear", blur=1.0 * config.blur, **common),
+            ViewSpec(name="view2", interpolation="bilinear", blur=0.1 * config.blur, solarize=0.2, **common),
+        )
+
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Both views' vectors (B, 2, D) by the query encoder, "query", and by the momentum encoder, "key"."""
+        # View by view: where an encoder has batch norm, its statistics are of one view, as in the paper.
+        views = [batch.views["view1"], batch.views["view2"]]
+        query = [encode(self.encoder, view, step).pooled for view in views]
+        with torch.no_grad():
+            key = [encode(self.teacher["encoder"], view, step).pooled for view in views]
+        return {"query": torch.stack(query, dim=1), "key": torch.stack(key, dim=1)}
+
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """InfoNCE of each view's queries with the other's keys, times 2T, both directions added (algorithm 1)."""
+        queries = [unit(self.predictor(self.projector(view))) for view in embedded["query"].unbind(1)]
+        with torch.no_grad():
+            keys = [unit(self.teacher["projector"](view)) for view in embedded["key"].unbind(1)]
+        each = self._contrast(queries[0], keys[1]) + self._contrast(queries[1], keys[0])
+        return Losses(total=each.mean(), per_sample=each.detach())
+
+    def _contrast(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """(B,) losses of finding each unit query's (B, K) own key among the keys (B, K) of all processes."""
+        with torch.autocast(queries.device.type, enabled=False):
+            scores = queries @ distributed.gather(keys).T / self.config.temperature  # (B, N)
+        own = torch.arange(len(queries), device=scores.device) + distributed.rank() * len(queries)
+        return 2 * self.config.temperature * F.cross_entropy(scores, own, reduction="none")
+
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """The momentum encoder follows the query encoder, for the keys of the next step.
+
+        The release moves it before it takes a step's keys; in the first step that changes nothing, for both begin alike.
+        So this is the same sequence, with the momentum of the step to come.
+        """
+        queries = nn.ModuleDict({"encoder": self.encoder, "projector": self.projector})
+        follow_(self.teacher, queries, rising(self.config.momentum, (step.step + 1) / step.total), step.ok)
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """The loss where all similarities are equal."""
+        equal = 4 * self.config.temperature * math.log(batch_size)
+        return {"loss": (equal, "all views get the same embedding, nothing is told apart")}
+
+
+def _initialise(encoder: Backbone) -> None:
+    """A ViT's weights as in the release: Xavier uniform, queries, keys and values as three matrices (the bound is that of
+    (D, D), not of the joint (3D, D)), a class token next to zero."""
+    xavier_(encoder)
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("qkv.weight"):
+            bound = math.sqrt(6 / (2 * parameter.shape[1]))
+            nn.init.uniform_(parameter, -bound, bound)
+        elif name.endswith("cls_token"):
+            nn.init.normal_(parameter, std=1e-6)

@@ -1,0 +1,130 @@
+"""NNCLR (Dwibedi et al., "With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual
+Representations", ICCV 2021), and decoupled contrastive learning (Yeh et al., ECCV 2022) as its loss.
+
+The positive of an image is not its other view but that view's nearest neighbour among recent embeddings of other
+images. Shapes: B images of this process, N of all processes, two views of each, M places in the queue, D encoder width,
+K embedding width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import Jitter, ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.heads import mlp, unit
+from ssl_pretrain.parts.queue import Queue
+from ssl_pretrain.parts.views import encode
+from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
+
+
+@final
+class NNCLR(WholeBatchMethod):
+    """Contrast the nearest neighbour of one view's projection with the predictions of the other view.
+
+    Defaults are the paper's (sections 3.2 and 4.1): batch 4,096, 1,000 epochs of ImageNet with ResNet-50. Raises
+    UserError for knobs out of range.
+    """
+
+    recipe = Recipe(
+        optimizer="lars",
+        lr=0.3,
+        lr_batch=256,
+        betas=(0.9, 0.999),
+        weight_decay=1e-6,
+        warmup=10 / 1000,
+        encoder={"pool": "cls"},
+        small={
+            "optimizer": "adamw",
+            "lr": 1e-3,
+            "warmup_steps": 15,
+            "queue": 2048,
+            "hidden_dim": 512,
+            "predictor_dim": 512,
+            "embedding_dim": 128,
+            "blur": 0.0,
+            "crop_scale": (0.2, 1.0),
+            "steps": 150,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """NNCLR."""
+
+        loss: Literal["infonce", "dcl"] = "infonce"
+        """InfoNCE, or decoupled: the positive is left out of the denominator."""
+        temperature: float = 0.1
+        """Temperature of the similarities."""
+        queue: int = 98304
+        """Embeddings among which neighbours are looked for."""
+        hidden_dim: int = 2048
+        """Width of the projector's two hidden layers."""
+        predictor_dim: int = 4096
+        """Width of the predictor's hidden layer."""
+        embedding_dim: int = 256
+        """Width of the embeddings."""
+        crop_scale: tuple[float, float] = (0.08, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+        blur: float = 1.0
+        """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        if config.queue < 1:
+            raise UserError(f"--queue is {config.queue}; it must be at least 1")
+        if config.temperature <= 0:
+            raise UserError(f"--temperature is {config.temperature}; it must be above 0")
+        hidden, width = config.hidden_dim, config.embedding_dim
+        self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="affine")
+        self.predictor = mlp((width, config.predictor_dim, width))
+        self.queue = Queue(config.queue, width)
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """BYOL's two crops: the one always blurred, the other solarized now and then."""
+        jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8)
+        common = {"size": image_size, "scale": config.crop_scale, "jitter": jitter, "grayscale": 0.2}
+        return (
+            ViewSpec(name="view1", blur=1.0 * config.blur, **common),
+            ViewSpec(name="view2", blur=0.1 * config.blur, solarize=0.2, **common),
+        )
+
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The encoder's vectors of both views: "pooled" (B, 2, D)."""
+        # View by view: where an encoder has batch norm, its statistics are of one view, as in the paper.
+        views = [batch.views["view1"], batch.views["view2"]]
+        return {"pooled": torch.stack([encode(self.encoder, view, step).pooled for view in views], dim=1)}
+
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """InfoNCE of each view's neighbours with the other's predictions, the mean of both directions (eq. 3)."""
+        projected = [self.projector(view) for view in embedded["pooled"].unbind(1)]
+        predicted = [unit(self.predictor(z)) for z in projected]
+        vectors = [unit(z.detach()) for z in projected]
+        neighbours = [self.queue.nearest(z) for z in vectors]
+        each = (self._contrast(neighbours[0], predicted[1]) + self._contrast(neighbours[1], predicted[0])) / 2
+        return Losses(total=each.mean(), per_sample=each.detach(), carry={"projected": vectors[0]})
+
+    def _contrast(self, neighbours: Tensor, predicted: Tensor) -> Tensor:
+        """(B,) losses of finding each neighbour's (B, K) own prediction among those (B, K) of all processes; unit rows."""
+        with torch.autocast(predicted.device.type, enabled=False):
+            scores = neighbours @ distributed.gather(predicted).T / self.config.temperature  # (B, N)
+        own = torch.arange(len(scores), device=scores.device)[:, None] + distributed.rank() * len(scores)
+        positive = scores.gather(1, own).squeeze(1)
+        if self.config.loss == "dcl":
+            scores = scores.scatter(1, own, -torch.inf)
+        return scores.logsumexp(1) - positive
+
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """The first views' projections of the global batch take the place of the oldest in the queue (algorithm 1)."""
+        self.queue.put_(distributed.gather(carried["projected"]), step.ok)
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """The loss where all similarities are equal."""
+        told_from = batch_size if self.config.loss == "infonce" else batch_size - 1
+        return {"loss": (math.log(told_from), "all views get the same embedding, nothing is told apart")}

@@ -1,0 +1,104 @@
+"""SimSiam (Chen & He, "Exploring Simple Siamese Representation Learning", CVPR 2021).
+
+Each view of an image predicts the other's projection, through which no gradient flows; no teacher, no negatives.
+Shapes: B images of this process, two views of each, D encoder width, K embedding width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.parts.heads import mlp, unit
+from ssl_pretrain.parts.views import encode, jitter
+from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
+
+
+@final
+class SimSiam(WholeBatchMethod):
+    """Predict the other view's projection with a stop-gradient; the negative cosine similarity is the loss.
+
+    Defaults are the paper's (section 3, "baseline settings", and appendix A): batch 512, 100 epochs of ImageNet with
+    ResNet-50.
+    """
+
+    recipe = Recipe(
+        optimizer="sgd",
+        lr=0.05,
+        lr_batch=256,
+        betas=(0.9, 0.999),
+        weight_decay=1e-4,
+        decay="all",
+        warmup=0.0,
+        encoder={"pool": "cls"},
+        small={
+            "optimizer": "adamw",
+            "lr": 1e-3,
+            "warmup_steps": 15,
+            "hidden_dim": 512,
+            "embedding_dim": 512,
+            "bottleneck_dim": 128,
+            "blur": 0.0,
+            "steps": 150,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """SimSiam."""
+
+        hidden_dim: int = 2048
+        """Width of the projector's two hidden layers."""
+        embedding_dim: int = 2048
+        """Width of the vectors that are predicted."""
+        bottleneck_dim: int = 512
+        """Width of the predictor's hidden layer."""
+        crop_scale: tuple[float, float] = (0.2, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+        blur: float = 0.5
+        """Probability of blur; 0 is usual for images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        hidden, width = config.hidden_dim, config.embedding_dim
+        # The last norm is without gain and shift, as released; the predictor's output has no norm (section 4.4).
+        self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="plain")
+        self.predictor = mlp((width, config.bottleneck_dim, width))
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """Two crops with colour (appendix A, "data augmentation")."""
+        return (
+            ViewSpec(
+                name="view",
+                count=2,
+                size=image_size,
+                scale=config.crop_scale,
+                interpolation="bilinear",
+                jitter=jitter(0.5),
+                grayscale=0.2,
+                blur=config.blur,
+            ),
+        )
+
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The encoder's vectors of both views: "pooled" (B, 2, D)."""
+        # View by view: where an encoder has batch norm, its statistics are of one view, as in the paper.
+        return {"pooled": torch.stack([encode(self.encoder, view, step).pooled for view in batch.views["view"]], dim=1)}
+
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """The negative cosine similarity of prediction and stopped projection, the mean of both directions (eq. 4)."""
+        first, second = (self.projector(view) for view in embedded["pooled"].unbind(1))
+        each = (self._distance(first, second) + self._distance(second, first)) / 2
+        return Losses(total=each.mean(), per_sample=each.detach())
+
+    def _distance(self, source: Tensor, target: Tensor) -> Tensor:
+        """(B,) negative cosine similarities of what `source` (B, K) predicts and `target` (B, K), held constant."""
+        return -(unit(self.predictor(source)) * unit(target.detach())).sum(-1)
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """The least value there is: no real pair of views is predicted so well."""
+        return {"loss": (-1.0, "every view predicts the other perfectly, all images get the same embedding")}

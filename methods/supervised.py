@@ -1,0 +1,85 @@
+"""Supervised classification in the same loop: the control that says what labels would have given.
+
+Shapes: B images, D encoder width, K classes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.views import encode
+from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
+
+
+@final
+class Supervised(Method):
+    """Cross-entropy of the labels, with label smoothing; images without one (-1) do not count.
+
+    Defaults are MAE's for training ViTs from scratch (He et al., 2022, appendix A.2), without mixup and random
+    augmentation. Raises UserError where the data has no labels, or more classes than `classes`.
+    """
+
+    recipe = Recipe(
+        lr=1e-4,
+        lr_batch=256,
+        betas=(0.9, 0.95),
+        weight_decay=0.3,
+        warmup=20 / 300,
+        small={"lr": 1e-3, "weight_decay": 0.05, "classes": 20, "steps": 150},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Supervised control."""
+
+        classes: int = 1000
+        """Outputs of the classifier; at least as many as the data has classes."""
+        label_smoothing: float = 0.1
+        """Share of the target that is spread over all classes."""
+        crop_scale: tuple[float, float] = (0.08, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        if config.classes < 2:
+            raise UserError(f"--classes is {config.classes}; it must be at least 2")
+        self.head = nn.Linear(encoder.dim, config.classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """One random resized crop, flipped."""
+        return (ViewSpec(name="image", size=image_size, scale=config.crop_scale),)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """The mean over the images of the cross-entropy; term "accuracy" is the share of right answers in percent."""
+        labels = batch.labels
+        if labels is None:
+            raise UserError(
+                "--method supervised needs labels, and these images have none: put them into a folder a class"
+            )
+        logits = self.head(encode(self.encoder, batch.views["image"], step).pooled).float()
+        known = labels >= 0
+        # A label beyond the classes would read past the logits' end, on a GPU as a crash much later: NaN names it instead.
+        inside = labels < self.config.classes
+        each = F.cross_entropy(
+            logits,
+            torch.where(known & inside, labels, 0),
+            reduction="none",
+            label_smoothing=self.config.label_smoothing,
+        )
+        each = torch.where(inside, each * known, torch.nan)
+        right = (logits.argmax(1) == labels).float().mean()
+        return Losses(total=each.mean(), terms={"accuracy": 100 * right}, per_sample=each.detach())
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """The loss of equal answers to every image."""
+        return {"loss": (math.log(self.config.classes), "every class is as likely as any other, for every image")}

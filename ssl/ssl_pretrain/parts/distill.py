@@ -18,12 +18,15 @@ def cross_entropy_of_pairs(student: Tensor, teacher: Tensor, temperature: float)
     Computed in float32 (or wider).
     """
     s, t = len(student), len(teacher)
-    logits = student.to(torch.promote_types(student.dtype, torch.float32)) / temperature
+    logits = wide(student) / temperature
+    teacher = teacher.to(logits.dtype)
     # -sum_k q_k log p_k = logsumexp(l) - <q, l>, for q sums to one: no table of log-probabilities is made, and the
     # teacher's views are summed before they meet the student's.
     total = (t * torch.logsumexp(logits, -1)).sum(0) - torch.logsumexp(logits[:t], -1).sum(0)
-    whole = teacher.sum(0)
-    total = total - torch.einsum("bk,sbk->b", whole, logits) + torch.einsum("tbk,tbk->b", teacher, logits[:t])
+    with torch.autocast(logits.device.type, enabled=False):  # which would multiply in bfloat16
+        everywhere = torch.einsum("bk,sbk->b", teacher.sum(0), logits)
+        same = torch.einsum("tbk,tbk->b", teacher, logits[:t])
+    total = total - everywhere + same
     entropy = -(teacher * teacher.clamp_min(1e-30).log()).sum(-1).mean()
     return total / (s * t - t), entropy.detach()
 

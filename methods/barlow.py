@@ -1,0 +1,112 @@
+"""Barlow Twins (Zbontar, Jing, Misra, LeCun & Deny, "Barlow Twins: Self-Supervised Learning via Redundancy Reduction",
+ICML 2021).
+
+The cross-correlation of two views' embeddings, taken over the batch, shall be the identity. Shapes: B images of this
+process, D encoder width, K embedding width; two views of each image.
+"""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import Jitter, ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.heads import mlp
+from ssl_pretrain.parts.norm import BatchNorm1d
+from ssl_pretrain.parts.views import encode
+from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
+
+
+@final
+class BarlowTwins(WholeBatchMethod):
+    """Each channel of one view's embedding agrees with the same channel of the other view's, and with no other (eq. 1).
+
+    Defaults are the paper's (sections 2.2 and 5.1) and its release's: batch 2,048 on ImageNet with ResNet-50. Raises
+    UserError for knobs out of range.
+    """
+
+    recipe = Recipe(
+        optimizer="lars",
+        lr=0.2,
+        lr_batch=256,
+        betas=(0.9, 0.999),
+        weight_decay=1e-6,
+        final_lr=1.6e-3,
+        warmup=10 / 1000,
+        encoder={"pool": "cls"},
+        small={
+            "optimizer": "adamw",
+            "lr": 1e-3,
+            "final_lr": 0.0,
+            "warmup_steps": 15,
+            "blur": 0.0,
+            "crop_scale": (0.2, 1.0),
+            "projector_dim": 512,
+            "steps": 150,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Barlow Twins."""
+
+        projector_dim: int = 8192
+        """Width of the projector's three layers, and so of the embeddings."""
+        redundancy_weight: float = 0.0051
+        """Weight of the correlations between different channels (the paper's lambda)."""
+        loss_scale: float = 0.024
+        """Factor on the loss. LARS takes steps of the same length whatever it is, except on biases and norms, whose
+        learning rate (0.0048 in the paper beside 0.2) it stands for."""
+        crop_scale: tuple[float, float] = (0.08, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+        blur: float = 1.0
+        """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        if config.projector_dim < 2:
+            raise UserError(f"--projector-dim is {config.projector_dim}; it must be at least 2")
+        if config.loss_scale <= 0:
+            raise UserError(f"--loss-scale is {config.loss_scale}; it must be above 0")
+        width = config.projector_dim
+        self.projector = mlp((encoder.dim, width, width, width), last_bias=False)
+        self.norm = BatchNorm1d(width, affine=False)
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """BYOL's two kinds of view: the one always blurred, the other solarized now and then (section 2.2)."""
+        same = {"size": image_size, "scale": config.crop_scale, "jitter": Jitter(), "grayscale": 0.2}
+        return (
+            ViewSpec(name="first", blur=1.0 * config.blur, **same),
+            ViewSpec(name="second", blur=0.1 * config.blur, solarize=0.2, **same),
+        )
+
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The encoder's vectors of the two views: "first" and "second", each (B, D)."""
+        return {name: encode(self.encoder, batch.views[name], step).pooled for name in ("first", "second")}
+
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """`loss_scale` * ("invariance" + `redundancy_weight` * "redundancy"), the sums of squares on and off the diagonal
+        of the correlation less the identity. Each view is normalised by its own statistics over the global batch."""
+        first, second = (self.norm(self.projector(embedded[name]).float()) for name in ("first", "second"))
+        with torch.autocast(first.device.type, enabled=False):
+            correlation = distributed.mean(first.T @ second / len(first))  # (K, K)
+        diagonal = correlation.diagonal()
+        invariance = (diagonal - 1).square().sum()
+        redundancy = correlation.square().sum() - diagonal.square().sum()
+        return Losses(
+            total=self.config.loss_scale * (invariance + self.config.redundancy_weight * redundancy),
+            terms={"invariance": invariance.detach(), "redundancy": redundancy.detach()},
+        )
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """Views that have nothing in common, and channels that are all the same."""
+        k = self.config.projector_dim
+        return {
+            "invariance": (float(k), "the two views' embeddings are uncorrelated, or all images get the same one"),
+            "redundancy": (float(k * (k - 1)), "all channels of the embedding are the same one"),
+        }

@@ -1,0 +1,295 @@
+"""DINOv2 (Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024).
+
+DINO on class tokens, iBOT on masked patches, and a regulariser that spreads the class tokens of a batch. Shapes: B images
+of this process, V views of each, two of them global, N patches of a global view, M of them masked at most, D encoder
+width, K prototypes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed, stratified_ratios
+from ssl_pretrain.parts.distill import class_token, cross_entropy_of_pairs, cross_entropy_of_patches, warmed_up, wide
+from ssl_pretrain.parts.heads import PrototypeHead
+from ssl_pretrain.parts.masks import rows
+from ssl_pretrain.parts.sinkhorn import sinkhorn
+from ssl_pretrain.parts.spread import DUPLICATES, kde, koleo
+from ssl_pretrain.parts.teacher import follow_, follower, rising
+from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
+from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
+
+BLUR = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5), "none": (0.0, 0.0, 0.0)}
+
+
+@final
+class DINOv2(WholeBatchMethod):
+    """DINO, iBOT and a spread of features; the exported encoder is the teacher's.
+
+    Defaults are the paper's (section 4 and appendix B) in the size of its released ImageNet-1k recipe. Raises UserError
+    for knobs out of range and for encoders that cannot replace patches or have no class token.
+    """
+
+    recipe = Recipe(
+        lr=4e-3,
+        lr_batch=1024,
+        lr_scaling="sqrt",
+        betas=(0.9, 0.999),
+        weight_decay=0.04,
+        final_weight_decay=0.2,
+        final_lr=1e-6,
+        clip_grad=3.0,
+        warmup=0.1,
+        encoder={"drop_path": 0.3, "layer_scale": 1e-5, "pool": "cls"},
+        small={
+            "lr": 1e-3,
+            "drop_path": 0.0,
+            "layer_scale": 1.0,
+            "prototypes": 512,
+            "hidden_dim": 256,
+            "local_views": 2,
+            "blur": "none",
+            "momentum": 0.9,
+            "steps": 80,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """DINOv2."""
+
+        prototypes: int = 65536
+        """Outputs of each head."""
+        hidden_dim: int = 2048
+        """Width of the heads' two hidden layers."""
+        bottleneck_dim: int = 256
+        """Width of the vectors that are compared with the prototypes."""
+        shared_head: bool = False
+        """One head for class tokens and patches, as in iBOT, instead of one each."""
+        centring: Literal["sinkhorn", "centre"] = "sinkhorn"
+        """What keeps the teacher from always naming one prototype: Sinkhorn-Knopp over the batch, or DINO's centre."""
+        centre_momentum: float = 0.9
+        """Momentum of the centres that are taken from the teacher's outputs (with --centring centre)."""
+        sinkhorn_iterations: int = 3
+        """Iterations of Sinkhorn-Knopp."""
+        momentum: float = 0.992
+        """Teacher's momentum at the start; it rises to 1 by half a cosine."""
+        student_temperature: float = 0.1
+        """Temperature of the student's softmax."""
+        teacher_temperature: float = 0.07
+        """Temperature of the teacher's softmax at the end of its warm-up."""
+        teacher_temperature_start: float = 0.04
+        """The same at the start."""
+        teacher_temperature_warmup: float = 0.3
+        """Share of the run in which the teacher's temperature goes from start to end (30 of 100 epochs)."""
+        freeze_prototypes: float = 0.01
+        """Share of the run at its start in which the prototypes stay as they are (1 of 100 epochs)."""
+        class_weight: float = 1.0
+        """Weight of the class tokens' loss (DINO)."""
+        patch_weight: float = 1.0
+        """Weight of the masked patches' loss (iBOT)."""
+        regulariser: Literal["koleo", "kde"] = "koleo"
+        """What spreads the class tokens of global views: KoLeo, or Virchow 2's kernel-density estimate."""
+        regulariser_weight: float = 0.1
+        """Its weight, on the sum over both global views; 0: none."""
+        concentration: float = 5.0
+        """Concentration of the kernel of --regulariser kde."""
+        mask_probability: float = 0.5
+        """Share of the batch's global views that are masked at all."""
+        mask_ratio: tuple[float, float] = (0.1, 0.5)
+        """Share of a masked view's patches that are masked, from and to, spread evenly over the batch."""
+        complete_masks: bool = False
+        """Fill masks up with random patches to exactly the wanted number, as DINOv3 does; else some stay short."""
+        local_views: int = 8
+        """Small crops of each image."""
+        global_scale: tuple[float, float] = (0.32, 1.0)
+        """Share of the image's area that a global crop covers, from and to."""
+        local_scale: tuple[float, float] = (0.05, 0.32)
+        """Share of the image's area that a local crop covers, from and to."""
+        local_ratio: float = 96 / 224
+        """Side of a local view over that of a global one, rounded to what the encoder takes."""
+        noise_patch: float = 0.0
+        """Probability of Gaussian noise on a random square of a view (the last stage of FastDINOv2)."""
+        blur: Literal["paper", "released", "none"] = "paper"
+        """Blur of the two global and the local views: with probability 1, 0.1, 0.5; as the released code has it, 0, 0.9,
+        0.5; or never, usual for images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        encoder.require("dinov2", "replace")
+        if not 0 <= config.momentum < 1:
+            raise UserError(f"--momentum is {config.momentum}; it must be at least 0 and below 1")
+        if not 0 < config.mask_probability <= 1:
+            raise UserError(f"--mask-probability is {config.mask_probability}; it must be above 0 and at most 1")
+        if not 0 < config.mask_ratio[0] <= config.mask_ratio[1] < 1:
+            low, high = config.mask_ratio
+            raise UserError(f"--mask-ratio is {low} {high}; it must be two numbers between 0 and 1, the smaller first")
+        head = (encoder.dim, config.hidden_dim, config.bottleneck_dim, config.prototypes)
+        self.heads = nn.ModuleDict({"class": PrototypeHead(*head)})
+        if not config.shared_head:
+            self.heads["patch"] = PrototypeHead(*head)
+        self.mask_token = nn.Parameter(torch.zeros(encoder.dim))
+        if config.centring == "centre":
+            self.register_buffer("class_centre", torch.zeros(config.prototypes))
+            self.register_buffer("patch_centre", torch.zeros(config.prototypes))
+
+    def prepare(self, images: int) -> None:
+        """The teacher begins as the student."""
+        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "heads": self.heads}))
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """DINO's: two global crops, the second solarized now and then, and local ones."""
+        colour = {"jitter": jitter(0.5), "grayscale": 0.2, "noise_patch": config.noise_patch}
+        first, second, others = BLUR[config.blur]
+        large = {"size": image_size, "scale": config.global_scale, **colour}
+        views = (
+            ViewSpec(name="global1", blur=first, **large),
+            ViewSpec(name="global2", blur=second, solarize=0.2, **large),
+        )
+        if not config.local_views:
+            return views
+        small = {"size": crop_size(image_size, config.local_ratio), "scale": config.local_scale, **colour}
+        return (*views, ViewSpec(name="local", count=config.local_views, blur=others, **small))
+
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """What the encoders say: "student" (B, V, D), the class tokens of the masked global views and of the local ones;
+        "teacher" (B, 2, D), those of the global views unmasked; "student_patches" and "teacher_patches" (B, 2, M, D),
+        the masked patches, and "counted" bool (B, 2, M), False where there are fewer of them than M."""
+        views = torch.stack([batch.views["global1"], batch.views["global2"]])
+        with torch.no_grad():
+            seen = encode(self.teacher["encoder"], views, step)
+        masks = self.masks(seen.grid, step).transpose(0, 1).flatten(0, 1)  # (2B, N), view by view as the rest
+        index, counted = listed(masks, math.ceil(masks.shape[1] * self.config.mask_ratio[1]))
+        student = encode(self.encoder, views, step, replace=(masks, self.mask_token))
+        vectors = [by_image(class_token(student, "dinov2"), 2)]
+        if self.config.local_views:
+            local = class_token(encode(self.encoder, batch.views["local"], step), "dinov2")
+            vectors.append(by_image(local, self.config.local_views))
+        return {
+            "student": torch.cat(vectors, dim=1),
+            "teacher": by_image(class_token(seen, "dinov2"), 2),
+            "student_patches": by_image(rows(student.patches, index), 2),
+            "teacher_patches": by_image(rows(seen.patches, index), 2),
+            "counted": by_image(counted, 2),
+        }
+
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """Terms "class", DINO's cross-entropy over the pairs of a teacher's view and another view of the student;
+        "patch", iBOT's of masked patches with the teacher's same view; and "koleo" or "kde", the sum over both global
+        views of the regulariser of the student's class tokens."""
+        config, frozen = self.config, step.progress < self.config.freeze_prototypes
+        tokens, counted = embedded["student"].transpose(0, 1), embedded["counted"].flatten(0, 1)
+        with torch.no_grad():
+            whole = wide(self.teacher["heads"]["class"](embedded["teacher"].transpose(0, 1)))  # (2, B, K)
+            parts = wide(self._patch_head(self.teacher["heads"])(embedded["teacher_patches"].flatten(0, 1)))
+        each, entropy = cross_entropy_of_pairs(
+            self.heads["class"](tokens, frozen), self._assigned(whole, "class", step), config.student_temperature
+        )
+        crops = cross_entropy_of_patches(
+            self._patch_head(self.heads)(embedded["student_patches"].flatten(0, 1), frozen),
+            self._assigned(parts, "patch", step, counted),
+            counted,
+            config.student_temperature,
+        )
+        patch = crops.unflatten(0, (-1, 2)).mean(1)
+        per_sample = config.class_weight * each + config.patch_weight * patch
+        losses = Losses(
+            total=per_sample.mean(),
+            terms={"class": each.mean().detach(), "patch": patch.mean().detach(), "teacher_entropy": entropy},
+            per_sample=per_sample.detach(),
+        )
+        if config.regulariser_weight:
+            views = [koleo(v) if config.regulariser == "koleo" else kde(v, config.concentration) for v in tokens[:2]]
+            spread = torch.stack(views).sum()
+            losses.total = losses.total + config.regulariser_weight * spread
+            losses.terms[config.regulariser] = spread.detach()
+        if config.centring == "centre":
+            losses.carry = {
+                "class": whole.mean((0, 1)).unsqueeze(0),
+                "patch": (parts * counted[..., None]).sum((0, 1)).unsqueeze(0),
+                "patches": counted.sum().to(parts.dtype).unsqueeze(0),
+            }
+        return losses
+
+    def masks(self, grid: tuple[int, int], step: Step) -> Tensor:
+        """Which patches of both global views are masked: bool (B, 2, N). Half of the global batch's views (by default)
+        are, each to another share of its patches (as released)."""
+        n, crops = grid[0] * grid[1], 2 * step.batch_size
+        ratios = stratified_ratios(
+            step.shared_rand(crops), step.shared_rand(crops), self.config.mask_probability, self.config.mask_ratio
+        )
+        wanted = (n * ratios).floor().unflatten(0, (-1, 2))[step.rows].flatten()
+        noise = step.rand(2, ATTEMPTS, 4).flatten(0, 1)
+        masks = block_masks(noise, grid, wanted, smallest=4, largest=n / 2)
+        if self.config.complete_masks:
+            masks = completed(masks, wanted, step.rand(2, n).flatten(0, 1))
+        return masks.unflatten(0, (-1, 2))
+
+    def temperature(self, step: Step) -> float:
+        """The teacher's temperature in this step."""
+        start, end = self.config.teacher_temperature_start, self.config.teacher_temperature
+        return warmed_up(start, end, self.config.teacher_temperature_warmup, step.progress)
+
+    def _patch_head(self, heads: Any) -> PrototypeHead:
+        return heads["class" if self.config.shared_head else "patch"]
+
+    @torch.no_grad()
+    def _assigned(
+        self, logits: Tensor, tokens: Literal["class", "patch"], step: Step, counted: Tensor | None = None
+    ) -> Tensor:
+        """The teacher's distributions over the prototypes, of its logits' (..., K) shape and dtype; where `counted` (...)
+        is False they stand for nothing."""
+        if self.config.centring == "centre":
+            centre = self.class_centre if tokens == "class" else self.patch_centre
+            return torch.softmax((logits - centre) / self.temperature(step), dim=-1)
+        flat = None if counted is None else counted.flatten()
+        assigned = sinkhorn(logits.flatten(0, 1), self.temperature(step), self.config.sinkhorn_iterations, flat)
+        return assigned.unflatten(0, logits.shape[:2]).to(logits.dtype)
+
+    @torch.no_grad()
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """The teacher follows the student, each centre the teacher's outputs, that of patches the masked ones'."""
+        student = nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})
+        follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
+        if self.config.centring == "sinkhorn":
+            return
+        count = distributed.mean(carried["patches"].sum())
+        seen = distributed.mean(carried["patch"].sum(0)) / count.clamp_min(1e-6)
+        pairs = (
+            (self.class_centre, distributed.mean(carried["class"].mean(0)), step.ok),
+            (self.patch_centre, seen, step.ok & (count > 0)),
+        )
+        for centre, mean, ok in pairs:
+            centre.copy_(torch.where(ok, centre.lerp(mean, 1 - self.config.centre_momentum), centre))
+
+    def exported(self) -> Backbone:
+        """The teacher's encoder."""
+        return self.teacher["encoder"]
+
+    def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The first global view, and what the student sees of it (masked patches grey)."""
+        view = batch.views["global1"]
+        h, w = self.encoder.stride
+        grid = (view.shape[2] // h, view.shape[3] // w)
+        hidden = self.masks(grid, step)[:, 0].unflatten(1, grid).repeat_interleave(h, 1).repeat_interleave(w, 2)
+        return {"view": view, "masked": view.masked_fill(hidden[:, None], 0.0)}
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """Uniform outputs, outputs that are always the same prototype, and class tokens that are all alike."""
+        uniform = math.log(self.config.prototypes)
+        masked = int(2 * batch_size * self.config.mask_probability) / (2 * batch_size)
+        return {
+            "class": (uniform, "student and teacher give every image the uniform distribution"),
+            "patch": (masked * uniform, "student and teacher give every patch the uniform distribution"),
+            "teacher_entropy": (0.0, "the teacher gives every image one prototype with certainty"),
+            "koleo": (-2 * math.log(DUPLICATES), "all images get the same class token"),
+            "kde": (2 * self.config.concentration, "all images get the same class token"),
+        }

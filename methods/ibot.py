@@ -1,0 +1,227 @@
+"""iBOT (Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer", ICLR 2022).
+
+DINO on class tokens, and the same for patches: where the student sees a mask token, it predicts the teacher's soft
+assignment of that patch, which the teacher sees. Shapes: B images of this process, V views of each, two of them global,
+N patches of a global view, M of them masked at most, D encoder width, K prototypes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed
+from ssl_pretrain.parts.distill import class_token, cross_entropy_of_pairs, cross_entropy_of_patches, warmed_up, wide
+from ssl_pretrain.parts.heads import PrototypeHead
+from ssl_pretrain.parts.masks import rows
+from ssl_pretrain.parts.teacher import follow_, follower, rising
+from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
+from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
+
+
+@final
+class IBOT(Method):
+    """Self-distillation of class tokens and masked patches with one head; the exported encoder is the teacher's.
+
+    Defaults are the paper's for ViT-S/16 (section 4.1 and appendix), where it differs the released command's. Raises
+    UserError for knobs out of range and for encoders that cannot replace patches or have no class token.
+    """
+
+    recipe = Recipe(
+        lr=5e-4,
+        lr_batch=256,
+        betas=(0.9, 0.999),
+        weight_decay=0.04,
+        final_weight_decay=0.4,
+        final_lr=1e-6,
+        clip_grad=3.0,
+        clip_each=True,
+        warmup=0.0125,
+        encoder={"drop_path": 0.1, "pool": "cls"},
+        small={
+            "lr": 5e-4,
+            "drop_path": 0.0,
+            "prototypes": 512,
+            "hidden_dim": 256,
+            "teacher_temperature": 0.03,
+            "teacher_patch_temperature": 0.03,
+            "teacher_temperature_start": 0.03,
+            "local_views": 2,
+            "blur": 0.0,
+            "momentum": 0.95,
+            "steps": 80,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """iBOT."""
+
+        prototypes: int = 8192
+        """Outputs of the head that class tokens and patches share."""
+        hidden_dim: int = 2048
+        """Width of the head's two hidden layers."""
+        bottleneck_dim: int = 256
+        """Width of the vectors that are compared with the prototypes."""
+        momentum: float = 0.996
+        """Teacher's momentum at the start; it rises to 1 by half a cosine."""
+        student_temperature: float = 0.1
+        """Temperature of the student's softmax."""
+        teacher_temperature: float = 0.07
+        """Temperature of the teacher's softmax of class tokens at the end of its warm-up."""
+        teacher_patch_temperature: float = 0.07
+        """The same for patches."""
+        teacher_temperature_start: float = 0.04
+        """Both at the start."""
+        teacher_temperature_warmup: float = 0.0375
+        """Share of the run in which the teacher's temperatures go from start to end (30 of 800 epochs)."""
+        centre_momentum: float = 0.9
+        """Momentum of the two centres that are taken from the teacher's outputs."""
+        freeze_prototypes: float = 0.00125
+        """Share of the run at its start in which the prototypes stay as they are (1 of 800 epochs)."""
+        class_weight: float = 1.0
+        """Weight of the class tokens' loss (the paper's lambda 1)."""
+        patch_weight: float = 1.0
+        """Weight of the masked patches' loss (the paper's lambda 2)."""
+        masking: Literal["block", "random"] = "block"
+        """Masks of rectangles, or of patches anywhere."""
+        mask_probability: float = 0.5
+        """Probability that a global view is masked at all."""
+        mask_ratio: tuple[float, float] = (0.1, 0.5)
+        """Share of a masked view's patches that are masked, from and to."""
+        local_views: int = 10
+        """Small crops of each image."""
+        global_scale: tuple[float, float] = (0.25, 1.0)
+        """Share of the image's area that a global crop covers, from and to."""
+        local_scale: tuple[float, float] = (0.05, 0.25)
+        """Share of the image's area that a local crop covers, from and to."""
+        local_ratio: float = 96 / 224
+        """Side of a local view over that of a global one, rounded to what the encoder takes."""
+        blur: float = 1.0
+        """Factor on the probabilities of blur (1, 0.1 and 0.5 for the two global and the local views); 0 is usual for
+        images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        encoder.require("ibot", "replace")
+        if not 0 <= config.momentum < 1:
+            raise UserError(f"--momentum is {config.momentum}; it must be at least 0 and below 1")
+        if not 0 < config.mask_probability <= 1:
+            raise UserError(f"--mask-probability is {config.mask_probability}; it must be above 0 and at most 1")
+        if not 0 < config.mask_ratio[0] <= config.mask_ratio[1] < 1:
+            low, high = config.mask_ratio
+            raise UserError(f"--mask-ratio is {low} {high}; it must be two numbers between 0 and 1, the smaller first")
+        self.head = PrototypeHead(encoder.dim, config.hidden_dim, config.bottleneck_dim, config.prototypes)
+        self.mask_token = nn.Parameter(torch.zeros(encoder.dim))
+        self.register_buffer("class_centre", torch.zeros(config.prototypes))
+        self.register_buffer("patch_centre", torch.zeros(config.prototypes))
+
+    def prepare(self, images: int) -> None:
+        """The teacher begins as the student."""
+        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "head": self.head}))
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """DINO's: two global crops, the one always blurred, the other solarized now and then, and local ones."""
+        colour = {"jitter": jitter(0.5), "grayscale": 0.2}
+        large = {"size": image_size, "scale": config.global_scale, **colour}
+        views = (
+            ViewSpec(name="global1", blur=1.0 * config.blur, **large),
+            ViewSpec(name="global2", blur=0.1 * config.blur, solarize=0.2, **large),
+        )
+        if not config.local_views:
+            return views
+        small = {"size": crop_size(image_size, config.local_ratio), "scale": config.local_scale, **colour}
+        return (*views, ViewSpec(name="local", count=config.local_views, blur=0.5 * config.blur, **small))
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """Terms "class", the cross-entropy over the pairs of a teacher's view and another view of the student, and
+        "patch", that of masked patches with the teacher's same view, over all global views (eq. 2 and 3)."""
+        views = torch.stack([batch.views["global1"], batch.views["global2"]])
+        b, frozen = len(batch.index), step.progress < self.config.freeze_prototypes
+        with torch.no_grad():
+            seen = encode(self.teacher["encoder"], views, step)
+            whole = wide(self.teacher["head"](class_token(seen, "ibot")))
+            parts = wide(self.teacher["head"](seen.patches))  # (2B, N, K)
+        masks = self.masks(seen.grid, step).transpose(0, 1).flatten(0, 1)  # (2B, N), view by view as the rest
+        index, counted = listed(masks, math.ceil(masks.shape[1] * self.config.mask_ratio[1]))
+
+        student = encode(self.encoder, views, step, replace=(masks, self.mask_token))
+        vectors = [class_token(student, "ibot")]
+        if self.config.local_views:
+            vectors.append(class_token(encode(self.encoder, batch.views["local"], step), "ibot"))
+        each, entropy = cross_entropy_of_pairs(
+            self.head(torch.cat(vectors), frozen).unflatten(0, (-1, b)),
+            torch.softmax((whole - self.class_centre) / self.temperature("class", step), dim=-1).unflatten(0, (2, b)),
+            self.config.student_temperature,
+        )
+        crops = cross_entropy_of_patches(
+            self.head(rows(student.patches, index), frozen),
+            torch.softmax((rows(parts, index) - self.patch_centre) / self.temperature("patch", step), dim=-1),
+            counted,
+            self.config.student_temperature,
+        )
+        patch = by_image(crops, 2).mean(1)
+        per_sample = self.config.class_weight * each + self.config.patch_weight * patch
+        return Losses(
+            total=per_sample.mean(),
+            terms={"class": each.mean().detach(), "patch": patch.mean().detach(), "teacher_entropy": entropy},
+            per_sample=per_sample.detach(),
+            carry={"class": whole.mean(0, keepdim=True), "patch": parts.mean((0, 1)).unsqueeze(0)},
+        )
+
+    def masks(self, grid: tuple[int, int], step: Step) -> Tensor:
+        """Which patches of both global views are masked: bool (B, 2, N). A view is masked with some probability, and then
+        to a share drawn uniformly (section 3.2)."""
+        n = grid[0] * grid[1]
+        low, high = self.config.mask_ratio
+        chance, share = step.rand(2, 2).flatten(0, 1).unbind(1)  # (2B,) each
+        wanted = torch.where(chance < self.config.mask_probability, n * (low + (high - low) * share), 0.0)
+        if self.config.masking == "random":
+            noise = step.rand(2, n).flatten(0, 1)
+            masks = completed(torch.zeros_like(noise, dtype=torch.bool), wanted.floor(), noise)
+        else:
+            noise = step.rand(2, ATTEMPTS, 4).flatten(0, 1)
+            masks = block_masks(noise, grid, wanted, smallest=max(1, (min(grid) // 3) ** 2))
+        return masks.unflatten(0, (-1, 2))
+
+    def temperature(self, tokens: Literal["class", "patch"], step: Step) -> float:
+        """The teacher's temperature in this step."""
+        config = self.config
+        end = config.teacher_temperature if tokens == "class" else config.teacher_patch_temperature
+        return warmed_up(config.teacher_temperature_start, end, config.teacher_temperature_warmup, step.progress)
+
+    @torch.no_grad()
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """The teacher follows the student, each centre the teacher's outputs, that of patches all patches'."""
+        student = nn.ModuleDict({"encoder": self.encoder, "head": self.head})
+        follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
+        for name, centre in (("class", self.class_centre), ("patch", self.patch_centre)):
+            moved = centre.lerp(distributed.mean(carried[name].mean(0)), 1 - self.config.centre_momentum)
+            centre.copy_(torch.where(step.ok, moved, centre))
+
+    def exported(self) -> Backbone:
+        """The teacher's encoder."""
+        return self.teacher["encoder"]
+
+    def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The first global view, and what the student sees of it (masked patches grey)."""
+        view = batch.views["global1"]
+        h, w = self.encoder.stride
+        grid = (view.shape[2] // h, view.shape[3] // w)
+        hidden = self.masks(grid, step)[:, 0].unflatten(1, grid).repeat_interleave(h, 1).repeat_interleave(w, 2)
+        return {"view": view, "masked": view.masked_fill(hidden[:, None], 0.0)}
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """Uniform outputs, and outputs that are always the same prototype."""
+        uniform = math.log(self.config.prototypes)
+        return {
+            "class": (uniform, "student and teacher give every image the uniform distribution"),
+            "teacher_entropy": (0.0, "the teacher gives every image one prototype with certainty"),
+        }

@@ -1,0 +1,202 @@
+"""Masked Siamese Networks (Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022).
+
+Views with patches dropped, and small crops, are assigned to the prototypes that a moving average of the network assigns
+the whole image to. Shapes: B images of this process, A anchor views of each, D encoder width, E embedding width, K
+prototypes, P patches of a view.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.distill import warmed_up
+from ssl_pretrain.parts.heads import Prototypes, mlp
+from ssl_pretrain.parts.masks import random_masking
+from ssl_pretrain.parts.sinkhorn import sinkhorn
+from ssl_pretrain.parts.teacher import follow_, follower
+from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
+from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
+
+
+@final
+class MSN(WholeBatchMethod):
+    """Match the soft assignments of masked anchors to the sharpened one of the target; the exported encoder is the
+    target's.
+
+    Defaults are the released ones for ViT-S/16 (section 4 and appendix). Raises UserError for knobs out of range and
+    UnsupportedByBackbone for an encoder that cannot drop tokens, where it is asked to.
+    """
+
+    recipe = Recipe(
+        lr=1e-3,
+        lr_batch=1024,
+        betas=(0.9, 0.999),
+        weight_decay=0.04,
+        final_weight_decay=0.4,
+        final_lr=1e-6,
+        clip_grad=3.0,
+        warmup=15 / 800,
+        encoder={"pool": "cls"},
+        small={
+            "lr": 1e-3,
+            "final_lr": 0.0,
+            "warmup_steps": 15,
+            "prototypes": 64,
+            "hidden_dim": 512,
+            "embedding_dim": 64,
+            "local_views": 2,
+            "local_scale": (0.15, 0.5),
+            "local_ratio": 0.5,
+            "blur": 0.0,
+            "momentum": 0.9,
+            "steps": 120,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Masked Siamese networks (MSN)."""
+
+        prototypes: int = 1024
+        """Learnable prototypes."""
+        hidden_dim: int = 2048
+        """Width of the head's two hidden layers."""
+        embedding_dim: int = 256
+        """Width of the vectors that are compared with the prototypes."""
+        temperature: float = 0.1
+        """Temperature of the anchors' softmax."""
+        sharpening: float = 0.25
+        """Factor on the temperature for the target's softmax."""
+        sinkhorn: bool = True
+        """Even the targets out over the prototypes by Sinkhorn-Knopp."""
+        entropy_weight: float = 1.0
+        """Weight of the entropy of the mean prediction, which is made large (the paper's lambda)."""
+        drop_ratio: float = 0.15
+        """Share of patches dropped from the large anchor view; 0: none."""
+        momentum: float = 0.996
+        """The target's momentum at the start; it rises to 1 linearly."""
+        local_views: int = 10
+        """Small anchor crops of each image ("focal" views)."""
+        global_scale: tuple[float, float] = (0.3, 1.0)
+        """Share of the image's area that a large crop covers, from and to."""
+        local_scale: tuple[float, float] = (0.05, 0.3)
+        """Share of the image's area that a small crop covers, from and to."""
+        local_ratio: float = 96 / 224
+        """Side of a small view over that of a large one, rounded to what the encoder takes."""
+        blur: float = 0.5
+        """Probability of blur; 0 is usual for images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        if not 0 <= config.drop_ratio < 1:
+            raise UserError(f"--drop-ratio is {config.drop_ratio}; it must be at least 0 and below 1")
+        if not 0 <= config.momentum < 1:
+            raise UserError(f"--momentum is {config.momentum}; it must be at least 0 and below 1")
+        if min(config.temperature, config.sharpening) <= 0:
+            raise UserError(
+                f"--temperature {config.temperature} and --sharpening {config.sharpening} must both be above 0"
+            )
+        if config.drop_ratio:
+            encoder.require("msn", "keep")
+            h, w = (size // side for size, side in zip(encoder.image_size, encoder.stride, strict=True))
+            if self.kept(h * w) < 1:
+                raise UserError(f"--drop-ratio {config.drop_ratio} leaves none of the {h} x {w} patches")
+        hidden = config.hidden_dim
+        self.head = mlp((encoder.dim, hidden, hidden, config.embedding_dim), activation=nn.GELU)
+        self.prototypes = Prototypes(config.embedding_dim, config.prototypes)
+        # As released: larger than those of DINO, so that AdamW turns them more slowly.
+        bound = config.embedding_dim**-0.5
+        nn.init.uniform_(self.prototypes.weight, -bound, bound)
+
+    def prepare(self, images: int) -> None:
+        """The target network begins as the one that is trained."""
+        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "head": self.head}))
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """The target's crop and the large anchor's, of one kind, and the small anchors' (section 4, as released)."""
+        colour = {"jitter": jitter(0.5), "grayscale": 0.2, "blur": config.blur}
+        views = tuple(
+            ViewSpec(name=name, size=image_size, scale=config.global_scale, **colour) for name in ("target", "anchor")
+        )
+        if not config.local_views:
+            return views
+        small = crop_size(image_size, config.local_ratio)
+        return (
+            *views,
+            ViewSpec(name="local", count=config.local_views, size=small, scale=config.local_scale, **colour),
+        )
+
+    def kept(self, patches: int) -> int:
+        """How many of the large anchor's patches the encoder sees: rounded down."""
+        return int(patches * (1 - self.config.drop_ratio))
+
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The encoder's vectors of all anchors "anchors" (B, A, D), the large one first, and the target encoder's of the
+        target view, "target" (B, D), without gradient."""
+        view, options = batch.views["anchor"], {}
+        if self.config.drop_ratio:
+            (height, width), (p, q) = view.shape[-2:], self.encoder.stride
+            patches = (height // p) * (width // q)
+            options["keep"], _ = random_masking(step.rand(patches), self.kept(patches))
+        anchors = [encode(self.encoder, view, step, **options).pooled[:, None]]
+        if count := self.config.local_views:
+            anchors.append(by_image(encode(self.encoder, batch.views["local"], step).pooled, count))
+        with torch.no_grad():
+            target = encode(self.teacher["encoder"], batch.views["target"], step).pooled
+        return {"anchors": torch.cat(anchors, dim=1), "target": target}
+
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """The cross-entropy of the anchors' assignments and the target's, less `entropy_weight` times the entropy of
+        their mean over the global batch (eq. 1), the latter counted from its largest value, ln K: term "unevenness"."""
+        anchors = embedded["anchors"].transpose(0, 1)  # (A, B, D)
+        scores = self.prototypes(self.head(anchors.flatten(0, 1))).float() / self.config.temperature
+        with torch.no_grad():
+            wanted = self.assign(self.prototypes(self.teacher["head"](embedded["target"])).float())
+        logs = F.log_softmax(scores, dim=-1).unflatten(0, anchors.shape[:2])  # (A, B, K)
+        each = -(wanted * logs).sum(-1).mean(0)  # (B,)
+        mean = distributed.mean(logs.exp().mean((0, 1)))  # (K,)
+        unevenness = math.log(len(mean)) + (mean * mean.clamp_min(1e-30).log()).sum()
+        entropy = torch.special.entr(wanted).sum(-1).mean()
+        return Losses(
+            total=each.mean() + self.config.entropy_weight * unevenness,
+            terms={
+                "cross_entropy": each.mean().detach(),
+                "unevenness": unevenness.detach(),
+                "target_entropy": entropy,
+            },
+            per_sample=each.detach(),
+        )
+
+    def assign(self, similarities: Tensor) -> Tensor:
+        """The target's distributions (B, K) from its similarities to the prototypes: sharpened (section 3, "target
+        predictions"), and evened out."""
+        logs = F.log_softmax(similarities / (self.config.temperature * self.config.sharpening), dim=-1)
+        return sinkhorn(logs, 1.0) if self.config.sinkhorn else logs.exp()
+
+    @torch.no_grad()
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """The target network follows the trained one."""
+        trained = nn.ModuleDict({"encoder": self.encoder, "head": self.head})
+        follow_(self.teacher, trained, warmed_up(self.config.momentum, 1.0, 1.0, step.progress), step.ok)
+
+    def exported(self) -> Backbone:
+        """The target's encoder."""
+        return self.teacher["encoder"]
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """Uniform assignments, and one prototype for all."""
+        uniform = math.log(self.config.prototypes)
+        return {
+            "cross_entropy": (uniform, "anchors and targets give every image the uniform distribution"),
+            "unevenness": (uniform, "all images are assigned to one prototype"),
+            "target_entropy": (uniform, "the targets are uniform over the prototypes"),
+        }

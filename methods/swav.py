@@ -1,0 +1,180 @@
+"""SwAV (Caron, Misra, Mairal, Goyal, Bojanowski & Joulin, "Unsupervised Learning of Visual Features by Contrasting
+Cluster Assignments", NeurIPS 2020).
+
+Images are assigned to prototypes, evenly over the batch, and each view predicts the assignment of the others. Shapes: B
+images of this process, N of all processes, V views of each image, the first 2 of them global, D encoder width, E
+embedding width, K prototypes, Q places of the queue.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.distill import cross_entropy_of_pairs
+from ssl_pretrain.parts.heads import Prototypes, mlp, unit
+from ssl_pretrain.parts.sinkhorn import sinkhorn
+from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
+from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
+
+
+@final
+class SwAV(WholeBatchMethod):
+    """Swapped prediction of Sinkhorn assignments (section 3.1) with multi-crop (section 3.2).
+
+    Defaults are the paper's (appendix A) and its release's: 800 epochs of ImageNet at batch 4,096 with ResNet-50. Raises
+    UserError for knobs out of range.
+    """
+
+    recipe = Recipe(
+        optimizer="lars",
+        lr=4.8,
+        lr_batch=4096,
+        betas=(0.9, 0.999),
+        weight_decay=1e-6,
+        decay="all",
+        final_lr=4.8e-3,
+        warmup=10 / 800,
+        encoder={"pool": "cls"},
+        small={
+            "optimizer": "adamw",
+            "lr": 2e-3,
+            "final_lr": 0.0,
+            "warmup_steps": 15,
+            "prototypes": 64,
+            "hidden_dim": 512,
+            "embedding_dim": 32,
+            "epsilon": 0.02,
+            "freeze_prototypes": 0.2,
+            "local_views": 2,
+            "global_scale": (0.3, 1.0),
+            "local_scale": (0.15, 0.5),
+            "local_ratio": 0.5,
+            "colour": 0.5,
+            "blur": 0.0,
+            "steps": 120,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """SwAV."""
+
+        prototypes: int = 3000
+        """Prototypes that images are assigned to."""
+        hidden_dim: int = 2048
+        """Width of the projection head's hidden layer."""
+        embedding_dim: int = 128
+        """Width of the embeddings that are compared with the prototypes."""
+        temperature: float = 0.1
+        """Temperature of the predictions."""
+        epsilon: float = 0.05
+        """Temperature of the assignments: the smaller, the harder."""
+        sinkhorn_iterations: int = 3
+        """Rounds of Sinkhorn-Knopp that even the assignments out."""
+        freeze_prototypes: float = 1 / 800
+        """Share of the run at its start in which the prototypes stay as they are (313 steps, one of 800 epochs)."""
+        queue: int = 0
+        """Embeddings of earlier images that are assigned together with the batch, of each global view, over all
+        processes; 3840 for batches that are small beside the prototypes, 0: none."""
+        queue_start: float = 15 / 200
+        """Share of the run after which the queue begins to fill; it is used once it is full."""
+        local_views: int = 6
+        """Small crops of each image."""
+        global_scale: tuple[float, float] = (0.14, 1.0)
+        """Share of the image's area that a global crop covers, from and to."""
+        local_scale: tuple[float, float] = (0.05, 0.14)
+        """Share of the image's area that a local crop covers, from and to."""
+        local_ratio: float = 96 / 224
+        """Side of a local view over that of a global one, rounded to what the encoder takes."""
+        colour: float = 1.0
+        """Strength of the colour jitter."""
+        blur: float = 0.5
+        """Probability of blur; 0 is usual for images of 32 pixels."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        for knob, least in (("prototypes", 2), ("sinkhorn_iterations", 1), ("queue", 0), ("local_views", 0)):
+            value = getattr(config, knob)
+            if value < least:
+                raise UserError(f"--{knob.replace('_', '-')} is {value}; it must be at least {least}")
+        if min(config.temperature, config.epsilon) <= 0:
+            raise UserError(f"--temperature {config.temperature} and --epsilon {config.epsilon} must both be above 0")
+        self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim))
+        self.prototypes = Prototypes(config.embedding_dim, config.prototypes)
+        with torch.no_grad():  # of length 1, so that steps of AdamW turn them no faster than the projector's rows
+            self.prototypes.weight.copy_(unit(self.prototypes.weight))
+        # The newest first; zero where nothing has come yet.
+        self.register_buffer("queue", torch.zeros(2, config.queue, config.embedding_dim))
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """Two global crops and small ones, coloured alike (section 3.2 and appendix A)."""
+        colour = {"jitter": jitter(config.colour), "grayscale": 0.2, "blur": config.blur}
+        large = ViewSpec(name="global", count=2, size=image_size, scale=config.global_scale, **colour)
+        if not config.local_views:
+            return (large,)
+        small = crop_size(image_size, config.local_ratio)
+        return (large, ViewSpec(name="local", count=config.local_views, size=small, scale=config.local_scale, **colour))
+
+    def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The encoder's vectors of all views: "pooled" (B, V, D), global ones first."""
+        pooled = [by_image(encode(self.encoder, batch.views["global"], step).pooled, 2)]
+        if count := self.config.local_views:
+            views = batch.views["local"]
+            pooled.append(by_image(encode(self.encoder, views, step).pooled, count))
+        return {"pooled": torch.cat(pooled, dim=1)}
+
+    def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
+        """The mean cross-entropy over the pairs of a global view's assignment and another view's prediction
+        (sections 3.1 and 3.2)."""
+        pooled = embedded["pooled"].transpose(0, 1)  # (V, B, D)
+        z = unit(self.projector(pooled.flatten(0, 1)))
+        frozen = step.progress < self.config.freeze_prototypes
+        scores = self.prototypes(z, frozen).unflatten(0, pooled.shape[:2]).float()  # (V, B, K)
+        codes = self.assign(scores[:2].detach())
+        each, entropy = cross_entropy_of_pairs(scores, codes, self.config.temperature)
+        carry = {}
+        if self.config.queue:
+            places = torch.arange(step.batch_size, device=step.device)[step.rows]
+            carry = {"z": by_image(z.detach(), len(pooled))[:, :2], "place": places}
+        return Losses(total=each.mean(), terms={"code_entropy": entropy}, per_sample=each.detach(), carry=carry)
+
+    @torch.no_grad()
+    def assign(self, scores: Tensor) -> Tensor:
+        """Assignments (2, B, K) of the global views, each evened out over its global batch and, where it is full, its
+        queue; from similarities (2, B, K)."""
+        mine = self.queue[:, distributed.rank() :: distributed.size()]  # the processes share the queue's work
+        full = self.queue[:, -1:].any()
+        codes = []
+        for own, earlier in zip(scores, mine, strict=True):
+            both = torch.cat([own, self.prototypes(earlier).float()])
+            counted = torch.cat([torch.ones(len(own), dtype=torch.bool, device=own.device), full.expand(len(earlier))])
+            even = sinkhorn(both, self.config.epsilon, self.config.sinkhorn_iterations, counted)
+            codes.append(even[: len(own)])
+        return torch.stack(codes)
+
+    @torch.no_grad()
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """The batch's global views enter the queue, the oldest leave it (appendix A, "small batches")."""
+        if not self.config.queue or step.progress < self.config.queue_start:
+            return
+        # In the order of the global batch, so that the queue is the same on any number of processes.
+        order = distributed.gather(carried["place"]).argsort()
+        seen = distributed.gather(carried["z"])[order].transpose(0, 1)  # (2, N, E)
+        moved = torch.cat([seen.to(self.queue.dtype), self.queue], dim=1)[:, : self.config.queue]
+        self.queue.copy_(torch.where(step.ok, moved, self.queue))
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """Predictions that prefer no prototype, and assignments that do not."""
+        uniform = math.log(self.config.prototypes)
+        return {
+            "loss": (uniform, "the predictions are uniform over the prototypes"),
+            "code_entropy": (uniform, "all images get the same embedding, so their assignments are uniform"),
+        }

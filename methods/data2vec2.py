@@ -1,0 +1,194 @@
+"""data2vec 2.0 (Baevski et al., "Efficient Self-supervised Learning with Contextualized Target Representations for Vision,
+Speech and Language", ICML 2023).
+
+A teacher (a moving average of the encoder) sees the whole image once; the encoder sees several differently masked copies of
+it, and a small convolutional decoder regresses the teacher's contextualised features of what was masked. Shapes: B images,
+V masks of each, N patches on an (h, w) grid, K of them kept, M = N - K masked, D width of encoder and decoder.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.distill import warmed_up
+from ssl_pretrain.parts.inverse_block_masks import centres, inverse_block_masking
+from ssl_pretrain.parts.masks import put, rows
+from ssl_pretrain.parts.teacher import follow_, follower
+from ssl_pretrain.parts.views import by_image, encode
+from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
+
+NOISE = 0.01  # deviation of what stands in the places of masked patches before the decoder
+
+
+class ConvBlock(nn.Module):
+    """x + GELU(LayerNorm(conv(x))), the norm over channels and without gain or shift (section 3.2)."""
+
+    def __init__(self, dim: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, h, w) to the same shape."""
+        y = self.conv(x).movedim(1, -1)
+        y = F.gelu(F.layer_norm(y, y.shape[-1:]))
+        return x + y.movedim(-1, 1)
+
+
+@final
+class Data2Vec2(Method):
+    """Regress the teacher's features of masked patches, and their mean from the class token.
+
+    Defaults are the paper's for ViT-B on images (section 4 and appendix A). Raises UserError for knobs out of range,
+    UnsupportedByBackbone for an encoder that cannot drop tokens or give the outputs of its blocks.
+    """
+
+    recipe = Recipe(
+        lr=1e-3,
+        lr_batch=256,
+        lr_scaling="none",
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        clip_grad=4.0,
+        warmup=50 / 375,
+        encoder={"positions": "sincos"},
+        small={"lr": 1e-3, "masks": 4, "decoder_depth": 2, "momentum": 0.98, "momentum_end": 0.998, "steps": 150},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """data2vec 2.0."""
+
+        masks: int = 16
+        """Masked copies of an image for one pass of the teacher."""
+        mask_ratio: float = 0.8
+        """Share of patches removed before the encoder."""
+        mask_block: int = 3
+        """Side in patches of the blocks that are kept."""
+        top_blocks: int = 10
+        """Last blocks of the teacher whose outputs are averaged; all of an encoder that has fewer."""
+        decoder_depth: int = 6
+        """Convolutions of the decoder."""
+        decoder_kernel: int = 3
+        """Side of their kernels; odd."""
+        decoder_groups: int = 16
+        """Groups of their channels; must divide the encoder's width."""
+        cls_loss: float = 0.01
+        """Weight of the class token's loss."""
+        momentum: float = 0.9998
+        """Teacher's momentum at the start."""
+        momentum_end: float = 0.99999
+        """Teacher's momentum after it has risen, linearly."""
+        momentum_warmup: float = 100 / 375
+        """Share of the run in which the momentum rises."""
+        crop_scale: tuple[float, float] = (0.2, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        encoder.require("data2vec2", "keep", "blocks")
+        height, width = (size // side for size, side in zip(encoder.image_size, encoder.stride, strict=True))
+        if not 0 < config.mask_ratio < 1:
+            raise UserError(f"--mask-ratio is {config.mask_ratio}; it must lie between 0 and 1")
+        if self.kept(height * width) < 1:
+            raise UserError(
+                f"--mask-ratio {config.mask_ratio} leaves none of the {height} x {width} patches: lower it, or raise "
+                f"--image-size"
+            )
+        for knob in ("masks", "mask_block", "top_blocks", "decoder_depth", "decoder_kernel", "decoder_groups"):
+            if getattr(config, knob) < 1:
+                raise UserError(f"--{knob.replace('_', '-')} is {getattr(config, knob)}; it must be at least 1")
+        if config.decoder_kernel % 2 == 0:
+            raise UserError(f"--decoder-kernel {config.decoder_kernel} must be odd, so that every patch has a centre")
+        if encoder.dim % config.decoder_groups:
+            near = math.gcd(encoder.dim, config.decoder_groups)
+            raise UserError(
+                f"--decoder-groups {config.decoder_groups} must divide the encoder's width {encoder.dim}; {near} does"
+            )
+        if config.cls_loss and not getattr(encoder.config, "cls", False):
+            raise UserError("--cls-loss needs an encoder with a class token: add --cls, or take --cls-loss 0")
+        for knob in ("momentum", "momentum_end"):
+            if not 0 <= getattr(config, knob) < 1:
+                raise UserError(
+                    f"--{knob.replace('_', '-')} is {getattr(config, knob)}; it must be at least 0 and below 1"
+                )
+        self.decoder = nn.Sequential(
+            *(ConvBlock(encoder.dim, config.decoder_kernel, config.decoder_groups) for _ in range(config.decoder_depth))
+        )
+        self.decoder_proj = nn.Linear(encoder.dim, encoder.dim)
+
+    def prepare(self, images: int) -> None:
+        """The teacher begins as the encoder."""
+        self.teacher = follower(self.encoder)
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """One random resized crop, flipped; no colour (as MAE's)."""
+        return (ViewSpec(name="image", size=image_size, scale=config.crop_scale),)
+
+    def kept(self, patches: int) -> int:
+        """How many of `patches` patches the encoder sees."""
+        return int(patches * (1 - self.config.mask_ratio))
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """Loss over batch.views["image"] (B, C, H, W): squared distances over sqrt(D), the mean over masked patches and
+        masks, and as much of the class tokens' as `cls_loss` says; `per_sample` is each image's."""
+        images = batch.views["image"]
+        wanted = self.targets(images, step)
+        predicted, masked, cls = self.predict(images, step)
+        here = rows(wanted, by_image(masked, self.config.masks).flatten(1))  # (B, V * M, D)
+        found = by_image(predicted, self.config.masks).flatten(1, 2).float()
+        scale = math.sqrt(wanted.shape[-1])
+        per_sample = (found - here).square().sum(-1).mean(1) / scale
+        terms = {"patches": per_sample.detach().mean()}
+        if self.config.cls_loss:
+            assert cls is not None
+            mean = wanted.mean(1, keepdim=True)  # (B, 1, D)
+            whole = (by_image(cls, self.config.masks).float() - mean).square().sum(-1).mean(1) / scale
+            per_sample = per_sample + self.config.cls_loss * whole
+            terms["class"] = whole.detach().mean()
+        return Losses(total=per_sample.mean(), terms=terms, per_sample=per_sample.detach())
+
+    def predict(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Predictions (V * B, M, D) for the masked patches, mask by mask, their indices (V * B, M), and the class tokens
+        (V * B, D)."""
+        count, block = self.config.masks, self.config.mask_block
+        grid = tuple(size // side for size, side in zip(images.shape[-2:], self.encoder.stride, strict=True))
+        n = grid[0] * grid[1]
+        places = centres(n, 1 - self.config.mask_ratio, block)
+        centre_noise = step.rand(count, places).transpose(0, 1).flatten(0, 1)
+        noise = step.rand(count, n).transpose(0, 1).flatten(0, 1)
+        keep, masked = inverse_block_masking(centre_noise, noise, (grid[0], grid[1]), self.kept(n), block)
+        seen = encode(self.encoder, images.expand(count, *images.shape), step, keep=keep)
+        # The copies of an image share it: to draw it for each of them, and for the global batch, would fill memory.
+        filling = NOISE * step.randn(n, self.encoder.dim).to(seen.patches.dtype)
+        x = put(filling.repeat(count, 1, 1), keep, seen.patches)
+        x = self.decoder(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        return self.decoder_proj(rows(x, masked)), masked, seen.cls
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, step: Step) -> Tensor:
+        """The teacher's features (B, N, D) of the whole image, float32: the outputs of its last blocks, each normalised
+        over the patches in every channel, averaged, and normalised over the channels (section 3.1)."""
+        last = tuple(range(-min(self.config.top_blocks, self.encoder.depth), 0))
+        features = encode(self.teacher, images, step, blocks=last)
+        total = torch.zeros_like(features.patches, dtype=torch.float32)
+        for output in features.blocks:
+            tokens = output[:, -total.shape[1] :].float()
+            total += F.instance_norm(tokens.transpose(1, 2)).transpose(1, 2)
+        return F.layer_norm(total / len(last), total.shape[-1:])
+
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """The teacher follows the encoder."""
+        start, end = self.config.momentum, self.config.momentum_end
+        follow_(self.teacher, self.encoder, warmed_up(start, end, self.config.momentum_warmup, step.progress), step.ok)
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """The loss of predicting zero, the mean of a normalised target."""
+        return {"patches": (math.sqrt(self.encoder.dim), "the decoder predicts the mean of all patches for each")}

@@ -1,0 +1,197 @@
+"""I-JEPA (Assran et al., "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture", CVPR 2023).
+
+From the features of one part of an image, those of other parts are predicted: not their pixels, but what a moving average
+of the encoder says of them. Shapes: B images, N patches on an (h, w) grid, K of them context, T target blocks of M patches,
+D encoder width, E predictor width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.backbones.positions import sincos_table
+from ssl_pretrain.backbones.vit import Block
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.masks import rows
+from ssl_pretrain.parts.multi_block_masks import multi_block_masks
+from ssl_pretrain.parts.teacher import follow_, follower
+from ssl_pretrain.parts.views import encode
+from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
+
+
+@final
+class IJEPA(Method):
+    """Predict the teacher's features of target blocks from the encoder's of a context; the exported encoder is the teacher.
+
+    Defaults are the paper's (section 3 and appendix A). Raises UserError for knobs out of range and for grids of less
+    than 2 x 2 patches, UnsupportedByBackbone for an encoder that cannot drop tokens.
+    """
+
+    recipe = Recipe(
+        lr=1e-3,
+        lr_batch=2048,
+        final_lr=1e-6,
+        betas=(0.9, 0.999),
+        weight_decay=0.04,
+        final_weight_decay=0.4,
+        warmup=40 / 600,
+        encoder={"positions": "sincos", "cls": False, "pool": "mean"},
+        small={
+            "lr": 1e-3,
+            "final_weight_decay": 0.04,
+            "predictor_dim": 64,
+            "predictor_depth": 2,
+            "predictor_heads": 4,
+            "momentum": 0.98,
+            "steps": 150,
+        },
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """I-JEPA."""
+
+        targets: int = 4
+        """Target blocks of an image."""
+        target_scale: tuple[float, float] = (0.15, 0.2)
+        """Share of the image that a target block covers, from and to."""
+        target_aspect: tuple[float, float] = (0.75, 1.5)
+        """Height over width of a target block, from and to; it rises with the block's share."""
+        context_scale: tuple[float, float] = (0.85, 1.0)
+        """Share of the image that the context's block covers before the targets are taken out, from and to."""
+        min_keep: int = 10
+        """Fewest patches of a context: where the targets leave less, the last of them are not taken out."""
+        context_truncation: Literal["random", "reference"] = "random"
+        """How contexts get the length of the shortest: random patches are dropped, or, as in the released code, the last
+        in raster order; there the last row and column are never masked either."""
+        predictor_dim: int = 384
+        """Width of the predictor."""
+        predictor_depth: int = 12
+        """Blocks of the predictor."""
+        predictor_heads: int = 12
+        """Attention heads of the predictor."""
+        momentum: float = 0.996
+        """Teacher's momentum at the start; it rises to 1 linearly."""
+        crop_scale: tuple[float, float] = (0.3, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        encoder.require("ijepa", "keep")
+        self.grid = self._grid(*encoder.image_size)
+        if min(self.grid) < 2:
+            raise UserError(
+                f"ijepa needs a grid of at least 2 x 2 patches to mask blocks of, not {self.grid[0]} x {self.grid[1]}: "
+                f"raise --image-size or lower --patch-size"
+            )
+        for knob in ("targets", "min_keep", "predictor_depth"):
+            if getattr(config, knob) < 1:
+                raise UserError(f"--{knob.replace('_', '-')} is {getattr(config, knob)}; it must be at least 1")
+        for knob in ("target_scale", "context_scale"):
+            low, high = getattr(config, knob)
+            if not 0 < low <= high <= 1:
+                raise UserError(f"--{knob.replace('_', '-')} is {low} {high}; it must rise within 0 to 1")
+        if not 0 < config.target_aspect[0] <= config.target_aspect[1]:
+            low, high = config.target_aspect
+            raise UserError(f"--target-aspect is {low} {high}; it must be above 0 and rise")
+        width = config.predictor_dim
+        if width % config.predictor_heads or width % 4:
+            raise UserError(
+                f"--predictor-dim {width} must be a multiple of 4 and of --predictor-heads {config.predictor_heads}"
+            )
+        if not 0 <= config.momentum < 1:
+            raise UserError(f"--momentum is {config.momentum}; it must be at least 0 and below 1")
+        self.predictor_embed = nn.Linear(encoder.dim, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.predictor_blocks = nn.ModuleList(
+            Block(width, config.predictor_heads) for _ in range(config.predictor_depth)
+        )
+        self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
+        self.predictor_proj = nn.Linear(width, encoder.dim)
+        self.register_buffer("predictor_pos_embed", sincos_table(self.grid, width), persistent=False)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        for part in (self.predictor_embed, self.predictor_proj):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
+
+    def prepare(self, images: int) -> None:
+        """The teacher begins as the encoder."""
+        self.teacher = follower(self.encoder)
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """One random crop, neither flipped nor coloured (section 3: no hand-crafted augmentations)."""
+        return (ViewSpec(name="image", size=image_size, scale=config.crop_scale, interpolation="bilinear", hflip=0.0),)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """Loss over batch.views["image"] (B, C, H, W), the mean over all target patches and channels; `per_sample` is each
+        image's."""
+        images = batch.views["image"]
+        context, targets = self.masks(images, step)
+        wanted = self.targets(images, step)
+        predicted = self.predict(images, context, targets, step)
+        wanted_here = rows(wanted, targets.flatten(1)).unflatten(1, targets.shape[1:])
+        per_sample = F.smooth_l1_loss(predicted.float(), wanted_here, reduction="none").mean(dim=(1, 2, 3))
+        # Across images at each place: a teacher that tells only where a patch is has collapsed too.
+        spread = wanted.std(0, correction=0).mean()
+        terms = {"target_std": spread} if len(images) > 1 else {}
+        return Losses(total=per_sample.mean(), terms=terms, per_sample=per_sample.detach())
+
+    def masks(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The context's patches (B, K) and the target blocks' (B, T, M), drawn for this step."""
+        return multi_block_masks(
+            step,
+            self._grid(*images.shape[-2:]),
+            targets=self.config.targets,
+            target_scale=self.config.target_scale,
+            target_aspect=self.config.target_aspect,
+            context_scale=self.config.context_scale,
+            min_keep=self.config.min_keep,
+            reference=self.config.context_truncation == "reference",
+        )
+
+    def predict(self, images: Tensor, context: Tensor, targets: Tensor, step: Step) -> Tensor:
+        """The teacher's features (B, T, M, D) of the targets as predicted, each block without knowing of the others."""
+        b, t, m = targets.shape
+        grid = self._grid(*images.shape[-2:])
+        positions = self.predictor_pos_embed
+        if grid != self.grid:
+            positions = sincos_table(grid, self.config.predictor_dim).to(images.device)
+        seen = self.predictor_embed(encode(self.encoder, images, step, keep=context).patches)
+        seen = seen + F.embedding(context, positions).to(seen.dtype)
+        asked = (self.mask_token + F.embedding(targets.flatten(0, 1), positions)).to(seen.dtype)  # (B * T, M, E)
+        x = torch.cat([seen.repeat_interleave(t, dim=0), asked], dim=1)
+        for block in self.predictor_blocks:
+            x = block(x)
+        return self.predictor_proj(self.predictor_norm(x[:, -m:])).unflatten(0, (b, t))
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, step: Step) -> Tensor:
+        """The teacher's features of all patches (B, N, D), each normalised over its channels; float32."""
+        patches = encode(self.teacher, images, step).patches.float()
+        return F.layer_norm(patches, patches.shape[-1:])
+
+    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+        """The teacher follows the encoder."""
+        start = self.config.momentum
+        follow_(self.teacher, self.encoder, start + (1 - start) * step.progress, step.ok)
+
+    def exported(self) -> Backbone:
+        """The teacher (the released evaluations use it)."""
+        return self.teacher
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """A teacher that does not look at the image."""
+        return {
+            "loss": (0.0, "the teacher gives every patch the same features, which are no work to predict"),
+            "target_std": (0.0, "the teacher's features of a place are the same for all images"),
+        }
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """The grid (h, w) of an image of height x width pixels."""
+        return height // self.encoder.stride[0], width // self.encoder.stride[1]

@@ -1,0 +1,119 @@
+"""SimMIM (Xie et al., "SimMIM: a Simple Framework for Masked Image Modeling", CVPR 2022).
+
+Large squares of an image are hidden from an encoder that sees the whole grid, with a learned token in the hidden places,
+and one linear map paints them. Shapes: B images, N of the global batch, P patches on an (h, w) grid, p patch side, D
+encoder width, F = p * p * C values a patch.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.patches import patchify, unpatchify
+from ssl_pretrain.parts.views import encode
+from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
+
+UNITS = 6  # mask units that the image's shorter side holds at least: as many as 32 pixels are of the paper's 192
+
+
+@final
+class SimMIM(Method):
+    """Reconstruct the pixels of masked squares; the mean absolute error over masked pixels is the loss (section 3.4).
+
+    Defaults are the paper's (sections 3.2 and 4.1). Raises UserError for knobs out of range and UnsupportedByBackbone for
+    an encoder that cannot put a token in place of patches.
+    """
+
+    recipe = Recipe(
+        lr=1e-4,
+        lr_batch=512,
+        betas=(0.9, 0.999),
+        weight_decay=0.05,
+        clip_grad=5.0,
+        warmup=10 / 100,
+        small={"lr": 1e-3, "steps": 200},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """SimMIM."""
+
+        mask_unit: int = 32
+        """Side in pixels of the squares that are masked or not as a whole: at most a sixth of the image's shorter side,
+        and to the nearest multiple of the patch."""
+        mask_ratio: float = 0.6
+        """Share of the squares that is masked, rounded up to a whole number of them."""
+        crop_scale: tuple[float, float] = (0.67, 1.0)
+        """Share of the image's area that a crop covers, from and to."""
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        encoder.require("simmim", "replace")
+        if config.mask_unit < 1:
+            raise UserError(f"--mask-unit is {config.mask_unit}; it must be at least 1 pixel")
+        if not 0 < config.mask_ratio <= 1:
+            raise UserError(f"--mask-ratio is {config.mask_ratio}; it must be above 0 and at most 1")
+        self.mask_token = nn.Parameter(torch.empty(encoder.dim))
+        self.head = nn.Linear(encoder.dim, encoder.stride[0] * encoder.stride[1] * encoder.in_chans)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """One random resized crop, flipped; no colour (section 4.1)."""
+        return (ViewSpec(name="image", size=image_size, scale=config.crop_scale),)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """Loss over batch.views["image"] (B, C, H, W): the mean over all masked pixels of the global batch. `per_sample` is
+        each image's share, their mean the loss."""
+        images = batch.views["image"]
+        masked, counted = self.mask(images, step)
+        painted = self.paint(images, masked, step)
+        errors = (painted.float() - patchify(images, self.encoder.stride).float()).abs().mean(-1)  # (B, P)
+        per_sample = (errors * masked).sum(1) / counted
+        return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
+
+    def mask(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Which patches are masked, bool (B, P), and how many of an image's are on the mean over the global batch, ().
+
+        Where squares do not divide the grid, those at the right and the bottom are cut off by its edge, so that images
+        differ in their number of masked patches.
+        """
+        height, width = images.shape[-2:]
+        grid = (height // self.encoder.stride[0], width // self.encoder.stride[1])
+        pixels = min(self.config.mask_unit, min(height, width) / UNITS)
+        unit = [max(1, math.floor(pixels / side + 0.5)) for side in self.encoder.stride]  # patches
+        squares = [math.ceil(side / taken) for side, taken in zip(grid, unit, strict=True)]
+        count = math.ceil(squares[0] * squares[1] * self.config.mask_ratio)
+        noise = step.shared_rand(step.batch_size, squares[0] * squares[1])
+        chosen = torch.zeros_like(noise, dtype=torch.bool).scatter(1, noise.argsort(1)[:, :count], True)
+        chosen = chosen.unflatten(1, squares).repeat_interleave(unit[0], 1).repeat_interleave(unit[1], 2)
+        masked = chosen[:, : grid[0], : grid[1]].flatten(1)  # (N, P)
+        return masked[step.rows], masked.sum(1).float().mean()
+
+    def paint(self, images: Tensor, masked: Tensor, step: Step) -> Tensor:
+        """All patches (B, P, F) as reconstructed from the images without those `masked` (B, P)."""
+        return self.head(encode(self.encoder, images, step, replace=(masked, self.mask_token)).patches)
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Input, masked input and reconstruction (n, C, H, W); masked patches repainted."""
+        images = batch.views["image"]
+        masked, _ = self.mask(images, step)
+        painted = self.paint(images, masked, step).float()
+        patches = patchify(images, self.encoder.stride).float()
+        grid = tuple(size // side for size, side in zip(images.shape[-2:], self.encoder.stride, strict=True))
+        hidden = patches.masked_fill(masked[:, :, None], 0.0)
+        painted = torch.where(masked[:, :, None], painted, patches)
+        return {
+            "input": images,
+            "masked": unpatchify(hidden, self.encoder.stride, (grid[0], grid[1])),
+            "reconstruction": unpatchify(painted, self.encoder.stride, (grid[0], grid[1])),
+        }

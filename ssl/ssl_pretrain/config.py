@@ -59,8 +59,8 @@ class Run:
     stages: tuple[str, ...] = ()
     """Parts of the run that see other views, each 'SHARE KEY=VALUE ...', like '0.75 image_size=112' (docs/running.md)."""
 
-    optimizer: Literal["adamw", "sgd", "lars"] | None = None
-    """Optimiser (default: the method's)."""
+    optimizer: Literal["adamw", "sgd", "lars", "muon"] | None = None
+    """Optimiser; muon: of the encoder's matrices, with AdamW for the rest (default: the method's)."""
     lr: float | None = None
     """Peak learning rate as used, not per 256 images (default: the method's, scaled to the batch size)."""
     final_lr: float | None = None
@@ -128,7 +128,7 @@ class Resolved(Run):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     steps: int
-    optimizer: Literal["adamw", "sgd", "lars"]
+    optimizer: Literal["adamw", "sgd", "lars", "muon"]
     lr: float
     final_lr: float
     warmup_steps: int

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .lars import Lars
+from .muon import MuonAndAdamW
 from .pretext import Method
 
 DECAYED_TOKENS = ("cls_token", "mask_token", "reg_tokens", "pos_embed")
@@ -35,11 +36,12 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters in groups of equal weight decay and learning-rate scale.
 
-    Each group holds "params", "names", "decays" (bool) and "lr_scale": layer_decay ** (blocks between the parameter and
+    Each group holds "params", "names", "decays" (bool), "matrices" (bool: two-dimensional and of the encoder, what Muon is
+    for) and "lr_scale": layer_decay ** (blocks between the parameter and
     the encoder's output), as in BEiT, section A; 1 for everything outside the encoder.
     """
     inside = {id(p): name for name, p in method.encoder.named_parameters()}
-    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     for name, parameter in method.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -47,20 +49,22 @@ def parameter_groups(
         if id(parameter) in inside:
             scale = layer_decay ** (method.encoder.depth + 1 - method.encoder.layer_of(inside[id(parameter)]))
         decay = decays(name, parameter, rule)
-        group = groups.setdefault(
-            (decay, scale), {"params": [], "names": [], "decays": decay, "lr_scale": scale, "weight_decay": 0.0}
-        )
+        matrix = parameter.ndim == 2 and id(parameter) in inside
+        fresh: dict[str, Any] = {"params": [], "names": [], "decays": decay, "lr_scale": scale, "matrices": matrix}
+        group = groups.setdefault((decay, scale, matrix), {**fresh, "weight_decay": 0.0})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
 
 
 def build(
-    kind: Literal["adamw", "sgd", "lars"], groups: list[dict[str, Any]], betas: tuple[float, float]
+    kind: Literal["adamw", "sgd", "lars", "muon"], groups: list[dict[str, Any]], betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
     """The optimiser, fused (one kernel over all parameters; three times faster than the default on CPU and GPU)."""
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    if kind == "muon":
+        return MuonAndAdamW(groups, betas=betas)
     if kind == "lars":
         return Lars(groups, momentum=betas[0])
     return torch.optim.SGD(groups, lr=0.0, momentum=betas[0], fused=True)

@@ -1,0 +1,40 @@
+"""Muon for the encoder's matrices, AdamW for all else, as one optimiser."""
+
+from typing import Any, final
+
+import torch
+
+
+@final
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) on the groups marked
+    "matrices", fused AdamW on the others.
+
+    Muon's steps are scaled to the root mean square of AdamW's (Liu et al., "Muon is Scalable for LLM Training", 2025,
+    section 2.2), so that one learning rate and one weight decay serve both. Unlike the fused optimisers it cannot skip a
+    step on the device: with the attribute `found_inf` the host waits for it, once a step.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": 0.0})
+        parts: list[torch.optim.Optimizer] = []
+        matrices = [group for group in self.param_groups if group["matrices"]]
+        others = [group for group in self.param_groups if not group["matrices"]]
+        if matrices:
+            parts.append(torch.optim.Muon(matrices, lr=0.0, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            parts.append(torch.optim.AdamW(others, lr=0.0, betas=betas, fused=True))
+        self._parts = parts
+        # One list of groups and one state for all, so that rates are set and checkpoints made as for any optimiser.
+        self.param_groups = [group for part in parts for group in part.param_groups]
+        for part in parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every parameter that has a gradient."""
+        found = getattr(self, "found_inf", None)
+        if found is not None and bool(found):
+            return
+        for part in self._parts:
+            part.step()

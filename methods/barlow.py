@@ -46,7 +46,8 @@ class BarlowTwins(WholeBatchMethod):
             "blur": 0.0,
             "crop_scale": (0.2, 1.0),
             "projector_dim": 512,
-            "steps": 150,
+            "patch_size": 8,
+            "steps": 200,
         },
     )
 

@@ -44,7 +44,8 @@ class BYOL(WholeBatchMethod):
             "hidden_dim": 512,
             "blur": 0.0,
             "crop_scale": (0.2, 1.0),
-            "steps": 120,
+            "patch_size": 8,
+            "steps": 150,
         },
     )
 

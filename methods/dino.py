@@ -43,14 +43,15 @@ class DINO(Method):
         warmup=0.1,
         encoder={"drop_path": 0.1, "pool": "cls"},
         small={
-            "lr": 1e-3,
+            "lr": 2e-3,
             "drop_path": 0.0,
-            "prototypes": 1024,
+            "prototypes": 128,
             "hidden_dim": 512,
             "local_views": 2,
             "blur": 0.0,
-            "momentum": 0.98,
-            "steps": 120,
+            "momentum": 0.9,
+            "patch_size": 8,
+            "steps": 150,
         },
     )
 

@@ -57,7 +57,8 @@ class DINOv2(WholeBatchMethod):
             "local_views": 2,
             "blur": "none",
             "momentum": 0.9,
-            "steps": 80,
+            "patch_size": 8,
+            "steps": 100,
         },
     )
 

@@ -45,17 +45,15 @@ class IBOT(Method):
         warmup=0.0125,
         encoder={"drop_path": 0.1, "pool": "cls"},
         small={
-            "lr": 5e-4,
+            "lr": 2e-3,
             "drop_path": 0.0,
-            "prototypes": 512,
-            "hidden_dim": 256,
-            "teacher_temperature": 0.03,
-            "teacher_patch_temperature": 0.03,
-            "teacher_temperature_start": 0.03,
+            "prototypes": 128,
+            "hidden_dim": 512,
             "local_views": 2,
             "blur": 0.0,
-            "momentum": 0.95,
-            "steps": 80,
+            "momentum": 0.9,
+            "patch_size": 8,
+            "steps": 120,
         },
     )
 

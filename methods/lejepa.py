@@ -35,7 +35,15 @@ class LeJEPA(WholeBatchMethod):
         final_lr=5e-7,
         warmup=0.01,
         encoder={"pool": "cls"},
-        small={"lr": 2e-3, "global_scale": (0.2, 1.0), "local_views": 0, "hidden_dim": 512, "blur": 0.0, "steps": 150},
+        small={
+            "lr": 2e-3,
+            "global_scale": (0.2, 1.0),
+            "local_views": 0,
+            "hidden_dim": 512,
+            "blur": 0.0,
+            "patch_size": 8,
+            "steps": 200,
+        },
     )
 
     @dataclass(frozen=True, kw_only=True)

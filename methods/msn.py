@@ -57,7 +57,8 @@ class MSN(WholeBatchMethod):
             "local_ratio": 0.5,
             "blur": 0.0,
             "momentum": 0.9,
-            "steps": 120,
+            "patch_size": 8,
+            "steps": 150,
         },
     )
 

@@ -49,7 +49,8 @@ class NNCLR(WholeBatchMethod):
             "embedding_dim": 128,
             "blur": 0.0,
             "crop_scale": (0.2, 1.0),
-            "steps": 150,
+            "patch_size": 8,
+            "steps": 200,
         },
     )
 

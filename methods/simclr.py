@@ -39,7 +39,8 @@ class SimCLR(WholeBatchMethod):
             "blur": 0.0,
             "crop_scale": (0.2, 1.0),
             "hidden_dim": 512,
-            "steps": 150,
+            "patch_size": 8,
+            "steps": 200,
         },
     )
 

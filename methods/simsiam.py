@@ -42,7 +42,8 @@ class SimSiam(WholeBatchMethod):
             "embedding_dim": 512,
             "bottleneck_dim": 128,
             "blur": 0.0,
-            "steps": 150,
+            "patch_size": 8,
+            "steps": 200,
         },
     )
 

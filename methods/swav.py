@@ -58,7 +58,8 @@ class SwAV(WholeBatchMethod):
             "local_ratio": 0.5,
             "colour": 0.5,
             "blur": 0.0,
-            "steps": 120,
+            "patch_size": 8,
+            "steps": 150,
         },
     )
 

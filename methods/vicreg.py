@@ -48,7 +48,8 @@ class VICReg(WholeBatchMethod):
             "blur": 0.0,
             "crop_scale": (0.2, 1.0),
             "projector_dim": 512,
-            "steps": 150,
+            "patch_size": 8,
+            "steps": 200,
         },
     )
 

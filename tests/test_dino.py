@@ -1,6 +1,8 @@
 """DINO against NumPy written from the paper's algorithm 1: loss, gradient, centre, teacher, schedules."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from one_step import batch, build
 from ssl_pretrain.methods.dino import DINO
 
-from ssl_pretrain import backbones
+from ssl_pretrain import backbones, encoder
 from ssl_pretrain.parts.distill import cross_entropy_of_pairs, warmed_up
 from ssl_pretrain.parts.teacher import follow_, follower, rising
 from ssl_pretrain.pretext import Batch, Step
@@ -141,18 +143,18 @@ def test_the_temperature_of_the_teacher_warms_up() -> None:
 
 
 def test_the_follower_drops_nothing_and_follows_only_what_is_trained() -> None:
-    encoder = backbones.build(
+    student = backbones.build(
         "vit_micro", image_size=(16, 16), patch_size=8, depth=2, drop_path=0.5, positions="sincos"
     )
-    encoder.norm.bias.requires_grad_(False)
-    teacher = follower(encoder)
+    student.norm.bias.requires_grad_(False)
+    teacher = follower(student)
     teacher.train()
     teacher(torch.zeros(2, 3, 16, 16))  # no noise asked for
     with torch.no_grad():
-        for p in encoder.parameters():
+        for p in student.parameters():
             p.add_(1)
     before = {name: p.clone() for name, p in teacher.named_parameters()}
-    follow_(teacher, encoder, 0.75, ONE)
+    follow_(teacher, student, 0.75, ONE)
     for name, p in teacher.named_parameters():
         expected = before[name] + (0 if name == "norm.bias" else 0.25)
         torch.testing.assert_close(p, expected)
@@ -167,3 +169,14 @@ def test_views_are_the_papers() -> None:
     assert local.size == (96, 96)
     assert local.count == 8
     assert len(DINO.views(DINO.Config(local_views=0), (224, 224))) == 2
+
+
+def test_the_teacher_begins_with_the_weights_of_init_from(photos: Path, tmp_path: Path, pretrain: Callable) -> None:
+    """Made in the constructor it would keep the random ones, and be exported with them."""
+    same = ["--method", "dino", "--data", photos, "--encoder", "vit_micro", "--depth", 1, "--image-size", 32]
+    same += ["--patch-size", 8, "--batch-size", 8, "--hidden-dim", 16, "--prototypes", 8, "--local-views", 1]
+    same += ["--steps", 1, "--workers", 0]
+    pretrain(*same, "--out", tmp_path / "first", "--seed", 1)
+    pretrain(*same, "--out", tmp_path / "second", "--seed", 2, "--lr", 0, "--init-from", tmp_path / "first")
+    first, second = (encoder.load(tmp_path / name).state_dict() for name in ("first", "second"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -149,3 +149,18 @@ def test_gradient_norm() -> None:
     layer = nn.Linear(2, 1)
     layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
     assert float(optim.gradient_norm(list(layer.parameters()))) == pytest.approx(5.0)
+
+
+def test_clipping_together_and_each_by_itself() -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape) * scale for shape, scale in (((3, 2), 10.0), ((4,), 0.1))]
+    for each in (False, True):
+        parameters = [nn.Parameter(torch.zeros(a.shape, dtype=torch.float64)) for a in arrays]
+        for p, a in zip(parameters, arrays, strict=True):
+            p.grad = torch.tensor(a)
+        optim.clip_(parameters, 3.0, None if each else optim.gradient_norm(parameters))
+        whole = np.sqrt(sum((a**2).sum() for a in arrays))
+        for p, a in zip(parameters, arrays, strict=True):
+            norm = np.linalg.norm(a) if each else whole
+            np.testing.assert_allclose(p.grad.numpy(), a * min(1.0, 3.0 / norm), rtol=1e-6)  # type: ignore[union-attr]
+    assert np.linalg.norm(arrays[1]) < 3  # the small one was left alone by itself, not beside the large one

@@ -26,6 +26,7 @@ from ssl_pretrain.data.views import (
     ViewSpec,
     cut,
     draw,
+    fitted,
     resize_and_crop,
 )
 from ssl_pretrain.randomness import numpy_generator
@@ -402,3 +403,16 @@ def test_on_a_gpu_the_same_without_waiting_for_it():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(got.cpu(), on_cpu, atol=1e-4, rtol=0)
+
+
+def test_small_views_are_brought_to_what_the_encoder_divides() -> None:
+    specs = (
+        ViewSpec(name="global", size=(224, 160)),
+        ViewSpec(name="local", size=(98, 70)),
+        ViewSpec(name="dot", size=(3, 3)),
+    )
+    found = fitted(specs, (224, 160), (16, 16))
+    assert [s.size for s in found] == [(224, 160), (96, 64), (16, 16)]
+    assert [s.size for s in fitted(specs, (224, 160), (14, 14))] == [(224, 160), (98, 70), (14, 14)]
+    odd = (ViewSpec(name="image", size=(30, 30)),)
+    assert fitted(odd, (30, 30), (16, 16)) == odd  # the run's own size is the user's to choose: the encoder will say

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
@@ -150,7 +150,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
         task, config, train, fit,
         inputs=inputs, lrs=config.lrs, scaling=scaling, batch=batch, steps=steps, what="heads",
     )  # fmt: skip
-    tried = [
+    tried: list[dict[str, Any]] = [
         {"lr": lr, "layers": one.layers, "pooling": one.pooling, "top1": top1, "loss": loss}
         for one, scores in zip(inputs, _score(heads, train, held, scaling, task.device), strict=True)
         for lr, (top1, loss) in zip(config.lrs, scores, strict=True)

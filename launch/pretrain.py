@@ -86,7 +86,7 @@ def read_command(argv: list[str]) -> tuple[Run, Any, Any]:
     kind = pretext.load(method)
     small = {**SMALL, **kind.recipe.small} if data.split(":")[0] == "fractals" else {}
     name = encoder or written.get("encoder") or small.get("encoder", "vit_small")
-    kinds = [Run, kind.Config, backbones.config_class(name)]
+    kinds: list[Any] = [Run, kind.Config, backbones.config_class(name)]
     below = {**backbones.defaults(name), **kind.recipe.encoder, **small}
     known = {field for each in kinds for field in each.__dataclass_fields__}
     defaults = {**{key: value for key, value in below.items() if key in known}, **written}

@@ -42,6 +42,8 @@ class AIM(Method):
     masks, UserError for images of a single patch.
     """
 
+    head_pos_embed: Tensor
+
     recipe = Recipe(
         lr=1e-3,
         lr_batch=4096,
@@ -70,7 +72,8 @@ class AIM(Method):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("aim", "attention")
-        self.grid = tuple(size // side for size, side in zip(encoder.image_size, encoder.stride, strict=True))
+        height, width = encoder.image_size
+        self.grid = (height // encoder.stride[0], width // encoder.stride[1])
         if self.grid[0] * self.grid[1] < 2:
             raise UserError("aim needs images of at least two patches: raise --image-size or lower --patch-size")
         if config.head_dim % 4:

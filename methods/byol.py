@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp, unit
-from ssl_pretrain.parts.teacher import follow_, follower, rising
+from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
@@ -74,7 +74,7 @@ class BYOL(WholeBatchMethod):
 
     def prepare(self, images: int) -> None:
         """The target network begins as the online one; it has no predictor."""
-        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "projector": self.projector}))
+        self.teacher = follower(Parts({"encoder": self.encoder, "projector": self.projector}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -92,7 +92,7 @@ class BYOL(WholeBatchMethod):
         views = [batch.views["view1"], batch.views["view2"]]
         online = [encode(self.encoder, view, step).pooled for view in views]
         with torch.no_grad():
-            target = [encode(self.teacher["encoder"], view, step).pooled for view in views]
+            target = [encode(self.teacher.backbone, view, step).pooled for view in views]
         return {"online": torch.stack(online, dim=1), "target": torch.stack(target, dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
@@ -105,7 +105,7 @@ class BYOL(WholeBatchMethod):
 
     def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
         """The target follows the online network (section 3.1)."""
-        online = nn.ModuleDict({"encoder": self.encoder, "projector": self.projector})
+        online = Parts({"encoder": self.encoder, "projector": self.projector})
         follow_(self.teacher, online, rising(self.config.momentum, step.progress), step.ok)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:

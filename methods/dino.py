@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
@@ -18,7 +18,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.distill import cross_entropy_of_pairs, warmed_up
 from ssl_pretrain.parts.heads import PrototypeHead
-from ssl_pretrain.parts.teacher import follow_, follower, rising
+from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import crop_size, encode, jitter
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -30,6 +30,8 @@ class DINO(Method):
     Defaults are the paper's for ViT-S/16 (section 3 and appendix), where it differs the released code's. Raises
     UserError for knobs out of range.
     """
+
+    centre: Tensor
 
     recipe = Recipe(
         lr=5e-4,
@@ -100,7 +102,7 @@ class DINO(Method):
 
     def prepare(self, images: int) -> None:
         """The teacher begins as the student."""
-        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "head": self.head}))
+        self.teacher = follower(Parts({"encoder": self.encoder, "head": self.head}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -124,7 +126,7 @@ class DINO(Method):
             vectors.append(encode(self.encoder, batch.views["local"], step).pooled)
         student = self.head(torch.cat(vectors), frozen=step.progress < self.config.freeze_prototypes)
         with torch.no_grad():
-            teacher = self.teacher["head"](encode(self.teacher["encoder"], views, step).pooled).to(self.centre.dtype)
+            teacher = self.teacher["head"](encode(self.teacher.backbone, views, step).pooled).to(self.centre.dtype)
         b = len(batch.index)
         each, entropy = cross_entropy_of_pairs(
             student.unflatten(0, (-1, b)),
@@ -146,7 +148,7 @@ class DINO(Method):
     @torch.no_grad()
     def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
         """The teacher follows the student, the centre the teacher's outputs (eq. 4)."""
-        student = nn.ModuleDict({"encoder": self.encoder, "head": self.head})
+        student = Parts({"encoder": self.encoder, "head": self.head})
         follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
         seen = distributed.mean(carried["teacher"].mean(0))
         moved = self.centre.lerp(seen, 1 - self.config.centre_momentum)
@@ -154,7 +156,7 @@ class DINO(Method):
 
     def exported(self) -> Backbone:
         """The teacher's encoder."""
-        return self.teacher["encoder"]
+        return self.teacher.backbone
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """Uniform outputs, and outputs that are always the same prototype."""

@@ -22,7 +22,7 @@ from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.sinkhorn import sinkhorn
 from ssl_pretrain.parts.spread import DUPLICATES, kde, koleo
-from ssl_pretrain.parts.teacher import follow_, follower, rising
+from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
@@ -36,6 +36,9 @@ class DINOv2(WholeBatchMethod):
     Defaults are the paper's (section 4 and appendix B) in the size of its released ImageNet-1k recipe. Raises UserError
     for knobs out of range and for encoders that cannot replace patches or have no class token.
     """
+
+    class_centre: Tensor
+    patch_centre: Tensor
 
     recipe = Recipe(
         lr=4e-3,
@@ -143,7 +146,7 @@ class DINOv2(WholeBatchMethod):
 
     def prepare(self, images: int) -> None:
         """The teacher begins as the student."""
-        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "heads": self.heads}))
+        self.teacher = follower(Parts({"encoder": self.encoder, "heads": self.heads}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -166,7 +169,7 @@ class DINOv2(WholeBatchMethod):
         the masked patches, and "counted" bool (B, 2, M), False where there are fewer of them than M."""
         views = torch.stack([batch.views["global1"], batch.views["global2"]])
         with torch.no_grad():
-            seen = encode(self.teacher["encoder"], views, step)
+            seen = encode(self.teacher.backbone, views, step)
         masks = self.masks(seen.grid, step).transpose(0, 1).flatten(0, 1)  # (2B, N), view by view as the rest
         index, counted = listed(masks, math.ceil(masks.shape[1] * self.config.mask_ratio[1]))
         student = encode(self.encoder, views, step, replace=(masks, self.mask_token))
@@ -189,13 +192,15 @@ class DINOv2(WholeBatchMethod):
         config, frozen = self.config, step.progress < self.config.freeze_prototypes
         tokens, counted = embedded["student"].transpose(0, 1), embedded["counted"].flatten(0, 1)
         with torch.no_grad():
-            whole = wide(self.teacher["heads"]["class"](embedded["teacher"].transpose(0, 1)))  # (2, B, K)
-            parts = wide(self._patch_head(self.teacher["heads"])(embedded["teacher_patches"].flatten(0, 1)))
+            whole = wide(self._head(self.teacher["heads"], "class")(embedded["teacher"].transpose(0, 1)))  # (2, B, K)
+            parts = wide(self._head(self.teacher["heads"], "patch")(embedded["teacher_patches"].flatten(0, 1)))
         each, entropy = cross_entropy_of_pairs(
-            self.heads["class"](tokens, frozen), self._assigned(whole, "class", step), config.student_temperature
+            self._head(self.heads, "class")(tokens, frozen),
+            self._assigned(whole, "class", step),
+            config.student_temperature,
         )
         crops = cross_entropy_of_patches(
-            self._patch_head(self.heads)(embedded["student_patches"].flatten(0, 1), frozen),
+            self._head(self.heads, "patch")(embedded["student_patches"].flatten(0, 1), frozen),
             self._assigned(parts, "patch", step, counted),
             counted,
             config.student_temperature,
@@ -239,8 +244,8 @@ class DINOv2(WholeBatchMethod):
         start, end = self.config.teacher_temperature_start, self.config.teacher_temperature
         return warmed_up(start, end, self.config.teacher_temperature_warmup, step.progress)
 
-    def _patch_head(self, heads: Any) -> PrototypeHead:
-        return heads["class" if self.config.shared_head else "patch"]
+    def _head(self, heads: Any, tokens: Literal["class", "patch"]) -> PrototypeHead:
+        return heads["class" if self.config.shared_head else tokens]
 
     @torch.no_grad()
     def _assigned(
@@ -258,7 +263,7 @@ class DINOv2(WholeBatchMethod):
     @torch.no_grad()
     def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
         """The teacher follows the student, each centre the teacher's outputs, that of patches the masked ones'."""
-        student = nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})
+        student = Parts({"encoder": self.encoder, "heads": self.heads})
         follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
         if self.config.centring == "sinkhorn":
             return
@@ -273,7 +278,7 @@ class DINOv2(WholeBatchMethod):
 
     def exported(self) -> Backbone:
         """The teacher's encoder."""
-        return self.teacher["encoder"]
+        return self.teacher.backbone
 
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The first global view, and what the student sees of it (masked patches grey)."""

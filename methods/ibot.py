@@ -20,7 +20,7 @@ from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, lis
 from ssl_pretrain.parts.distill import class_token, cross_entropy_of_pairs, cross_entropy_of_patches, warmed_up, wide
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.masks import rows
-from ssl_pretrain.parts.teacher import follow_, follower, rising
+from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -32,6 +32,9 @@ class IBOT(Method):
     Defaults are the paper's for ViT-S/16 (section 4.1 and appendix), where it differs the released command's. Raises
     UserError for knobs out of range and for encoders that cannot replace patches or have no class token.
     """
+
+    class_centre: Tensor
+    patch_centre: Tensor
 
     recipe = Recipe(
         lr=5e-4,
@@ -122,7 +125,7 @@ class IBOT(Method):
 
     def prepare(self, images: int) -> None:
         """The teacher begins as the student."""
-        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "head": self.head}))
+        self.teacher = follower(Parts({"encoder": self.encoder, "head": self.head}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -144,7 +147,7 @@ class IBOT(Method):
         views = torch.stack([batch.views["global1"], batch.views["global2"]])
         b, frozen = len(batch.index), step.progress < self.config.freeze_prototypes
         with torch.no_grad():
-            seen = encode(self.teacher["encoder"], views, step)
+            seen = encode(self.teacher.backbone, views, step)
             whole = wide(self.teacher["head"](class_token(seen, "ibot")))
             parts = wide(self.teacher["head"](seen.patches))  # (2B, N, K)
         masks = self.masks(seen.grid, step).transpose(0, 1).flatten(0, 1)  # (2B, N), view by view as the rest
@@ -198,7 +201,7 @@ class IBOT(Method):
     @torch.no_grad()
     def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
         """The teacher follows the student, each centre the teacher's outputs, that of patches all patches'."""
-        student = nn.ModuleDict({"encoder": self.encoder, "head": self.head})
+        student = Parts({"encoder": self.encoder, "head": self.head})
         follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
         for name, centre in (("class", self.class_centre), ("patch", self.patch_centre)):
             moved = centre.lerp(distributed.mean(carried[name].mean(0)), 1 - self.config.centre_momentum)
@@ -206,7 +209,7 @@ class IBOT(Method):
 
     def exported(self) -> Backbone:
         """The teacher's encoder."""
-        return self.teacher["encoder"]
+        return self.teacher.backbone
 
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The first global view, and what the student sees of it (masked patches grey)."""

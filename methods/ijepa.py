@@ -32,6 +32,8 @@ class IJEPA(Method):
     than 2 x 2 patches, UnsupportedByBackbone for an encoder that cannot drop tokens.
     """
 
+    predictor_pos_embed: Tensor
+
     recipe = Recipe(
         lr=1e-3,
         lr_batch=2048,

@@ -30,6 +30,8 @@ class MAE(Method):
     UnsupportedByBackbone for an encoder that cannot drop tokens.
     """
 
+    decoder_pos_embed: Tensor
+
     recipe = Recipe(
         lr=1.5e-4,
         lr_batch=256,
@@ -67,7 +69,8 @@ class MAE(Method):
             raise UserError(
                 f"--decoder-dim {config.decoder_dim} must be a multiple of 4 and of --decoder-heads {config.decoder_heads}"
             )
-        self.grid = tuple(size // side for size, side in zip(encoder.image_size, encoder.stride, strict=True))
+        (h, w), (p, q) = encoder.image_size, encoder.stride
+        self.grid = (h // p, w // q)
         if self.kept(self.grid[0] * self.grid[1]) < 1:
             raise UserError(
                 f"--mask-ratio {config.mask_ratio} leaves none of the {self.grid[0]} x {self.grid[1]} patches"

@@ -19,7 +19,7 @@ from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp, unit
 from ssl_pretrain.parts.init import xavier_
-from ssl_pretrain.parts.teacher import follow_, follower, rising
+from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
@@ -86,7 +86,7 @@ class MoCoV3(WholeBatchMethod):
 
     def prepare(self, images: int) -> None:
         """The momentum encoder begins as the query encoder; it has no predictor."""
-        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "projector": self.projector}))
+        self.teacher = follower(Parts({"encoder": self.encoder, "projector": self.projector}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -104,7 +104,7 @@ class MoCoV3(WholeBatchMethod):
         views = [batch.views["view1"], batch.views["view2"]]
         query = [encode(self.encoder, view, step).pooled for view in views]
         with torch.no_grad():
-            key = [encode(self.teacher["encoder"], view, step).pooled for view in views]
+            key = [encode(self.teacher.backbone, view, step).pooled for view in views]
         return {"query": torch.stack(query, dim=1), "key": torch.stack(key, dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
@@ -128,7 +128,7 @@ class MoCoV3(WholeBatchMethod):
         The release moves it before it takes a step's keys; in the first step that changes nothing, for both begin alike.
         So this is the same sequence, with the momentum of the step to come.
         """
-        queries = nn.ModuleDict({"encoder": self.encoder, "projector": self.projector})
+        queries = Parts({"encoder": self.encoder, "projector": self.projector})
         follow_(self.teacher, queries, rising(self.config.momentum, (step.step + 1) / step.total), step.ok)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:

@@ -21,7 +21,7 @@ from ssl_pretrain.parts.distill import warmed_up
 from ssl_pretrain.parts.heads import Prototypes, mlp
 from ssl_pretrain.parts.masks import random_masking
 from ssl_pretrain.parts.sinkhorn import sinkhorn
-from ssl_pretrain.parts.teacher import follow_, follower
+from ssl_pretrain.parts.teacher import Parts, follow_, follower
 from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
@@ -119,7 +119,7 @@ class MSN(WholeBatchMethod):
 
     def prepare(self, images: int) -> None:
         """The target network begins as the one that is trained."""
-        self.teacher = follower(nn.ModuleDict({"encoder": self.encoder, "head": self.head}))
+        self.teacher = follower(Parts({"encoder": self.encoder, "head": self.head}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -152,7 +152,7 @@ class MSN(WholeBatchMethod):
         if count := self.config.local_views:
             anchors.append(by_image(encode(self.encoder, batch.views["local"], step).pooled, count))
         with torch.no_grad():
-            target = encode(self.teacher["encoder"], batch.views["target"], step).pooled
+            target = encode(self.teacher.backbone, batch.views["target"], step).pooled
         return {"anchors": torch.cat(anchors, dim=1), "target": target}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
@@ -186,12 +186,12 @@ class MSN(WholeBatchMethod):
     @torch.no_grad()
     def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
         """The target network follows the trained one."""
-        trained = nn.ModuleDict({"encoder": self.encoder, "head": self.head})
+        trained = Parts({"encoder": self.encoder, "head": self.head})
         follow_(self.teacher, trained, warmed_up(self.config.momentum, 1.0, 1.0, step.progress), step.ok)
 
     def exported(self) -> Backbone:
         """The target's encoder."""
-        return self.teacher["encoder"]
+        return self.teacher.backbone
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """Uniform assignments, and one prototype for all."""

@@ -29,6 +29,9 @@ class NPID(WholeBatchMethod):
     negatives, temperature 0.07. Raises UserError for knobs out of range.
     """
 
+    bank: Tensor
+    normaliser: Tensor
+
     recipe = Recipe(
         optimizer="sgd",
         lr=0.03,

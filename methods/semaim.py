@@ -55,6 +55,8 @@ class SemAIM(Method):
     UnsupportedByBackbone for an encoder that cannot reorder its tokens or mask its attention.
     """
 
+    decoder_pos_embed: Tensor
+
     recipe = Recipe(
         lr=1.5e-4,
         lr_batch=256,

@@ -32,6 +32,8 @@ class SwAV(WholeBatchMethod):
     UserError for knobs out of range.
     """
 
+    queue: Tensor
+
     recipe = Recipe(
         optimizer="lars",
         lr=4.8,

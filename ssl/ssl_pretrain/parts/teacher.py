@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from ..backbones.backbone import Backbone
 
 T = TypeVar("T", bound=nn.Module)
+
+
+class Parts(nn.ModuleDict):
+    """An encoder and what stands on it, that a teacher follows together."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The encoder among them ("encoder"; a property cannot share that name)."""
+        return cast(Backbone, self["encoder"])
 
 
 def follower(module: T) -> T:

@@ -79,7 +79,10 @@ def read_command(argv: list[str]) -> tuple[Run, Any, Any]:
         raise UserError(f"unknown method {method!r}{nearest(method, plugins.names('ssl_pretrain.methods'))}")
     if data.split(":")[0] != "fractals" and not Path(data).exists():
         there = [path.name for path in Path(data).parent.iterdir()] if Path(data).parent.is_dir() else []
-        raise UserError(f"--data {data} does not exist{nearest(Path(data).name, there) if there else ''}")
+        hint = nearest(Path(data).name, there) if there else ""
+        if hint.startswith("; known"):  # a folder's whole listing is no help
+            hint = f"; no name like it in {Path(data).parent.resolve()}"
+        raise UserError(f"--data {data} does not exist{hint}")
 
     from ssl_pretrain import backbones, pretext
 

@@ -72,6 +72,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def photos_in_classes(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images as links in a folder a class."""
+    folder = tmp_path_factory.mktemp("classes")
+    for i, photo in enumerate(sorted(photos.iterdir())):
+        place = folder / "train" / f"class{i % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / photo.name).symlink_to(photo)
+    return folder
+
+
 def picture(seed: int, size: tuple[int, int] = (40, 48)) -> Image.Image:
     rng = np.random.default_rng(seed)
     field = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))

@@ -127,10 +127,23 @@ def test_two_ranks_and_two_micro_batches_give_the_loss_and_gradients_of_one(name
 
 @every_method
 def test_a_resumed_run_has_the_bits_of_the_undisturbed_one(
-    name: str, photos: Path, tmp_path: Path, pretrain: Callable
+    name: str, photos_in_classes: Path, tmp_path: Path, pretrain: Callable
 ) -> None:
     out = tmp_path / "run"
-    same = ["--method", name, "--data", photos, "--out", out, "--steps", 6, "--log-every", 1, "--checkpoint-every", 3]
+    same = [
+        "--method",
+        name,
+        "--data",
+        photos_in_classes,
+        "--out",
+        out,
+        "--steps",
+        6,
+        "--log-every",
+        1,
+        "--checkpoint-every",
+        3,
+    ]
     same += ["--encoder", "vit_micro", "--image-size", *SIZE, "--patch-size", 8, "--depth", 2, "--batch-size", 16]
     same += [word for knob, value in SMALL.get(name, {}).items() for word in ("--" + knob.replace("_", "-"), value)]
     same += ["--lr", "1e-3", "--workers", 0]

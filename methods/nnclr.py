@@ -17,8 +17,8 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.fifo import Queue
 from ssl_pretrain.parts.heads import mlp, unit
-from ssl_pretrain.parts.queue import Queue
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 

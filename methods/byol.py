@@ -103,7 +103,7 @@ class BYOL(WholeBatchMethod):
         each = 4 - 2 * (first * targets[1]).sum(-1) - 2 * (second * targets[0]).sum(-1)
         return Losses(total=each.mean(), per_sample=each.detach())
 
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """The target follows the online network (section 3.1)."""
         online = Parts({"encoder": self.encoder, "projector": self.projector})
         follow_(self.teacher, online, rising(self.config.momentum, step.progress), step.ok)

@@ -184,7 +184,7 @@ class Data2Vec2(Method):
             total += F.instance_norm(tokens.transpose(1, 2)).transpose(1, 2)
         return F.layer_norm(total / len(last), total.shape[-1:])
 
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """The teacher follows the encoder."""
         start, end = self.config.momentum, self.config.momentum_end
         follow_(self.teacher, self.encoder, warmed_up(start, end, self.config.momentum_warmup, step.progress), step.ok)

@@ -146,11 +146,11 @@ class DINO(Method):
         return warmed_up(start, end, self.config.teacher_temperature_warmup, step.progress)
 
     @torch.no_grad()
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """The teacher follows the student, the centre the teacher's outputs (eq. 4)."""
         student = Parts({"encoder": self.encoder, "head": self.head})
         follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
-        seen = distributed.mean(carried["teacher"].mean(0))
+        seen = distributed.mean(step.carried["teacher"].mean(0))
         moved = self.centre.lerp(seen, 1 - self.config.centre_momentum)
         self.centre.copy_(torch.where(step.ok, moved, self.centre))
 

@@ -261,16 +261,16 @@ class DINOv2(WholeBatchMethod):
         return assigned.unflatten(0, logits.shape[:2]).to(logits.dtype)
 
     @torch.no_grad()
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """The teacher follows the student, each centre the teacher's outputs, that of patches the masked ones'."""
         student = Parts({"encoder": self.encoder, "heads": self.heads})
         follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
         if self.config.centring == "sinkhorn":
             return
-        count = distributed.mean(carried["patches"].sum())
-        seen = distributed.mean(carried["patch"].sum(0)) / count.clamp_min(1e-6)
+        count = distributed.mean(step.carried["patches"].sum())
+        seen = distributed.mean(step.carried["patch"].sum(0)) / count.clamp_min(1e-6)
         pairs = (
-            (self.class_centre, distributed.mean(carried["class"].mean(0)), step.ok),
+            (self.class_centre, distributed.mean(step.carried["class"].mean(0)), step.ok),
             (self.patch_centre, seen, step.ok & (count > 0)),
         )
         for centre, mean, ok in pairs:

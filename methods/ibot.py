@@ -199,12 +199,12 @@ class IBOT(Method):
         return warmed_up(config.teacher_temperature_start, end, config.teacher_temperature_warmup, step.progress)
 
     @torch.no_grad()
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """The teacher follows the student, each centre the teacher's outputs, that of patches all patches'."""
         student = Parts({"encoder": self.encoder, "head": self.head})
         follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
         for name, centre in (("class", self.class_centre), ("patch", self.patch_centre)):
-            moved = centre.lerp(distributed.mean(carried[name].mean(0)), 1 - self.config.centre_momentum)
+            moved = centre.lerp(distributed.mean(step.carried[name].mean(0)), 1 - self.config.centre_momentum)
             centre.copy_(torch.where(step.ok, moved, centre))
 
     def exported(self) -> Backbone:

@@ -178,7 +178,7 @@ class IJEPA(Method):
         patches = encode(self.teacher, images, step).patches.float()
         return F.layer_norm(patches, patches.shape[-1:])
 
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """The teacher follows the encoder."""
         start = self.config.momentum
         follow_(self.teacher, self.encoder, start + (1 - start) * step.progress, step.ok)

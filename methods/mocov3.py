@@ -122,7 +122,7 @@ class MoCoV3(WholeBatchMethod):
         own = torch.arange(len(queries), device=scores.device) + distributed.rank() * len(queries)
         return 2 * self.config.temperature * F.cross_entropy(scores, own, reduction="none")
 
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """The momentum encoder follows the query encoder, for the keys of the next step.
 
         The release moves it before it takes a step's keys; in the first step that changes nothing, for both begin alike.

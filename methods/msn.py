@@ -184,7 +184,7 @@ class MSN(WholeBatchMethod):
         return sinkhorn(logs, 1.0) if self.config.sinkhorn else logs.exp()
 
     @torch.no_grad()
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """The target network follows the trained one."""
         trained = Parts({"encoder": self.encoder, "head": self.head})
         follow_(self.teacher, trained, warmed_up(self.config.momentum, 1.0, 1.0, step.progress), step.ok)

@@ -121,9 +121,9 @@ class NNCLR(WholeBatchMethod):
             scores = scores.scatter(1, own, -torch.inf)
         return scores.logsumexp(1) - positive
 
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """The first views' projections of the global batch take the place of the oldest in the queue (algorithm 1)."""
-        self.queue.put_(distributed.gather(carried["projected"]), step.ok)
+        self.queue.put_(distributed.gather(step.carried["projected"]), step.ok)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss where all similarities are equal."""

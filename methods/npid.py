@@ -109,16 +109,16 @@ class NPID(WholeBatchMethod):
         )
 
     @torch.no_grad()
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """Every image seen moves its place in the bank (section 3.1; momentum as released)."""
-        index, v = distributed.gather(carried["index"]), distributed.gather(carried["embedding"])
+        index, v = distributed.gather(step.carried["index"]), distributed.gather(step.carried["embedding"])
         # An image that is twice in a batch writes its last embedding twice, so that the order of writing is no matter.
         same = index[:, None] == index
         last = (same * torch.arange(1, len(index) + 1, device=index.device)).argmax(1)
         keep = self.config.bank_momentum
         moved = F.normalize(keep * self.bank[index] + (1 - keep) * v[last], dim=1)
         self.bank[index] = torch.where(step.ok, moved, self.bank[index])
-        self.normaliser.copy_(torch.where(step.ok, carried["normaliser"].mean(), self.normaliser))
+        self.normaliser.copy_(torch.where(step.ok, step.carried["normaliser"].mean(), self.normaliser))
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss where every image is as like all others as itself: h = 1 / (1 + m)."""

@@ -164,13 +164,13 @@ class SwAV(WholeBatchMethod):
         return torch.stack(codes)
 
     @torch.no_grad()
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """The batch's global views enter the queue, the oldest leave it (appendix A, "small batches")."""
         if not self.config.queue or step.progress < self.config.queue_start:
             return
         # In the order of the global batch, so that the queue is the same on any number of processes.
-        order = distributed.gather(carried["place"]).argsort()
-        seen = distributed.gather(carried["z"])[order].transpose(0, 1)  # (2, N, E)
+        order = distributed.gather(step.carried["place"]).argsort()
+        seen = distributed.gather(step.carried["z"])[order].transpose(0, 1)  # (2, N, E)
         moved = torch.cat([seen.to(self.queue.dtype), self.queue], dim=1)[:, : self.config.queue]
         self.queue.copy_(torch.where(step.ok, moved, self.queue))
 

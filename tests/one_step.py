@@ -71,6 +71,12 @@ def _step(rows: slice) -> Step:
     return Step(step=3, total=10, noise=7, rows=rows, batch_size=BATCH, device=torch.device("cpu"))
 
 
+def after_step(method: pretext.Method, step: Step, carried: dict[str, torch.Tensor]) -> None:
+    """The method's, as the loop calls it, with what forwards carried."""
+    step.carried = carried
+    method.after_step(step)
+
+
 def one_step(name: str, micro_batches: int = 1) -> dict:
     """Loss, gradients and state of one step on this process's share of the batch."""
     with distributed.world() as here:
@@ -88,7 +94,7 @@ def one_step(name: str, micro_batches: int = 1) -> dict:
                     results.append(wrapped(*part))
                     (results[-1].total / micro_batches).backward()
         carried = {name: torch.cat([each.carry[name] for each in results]) for name in results[0].carry}
-        method.after_step(parts[-1][1], carried)
+        after_step(method, parts[-1][1], carried)
         loss = torch.stack([each.total.detach() for each in results]).mean()
         loss = distributed.all_reduce_(loss) / here.size
         return {

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from one_step import batch, build
+from one_step import after_step, batch, build
 from ssl_pretrain.methods.byol import BYOL
 from torch import nn
 
@@ -136,7 +136,7 @@ def test_each_view_goes_through_both_networks() -> None:
 def test_the_target_follows_the_online_network_where_the_step_was_good(ok: bool) -> None:
     method = made()
     before = {n: v.clone() for n, v in method.teacher.named_parameters()}
-    method.after_step(step(3, ok), {})
+    after_step(method, step(3, ok), {})
     tau = 1 - (1 - 0.996) * (np.cos(np.pi * 3 / 10) + 1) / 2  # section 3.3
     online = {**arrays(method.encoder, "encoder."), **arrays(method.projector, "projector.")}
     assert before.keys() == online.keys()

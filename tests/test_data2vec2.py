@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from one_step import after_step
 from ssl_pretrain.methods.data2vec2 import ConvBlock, Data2Vec2
 from torch import nn
 
@@ -179,9 +180,9 @@ def test_the_teacher_follows_with_a_momentum_that_rises_in_the_first_share() -> 
         expected = momentum * theirs + (1 - momentum) * ours
         bad = step(at=at)
         bad.ok = torch.tensor(False)
-        method.after_step(bad, {})
+        after_step(method, bad, {})
         np.testing.assert_array_equal(method.teacher.blocks[0].mlp.fc1.weight.numpy(), theirs)
-        method.after_step(step(at=at), {})
+        after_step(method, step(at=at), {})
         np.testing.assert_allclose(method.teacher.blocks[0].mlp.fc1.weight.numpy(), expected, atol=1e-8)
     assert method.exported() is method.encoder
 

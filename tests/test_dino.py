@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from one_step import batch, build
+from one_step import after_step, batch, build
 from ssl_pretrain.methods.dino import DINO
 
 from ssl_pretrain import backbones, encoder
@@ -87,7 +87,7 @@ def test_loss_centre_and_teacher_of_two_steps() -> None:
         weight = method.teacher["head"].prototypes.weight.numpy().copy()
         here = step(number)
         here.ok = ONE
-        method.after_step(here, losses.carry)
+        after_step(method, here, losses.carry)
         centre = 0.9 * centre + 0.1 * seen.mean((0, 1))
         np.testing.assert_allclose(method.centre.numpy(), centre, rtol=1e-6)
         momentum = 1 - (1 - 0.996) * (math.cos(math.pi * number / 10) + 1) / 2
@@ -108,7 +108,7 @@ def test_a_step_that_is_not_finite_moves_neither_teacher_nor_centre() -> None:
     before = {name: value.clone() for name, value in method.state_dict().items()}
     here = step()
     here.ok = ~ONE
-    method.after_step(here, {"teacher": torch.full_like(losses.carry["teacher"], float("nan"))})
+    after_step(method, here, {"teacher": torch.full_like(losses.carry["teacher"], float("nan"))})
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
 
 

@@ -6,6 +6,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+from one_step import after_step
 from ssl_pretrain.methods.dinov2 import DINOv2
 
 from ssl_pretrain import backbones
@@ -211,10 +212,10 @@ def test_teacher_and_centres_follow() -> None:
     losses = method(images, here)
     before = {n: v.clone() for n, v in method.state_dict().items()}
     here.ok = torch.zeros((), dtype=torch.bool)
-    method.after_step(here, losses.carry)
+    after_step(method, here, losses.carry)
     assert all(torch.equal(v, before[n]) for n, v in method.state_dict().items())
     here.ok = torch.ones((), dtype=torch.bool)
-    method.after_step(here, losses.carry)
+    after_step(method, here, losses.carry)
     for name, value in expected.items():
         np.testing.assert_allclose(getattr(method, name).numpy(), value, rtol=1e-5, atol=1e-7)
     for name, parameter in method.teacher.named_parameters():
@@ -222,7 +223,7 @@ def test_teacher_and_centres_follow() -> None:
     assert method.exported() is method.teacher["encoder"]
     # A step in which no patch was masked leaves the patches' centre where it is.
     still = method.patch_centre.clone()
-    method.after_step(here, losses.carry | {n: torch.zeros_like(losses.carry[n]) for n in ("patch", "patches")})
+    after_step(method, here, losses.carry | {n: torch.zeros_like(losses.carry[n]) for n in ("patch", "patches")})
     assert torch.equal(method.patch_centre, still)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from one_step import after_step
 from ssl_pretrain.methods.ijepa import IJEPA
 
 from ssl_pretrain import backbones
@@ -228,11 +229,11 @@ def test_the_teacher_follows_with_a_linearly_rising_momentum_and_is_exported() -
     method = build(momentum=0.9)
     ours, theirs = (part.blocks[0].mlp.fc1.weight.detach().numpy() for part in (method.encoder, method.teacher))
     expected = 0.94 * theirs + 0.06 * ours  # four tenths of the way from 0.9 to 1
-    method.after_step(step(at=4), {})
+    after_step(method, step(at=4), {})
     np.testing.assert_allclose(method.exported().blocks[0].mlp.fc1.weight.numpy(), expected, rtol=1e-4, atol=1e-8)
     bad = step(at=4)
     bad.ok = torch.tensor(False)
-    method.after_step(bad, {})
+    after_step(method, bad, {})
     np.testing.assert_allclose(method.teacher.blocks[0].mlp.fc1.weight.numpy(), expected, rtol=1e-4, atol=1e-8)
 
 

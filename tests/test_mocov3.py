@@ -4,7 +4,7 @@ order of the release, the frozen patch embedding, and the wiring."""
 import numpy as np
 import pytest
 import torch
-from one_step import build
+from one_step import after_step, build
 from ssl_pretrain.methods.mocov3 import MoCoV3
 from test_byol import Arrays, arrays, check_gradients, doubles, numpy_head, numpy_unit, shaken, step
 from torch import nn
@@ -99,14 +99,14 @@ def test_the_momentum_encoder_is_the_releases_at_the_time_it_makes_keys() -> Non
         with torch.no_grad():  # as the optimiser
             for parameter in method.projector.parameters():
                 parameter += torch.from_numpy(rng.standard_normal(parameter.shape))
-        method.after_step(step(number), {})
+        after_step(method, step(number), {})
 
 
 def test_a_bad_step_moves_no_teacher() -> None:
     method = made()
     shaken(method.teacher)
     before = {n: v.clone() for n, v in method.teacher.state_dict().items()}
-    method.after_step(step(ok=False), {})
+    after_step(method, step(ok=False), {})
     assert all(torch.equal(v, before[n]) for n, v in method.teacher.state_dict().items())
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from one_step import after_step
 from ssl_pretrain.methods.msn import MSN
 from torch import Tensor, nn
 
@@ -183,9 +184,9 @@ def test_the_target_network_follows_and_gets_no_gradient() -> None:
     old = {n: p.detach().double().numpy().copy() for n, p in method.teacher.named_parameters()}
     new = {f"encoder.{n}": p for n, p in method.encoder.named_parameters()}
     new |= {f"head.{n}": p for n, p in method.head.named_parameters()}
-    method.after_step(step(5, ok=False), {})
+    after_step(method, step(5, ok=False), {})
     assert all(np.array_equal(old[n], p.detach().double().numpy()) for n, p in method.teacher.named_parameters())
-    method.after_step(step(5), {})
+    after_step(method, step(5), {})
     momentum = 0.9 + 0.1 * 5 / 10  # half of the way to 1
     assert old.keys() == new.keys()
     for n, p in method.teacher.named_parameters():

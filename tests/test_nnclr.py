@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from one_step import build
+from one_step import after_step, build
 from ssl_pretrain.methods.nnclr import NNCLR
 from test_byol import Arrays, arrays, check_gradients, doubles, numpy_head, numpy_unit, step
 from torch import nn
@@ -82,7 +82,7 @@ def test_the_queue_takes_the_first_views_projections() -> None:
     before = method.queue.rows.clone()
     losses = method(doubles(method), step())
     assert torch.equal(method.queue.rows, before)  # forward changes nothing
-    method.after_step(step(), losses.carry)
+    after_step(method, step(), losses.carry)
     assert torch.equal(method.queue.rows[:16], losses.carry["projected"])
     assert torch.equal(method.queue.rows[16:], before[16:])
     assert int(method.queue.oldest) == 16

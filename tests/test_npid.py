@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from one_step import BATCH, batch, build
+from one_step import BATCH, after_step, batch, build
 from ssl_pretrain.methods.npid import NPID
 
 from ssl_pretrain.pretext import Step
@@ -67,11 +67,11 @@ def test_the_normaliser_is_estimated_once() -> None:
     method = build("npid")
     images = batch(method, slice(0, 16))
     first = method(images, step())
-    method.after_step(step(), first.carry)
+    after_step(method, step(), first.carry)
     kept = float(method.normaliser)
     assert kept > 0
     second = method(images, step(2))
-    method.after_step(step(2), second.carry)
+    after_step(method, step(2), second.carry)
     assert float(method.normaliser) == kept
 
 
@@ -80,7 +80,7 @@ def test_the_bank_moves_half_way_and_only_for_the_images_seen() -> None:
     before = method.bank.clone().numpy()
     v = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(2)))
     index = torch.tensor([5, 2, 5])  # one of them twice: the last one counts
-    method.after_step(step(), {"index": index, "embedding": v, "normaliser": torch.ones(1)})
+    after_step(method, step(), {"index": index, "embedding": v, "normaliser": torch.ones(1)})
     for image, row in ((5, 2), (2, 1)):
         moved = 0.5 * before[image] + 0.5 * v[row].numpy()
         np.testing.assert_allclose(method.bank[image].numpy(), moved / np.linalg.norm(moved), rtol=1e-5)
@@ -94,8 +94,8 @@ def test_a_step_that_is_not_finite_leaves_bank_and_normaliser() -> None:
     here = step()
     here.ok = torch.zeros((), dtype=torch.bool)
     nan = torch.full((2, 16), float("nan"))
-    method.after_step(
-        here, {"index": torch.tensor([0, 1]), "embedding": nan, "normaliser": torch.full((1,), float("nan"))}
+    after_step(
+        method, here, {"index": torch.tensor([0, 1]), "embedding": nan, "normaliser": torch.full((1,), float("nan"))}
     )
     assert torch.equal(method.bank, before)
     assert float(method.normaliser) == 0

@@ -201,7 +201,7 @@ class Fragile(Method):
             per_sample = torch.where(batch.index == batch.index.min(), float("nan"), per_sample)
         return Losses(total=per_sample.mean(), terms={"square": per_sample.mean().detach()}, per_sample=per_sample.detach())
 
-    def after_step(self, step, carried):
+    def after_step(self, step):
         self.updates += step.ok
 '''
 

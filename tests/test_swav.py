@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from one_step import after_step
 from ssl_pretrain.methods.swav import SwAV
 from torch import nn
 
@@ -147,9 +148,9 @@ def test_the_queue_holds_the_newest_and_is_used_once_it_is_full() -> None:
         if full:
             assert abs(loss - numpy_loss(z, prototypes)[0]) > 1e-3
         before = method.queue.clone()
-        method.after_step(step(number, ok=False), found.carry)
+        after_step(method, step(number, ok=False), found.carry)
         assert torch.equal(method.queue, before)  # a step that is not taken leaves no trace
-        method.after_step(step(number), found.carry)
+        after_step(method, step(number), found.carry)
         if number >= 2:
             expected = np.concatenate([unit(z[:, :2]).transpose(1, 0, 2), expected], axis=1)[:, :20]
         held = method.queue.numpy()
@@ -165,7 +166,7 @@ def test_the_queue_has_the_order_of_the_global_batch() -> None:
     for rows in (torch.arange(N), mixed):
         here = step(rows=rows)
         method.queue.zero_()
-        method.after_step(here, method.loss({"pooled": z[rows]}, here).carry)
+        after_step(method, here, method.loss({"pooled": z[rows]}, here).carry)
         queues.append(method.queue.clone())
     assert torch.equal(*queues)
 
@@ -214,7 +215,7 @@ def test_no_queue_carries_nothing() -> None:
     method = build()
     found = loss_of(method, torch.tensor(embeddings(), dtype=torch.float32))
     assert not found.carry
-    method.after_step(step(), found.carry)
+    after_step(method, step(), found.carry)
 
 
 def test_the_collapsed_values_are_those_of_collapse() -> None:

@@ -51,6 +51,9 @@ class Step:
         # True where the step's loss and gradients are finite on every rank; set by the loop before `after_step`, a bool
         # tensor () on the device so that nobody waits for it. State updates multiply or torch.where by it.
         self.ok: Tensor = torch.ones((), dtype=torch.bool, device=device)
+        # What the step's forwards gave in `Losses.carry`, by name, the rows of all micro-batches one after another; set by
+        # the loop before `after_step`.
+        self.carried: dict[str, Tensor] = {}
         self._noise = noise  # key of this step's randomness
         self._draws = 0
 
@@ -151,11 +154,11 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The loss of one micro-batch."""
 
-    def after_step(self, step: Step, carried: dict[str, Tensor]) -> None:
+    def after_step(self, step: Step) -> None:
         """Update state that gradients do not (teachers, queues, centres), after the optimiser; must honour `step.ok`.
 
-        carried: what this process's forwards gave in `Losses.carry`, by name, the rows of all micro-batches one after
-        another. What all processes gave is `distributed.gather(rows)` of it.
+        What this process's forwards gave in `Losses.carry` is in `step.carried`, what all processes gave is
+        `distributed.gather` of it.
         """
 
     def exported(self) -> Backbone:

@@ -214,7 +214,8 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                 optim.clip_(parameters, run.clip_grad, None if run.clip_each else norm)
             optim.step_if(optimizer, ok)
             step.ok = ok
-            method.after_step(step, {n: torch.cat([each.carry[n] for _, each in results]) for n in losses.carry})
+            step.carried = {name: torch.cat([each.carry[name] for _, each in results]) for name in losses.carry}
+            method.after_step(step)
             optimizer.zero_grad(set_to_none=True)
             pending.append(torch.cat([torch.stack([ok.float(), norm]), values]))
             names = list(losses.terms)

@@ -23,7 +23,7 @@ from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.sinkhorn import sinkhorn
 from ssl_pretrain.parts.spread import DUPLICATES, kde, koleo
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
-from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
+from ssl_pretrain.parts.views import by_image, encode, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 BLUR = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5), "none": (0.0, 0.0, 0.0)}
@@ -151,17 +151,15 @@ class DINOv2(WholeBatchMethod):
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """DINO's: two global crops, the second solarized now and then, and local ones."""
-        colour = {"jitter": jitter(0.5), "grayscale": 0.2, "noise_patch": config.noise_patch}
-        first, second, others = BLUR[config.blur]
-        large = {"size": image_size, "scale": config.global_scale, **colour}
-        views = (
-            ViewSpec(name="global1", blur=first, **large),
-            ViewSpec(name="global2", blur=second, solarize=0.2, **large),
+        return multi_crop(
+            image_size,
+            global_scale=config.global_scale,
+            local_scale=config.local_scale,
+            local_views=config.local_views,
+            local_ratio=config.local_ratio,
+            noise_patch=config.noise_patch,
+            blur=BLUR[config.blur],
         )
-        if not config.local_views:
-            return views
-        small = {"size": crop_size(image_size, config.local_ratio), "scale": config.local_scale, **colour}
-        return (*views, ViewSpec(name="local", count=config.local_views, blur=others, **small))
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """What the encoders say: "student" (B, V, D), the class tokens of the masked global views and of the local ones;

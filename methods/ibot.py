@@ -21,7 +21,7 @@ from ssl_pretrain.parts.distill import class_token, cross_entropy_of_pairs, cros
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
-from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
+from ssl_pretrain.parts.views import by_image, encode, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
 
@@ -130,16 +130,14 @@ class IBOT(Method):
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """DINO's: two global crops, the one always blurred, the other solarized now and then, and local ones."""
-        colour = {"jitter": jitter(0.5), "grayscale": 0.2}
-        large = {"size": image_size, "scale": config.global_scale, **colour}
-        views = (
-            ViewSpec(name="global1", blur=1.0 * config.blur, **large),
-            ViewSpec(name="global2", blur=0.1 * config.blur, solarize=0.2, **large),
+        return multi_crop(
+            image_size,
+            global_scale=config.global_scale,
+            local_scale=config.local_scale,
+            local_views=config.local_views,
+            local_ratio=config.local_ratio,
+            blur=(1.0 * config.blur, 0.1 * config.blur, 0.5 * config.blur),
         )
-        if not config.local_views:
-            return views
-        small = {"size": crop_size(image_size, config.local_ratio), "scale": config.local_scale, **colour}
-        return (*views, ViewSpec(name="local", count=config.local_views, blur=0.5 * config.blur, **small))
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """Terms "class", the cross-entropy over the pairs of a teacher's view and another view of the student, and

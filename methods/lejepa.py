@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.backbones.backbone import Backbone
-from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.sigreg import sigreg, sigreg_of_a_point
-from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
+from ssl_pretrain.parts.views import by_image, crop_size, encode
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -83,7 +83,7 @@ class LeJEPA(WholeBatchMethod):
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """Global and local crops, coloured alike (section 6, as released)."""
-        colour = {"jitter": jitter(0.5), "grayscale": 0.2, "blur": config.blur, "solarize": 0.2}
+        colour = {"jitter": Jitter(), "grayscale": 0.2, "blur": config.blur, "solarize": 0.2}
         large = ViewSpec(name="global", count=config.global_views, size=image_size, scale=config.global_scale, **colour)
         if not config.local_views:
             return (large,)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
-from ssl_pretrain.data.views import Jitter, ViewSpec
+from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp, unit
 from ssl_pretrain.parts.init import xavier_
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
-from ssl_pretrain.parts.views import encode
+from ssl_pretrain.parts.views import asymmetric_views, encode
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -91,11 +91,8 @@ class MoCoV3(WholeBatchMethod):
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """BYOL's two crops: the one always blurred, the other solarized now and then (section 5, "augmentation")."""
-        jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8)
-        common = {"size": image_size, "scale": config.crop_scale, "jitter": jitter, "grayscale": 0.2}
-        return (
-            ViewSpec(name="view1", interpolation="bilinear", blur=1.0 * config.blur, **common),
-            ViewSpec(name="view2", interpolation="bilinear", blur=0.1 * config.blur, solarize=0.2, **common),
+        return asymmetric_views(
+            ("view1", "view2"), image_size, config.crop_scale, config.blur, interpolation="bilinear"
         )
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:

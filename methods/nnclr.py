@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
-from ssl_pretrain.data.views import Jitter, ViewSpec
+from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.fifo import Queue
 from ssl_pretrain.parts.heads import mlp, unit
-from ssl_pretrain.parts.views import encode
+from ssl_pretrain.parts.views import asymmetric_views, encode
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -89,12 +89,7 @@ class NNCLR(WholeBatchMethod):
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """BYOL's two crops: the one always blurred, the other solarized now and then."""
-        jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8)
-        common = {"size": image_size, "scale": config.crop_scale, "jitter": jitter, "grayscale": 0.2}
-        return (
-            ViewSpec(name="view1", blur=1.0 * config.blur, **common),
-            ViewSpec(name="view2", blur=0.1 * config.blur, solarize=0.2, **common),
-        )
+        return asymmetric_views(("view1", "view2"), image_size, config.crop_scale, config.blur)
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of both views: "pooled" (B, 2, D)."""

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
-from ssl_pretrain.data.views import Jitter, ViewSpec
+from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp
-from ssl_pretrain.parts.views import encode
+from ssl_pretrain.parts.views import asymmetric_views, encode
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 EPSILON = 1e-4  # under the root of the standard deviation (section 4.1, eq. 2)
@@ -80,11 +80,7 @@ class VICReg(WholeBatchMethod):
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """BYOL's two kinds of view, as released: the one always blurred, the other solarized now and then."""
-        same = {"size": image_size, "scale": config.crop_scale, "jitter": Jitter(), "grayscale": 0.2}
-        return (
-            ViewSpec(name="first", blur=1.0 * config.blur, **same),
-            ViewSpec(name="second", blur=0.1 * config.blur, solarize=0.2, **same),
-        )
+        return asymmetric_views(("first", "second"), image_size, config.crop_scale, config.blur)
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of the two views: "first" and "second", each (B, D)."""

@@ -10,7 +10,8 @@ import torch
 from one_step import after_step, batch, build
 from ssl_pretrain.methods.dino import DINO
 
-from ssl_pretrain import backbones, encoder
+from ssl_pretrain import backbones, encoder, pretext
+from ssl_pretrain.data.views import Jitter
 from ssl_pretrain.parts.distill import cross_entropy_of_pairs, warmed_up
 from ssl_pretrain.parts.teacher import follow_, follower, rising
 from ssl_pretrain.pretext import Batch, Step
@@ -180,3 +181,11 @@ def test_the_teacher_begins_with_the_weights_of_init_from(photos: Path, tmp_path
     pretrain(*same, "--out", tmp_path / "second", "--seed", 2, "--lr", 0, "--init-from", tmp_path / "first")
     first, second = (encoder.load(tmp_path / name).state_dict() for name in ("first", "second"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot", "dinov2", "lejepa", "byol", "mocov3", "nnclr", "barlow", "vicreg"])
+def test_colour_jitter_is_that_of_the_papers_with_saturation_at_half(name: str) -> None:
+    """0.4, 0.4, 0.2, 0.1 with probability 0.8: not SimCLR's at half strength, whose saturation is 0.4."""
+    kind = pretext.load(name)
+    for spec in kind.views(kind.Config(), (224, 224)):
+        assert spec.jitter == Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8)

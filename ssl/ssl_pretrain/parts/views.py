@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backbones.backbone import Backbone, Features
-from ..data.views import Jitter
+from ..data.views import Jitter, ViewSpec
 from ..pretext import Step
 
 
@@ -28,7 +28,7 @@ def by_image(rows: Tensor, views: int) -> Tensor:
 
 def jitter(strength: float = 1.0, p: float = 0.8) -> Jitter:
     """SimCLR's colour jitter (Chen et al., 2020, appendix A): brightness, contrast and saturation 0.8, hue 0.2, times a
-    strength; at 0.5 it is that of BYOL, DINO and MoCo v3 but for their saturation of 0.2."""
+    strength. BYOL, DINO and MoCo v3 have another saturation at half strength: `Jitter()`."""
     return Jitter(
         brightness=0.8 * strength, contrast=0.8 * strength, saturation=0.8 * strength, hue=0.2 * strength, p=p
     )
@@ -37,3 +37,36 @@ def jitter(strength: float = 1.0, p: float = 0.8) -> Jitter:
 def crop_size(image_size: tuple[int, int], ratio: float) -> tuple[int, int]:
     """Height and width of local views: `ratio` times the image's, to the nearest pixels."""
     return max(1, round(image_size[0] * ratio)), max(1, round(image_size[1] * ratio))
+
+
+def asymmetric_views(
+    names: tuple[str, str], size: tuple[int, int], scale: tuple[float, float], blur: float, **options: Any
+) -> tuple[ViewSpec, ViewSpec]:
+    """BYOL's two kinds of crop (Grill et al., 2020, appendix B, table 6): the first always blurred, the second seldom and
+    solarized now and then; `blur` is a factor on both probabilities, `options` go to both specs."""
+    same: dict[str, Any] = {"size": size, "scale": scale, "jitter": Jitter(), "grayscale": 0.2, **options}
+    return ViewSpec(name=names[0], blur=blur, **same), ViewSpec(name=names[1], blur=0.1 * blur, solarize=0.2, **same)
+
+
+def multi_crop(
+    image_size: tuple[int, int],
+    *,
+    global_scale: tuple[float, float],
+    local_scale: tuple[float, float],
+    local_views: int,
+    local_ratio: float,
+    blur: tuple[float, float, float],
+    noise_patch: float = 0.0,
+) -> tuple[ViewSpec, ...]:
+    """DINO's crops (Caron et al., 2021, appendix E): "global1" and "global2", the latter solarized now and then, and
+    `local_views` small ones, "local"; `blur` holds the probabilities of the three kinds."""
+    colour: dict[str, Any] = {"jitter": Jitter(), "grayscale": 0.2, "noise_patch": noise_patch}
+    large: dict[str, Any] = {"size": image_size, "scale": global_scale, **colour}
+    views = (
+        ViewSpec(name="global1", blur=blur[0], **large),
+        ViewSpec(name="global2", blur=blur[1], solarize=0.2, **large),
+    )
+    if not local_views:
+        return views
+    small: dict[str, Any] = {"size": crop_size(image_size, local_ratio), "scale": local_scale, **colour}
+    return (*views, ViewSpec(name="local", count=local_views, blur=blur[2], **small))

@@ -33,7 +33,7 @@ SMALL = {
     "byol": {"hidden_dim": 64, "embedding_dim": 16},
     "simsiam": {"hidden_dim": 64, "embedding_dim": 32, "bottleneck_dim": 16},
     "mocov3": {"hidden_dim": 64, "embedding_dim": 16},
-    "nnclr": {"queue": 40, "hidden_dim": 64, "predictor_dim": 64, "embedding_dim": 16},
+    "nnclr": {"queue": 40, "hidden_dim": 64, "predictor_dim": 64, "embedding_dim": 16, "temperature": 0.5},
     "ibot": {"hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 48, "local_views": 2},
     # KoLeo of class tokens that LayerScale keeps nearly equal magnifies rounding errors: it has its own test of two ranks.
     "dinov2": {"hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 48, "local_views": 2, "regulariser": "kde"},

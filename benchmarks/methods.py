@@ -1,6 +1,6 @@
 """Every method at the same budget: kNN and linear accuracy on CIFAR-10, with untrained, raw-pixel and supervised controls.
 
-    python benchmarks/methods.py --out runs/methods [--seeds 2] [--steps 250] [--jobs 2] [--methods mae simclr]
+    python benchmarks/methods.py --out runs/methods [--seeds 2] [--steps 600] [--jobs 2] [--methods mae simclr]
 
 Each run is `ssl-pretrain` with the same encoder, batch, steps (images seen) and seed, and the method's own small-image
 knobs (`Recipe.small`); each score `ssl-eval` on labelled images that took no part in training. Jobs run side by side on
@@ -21,8 +21,9 @@ from typing import Any
 from ssl_pretrain import backbones, config, plugins, pretext
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-COMMON = ["--encoder", "vit_micro", "--image-size", 32, "--patch-size", 8, "--batch-size", 128, "--workers", 0]
-COMMON += ["--checkpoint-every", 100000, "--monitor-every", 0, "--picture-every", 0]
+BATCH = 64
+COMMON = ["--encoder", "vit_micro", "--image-size", 32, "--patch-size", 8, "--batch-size", BATCH, "--workers", 0]
+COMMON += ["--checkpoint-every", 100000, "--monitor-every", 0, "--picture-every", 0, "--val-images", 0, "--no-score"]
 LEFT_OUT = {*config.SMALL, "pool", "positions", "cls"}  # the same for all, or the encoder's
 PROBE = ["--lrs", 0.005, 0.02, 0.1, 0.5, "--layers", 1, "--steps", 1000]
 
@@ -101,7 +102,7 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="M")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=250, help="of 128 images (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help=f"of {BATCH} images (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
     options = parser.parse_args()
     Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         for done in [pool.submit(train, name, seed, options) for name, seed in wanted]:
             done.result()
-    print(f"\n{options.steps} steps of 128 images, {options.seeds} seeds\n\n| method | kNN | linear | seconds a run |")
+    print(f"\n{options.steps} steps of {BATCH} images, {options.seeds} seeds\n\n| method | kNN | linear | seconds a run |")
     print("| --- | --- | --- | --- |")
     for name, row in controls(options.methods[0], options).items():
         print(f"| {name} | {row['knn']:.1f} | {row['linear']:.1f} | |")

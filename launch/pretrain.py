@@ -113,7 +113,7 @@ def _finish(run: Run, out: Path) -> None:
     from ssl_pretrain.score import NEIGHBOURS, KnnScore
 
     _tell(f"encoder: {out / 'encoder'}")
-    score = KnnScore.of(run)
+    score = KnnScore.of(run) if run.score else None
     if score is not None:
         trained = encoder.load(out)
         untrained = encoder.random_like(trained, seed=run.seed)

@@ -114,6 +114,8 @@ class Run:
     """Steps between validation losses."""
     knn_every: int = 0
     """Steps between kNN scores of the encoder while training (needs labels); 0: never."""
+    score: bool = True
+    """Compare the encoder with its untrained self by kNN at the end, where there are labels."""
     bad_steps: int = 20
     """Steps with a non-finite loss or gradient, one after another, that end the run."""
 
@@ -143,7 +145,7 @@ class Resolved(Run):
 # What may differ when a run is continued: where and how fast it runs, and what is watched, never what is computed.
 FREE = frozenset(
     "out config data workers nproc accumulate compile checkpoint_every keep_last keep_every log_every monitor_every "
-    "picture_every val_every knn_every bad_steps extend".split()
+    "picture_every val_every knn_every score bad_steps extend".split()
 )
 LENGTH = frozenset({"steps", "epochs", "images", "warmup_steps", "cooldown_steps"})
 

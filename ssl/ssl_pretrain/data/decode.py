@@ -77,11 +77,12 @@ class Picture:
         elif self._jpeg is not None:
             self.height, self.width = self._jpeg.height, self._jpeg.width
 
-    def crop(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+    def crop(self, top: int, left: int, height: int, width: int, scratch: "Scratch | None" = None) -> np.ndarray:
         """The pixels of that box (inside the image), uint8 (height, width, channels), perhaps read-only. Raises
         BadImage.
 
         Exactly the box of the whole decoded image; of a plain JPEG only the rows down to the box's last are decoded.
+        With `scratch` the pixels may lie there, until the next crop that is given the same one.
         """
         if self._pixels is not None:
             return self._pixels[top : top + height, left : left + width]
@@ -91,11 +92,37 @@ class Picture:
             try:
                 # not strict: rows left out look like extraneous bytes, and Pillow does not mind damage in the middle
                 # either
-                pixels = simplejpeg.decode_jpeg(data, "GRAY" if self.channels == 1 else "RGB", strict=False)
+                pixels = simplejpeg.decode_jpeg(
+                    data,
+                    "GRAY" if self.channels == 1 else "RGB",
+                    buffer=None if scratch is None else scratch.hold(self.height * self.width * self.channels),
+                    strict=False,
+                )
                 return pixels[top : top + height, left : left + width]
             except ValueError:
                 pass  # Pillow may know better, and says why where it does not
-        return _pillow(data, self.channels, box=(left, top, left + width, top + height))
+        box = left, top, left + width, top + height
+        try:
+            # Pillow's JPEG decoder without its reading of the header, which is known already: a tenth of the time
+            mode = "L" if self.channels == 1 else "RGB"
+            size = self.width, min(self.height, top + height + _CONTEXT_ROWS)
+            return eight_bits(Image.frombytes(mode, size, data, "jpeg", mode, "").crop(box), self.channels)
+        except ValueError:
+            return _pillow(data, self.channels, box)
+
+
+class Scratch:
+    """Memory for decoded pixels, used again from image to image: fresh memory costs a page fault every 4 KiB, 4 % of a
+    decode."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, dtype=np.uint8)
+
+    def hold(self, size: int) -> np.ndarray:
+        """At least `size` bytes, uint8 (n,)."""
+        if self._bytes.size < size:
+            self._bytes = np.empty(size, dtype=np.uint8)
+        return self._bytes
 
 
 @dataclass(frozen=True)

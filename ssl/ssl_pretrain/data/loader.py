@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..pretext import Batch
 from ..randomness import Part, key, numpy_generator
 from .colour import finish
-from .decode import BadImage, Picture
+from .decode import BadImage, Picture, Scratch
 from .sampler import permute, samples
 from .source import Source
 from .views import COLOUR_PARAMS, Draw, ViewSpec, draw, render
@@ -199,6 +199,7 @@ class _Maker(Dataset, ABC):
         self.channels = channels
         self.policy = policy
         self._generator = _Restarted()
+        self._scratch = Scratch()
 
     @abstractmethod
     def _wanted(self, position: int) -> list[tuple[int | str, int, int]]:
@@ -288,7 +289,7 @@ class _Maker(Dataset, ABC):
         tops, lefts, heights, widths = zip(*(drawn.box for _, _, drawn in draws), strict=True)
         top, left = min(tops), min(lefts)
         bottom, right = max(map(add, tops, heights)), max(map(add, lefts, widths))
-        return draws, (top, left), picture.crop(top, left, bottom - top, right - left)
+        return draws, (top, left), picture.crop(top, left, bottom - top, right - left, self._scratch)
 
 
 @final

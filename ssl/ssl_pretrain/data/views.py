@@ -126,9 +126,12 @@ def cut(image: np.ndarray, spec: ViewSpec, rng: np.random.Generator) -> Cut:
 def render(crop: np.ndarray, spec: ViewSpec, drawn: Draw, out: Tensor) -> None:
     """Resize and flip the pixels of `drawn.box`, uint8 (height, width, C), into `out`: uint8 (1, C, h, w) of the spec's
     size, in channels-last memory."""
-    _resize(crop, spec.interpolation, out)
     if drawn.hflip or drawn.vflip:
-        out.copy_(torch.flip(out, [2] * drawn.vflip + [3] * drawn.hflip))
+        upright = torch.empty_like(out)
+        _resize(crop, spec.interpolation, upright)
+        torch.ops.aten.flip.out(upright, [2] * drawn.vflip + [3] * drawn.hflip, out=out)
+    else:
+        _resize(crop, spec.interpolation, out)
 
 
 def resize_and_crop(

@@ -110,7 +110,9 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         for done in [pool.submit(train, name, seed, options) for name, seed in wanted]:
             done.result()
-    print(f"\n{options.steps} steps of {BATCH} images, {options.seeds} seeds\n\n| method | kNN | linear | seconds a run |")
+    print(
+        f"\n{options.steps} steps of {BATCH} images, {options.seeds} seeds\n\n| method | kNN | linear | seconds a run |"
+    )
     print("| --- | --- | --- | --- |")
     for name, row in controls(options.methods[0], options).items():
         print(f"| {name} | {row['knn']:.1f} | {row['linear']:.1f} | |")

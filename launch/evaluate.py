@@ -7,10 +7,15 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ssl_pretrain import flags, plugins
 from ssl_pretrain.data.source import splits
 from ssl_pretrain.errors import UserError, nearest
+from ssl_pretrain.specs import Spec
+
+from .options import Launch
+from .start import elsewhere
 
 PROG = "ssl-eval"
 EVALUATORS = "ssl_pretrain.eval"
@@ -22,11 +27,14 @@ EPILOG = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, having said everything there is to say."""
+def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
+    """Run the command; returns its exit code, having said everything there is to say.
+
+    placed: this process is where the flags of the launch want it: they are not obeyed again.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _main(argv)
+        return _main(argv, placed)
     except UserError as mistake:
         text = str(mistake)
         print(text if text.startswith(PROG) else f"{PROG}: {text}", file=sys.stderr)
@@ -36,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], placed: bool) -> int:
     known = plugins.names(EVALUATORS)
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview(known), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     name = argv[0]
     if name.startswith("-"):
-        raise UserError(f"the evaluator comes first: {PROG} {known[0]} {' '.join(argv)}")
+        raise UserError(f"the evaluator comes first: {PROG} knn {' '.join(argv)}")
     if name not in known:
         raise UserError(f"unknown evaluator {name!r}{nearest(name, known)}")
     _check_paths(argv[1:])
@@ -51,13 +59,29 @@ def _main(argv: list[str]) -> int:
     evaluator = plugins.load(EVALUATORS, name, "evaluator")  # imports torch: not before the command looks good
     evaluation = importlib.import_module(f"{EVALUATORS}._evaluation")
     description = (evaluator.__doc__ or name).split("\n\n")[0]
-    kinds = [evaluation.Options, evaluator.Config]
-    options, config = flags.parse(kinds, argv[1:], {}, prog=f"{PROG} {name}", description=description, epilog=EPILOG)
+    kinds = [evaluation.Options, Launch, evaluator.Config]
+
+    def read(argv: list[str]) -> list[Any]:
+        return flags.parse(kinds, argv[1:], {}, prog=f"{PROG} {name}", description=description, epilog=EPILOG)
+
+    options, launch, config = read(argv)
+    if not placed:
+        _one_process(launch)
+        out = options.out or (Path("eval/grid") if launch.grid else Path(f"{options.encoder}-{name}"))
+        code = elsewhere("evaluate", argv, launch, out, read)
+        if code is not None:
+            return code
     with _progress() as progress:
         result, path = evaluation.run(name, evaluator, options, config, progress)
     importlib.import_module(f"{EVALUATORS}._results").show(result)
     print(f"written: {path}")
     return 0
+
+
+def _one_process(launch: Launch) -> None:
+    """Raise UserError for flags that ask for more than one process."""
+    if launch.nodes > 1 or (isinstance(launch.nproc, int) and launch.nproc > 1) or (launch.gpus_per_node or 1) > 1:
+        raise UserError("an evaluation is one process: leave --nproc, --nodes and --gpus-per-node at 1")
 
 
 def _overview(known: list[str]) -> str:
@@ -86,7 +110,7 @@ def _check_paths(argv: list[str]) -> None:
     """Raise UserError for an encoder or data that is not there, as far as it can be seen without torch."""
     encoder, like, data = (flags.word(argv, flag) for flag in ("--encoder", "--like", "--data"))
     for flag, path in (("--encoder", encoder), ("--like", like)):
-        if path is None or (flag == "--encoder" and path in WORDS) or Path(path).exists():
+        if path is None or (flag == "--encoder" and path in WORDS) or Spec.parse(path) or Path(path).exists():
             continue
         there = (
             [str(Path(path).parent / entry.name) for entry in Path(path).parent.iterdir()]

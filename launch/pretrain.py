@@ -1,14 +1,19 @@
 """The command `ssl-pretrain`."""
 
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from ssl_pretrain import config, flags, plugins
+from ssl_pretrain import config, flags, placement, plugins
 from ssl_pretrain.config import SMALL, Run
 from ssl_pretrain.errors import UserError, nearest
+from ssl_pretrain.signals import StopRequest
+
+from . import grid
+from .options import Launch
+from .start import elsewhere
 
 PROG = "ssl-pretrain"
 DESCRIPTION = "Pretrain a vision encoder on images without labels."
@@ -18,11 +23,16 @@ EPILOG = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, having said everything there is to say."""
+def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
+    """Run the command; returns its exit code, having said everything there is to say.
+
+    placed: this process is where the flags of the launch want it: they are not obeyed again.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _main(argv)
+        # In a job, signals are heard from the first moment on: torch alone takes seconds to import.
+        with StopRequest() if placement.in_slurm_step() else nullcontext():
+            return _main(argv, placed)
     except UserError as mistake:
         print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
         return 2
@@ -31,21 +41,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 75
 
 
-def _main(argv: list[str]) -> int:
-    run, knobs, options = read_command(argv)
-    if run.nproc > 1 and not _placed():
-        from .processes import run_local
+def _main(argv: list[str], placed: bool) -> int:
+    run, launch, knobs, options = _read(argv)
+    if not placed:
+        out = (run.out or Path("runs/grid")) if launch.grid else config.folder(run)
+        code = elsewhere("pretrain", argv, launch, out, _read)
+        if code is not None:
+            return code
 
-        return run_local("ssl_pretrain.launch.pretrain", argv, run.nproc)
+    from ssl_pretrain import manifest, preflight, rendezvous  # torch: not before the command is known to be good
+    from ssl_pretrain.train import Diverged, train
+    from ssl_pretrain.watch import LostProcess
 
-    from ssl_pretrain.train import Diverged, train  # torch: not before the command is known to be good
+    from . import requeue
+
+    if run.preflight:
+        table = preflight.alone(config.folder(run))
+        if placement.find().rank == 0:
+            _tell(table)
+        return 0
+    place, out, in_job = placement.find(), config.folder(run), placement.in_slurm_step()
+    starts = manifest.starts(out)
+
+    def failed(why: str) -> None:
+        # A run that did not begin leaves the folder, which may be another run's, as it is. The disk may be full.
+        if len(manifest.starts(out)) > len(starts):
+            with suppress(OSError):
+                manifest.end(out, f"failed: {why}")
 
     try:
-        outcome = train(run, knobs, options)
-    except Diverged as problem:
+        with StopRequest(requeue.deadline(launch.stop_before)) if in_job else nullcontext():
+            outcome = train(run, knobs, options)
+    except UserError:
+        raise
+    except rendezvous.MissingProcess as problem:
         print(f"{PROG}: {problem}", file=sys.stderr)
         return 1
+    except Diverged as problem:
+        print(f"{PROG}: {problem}", file=sys.stderr)
+        failed(str(problem))
+        return 1
     except OSError as problem:
+        failed(f"cannot write the run: {problem}")
         where = f" ({problem.filename})" if problem.filename else ""
         print(
             f"{PROG}: cannot write the run: {problem.strerror or problem}{where}; what was written before is whole. "
@@ -53,10 +90,31 @@ def _main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 75
-    if outcome.stopped:
-        _tell(f"stopped by {outcome.stopped} after step {outcome.step} of {outcome.steps}; saved in {outcome.out}")
-        _tell("the same command continues from there")
+    except Exception as problem:
+        why = f"process {place.rank} of {place.size}: {type(problem).__name__}: {problem}"
+        if not requeue.lost_a_process(problem):
+            failed(why)
+            raise
+        done = requeue.crashed(out, place, starts, launch.max_requeues)
+        if done is None:
+            if not manifest.read(out).get("state", "").startswith("failed"):  # unless the process at fault has said why
+                failed(why)
+            if isinstance(problem, LostProcess):
+                print(f"{PROG}: {problem}", file=sys.stderr)
+                return 1
+            raise
+        print(f"{PROG}: {why}; {done}", file=sys.stderr)
         return 75
+    if outcome.stopped:
+        if place.rank == 0:
+            _tell(f"stopped by {outcome.stopped} after step {outcome.step} of {outcome.steps}; saved in {outcome.out}")
+            _tell("the same command continues from there")
+        done = requeue.preempted(out, place, outcome.stopped, outcome.step, launch.max_requeues) if in_job else None
+        if done is not None:
+            _tell(done)
+        return 75
+    if place.rank != 0:
+        return 0
     if outcome.bad_images:
         _tell(f"{outcome.bad_images} unreadable images, listed in {outcome.out / 'bad_images.jsonl'}")
     _finish(run, outcome.out)
@@ -64,16 +122,24 @@ def _main(argv: list[str]) -> int:
 
 
 def read_command(argv: list[str]) -> tuple[Run, Any, Any]:
-    """The run, the method's knobs and the encoder's options that a command line (and its --config) asks for.
+    """The run, the method's knobs and the encoder's options that a command line (and its --config) asks for."""
+    run, _, knobs, options = _read(argv)
+    return run, knobs, options
+
+
+def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
+    """All that a command line asks for.
 
     Imports torch only once the method, the encoder and the data are known to be there.
     """
     method, encoder, file, data = (flags.word(argv, name) for name in ("--method", "--encoder", "--config", "--data"))
     written = config.read_yaml(Path(file)) if file else {}
     method, data = method or written.get("method"), data or written.get("data", "fractals")
+    if method is None and (method := grid.first(argv, "method")) is not None:
+        argv = ["--method", method, *argv]
     if method is None:
         # Without a method its knobs are unknown: this prints the run's flags (--help) or names what is wrong with them.
-        flags.parse([Run], argv, {}, prog=PROG, description=DESCRIPTION, epilog=_methods() + EPILOG)
+        flags.parse([Run, Launch], argv, {}, prog=PROG, description=DESCRIPTION, epilog=_methods() + EPILOG)
         raise AssertionError("a run without a method was accepted")
     if method not in plugins.names("ssl_pretrain.methods"):
         raise UserError(f"unknown method {method!r}{nearest(method, plugins.names('ssl_pretrain.methods'))}")
@@ -89,7 +155,7 @@ def read_command(argv: list[str]) -> tuple[Run, Any, Any]:
     kind = pretext.load(method)
     small = {**SMALL, **kind.recipe.small} if data.split(":")[0] == "fractals" else {}
     name = encoder or written.get("encoder") or small.get("encoder", "vit_small")
-    kinds: list[Any] = [Run, kind.Config, backbones.config_class(name)]
+    kinds: list[Any] = [Run, Launch, kind.Config, backbones.config_class(name)]
     below = {**backbones.defaults(name), **kind.recipe.encoder, **small}
     known = {field for each in kinds for field in each.__dataclass_fields__}
     defaults = {**{key: value for key, value in below.items() if key in known}, **written}
@@ -100,15 +166,8 @@ def _methods() -> str:
     return f"Methods: {', '.join(plugins.names('ssl_pretrain.methods'))}. "
 
 
-def _placed() -> bool:
-    """Whether this is already one of several processes."""
-    return "RANK" in os.environ
-
-
 def _finish(run: Run, out: Path) -> None:
     """Say where the encoder is, how good it is at a glance, and what to do next."""
-    if os.environ.get("RANK", "0") != "0":
-        return
     from ssl_pretrain import encoder
     from ssl_pretrain.score import NEIGHBOURS, KnnScore
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ssl_pretrain.distributed import RENDEZVOUS
+from ssl_pretrain.rendezvous import RENDEZVOUS
 from ssl_pretrain.signals import STOPPING
 
 

@@ -1,11 +1,12 @@
 """Command-line flags (and YAML keys) from frozen dataclasses: a field is a flag, the string below it is its help.
 
-Supported field types: str, int, float, bool, pathlib.Path, Literal, tuples of these, and any of them `| None`. Built on
-argparse, so that `--help` and a mistyped flag are answered in a tenth of a second and in one line (docs/design.md).
+Supported types: str, int, float, bool, pathlib.Path, Literal, tuples of these, unions, and any of them `| None`. Built
+on argparse, so that `--help` and a mistyped flag are answered in a tenth of a second and in one line (docs/design.md).
 """
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import inspect
 import textwrap
@@ -161,7 +162,9 @@ def _argument(hint: Any) -> dict[str, Any]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         inner = [a for a in arguments if a is not type(None)]
-        assert len(inner) == 1, f"a flag cannot be {hint}"
+        if len(inner) > 1:
+            kinds = [_argument(each) for each in inner]
+            return {"type": _either(hint, [kind["type"] for kind in kinds]), "metavar": _metavar(inner[0])}
         how = _argument(inner[0])
         if "type" in how:
             how["type"] = _converter(
@@ -201,6 +204,18 @@ def _converter(hint: Any, none: bool = False) -> Any:
     return convert
 
 
+def _either(hint: Any, converters: list[Any]) -> Any:
+    """Take the first of several types that a word fits."""
+
+    def convert(text: str) -> Any:
+        for converter in converters:
+            with contextlib.suppress(argparse.ArgumentTypeError):
+                return converter(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {_name(hint)}")
+
+    return convert
+
+
 def _metavar(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
@@ -210,6 +225,8 @@ def _metavar(hint: Any) -> str:
 def _name(hint: Any) -> str:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_name(a) for a in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}.get(
         hint, str(getattr(hint, "__name__", hint))
     )

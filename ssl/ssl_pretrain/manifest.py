@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import write_text
 from .distributed import World, cores
+from .files import write_text
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -23,6 +23,11 @@ def read(out: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def starts(out: Path) -> list[int]:
+    """The step that each start of the run in a folder began at, the oldest first."""
+    return [launch["step"] for launch in read(out).get("launches", [])]
 
 
 def begin(out: Path, *, here: World, step: int, data: dict[str, Any]) -> None:
@@ -47,7 +52,11 @@ def begin(out: Path, *, here: World, step: int, data: dict[str, Any]) -> None:
 
 
 def end(out: Path, state: str, **facts: Any) -> None:
-    """Note how the run stands: "finished", "stopped: SIGTERM at step 120", "failed: ..."; and facts to keep."""
+    """Note how the run stands, and facts to keep.
+
+    "finished"; "stopped: SIGTERM at step 120" (by a person: the same command continues); "preempted: SIGTERM at step
+    120; requeued ..." (in a Slurm job); "failed: why".
+    """
     manifest = {**read(out), **facts, "state": state, "ended": _now()}
     write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 

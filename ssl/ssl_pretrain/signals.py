@@ -1,19 +1,38 @@
-"""Signals that ask a run to stop: noted when they come, obeyed between two steps."""
+"""Requests to stop: signals, and the end of the job's time. They are noted when they come, obeyed between two steps."""
 
 import signal
+import time
 from types import FrameType
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+TIME_LIMIT = "the time limit"
 
 
 class StopRequest:
-    """While entered, the stopping signals set `signal` to their name and nothing else; a second Ctrl-C ends at once."""
+    """While entered, the stopping signals are noted and do nothing else; a second Ctrl-C ends at once.
 
-    def __init__(self) -> None:
-        self.signal: str | None = None
+    Entered inside another one, it takes over what that one noted and its deadline, so that a command can listen from
+    its first moment on and a loop inside it obeys.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
+        """deadline: the time (seconds since 1970) from which on the run shall stop by itself."""
+        self.deadline = deadline
+        self._noted: str | None = None
+
+    @property
+    def signal(self) -> str | None:
+        """The name of the signal that came, or "the time limit"; None as long as the run may go on."""
+        if self._noted is None and self.deadline is not None and time.time() >= self.deadline:
+            return TIME_LIMIT
+        return self._noted
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        outer = getattr(self._before[signal.SIGTERM], "__self__", None)
+        if isinstance(outer, StopRequest):
+            self._noted = self._noted or outer._noted
+            self.deadline = self.deadline or outer.deadline
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -21,6 +40,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == "SIGINT":
+        if number == signal.SIGINT and self._noted == "SIGINT":
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        self._noted = signal.Signals(number).name

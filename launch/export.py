@@ -1,0 +1,94 @@
+"""The command `ssl-export`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ssl_pretrain import flags
+from ssl_pretrain.errors import UserError, nearest
+
+PROG = "ssl-export"
+VERBS = ("import",)
+USAGE = f"""usage: {PROG} import FILE --out DIR [flags]
+
+Read a published checkpoint (MAE, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3, AIM, data2vec 2.0, or what timm and
+transformers make of them) into our ViT and write it as an export, which every command here takes.
+
+{PROG} import --help shows all flags. Exit codes: 0 done, 2 a mistake in the command, 1 anything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The import."""
+
+    out: Path
+    """Folder for the export; must not hold one yet."""
+    layout: (
+        Literal["mae", "ijepa", "dino", "ibot", "dinov2", "dinov3", "mocov3", "aim", "data2vec2", "transformers"] | None
+    ) = None
+    """Whose checkpoint it is (default: found out from its names)."""
+    heads: int | None = None
+    """Attention heads (default: those of the published model of that layout and width)."""
+    part: str | None = None
+    """Which encoder, where the file has several: teacher, student, ... (default: the one its authors evaluate)."""
+    image_size: tuple[int, ...] | None = None
+    """Make the position table for images of this size, pixels: one side, or height and width (default: the size it was
+    trained at, 224 for DINOv2)."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel of the images it was trained on, in [0, 1] (default: ImageNet's)."""
+    std: tuple[float, ...] | None = None
+    """Deviation of each channel (default: ImageNet's)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, having said everything there is to say."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(argv)
+    except UserError as mistake:
+        print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
+        return 2
+    except OSError as problem:
+        print(f"{PROG}: cannot write the export: {problem.strerror or problem}", file=sys.stderr)
+        return 1
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] not in VERBS:
+        raise UserError(f"unknown word {argv[0]!r}{nearest(argv[0], VERBS)}: {PROG} import FILE --out DIR")
+    file = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
+    rest = argv[2:] if file else argv[1:]
+    (options,) = flags.parse([Options], rest, {}, prog=f"{PROG} import FILE", description=USAGE.split("\n\n")[1])
+    if file is None:
+        raise UserError(f"name the checkpoint first: {PROG} import FILE --out DIR")
+    if (options.out / "config.json").exists():
+        raise UserError(f"--out {options.out} holds an export already: choose another folder")
+
+    from ssl_pretrain import encoder, foreign  # torch: not before the command looks good
+
+    given = {
+        "layout": options.layout,
+        "heads": options.heads,
+        "part": options.part,
+        "image-size": "x".join(map(str, options.image_size or ())) or None,
+        "mean": "/".join(map(str, options.mean or ())) or None,
+        "std": "/".join(map(str, options.std or ())) or None,
+    }
+    words = [f"{name}={value}" for name, value in given.items() if value is not None]
+    read = foreign.load(",".join([f"torch:{file}", *words]))
+    encoder.save(options.out, read)
+    left = read.lineage["left_out"]
+    print(f"{read.lineage['method']}: {read.name}, {sum(p.numel() for p in read.backbone.parameters()):,} parameters")
+    if left:
+        print(f"left out ({len(left)}): {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}")
+    print(f"written: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

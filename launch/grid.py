@@ -1,0 +1,135 @@
+"""Several runs of one command that differ in some flags (`--grid lr=1e-4,3e-4 method=mae,lejepa`), and their table."""
+
+import hashlib
+import itertools
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ssl_pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a grid."""
+
+    settings: dict[str, str]
+    out: str
+    argv: list[str]
+
+
+def expand(words: tuple[str, ...], argv: list[str], out: Path) -> list[Point]:
+    """All combinations of the grid's values; each run's arguments are `argv` and then its own settings and folder.
+
+    Raises UserError for a word that is no FLAG=VALUE,VALUE.
+    """
+    axes: dict[str, list[str]] = {}
+    for word in words:
+        name, equals, values = word.partition("=")
+        name = name.lstrip("-").replace("_", "-")
+        if not equals or not name or not all(values.split(",")):
+            raise UserError(f"--grid {word}: write FLAG=VALUE,VALUE,... like lr=1e-4,3e-4")
+        if name in axes or name in ("out", "grid"):
+            raise UserError(f"--grid {word}: --{name} {'stands there twice' if name in axes else 'cannot vary'}")
+        if len(set(values.split(","))) < len(values.split(",")):
+            raise UserError(f"--grid {word} has a value twice")
+        axes[name] = values.split(",")
+    points = []
+    for combination in itertools.product(*axes.values()):
+        settings = dict(zip(axes, combination, strict=True))
+        folder = str(out / re.sub(r"[/\s]", "_", ",".join(f"{name}={value}" for name, value in settings.items())))
+        own = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        points.append(Point(settings, folder, [*argv, *own, "--out", folder]))
+    if len({point.out for point in points}) < len(points):
+        raise UserError("--grid: two runs would have the same folder; their values differ in / and _ only")
+    return points
+
+
+def first(argv: list[str], name: str) -> str | None:
+    """The first value that a command's --grid gives a flag; None where it does not vary. Before anything is parsed."""
+    found = next((word for word in argv if word.startswith(f"{name}=")), None) if "--grid" in argv else None
+    return None if found is None else found.partition("=")[2].split(",")[0]
+
+
+def pick(spec: str | None, count: int) -> tuple[list[int], int]:
+    """The runs that --array names of `count`, and how many at a time. Raises UserError for what it does not name."""
+    which, _, at_once = (spec or "").partition("%")
+    try:
+        runs: list[int] = []
+        for part in which.split(",") if which else []:
+            first, dash, last = part.partition("-")
+            runs += range(int(first), int(last if dash else first) + 1)
+        limit = int(at_once) if at_once else len(runs) or count
+    except ValueError:
+        raise UserError(f"--array {spec}: write numbers like 0-3,7, and after % how many at a time") from None
+    wrong = [run for run in runs if run >= count]
+    if wrong or limit < 1 or (which and not runs):
+        raise UserError(f"--array {spec}: the grid's runs are 0 to {count - 1}")
+    return sorted(set(runs)) or list(range(count)), limit
+
+
+def file(folder: Path, name: str, points: list[Point]) -> Path:
+    """Where the jobs of a grid read it. Another grid has another file: waiting jobs must find theirs unchanged."""
+    return folder / f"grid-{hashlib.sha256(_text(name, points).encode()).hexdigest()[:12]}.json"
+
+
+def write(folder: Path, name: str, points: list[Point]) -> None:
+    """Keep the grid in its file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file(folder, name, points).write_text(_text(name, points))
+
+
+def read(path: Path) -> tuple[str, list[Point]]:
+    """The command and the runs of a grid."""
+    kept = json.loads(path.read_text())
+    return kept["command"], [Point(**run) for run in kept["runs"]]
+
+
+def table(points: list[Point]) -> str:
+    """The runs and how they stand, one line each: number, settings, state, step, last loss or results, folder."""
+    rows = [["run", *points[0].settings, "state", "step", "result", "folder"]]
+    for number, point in enumerate(points):
+        folder = Path(point.out)
+        facts = _json(folder / "manifest.json")
+        last = _last_line(folder / "metrics.jsonl")
+        metrics = _json(folder / "results.json").get("metrics", {})
+        result = " ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float))
+        if not result and last.get("loss") is not None:
+            result = f"loss {last['loss']:.4g}"
+        state = str(facts.get("state", "finished" if metrics else "-")).split(";")[0]
+        step = str(last.get("step", "-"))
+        rows.append([str(number), *point.settings.values(), state, step, result or "-", point.out])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _text(name: str, points: list[Point]) -> str:
+    return json.dumps({"command": name, "runs": [asdict(point) for point in points]}, indent=1) + "\n"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The newest whole line with a loss of a metrics.jsonl; empty without one."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in found:
+            return dict(found)
+    return {}

@@ -1,0 +1,35 @@
+"""What each task of a Slurm job runs: a command with its arguments, or the run of a grid that has the task's number.
+
+python -m ssl_pretrain.launch.job pretrain|evaluate ARGUMENTS
+python -m ssl_pretrain.launch.job grid GRID.JSON
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from ssl_pretrain import placement
+
+from . import grid
+
+PROGRAMS = {"pretrain": "ssl-pretrain", "evaluate": "ssl-eval"}
+
+
+def main(argv: list[str]) -> int:
+    """Run it; returns its exit code."""
+    name, words = argv[0], argv[1:]
+    points = None
+    if name == "grid":
+        path = Path(words[0])
+        name, points = grid.read(path)
+        words = points[int(os.environ["SLURM_ARRAY_TASK_ID"])].argv
+    sys.argv = [PROGRAMS[name], *words]  # what the manifest notes as the command
+    code = importlib.import_module(f"ssl_pretrain.launch.{name}").main(words, placed=True)
+    if points is not None and placement.find().rank == 0:
+        (Path(points[0].out).parent / "summary.txt").write_text(grid.table(points) + "\n")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

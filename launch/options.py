@@ -1,0 +1,98 @@
+"""Where a command runs: the flags that `ssl-pretrain` and `ssl-eval` share."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final
+
+from ssl_pretrain.errors import UserError
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Where it runs (docs/cluster.md)."""
+
+    nproc: int | Literal["auto"] | None = None
+    """Processes on each machine; auto: one a GPU, else one (default: 1; on Slurm one for each of --gpus-per-node)."""
+    launcher: Literal["local", "slurm"] = "local"
+    """Run here, or submit a Slurm job that runs the command."""
+    grid: tuple[str, ...] = ()
+    """Several runs, each FLAG=VALUE,VALUE,... a word, all combinations: in turn, or on Slurm as an array of jobs."""
+
+    nodes: int = 1
+    """Slurm: machines."""
+    gpus_per_node: int | None = None
+    """Slurm: GPUs of each machine, one for each process."""
+    cpus_per_task: int | None = None
+    """Slurm: CPU cores of each process; its loader workers run on them."""
+    mem: str | None = None
+    """Slurm: memory of each machine, like 64G."""
+    time: str | None = None
+    """Slurm: time limit of one job, like 90 (minutes), 24:00:00 or 2-00:00:00; a longer run is requeued."""
+    partition: str | None = None
+    """Slurm: partition, or several with commas."""
+    account: str | None = None
+    """Slurm: account that is charged."""
+    qos: str | None = None
+    """Slurm: quality of service."""
+    constraint: str | None = None
+    """Slurm: features that the machines must have."""
+    exclude: str | None = None
+    """Slurm: machines that must not be used."""
+    comment: str | None = None
+    """Slurm: comment."""
+    array: str | None = None
+    """Slurm, with --grid: which of its runs, and after % how many at a time: 0-3,7%2, or %2."""
+    slurm: tuple[str, ...] = ()
+    """Slurm: any other option of sbatch, KEY=VALUE, or KEY alone, without its dashes."""
+    max_requeues: int = 100
+    """Slurm: times that a job which has to stop may be put back into the queue."""
+    stop_before: int = 120
+    """Slurm: seconds before the time limit at which the run saves and is requeued."""
+    logs: Path | None = None
+    """Slurm: folder of job scripts and logs (default: beside the run's folder, its name with .slurm)."""
+    wait: bool = False
+    """Slurm: follow the log until the job ends, and end with its exit code."""
+    dry_run: bool = False
+    """Slurm: print the job script and submit nothing."""
+
+
+# Flags that say something about a Slurm job only: left unread, they would be a mistake that nobody notices.
+SLURM_ONLY = tuple(
+    "nodes gpus_per_node cpus_per_task mem time partition account qos constraint exclude comment array slurm logs wait "
+    "dry_run".split()
+)
+
+
+def check(launch: Launch) -> None:
+    """Raise UserError for flags that contradict one another."""
+    for name, value in (("nproc", launch.nproc), ("nodes", launch.nodes), ("gpus-per-node", launch.gpus_per_node),
+                        ("cpus-per-task", launch.cpus_per_task)):  # fmt: skip
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    if launch.max_requeues < 0 or launch.stop_before < 0:
+        raise UserError("--max-requeues and --stop-before must be at least 0")
+    if launch.launcher == "local":
+        given = [name for name in SLURM_ONLY if getattr(launch, name) != getattr(Launch(), name)]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} goes with --launcher slurm")
+        return
+    if launch.time is None:
+        raise UserError("--launcher slurm needs --time, the limit of one job, like --time 24:00:00")
+    if launch.stop_before >= 60 * minutes(launch.time):
+        raise UserError(f"--stop-before {launch.stop_before} seconds leaves nothing of --time {launch.time}")
+    if launch.array is not None and not launch.grid:
+        raise UserError("--array picks runs of a grid: it goes with --grid")
+
+
+def minutes(text: str) -> int:
+    """Slurm's notation of a time limit in whole minutes: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    found = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(?:(\d+):)?(\d+):(\d+)|(\d+))", text)
+    if found is None:
+        raise UserError(f"--time {text} is no time: give minutes (90), H:M:S (24:00:00) or D-H:M:S (2-00:00:00)")
+    days, hours, mins, secs, h, m, s, alone = (int(group or 0) for group in found.groups())
+    seconds = ((days * 24 + hours + h) * 60 + mins + m + alone) * 60 + secs + s
+    if seconds == 0:
+        raise UserError("--time is 0: a job needs some")
+    return -(-seconds // 60)

@@ -1,0 +1,90 @@
+"""What becomes of a Slurm job that has to stop, or that lost a process: back into the queue, or a clear end."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ssl_pretrain import manifest, placement
+from ssl_pretrain.placement import Place
+from ssl_pretrain.watch import LostProcess
+
+# What an exchange raises when the process at its other end is gone; gloo has no type of its own for it.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting",
+        "Socket closed", "not reachable")  # fmt: skip
+
+
+def deadline(margin: float) -> float | None:
+    """When a run has to stop so as to save before its job's time limit; None without one.
+
+    A job shorter than twice the margin keeps a quarter of its time for saving, so that every job gets something done.
+    """
+    end = placement.end_of_job()
+    return None if end is None else end - min(margin, max(0.0, end - time.time()) / 4)
+
+
+def lost_a_process(problem: BaseException) -> bool:
+    """Whether an exception says that another process of the run is gone, rather than that this one failed."""
+    return isinstance(problem, dist.DistError | LostProcess) or (
+        isinstance(problem, RuntimeError) and any(word in str(problem) for word in LOST)
+    )
+
+
+def preempted(out: Path, place: Place, stopped: str, step: int, limit: int) -> str | None:
+    """Requeue the job of a run that has stopped and saved; returns what was done, in words for the user.
+
+    Every process calls this once all have saved. The first requeues; None on the others.
+    """
+    if place.rank == 0:
+        return _requeue(out, f"{stopped} at step {step}", limit)
+    # A task that ends before the first has spoken to Slurm may end the job, where the cluster is set to do so.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5)
+    return None
+
+
+def crashed(out: Path, place: Place, before: list[int], limit: int) -> str | None:
+    """Requeue the job of a run that lost a process; returns what was done.
+
+    before: the steps that the run's earlier starts began at. None where the run should end as failed: outside Slurm,
+    where it had not begun, where a process has said that it failed by itself, or where this start began at the step of
+    the one before, so that another one would get no further.
+    """
+    if not placement.in_slurm_step():
+        return None
+    time.sleep(3 if place.rank == 0 else 10)  # for a process at fault to say so, and for the first process to requeue
+    starts = manifest.starts(out)
+    hopeless = len(starts) == len(before) or (len(starts) > 1 and starts[-1] == starts[-2])
+    if hopeless or manifest.read(out).get("state", "").startswith("failed"):
+        return None
+    if place.local_rank > 0:
+        return "left to the first process of this machine"
+    return _requeue(out, "lost a process", limit)
+
+
+def _requeue(out: Path, why: str, limit: int) -> str:
+    """Ask Slurm to requeue this job; returns what came of it, which the manifest says too."""
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    job = placement.slurm_job() or ""
+    facts = next(iter(placement.job_facts(job)), {})
+    asking = False
+    if restarts >= limit:
+        done = f"not requeued: --max-requeues {limit} is used up"
+    elif facts.get("BatchFlag") == "0":
+        done = "not requeued: the job has no script that Slurm could start again (sbatch, or --launcher slurm)"
+    elif facts and facts.get("JobState") != "RUNNING":
+        # Being preempted, requeued or cancelled by others it is in their hands: cancelled, it must stay so.
+        done = f"left to Slurm, which says {facts.get('JobState')}"
+    else:
+        done, asking = f"requeued (restart {restarts + 1} of at most {limit})", True
+    manifest.end(out, f"preempted: {why}; {done}")  # before Slurm ends this process
+    if asking:
+        try:
+            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError) as problem:
+            done = f"not requeued: {(getattr(problem, 'stderr', None) or str(problem)).strip()}"
+            manifest.end(out, f"preempted: {why}; {done}")
+    return done

@@ -1,0 +1,94 @@
+"""Where a command's flags want it: here and now, as several processes, as a Slurm job, or as the runs of a grid."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ssl_pretrain import placement
+from ssl_pretrain.errors import UserError
+
+from . import grid
+from .options import Launch, check
+
+
+def elsewhere(
+    name: str, argv: list[str], launch: Launch, out: Path, parse: Callable[[list[str]], object]
+) -> int | None:
+    """Start the command `name` ("pretrain", "evaluate") where its flags say; None where that is here, in this process.
+
+    out: the folder of its results; of a grid, the folder of its runs' folders. parse: reads the arguments of a run or
+    raises UserError. Returns the exit code. Raises UserError for flags that contradict one another, and where Slurm
+    refuses the job.
+    """
+    if placement.find().size > 1 or "RANK" in os.environ:
+        return None  # somebody has started the processes already
+    check(launch)
+    points = grid.expand(launch.grid, argv, out) if launch.grid else []
+    for point in points:
+        try:
+            parse(point.argv)
+        except UserError as mistake:
+            raise UserError(f"--grid, {_words(point.settings)}: {mistake}") from None
+    if launch.launcher == "slurm":
+        return _submit(name, argv, launch, out, points)
+    count = _gpus() or 1 if launch.nproc == "auto" else launch.nproc or 1
+    from .processes import run_local
+
+    module = f"ssl_pretrain.launch.{name}"
+    if points:
+        codes = []
+        for number, point in enumerate(points):
+            print(f"run {number} of {len(points)}: {_words(point.settings)}", flush=True)
+            codes.append(run_local(module, point.argv, count))
+            if codes[-1] == 75:
+                break  # stopped by a person, who means all of it
+        print(grid.table(points))
+        return next((code for code in codes if code), 0)
+    return run_local(module, argv, count) if count > 1 else None
+
+
+def _submit(name: str, argv: list[str], launch: Launch, out: Path, points: list[grid.Point]) -> int:
+    from . import slurm  # submitit, only where it is needed
+
+    folder = launch.logs or out.with_name(out.name + ".slurm")
+    runs, at_once = grid.pick(launch.array, len(points)) if points else (None, 1)
+    if points:
+        words = slurm.command("grid", [str(grid.file(folder.resolve(), name, points))])
+    else:
+        words = slurm.command(name, argv)
+    jobs = slurm.executor(launch, folder, out.name, runs, at_once)
+    if launch.dry_run:
+        print(slurm.script(jobs, words))
+        if points:
+            print(grid.table(points))
+        return 0
+    if points:
+        grid.write(folder.resolve(), name, points)
+    submitted = slurm.submit(jobs, words, runs)
+    print(f"job {submitted.job}")
+    for log in submitted.logs:
+        print(f"log {log}")
+    if points:
+        print(grid.table(points))
+    print(f"cancel: scancel {submitted.job}", flush=True)
+    if not launch.wait:
+        return 0
+    try:
+        code = slurm.follow(submitted, sys.stdout)
+    except KeyboardInterrupt:
+        print(f"\njob {submitted.job} goes on without you; scancel {submitted.job} ends it", file=sys.stderr)
+        return 75
+    if points:
+        print(grid.table(points))
+    return code
+
+
+def _words(settings: dict[str, str]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in settings.items())
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

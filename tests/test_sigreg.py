@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ssl_pretrain.parts import sigreg as module
 from ssl_pretrain.parts.sigreg import END, KNOTS, sigreg, sigreg_of_a_point
 
 
@@ -69,3 +70,39 @@ def test_length_of_the_directions_is_no_matter_and_autocast_neither() -> None:
     torch.testing.assert_close(sigreg(z, directions * 7), plain)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(sigreg(z, directions), plain)
+
+
+def plain(z: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """The formula with all knots of all values at once, to be differentiated by autograd."""
+    t = torch.linspace(0, END, KNOTS, dtype=z.dtype)
+    phi = torch.exp(-t.square() / 2)
+    angles = (z @ (directions / directions.norm(dim=0))) * t[:, None, None]  # (K, N, S)
+    distance = (angles.cos().mean(1) - phi[:, None]).square() + angles.sin().mean(1).square()
+    return len(z) * 2 * torch.trapezoid(phi[:, None] * distance, t, dim=0).mean()
+
+
+@pytest.mark.parametrize("cached", [1, 7 * 9, 10**6], ids=["one vector", "seven", "all"])
+def test_any_number_of_vectors_at_a_time_has_the_gradient_of_autograd(
+    cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CACHED", cached)
+    z, directions = (torch.tensor(x) for x in clouds())
+    z.requires_grad_()
+    found, expected = sigreg(z, directions), plain(z, directions)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
+    both = [torch.autograd.grad(value, z)[0] for value in (found, expected)]
+    torch.testing.assert_close(*both, rtol=1e-9, atol=1e-12)
+
+
+def test_the_recurrence_is_exact_enough_in_float32() -> None:
+    """At the null, where the statistic is a small difference, and with vectors close to 0, where cosines are close to 1."""
+    generator = torch.Generator().manual_seed(2)
+    directions = torch.randn(32, 64, generator=generator, dtype=torch.float64)
+    for scale in (1.0, 1e-2):
+        z = (scale * torch.randn(512, 32, generator=generator, dtype=torch.float64)).requires_grad_()
+        narrow = z.detach().float().requires_grad_()
+        found, expected = sigreg(narrow, directions.float()), plain(z, directions)
+        assert found.item() == pytest.approx(expected.item(), rel=2e-5)
+        (wanted,) = torch.autograd.grad(expected, z)
+        (gradient,) = torch.autograd.grad(found, narrow)
+        assert (gradient - wanted).norm() < 1e-4 * wanted.norm()

@@ -1,13 +1,20 @@
 """Contrastive losses over the global batch. Shapes: B images of this process, N of all processes, D channels of the
-embedding; two views of each image."""
+embedding; two views of each image, so 2B rows here and 2N in all."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..distributed import gather, rank
+from ..distributed import gather, rank, size
+from ..errors import UserError
 from .heads import unit
+
+ROWS = 256  # of the table of pairs at a time
+SMALL = 256  # images of all processes
+COLDEST = 0.003  # below it a float64 cannot hold what a pair of opposite embeddings weighs
 
 
 def contrast(
@@ -18,7 +25,7 @@ def contrast(
     sigma: float = 0.5,
 ) -> Tensor:
     """Each embedding against its other view and both views of all other images; (2 * B,) losses of this process's rows,
-    the first views' before the second's.
+    the first views' before the second's. Raises UserError for a temperature below 0.003.
 
     first, second: (B, D) of the two views, any length. With s the cosine similarity over the
     temperature and p the positive of row i:
@@ -28,19 +35,80 @@ def contrast(
     - "dclw" (there, eq. 7): as dcl with -w_i s_ip, w_i = 2 - exp(c_i / sigma) / mean exp(c / sigma), c the cosine
       similarities of all N positives.
     """
-    mine = torch.stack([unit(first), unit(second)])  # (2, B, D)
-    everyone = gather(mine.transpose(0, 1)).transpose(0, 1)  # (2, N, D)
-    n, b = everyone.shape[1], mine.shape[1]
-    with torch.autocast(mine.device.type, enabled=False):
-        scores = mine.flatten(0, 1) @ everyone.flatten(0, 1).T / temperature  # (2B, 2N)
-    row = torch.arange(b, device=scores.device) + rank() * b
-    own = torch.cat([row, row + n])
-    other = torch.cat([row + n, row])
-    positive = scores.gather(1, other[:, None]).squeeze(1)
-    left_out = own[:, None] if kind == "infonce" else torch.stack([own, other], dim=1)
-    negatives = scores.scatter(1, left_out, -torch.inf).logsumexp(1)
+    if temperature < COLDEST:
+        raise UserError(f"a temperature of {temperature} is too low for cosine similarities: at least {COLDEST}")
+    kept = torch.promote_types(first.dtype, torch.float32)
+    a, b = unit(first.double()), unit(second.double())  # few numbers, whose small differences count before training
+    cosines = 1 - (a - b).square().sum(-1) / 2  # (B,)
+    positive = cosines / temperature
     if kind == "dclw":
-        cosines = (everyone[0] * everyone[1]).sum(-1)  # (N,)
-        weight = 2 - n * torch.softmax(cosines / sigma, dim=0)
-        positive = positive * weight[row].repeat(2)
-    return negatives - positive
+        everyone = gather(cosines)
+        mine = slice(rank() * len(cosines), (rank() + 1) * len(cosines))
+        positive = positive * (2 - len(everyone) * torch.softmax(everyone / sigma, dim=0)[mine])
+    # In float32 a weight is 0 from exp(-87) on, and opposite embeddings have exp(-2 / temperature). Of a small batch the
+    # table costs next to nothing in float64 too, and gradients there are sums of few numbers that nearly cancel.
+    table = torch.float64 if 2 / temperature > 80 or len(a) * size() <= SMALL else kept
+    negatives = _Negatives.apply(torch.cat([a, b]), temperature, kind != "infonce", table)
+    return (negatives - positive.repeat(2)).to(kept)
+
+
+class _Negatives(torch.autograd.Function):
+    """log sum of exp(s_ik) over the rows k of all processes but i itself, and but its positive where `decoupled`; (2B,).
+
+    The table e_ik = exp(s_ik - 1 / temperature), at most 1, is symmetric. So of the pairs within a process each is
+    computed once, and the gradient of a row from both sides, as row i of its own loss and as one of the others k in
+    theirs, is sum over k of e_ik (g_i / n_i + g_k / n_k) (z_k - z_i) / temperature, with g what comes in and n_i = sum
+    over k of e_ik: processes exchange 2B numbers for it. A few rows at a time, which backward makes again instead of
+    keeping. s is taken from the distances of unit vectors, |z_i - z_k|^2 = 2 - 2 cos, less their mean: where they are
+    nearly equal, as before training, cosines themselves would differ in their last bits only."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, temperature: float, decoupled: bool, table: torch.dtype) -> Tensor:
+        everyone = _own_first(gather(mine), len(mine))
+        everyone = (everyone - everyone.mean(0)).to(table)
+        total = everyone.new_zeros(len(mine))
+        for i, j, e in _tiles(everyone, len(mine), temperature, decoupled):
+            total[i:j] += e.sum(1)
+            total[j:] += e[:, j - i : len(mine) - i].sum(0)
+        ctx.save_for_backward(everyone, total)
+        ctx.temperature, ctx.decoupled = temperature, decoupled
+        return (total.log() + 1 / temperature).to(mine.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        everyone, total = ctx.saved_tensors
+        count = len(total)
+        share = _own_first(gather((by_loss / ctx.temperature).to(total.dtype) / total), count)  # (2N,)
+        out, sums = torch.zeros_like(everyone[:count]), torch.zeros_like(total)
+        for i, j, e in _tiles(everyone, count, ctx.temperature, ctx.decoupled):
+            e.mul_(share[i:j, None] + share[i:])
+            out[i:j].addmm_(e, everyone[i:])
+            sums[i:j] += e.sum(1)
+            later = e[:, j - i : count - i].T
+            out[j:].addmm_(later, everyone[i:j])
+            sums[j:] += later.sum(1)
+        out -= sums[:, None] * everyone[:count]
+        return out.to(by_loss.dtype), None, None, None
+
+
+def _own_first(rows: Tensor, count: int) -> Tensor:
+    """All processes' rows, `count` each, from this one's on and round."""
+    return rows.roll(-rank() * count, 0)
+
+
+def _tiles(everyone: Tensor, count: int, temperature: float, decoupled: bool) -> Iterator[tuple[int, int, Tensor]]:
+    """(i, j, e): rows i to j of the table e for the first `count` rows of everyone, against row i and all that follow; with
+    those before i they have met in earlier tiles. Written over by the next one."""
+    radius = everyone.square().sum(1) / (2 * temperature)
+    memory = everyone.new_empty(min(ROWS, count) * len(everyone))
+    for i in range(0, count, ROWS):
+        j = min(i + ROWS, count)
+        e = memory[: (j - i) * (len(everyone) - i)].view(j - i, -1)
+        torch.mm(everyone[i:j] / temperature, everyone[i:].T, out=e)  # autocast leaves alone what writes into `out`
+        e.sub_(radius[i:j, None]).sub_(radius[i:]).exp_()
+        e.diagonal().zero_()
+        if decoupled:
+            e[: max(count // 2 - i, 0)].diagonal(count // 2).zero_()
+            e.diagonal(-(count // 2)).zero_()
+        yield i, j, e

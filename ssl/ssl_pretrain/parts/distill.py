@@ -3,11 +3,19 @@
 Shapes: B images, S student views, T teacher views (the first T of the student's), K prototypes.
 """
 
+import mmap
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..backbones.backbone import Features
 from ..errors import UserError
+
+CACHED = 2**18  # values of one view that are worked on together, so that a few such tables stay in a CPU's cache
 
 
 def cross_entropy_of_pairs(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -15,25 +23,17 @@ def cross_entropy_of_pairs(student: Tensor, teacher: Tensor, temperature: float)
     mean entropy of the teacher's distributions, () detached (DINO: Caron et al., 2021, eq. 3).
 
     student: logits (S, B, K), divided here by `temperature`; teacher: probabilities (T, B, K) without gradient.
-    Computed in float32 (or wider).
+    Computed in float32 (or wider). Backward writes the gradient over what forward kept, so it runs once.
     """
+    logits = wide(student)
+    teacher = teacher.detach().to(logits.dtype)
     s, t = len(student), len(teacher)
-    logits = wide(student) / temperature
-    teacher = teacher.to(logits.dtype)
-    # -sum_k q_k log p_k = logsumexp(l) - <q, l>, for q sums to one: no table of log-probabilities is made, and the
-    # teacher's views are summed before they meet the student's.
-    total = (t * torch.logsumexp(logits, -1)).sum(0) - torch.logsumexp(logits[:t], -1).sum(0)
-    with torch.autocast(logits.device.type, enabled=False):  # which would multiply in bfloat16
-        everywhere = torch.einsum("bk,sbk->b", teacher.sum(0), logits)
-        same = torch.einsum("tbk,tbk->b", teacher, logits[:t])
-    total = total - everywhere + same
-    entropy = -(teacher * teacher.clamp_min(1e-30).log()).sum(-1).mean()
-    return total / (s * t - t), entropy.detach()
-
-
-def warmed_up(start: float, end: float, share: float, progress: float) -> float:
-    """A value that goes linearly from `start` to `end` in the first `share` of the run, and stays there."""
-    return end if progress >= share else start + (end - start) * progress / share
+    entropy = logits.new_zeros(())
+    for images in _few(teacher):
+        q = teacher[:, images]
+        entropy -= q.clamp_min(1e-30).log_().mul_(q).sum()
+    each = _CrossEntropy.apply(logits, teacher, temperature, True) / (s * t - t)
+    return each, entropy / teacher.shape[:2].numel()
 
 
 def cross_entropy_of_patches(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
@@ -41,13 +41,79 @@ def cross_entropy_of_patches(student: Tensor, teacher: Tensor, counted: Tensor, 
     2022, eq. 2). R crops, M patches.
 
     student: logits (R, M, K), divided here by `temperature`; teacher: probabilities (R, M, K) without gradient; counted:
-    bool (R, M), True for masked patches, False for padding. Computed in float32 (or wider).
+    bool (R, M), True for masked patches, False for padding. Computed in float32 (or wider). Backward runs once.
     """
-    logits = wide(student) / temperature
-    with torch.autocast(logits.device.type, enabled=False):  # which would multiply in bfloat16
-        expected = torch.einsum("rmk,rmk->rm", teacher, logits)
-    each = torch.logsumexp(logits, -1) - expected
+    logits = wide(student).flatten(0, 1)[None]
+    teacher = teacher.to(logits.dtype).flatten(0, 1)[None]
+    each = _CrossEntropy.apply(logits, teacher, temperature, False).view(counted.shape)
     return (each * counted).sum(1) / counted.sum(1).clamp_min(1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sums over pairs of views of each image's cross-entropy (B,): of the teacher's view t and the student's s = t, or,
+    where `crossed`, every s but t.
+
+    -sum_k q_k log p_k = log sum_k exp(l_k) - <q, l> for q sums to one, so the teacher's views are summed before they meet
+    the student's, and the student's probabilities p are made once: for the loss, then to become the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, teacher: Tensor, temperature: float, crossed: bool) -> Tensor:
+        probabilities, each = _empty(logits), logits.new_zeros(logits.shape[1])
+        for images in _few(logits):
+            for view, met, count in _met(teacher[:, images], len(logits), crossed):
+                scaled, p = logits[view, images] / temperature, probabilities[view, images]
+                torch.softmax(scaled, -1, out=p)
+                partition = scaled.amax(-1) - p.amax(-1).log_()
+                each[images] += count * partition - scaled.mul_(met).sum(-1)
+        ctx.save_for_backward(probabilities, teacher)
+        ctx.temperature, ctx.crossed = temperature, crossed
+        return each
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_each: Tensor) -> tuple[Tensor, None, None, None]:
+        probabilities, teacher = ctx.saved_tensors
+        weights = by_each[:, None] / ctx.temperature
+        for images in _few(probabilities):
+            weight = weights[images]
+            for view, met, count in _met(teacher[:, images] * -weight, len(probabilities), ctx.crossed):
+                p = probabilities[view, images]
+                torch.addcmul(met, p, weight, value=count, out=p)
+        return probabilities, None, None, None
+
+
+def _met(teacher: Tensor, students: int, crossed: bool) -> Iterator[tuple[int, Tensor, int]]:
+    """Each of the student's views with what it meets: the sum (B, K) of so many views of the teacher (T, B, K)."""
+    if not crossed:
+        yield from ((view, teacher[view], 1) for view in range(students))
+        return
+    total, t = teacher.sum(0), len(teacher)
+    for view in range(students):
+        yield (view, total - teacher[view], t - 1) if view < t else (view, total, t)
+
+
+def _few(table: Tensor) -> list[slice]:
+    """The images of a table (S, B, K) a few at a time: on a CPU as many as its cache holds with all they meet, else all."""
+    _, b, k = table.shape
+    few = max(1, CACHED // k) if table.device.type == "cpu" else b
+    return [slice(i, min(i + few, b)) for i in range(0, b, few)]
+
+
+def _empty(like: Tensor) -> Tensor:
+    """An uninitialised table of that shape. malloc maps what is this large anew each time, and on a CPU the faults of its
+    4-KiB pages take as long as the loss: huge pages are asked for, where the system has them."""
+    size = like.numel() * like.element_size()
+    if like.device.type != "cpu" or size < 2**25 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+
+
+def warmed_up(start: float, end: float, share: float, progress: float) -> float:
+    """A value that goes linearly from `start` to `end` in the first `share` of the run, and stays there."""
+    return end if progress >= share else start + (end - start) * progress / share
 
 
 def class_token(features: Features, method: str) -> Tensor:

@@ -5,49 +5,77 @@ distance between the empirical characteristic function and that of N(0, 1), weig
 vectors of this process, D channels, S directions (slices), K knots of the integral.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..distributed import mean, size
 
 KNOTS, END = 17, 3.0  # the integral over [-3, 3] is twice that over [0, 3], for the integrand is even
+CACHED = 2**17  # projected values worked on together
 
 
 class _CharacteristicFunction(torch.autograd.Function):
-    """Means over samples of cos(t x) and sin(t x) at evenly spaced t, from one sine and cosine a value: the other knots
-    come by turning on by the same angle. Backward turns again instead of keeping K values for each."""
+    """Means over samples x (N, S) of cos(t x) and sin(t x) at evenly spaced t: (2, K, S). One sine and one cosine a value
+    are computed; the other knots follow by recurrence, a few samples at a time and again in backward, so that no K values
+    are kept for each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spacing: float, knots: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.spacing, ctx.knots = spacing, knots
-        out = x.new_empty(2, knots, x.shape[1])
-        for k, cos, sin in _turns(x, spacing, knots):
-            torch.mean(cos, 0, out=out[0, k])
-            torch.mean(sin, 0, out=out[1, k])
-        return out
+        out = x.new_zeros(2, knots, x.shape[1])
+        for samples in _few(x):
+            for k, cos, sin in _multiples(x[samples], spacing, knots):
+                out[0, k] += cos.sum(0)
+                out[1, k] += sin.sum(0)
+        return out * (_signs(knots, x) / len(x))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, by_mean: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        by_cos, by_sin = grads[0]
+        t = ctx.spacing * torch.arange(ctx.knots, dtype=x.dtype, device=x.device)[:, None]  # (K, 1)
+        by_cos, by_sin = by_mean * _signs(ctx.knots, x) * (t / len(x))  # (K, S) each
         total = torch.zeros_like(x)
-        for k, cos, sin in _turns(x, ctx.spacing, ctx.knots):
-            t = k * ctx.spacing / len(x)
-            total.addcmul_(cos, by_sin[k], value=t).addcmul_(sin, by_cos[k], value=-t)
+        for samples in _few(x):
+            here = total[samples]
+            for k, cos, sin in _multiples(x[samples], ctx.spacing, ctx.knots):
+                here.addcmul_(cos, by_sin[k]).addcmul_(sin, by_cos[k], value=-1)
         return total, None, None
 
 
-def _turns(x: Tensor, spacing: float, knots: int) -> Any:
-    """(k, cos(k * spacing * x), sin(k * spacing * x)) for k < knots."""
-    c, s = torch.cos(x * spacing), torch.sin(x * spacing)
-    cos, sin = torch.ones_like(x), torch.zeros_like(x)
-    for k in range(knots):
+def _multiples(x: Tensor, spacing: float, knots: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(k, cos(k a), sin(k a)) for k < knots and a = spacing * x, with the signs of `_signs`; both are written over later.
+
+    f((k + 1) a) = 2 cos(a) f(k a) - f((k - 1) a) for either; with these signs that is one operation in place.
+    """
+    angle = x * spacing
+    cos, sin = angle.cos(), angle.sin()
+    twice = 2 * cos
+    cos_before, sin_before = torch.ones_like(x), torch.zeros_like(x)
+    yield 0, cos_before, sin_before
+    for k in range(1, knots):
         yield k, cos, sin
-        if k < knots - 1:
-            cos, sin = cos * c - sin * s, sin * c + cos * s
+        sign = 1 if k % 2 == 0 else -1
+        cos, cos_before = cos_before.addcmul_(twice, cos, value=sign), cos
+        sin, sin_before = sin_before.addcmul_(twice, sin, value=sign), sin
+
+
+def _signs(knots: int, like: Tensor) -> Tensor:
+    """+ + - - + + - - ... as a column (K, 1)."""
+    k = torch.arange(knots, device=like.device)
+    return (1 - k % 4 // 2 * 2).to(like.dtype)[:, None]
+
+
+def _few(x: Tensor) -> list[slice]:
+    """The samples a few at a time: on a CPU as many as its cache holds several tables of, else all."""
+    n, s = x.shape
+    few = max(1, CACHED // s) if x.device.type == "cpu" else n
+    return [slice(i, min(i + few, n)) for i in range(0, n, few)]
 
 
 def sigreg(vectors: Tensor, directions: Tensor) -> Tensor:

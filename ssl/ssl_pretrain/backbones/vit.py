@@ -27,7 +27,7 @@ SIZES = {
     "vit_huge": {"dim": 1280, "depth": 32, "heads": 16},
     "vit_giant": {"dim": 1536, "depth": 40, "heads": 24},
 }
-NORM_EPS = 1e-6  # of every layer norm, as in all published ViTs; torch's 1e-5 is a silent difference
+NORM_EPS = 1e-6  # of every layer norm, as in nearly all published ViTs; torch's 1e-5 is a silent difference
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles of rotary positions
 
@@ -58,12 +58,12 @@ class Attention(nn.Module):
     """Multi-head self-attention with one matrix for queries, keys and values; `qk_norm` normalises the queries and keys
     of each head (Dehghani et al., 2023, section 2)."""
 
-    def __init__(self, dim: int, heads: int, *, qkv_bias: bool, qk_norm: bool) -> None:
+    def __init__(self, dim: int, heads: int, *, qkv_bias: bool, qk_norm: bool, norm_eps: float = NORM_EPS) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(dim // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None, causal: bool, rope: Rope | None) -> Tensor:
@@ -118,8 +118,9 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x <- shortcut * x + f(x) for f = attention, then for f = MLP. The ViT's, and what
-    methods build their decoders and predictors of.
+    """A pre-norm transformer block: x <- shortcut * x + f(norm(x)) for f = attention, then for f = MLP. The ViT's, and
+    what methods build their decoders and predictors of. With `post_norm`, as the first transformers had it:
+    x <- norm(shortcut * x + f(x)).
 
     shortcut: factor on the identity path ("Residual Connections Harm Generative Representation Learning", Zhang et al.,
     2024). Linear maps begin truncated normal with deviation 0.02, biases zero.
@@ -136,13 +137,15 @@ class Block(nn.Module):
         qk_norm: bool = False,
         layer_scale: float | None = None,
         shortcut: float = 1.0,
+        post_norm: bool = False,
+        norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
-        self.shortcut = shortcut
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, heads, qkv_bias=qkv_bias, qk_norm=qk_norm)
+        self.shortcut, self.post_norm = shortcut, post_norm
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_eps=norm_eps)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = (SwiGLU if swiglu else Mlp)(dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         for part in self.modules():
@@ -164,14 +167,17 @@ class Block(nn.Module):
         mask, causal: as `attend` takes them. rope: each broadcastable to (B, heads, L, d / 2). branches: (B, 2) factors
         on each sample's two branches (drop path).
         """
-        y = self.ls1(self.attn(self.norm1(x), mask, causal, rope))
+        y = self.ls1(self.attn(x if self.post_norm else self.norm1(x), mask, causal, rope))
         if branches is not None:
             y = y * branches[:, 0, None, None]
         x = torch.add(y, x, alpha=self.shortcut)
-        y = self.ls2(self.mlp(self.norm2(x)))
+        if self.post_norm:
+            x = self.norm1(x)
+        y = self.ls2(self.mlp(x if self.post_norm else self.norm2(x)))
         if branches is not None:
             y = y * branches[:, 1, None, None]
-        return torch.add(y, x, alpha=self.shortcut)
+        x = torch.add(y, x, alpha=self.shortcut)
+        return self.norm2(x) if self.post_norm else x
 
 
 @final
@@ -213,6 +219,11 @@ class ViT(Backbone):
         """Stochastic depth: probability at the last block, rising linearly from 0 at the first."""
         shortcut_decay: float = 1.0
         """Factor on the identity shortcuts at the last block, linear from 1 at the first."""
+        norms: Literal["patches", "post"] | None = None
+        """More or other layer norms than before each branch and at the end: also on patch embeddings (patches, as AIM),
+        or on the first tokens and behind each branch, none at the end (post, as data2vec 2.0)."""
+        norm_eps: float | None = None
+        """Epsilon of every layer norm (none: 1e-6; DINOv3's is 1e-5)."""
 
     supports = frozenset({"keep", "replace", "attention", "blocks", "drop_path"})
 
@@ -225,6 +236,7 @@ class ViT(Backbone):
         self.grid = self._grid(height, width)
         self.prefix_tokens = int(config.cls) + config.registers
         dim, patches, share = config.dim, self.grid[0] * self.grid[1], 1 / max(config.depth - 1, 1)
+        eps, post = NORM_EPS if config.norm_eps is None else config.norm_eps, config.norms == "post"
 
         self.patch_embed = PatchEmbed(config.patch_size, in_chans, dim)
         # The weight keeps torch's own initialisation, as DINO's and timm's: its deviation suits any size of patch.
@@ -251,10 +263,13 @@ class ViT(Backbone):
                 qk_norm=config.qk_norm,
                 layer_scale=config.layer_scale,
                 shortcut=1 + (config.shortcut_decay - 1) * i * share,
+                post_norm=post,
+                norm_eps=eps,
             )
             for i in range(config.depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_pre = nn.LayerNorm(dim, eps=eps) if config.norms else nn.Identity()
+        self.norm = nn.Identity() if post else nn.LayerNorm(dim, eps=eps)
 
     def forward(
         self,
@@ -279,12 +294,16 @@ class ViT(Backbone):
         wanted = [self._block(i) for i in blocks]
 
         x = self.patch_embed(images, keep)
+        if self.config.norms == "patches":
+            x = self.norm_pre(x)
         if replace is not None:
             masked, token = replace
             if keep is not None:
                 masked = masked.gather(1, keep)
             x = torch.where(masked[:, :, None], token.to(x.dtype), x)
         x = self._positioned(x, grid, keep)
+        if self.config.norms == "post":
+            x = self.norm_pre(x)
 
         mask, causal = self._mask(attention, prefix_length, x.shape[1])
         rope = self._rope(grid, keep, x.device)
@@ -312,7 +331,8 @@ class ViT(Backbone):
         part, _, rest = parameter.partition(".")
         if part == "blocks":
             return int(rest.partition(".")[0]) + 1
-        return {"patch_embed": 0, "cls_token": 0, "reg_tokens": 0, "pos_embed": 0, "norm": self.depth + 1}[part]
+        stem = ("patch_embed", "cls_token", "reg_tokens", "pos_embed", "norm_pre")
+        return {**dict.fromkeys(stem, 0), "norm": self.depth + 1}[part]
 
     def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
         """See `Backbone.adapt`: the position table is resized to this encoder's grid."""
@@ -342,7 +362,7 @@ class ViT(Backbone):
     def _positioned(self, x: Tensor, grid: tuple[int, int], keep: Tensor | None) -> Tensor:
         """Patch embeddings (B, N or K, D) with their positions, behind the prefix tokens: (B, L, D)."""
         # Under autocast, too, the residual stream has the precision of the parameters, with or without prefix tokens.
-        x = x.to(self.norm.weight.dtype)
+        x = x.to(self.patch_embed.proj.weight.dtype)
         cls: Tensor | None = self.cls_token
         if self.pos_embed is not None:
             tokens = int(self.config.cls)
@@ -396,6 +416,8 @@ def _validate(config: ViT.Config, in_chans: int) -> None:
             raise UserError(f"--{option.replace('_', '-')} is {getattr(config, option)}; it must be above 0")
     if in_chans <= 0:
         raise UserError(f"--in-chans is {in_chans}; it must be above 0")
+    if config.norm_eps is not None and config.norm_eps <= 0:
+        raise UserError(f"--norm-eps is {config.norm_eps}; it must be above 0")
     if config.registers < 0:
         raise UserError(f"--registers is {config.registers}; it must not be negative")
     if not 0 <= config.drop_path < 1:

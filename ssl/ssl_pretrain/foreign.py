@@ -1,0 +1,371 @@
+"""Encoders of other libraries and of one's own code, wrapped so that every evaluator takes them.
+
+Shapes: B images, C channels, H x W pixels, D channels of the features, N patches on an (h, w) grid, P prefix tokens
+(CLS, registers), L = P + N tokens.
+
+No network: weights are local files, or (timm) in the cache of an earlier download. Nothing from a file is executed or
+unpickled: files are safetensors, or torch files read with `weights_only`. That is why TorchScript and torch.export
+archives are not taken: both are programs, and reading the latter evaluates expressions. A program that you trust is
+yours to load, in a function named by `module:PACKAGE:FUNCTION`: importing what the user names on the command line is
+the user's own act.
+"""
+
+import contextlib
+import copy
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from .backbones.backbone import Backbone, Features
+from .encoder import Encoder, Preprocessing
+from .errors import UserError, nearest
+from .official import read as read_official
+from .official import transformers_preprocessing
+from .randomness import key
+from .specs import Spec
+from .weights import difference, flat, read_file
+
+Read = Callable[[nn.Module, Tensor], Features]  # what a library's module says of normalised images (B, C, H, W)
+
+
+@final
+class Foreign(Backbone):
+    """A module of another library. `patches` is its grid of tokens or its last map, `pooled` what its library puts before
+    a classifier (it may be of another width than the patches); a module that gives one vector an image has one patch."""
+
+    supports = frozenset()
+
+    @dataclass(frozen=True)
+    class Config:
+        """Where it comes from."""
+
+        spec: str
+        """As given to --encoder."""
+
+    def __init__(self, module: nn.Module, read: Read, spec: str, image_size: tuple[int, int], in_chans: int) -> None:
+        super().__init__()
+        self.module, self.read = module.eval(), read
+        self.config, self.image_size, self.in_chans = self.Config(spec), image_size, in_chans
+        try:
+            with torch.inference_mode():
+                features = read(module, torch.zeros(1, in_chans, *image_size))
+        except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
+            raise UserError(
+                f"{spec} does not take an image of {in_chans} channels and {image_size[0]} x {image_size[1]} pixels: "
+                f"{problem}; another size is given by ,image-size="
+            ) from None
+        h, w = features.grid
+        self.dim, self.depth = features.pooled.shape[1], 1
+        self.stride = (max(image_size[0] // h, 1), max(image_size[1] // w, 1))
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        keep: Tensor | None = None,
+        replace: tuple[Tensor, Tensor] | None = None,
+        attention: str | Tensor = "full",
+        prefix_length: Tensor | None = None,
+        blocks: tuple[int, ...] = (),
+        drop: Tensor | None = None,
+    ) -> Features:
+        """See `Backbone.forward`; every option is refused."""
+        self.refuse_options(keep, replace, attention, prefix_length, blocks)
+        return self.read(self.module, images)
+
+    def layer_of(self, parameter: str) -> int:
+        """All parameters count as one block's: what is inside a foreign module is not known."""
+        return 1
+
+
+def load(text: str) -> Encoder:
+    """The encoder that a spec names (see `specs`), in eval mode on the CPU.
+
+    Raises UserError for what is no such spec, for a library that is not installed, files that are absent or not
+    readable without executing them, weights that do not fit key for key, and a preprocessing option that contradicts
+    what the library states for the model.
+    """
+    spec = Spec.parse(text)
+    if spec is None:
+        raise UserError(f"{text} names no encoder of another library: timm:NAME, hf:FOLDER, torch:FILE, module:P:F")
+    return {"timm": _timm, "hf": _transformers, "torch": _torch, "module": _module}[spec.kind](spec)
+
+
+def untrained(encoder: Encoder, seed: int) -> Encoder:
+    """A foreign encoder's untrained twin: every layer as its class starts it (`reset_parameters`), parameters outside
+    such layers (tokens, positions, scales) normal with deviation 0.02; a function of the seed."""
+    twin = copy.deepcopy(encoder.backbone)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(key(seed, "random encoder"))
+        for part in twin.modules():
+            reset = getattr(part, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            else:
+                for parameter in part.parameters(recurse=False):
+                    parameter.normal_(std=0.02)
+    return Encoder(twin, encoder.name, encoder.preprocessing, {"method": "random", "seed": seed}).eval()
+
+
+def prepared(spec: Spec, stated: Preprocessing, *, firm: bool) -> Preprocessing:
+    """The preprocessing that was stated, at the image size and with the options that the spec asks for.
+
+    firm: the library states it for this very model, so an option that says otherwise is a mistake (UserError); else it
+    is only the layout's usual one. Another image size keeps the proportion of resize and crop.
+    """
+    crop = spec.image_size() or stated.crop
+    asked: dict[str, Any] = {
+        "resize": (spec.integers("resize") or (None,))[0],
+        "interpolation": spec.options.get("interpolation"),
+        "mean": spec.numbers("mean"),
+        "std": spec.numbers("std"),
+    }
+    usual: dict[str, Any] = {
+        "resize": round(stated.resize * min(crop) / min(stated.crop)),
+        "interpolation": stated.interpolation,
+        "mean": stated.mean,
+        "std": stated.std,
+    }
+    for option, value in asked.items():
+        if firm and value is not None and value != usual[option]:
+            raise UserError(f"{spec}: {option} is {usual[option]} for this model; leave out {option}=")
+    if asked["interpolation"] not in (None, "bicubic", "bilinear"):
+        raise UserError(f"{spec}: interpolation is bicubic or bilinear")
+    merged = {option: usual[option] if value is None else value for option, value in asked.items()}
+    if len(merged["mean"]) != len(merged["std"]):
+        raise UserError(f"{spec}: mean and std need a number for each channel")
+    return Preprocessing(crop=crop, **merged)
+
+
+# ---- Official checkpoints, which become our own ViT.
+
+
+def _torch(spec: Spec) -> Encoder:
+    file, heads = Path(spec.name), spec.integers("heads")
+    encoder = read_official(
+        file,
+        layout=spec.options.get("layout"),
+        heads=heads[0] if heads else None,
+        part=spec.options.get("part"),
+        image_size=spec.image_size(),
+    )
+    encoder.preprocessing = prepared(spec, encoder.preprocessing, firm="preprocessing" in encoder.lineage)
+    return encoder
+
+
+# ---- timm.
+
+
+def _timm(spec: Spec) -> Encoder:
+    timm = _library("timm", spec)
+    if not timm.is_model(spec.name):
+        raise UserError(f"{spec}: timm {timm.__version__} has no such model{_near(spec.name, timm.list_models())}")
+    model = timm.create_model(spec.name, pretrained=False, num_classes=0)
+    cfg = model.pretrained_cfg
+    file = Path(spec.options["checkpoint"]) if "checkpoint" in spec.options else _cached(cfg, spec)
+    _load_timm(model, file, spec)
+
+    data = timm.data.resolve_data_config(pretrained_cfg=cfg)
+    if data["interpolation"] not in ("bicubic", "bilinear"):
+        raise UserError(f"{spec}: timm states {data['interpolation']} resizing, and there is bicubic and bilinear here")
+    channels, height, width = data["input_size"]
+    if len(data["mean"]) != channels or len(data["std"]) != channels:
+        raise UserError(f"{spec}: timm states a mean and std that do not fit images of {channels} channels")
+    resize = int(min(height, width) / data["crop_pct"])
+    stated = Preprocessing(
+        resize, (height, width), data["interpolation"], tuple(map(float, data["mean"])), tuple(map(float, data["std"]))
+    )
+    how = prepared(spec, stated, firm=True)
+    if how.crop != stated.crop and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=how.crop)
+    return _encoder(spec, model, _read_timm, how, {"library": f"timm {timm.__version__}", "weights": str(file)})
+
+
+def _cached(cfg: Mapping[str, Any], spec: Spec) -> Path:
+    """The weights of an earlier download. Raises UserError where there are none."""
+    if cfg.get("hf_hub_id"):
+        hub = _library("huggingface_hub", spec)
+        found = hub.try_to_load_from_cache(repo_id=cfg["hf_hub_id"], filename="model.safetensors")
+        if isinstance(found, str):
+            return Path(found)
+    raise UserError(
+        f"{spec}: its pretrained weights would have to be downloaded, and nothing is fetched here: give a local file, "
+        f"timm:{spec.name},checkpoint=FILE"
+    )
+
+
+def _load_timm(model: Any, file: Path, spec: Spec) -> None:
+    """Weights from a file in timm's layout, or in an official one that timm itself translates; strict but for the
+    classifier."""
+    content = read_file(file)
+    for place in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        content = content[place] if isinstance(content.get(place), Mapping) else content
+    weights = {name.removeprefix("module."): value for name, value in flat(content).items()}
+    translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if translate is not None:
+        # Of a file for another model it may find anything missing; what then does not fit is said below.
+        with contextlib.suppress(LookupError, AttributeError, ValueError, RuntimeError, AssertionError):
+            weights = translate(dict(weights), model)
+    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    weights = {k: v for k, v in weights.items() if not any(k.startswith(f"{head}.") for head in heads)}
+    own = model.state_dict()
+    if problem := difference(own, weights):
+        raise UserError(f"{file} does not fit {spec.kind}:{spec.name}: {problem}")
+    model.load_state_dict(weights)
+
+
+def _read_timm(module: Any, images: Tensor) -> Features:
+    x = module.forward_features(images)
+    pooled = module.forward_head(x, pre_logits=True).flatten(1)
+    if x.ndim == 4:
+        return _of_map(x.permute(0, 3, 1, 2) if getattr(module, "output_fmt", "NCHW") == "NHWC" else x, pooled)
+    prefix = getattr(module, "num_prefix_tokens", 0)
+    return _of_tokens(x, images, prefix, getattr(module, "cls_token", None) is not None, pooled)
+
+
+# ---- transformers.
+
+
+def _transformers(spec: Spec) -> Encoder:
+    library, folder = _library("transformers", spec), Path(spec.name)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{spec}: {folder} has no config.json: give a folder that save_pretrained wrote")
+    stated = transformers_preprocessing(folder)
+    if stated is None:
+        raise UserError(f"{spec}: {folder} has no preprocessor_config.json, which says how images are prepared for it")
+    try:
+        model = library.AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as problem:
+        reason = " ".join(str(problem).split())
+        raise UserError(
+            f"{spec}: transformers {library.__version__} cannot read it without executing it: {reason}"
+        ) from None
+    if model.config.model_type == "vit_mae":
+        raise UserError(
+            f"{spec}: as an encoder, transformers' ViTMAE drops most patches and shuffles the rest; read its weights into "
+            f"our ViT instead: torch:{folder / 'model.safetensors'}"
+        )
+    how = prepared(spec, stated, firm=True)
+    lineage = {"library": f"transformers {library.__version__}", "weights": str(folder)}
+    return _encoder(spec, model, _read_transformers, how, lineage)
+
+
+def _read_transformers(module: Any, images: Tensor) -> Features:
+    parameters = inspect.signature(module.forward).parameters
+    options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
+    output = module(pixel_values=images, **options)
+    x = output.last_hidden_state
+    if x.ndim == 4:
+        pooled = getattr(output, "pooler_output", None)
+        return _of_map(x, x.mean((2, 3)) if pooled is None else pooled.flatten(1))
+    size = getattr(module.config, "patch_size", None)
+    if size is None:
+        raise ValueError(f"{type(module).__name__} gives tokens and no patch size to lay them out by")
+    p, q = (size, size) if isinstance(size, int) else size
+    prefix = x.shape[1] - (images.shape[2] // p) * (images.shape[3] // q)
+    has_cls = prefix > getattr(module.config, "num_register_tokens", 0)
+    return _of_tokens(x, images, prefix, has_cls, None)
+
+
+# ---- One's own code.
+
+
+def _module(spec: Spec) -> Encoder:
+    package, _, function = spec.name.partition(":")
+    if os.getcwd() not in sys.path:  # an installed command does not look in the current folder by itself
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(package)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as problem:
+        raise UserError(f"{spec}: {problem}") from None
+    module = found()
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{spec}: it must return a torch module, not {type(module).__name__}")
+    stated = getattr(module, "preprocessing", None)
+    if stated is not None and not isinstance(stated, Preprocessing):
+        raise UserError(f"{spec}: its `preprocessing` must be a ssl_pretrain.encoder.Preprocessing")
+    if stated is not None:
+        how = prepared(spec, stated, firm=True)
+    else:
+        size, mean, std = spec.image_size(), spec.numbers("mean"), spec.numbers("std")
+        if size is None or mean is None or std is None:
+            raise UserError(
+                f"{spec}: say how images are prepared for it: ,image-size=224,mean=imagenet,std=imagenet (or numbers, "
+                f"mean=0.5/0.5/0.5), or give the module an attribute `preprocessing`"
+            )
+        how = prepared(spec, Preprocessing.for_size(size, mean, std), firm=False)
+    return _encoder(spec, module, _read_module, how, {"library": package})
+
+
+def _read_module(module: nn.Module, images: Tensor) -> Features:
+    """(B, D): one vector an image; (B, D, h, w): a map, pooled by its mean; (B, N, D): patches in raster order, pooled by
+    their mean; Features: as they are."""
+    output = module(images)
+    if isinstance(output, Features):
+        return output
+    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"its forward must give (B, D), (B, D, h, w), (B, N, D) or Features, not {shape}")
+    if output.ndim == 2:
+        return Features(cls=None, patches=output[:, None], grid=(1, 1), pooled=output)
+    if output.ndim == 4:
+        return _of_map(output, output.mean((2, 3)))
+    return _of_tokens(output, images, 0, False, output.mean(1))
+
+
+# ---- What they share.
+
+
+def _encoder(spec: Spec, module: nn.Module, read: Read, how: Preprocessing, lineage: dict[str, Any]) -> Encoder:
+    backbone = Foreign(module, read, str(spec), how.crop, how.channels)
+    return Encoder(backbone, f"{spec.kind}:{spec.name}", how, lineage).eval()
+
+
+def _of_map(x: Tensor, pooled: Tensor) -> Features:
+    """Features of a map (B, D, h, w)."""
+    return Features(cls=None, patches=x.flatten(2).mT, grid=(x.shape[2], x.shape[3]), pooled=pooled)
+
+
+def _of_tokens(x: Tensor, images: Tensor, prefix: int, has_cls: bool, pooled: Tensor | None) -> Features:
+    """Features of tokens (B, L, D), `prefix` of them before the patches, the first of those CLS if there is one; pooled,
+    where the library has no opinion, by the CLS token or else by the mean of the patches."""
+    cls, patches = x[:, 0] if has_cls else None, x[:, prefix:]
+    if pooled is None:
+        pooled = patches.mean(1) if cls is None else cls
+    grid = _grid(patches.shape[1], images.shape[2], images.shape[3])
+    return Features(cls=cls, patches=patches, grid=grid, pooled=pooled, prefix=x[:, :prefix] if prefix else None)
+
+
+def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
+    """The grid (h, w) of so many square patches of an image."""
+    for h in range(1, patches + 1):
+        if patches % h == 0 and h * width == patches // h * height:
+            return h, patches // h
+    raise ValueError(f"{patches} patches do not fill an image of {height} x {width} pixels with squares")
+
+
+def _library(name: str, spec: Spec) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as problem:
+        raise UserError(f"{spec} needs {name}, which cannot be imported here ({problem}): pip install {name}") from None
+
+
+def _near(name: str, known: list[str]) -> str:
+    """The nearest known name; nothing where none is near, for the list is long."""
+    hint = nearest(name, known)
+    return hint if hint.startswith("; did") else ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Any, Literal
 
 import torch
 
-from ssl_pretrain import backbones, distributed
+from ssl_pretrain import backbones, distributed, foreign
 from ssl_pretrain.data.decode import BadImage, Picture
 from ssl_pretrain.data.source import Source, evaluation_splits, open_source, splits
 from ssl_pretrain.encoder import Encoder, Preprocessing, load, random_like
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import pixel_encoder
+from ssl_pretrain.specs import Spec
 
 from ._results import record, write
 from ._task import Data, Task
@@ -28,7 +30,8 @@ class Options:
     """The evaluation."""
 
     encoder: str
-    """A run folder, an exported encoder, or a baseline: random (untrained) or pixels."""
+    """A run folder, an exported encoder, another library's (timm:NAME, hf:FOLDER, torch:FILE, module:PACKAGE:FUNCTION),
+    or a baseline: random (untrained) or pixels."""
     like: Path | None = None
     """With --encoder random: the run or encoder whose shape it has (default: vit_tiny at the images' size)."""
     data: str | None = None
@@ -36,7 +39,7 @@ class Options:
     train_split: str | None = None
     """Split to train on, or to find neighbours in (default: train)."""
     test_split: str | None = None
-    """Split to test on (default: test, else val)."""
+    """Split to test on, or the only images of an evaluator that trains nothing (default: test, else val)."""
     out: Path | None = None
     """Folder for results.json (default: eval/EVALUATOR-DATA in the folder of the encoder)."""
     baselines: bool = True
@@ -64,7 +67,9 @@ def run(
 ) -> tuple[dict[str, Any], Path]:
     """Evaluate as asked; returns what results.json holds, and its path.
 
-    evaluator: a module of this package, or a plugin, with `evaluate(task, config) -> Outcome` and perhaps BASELINES.
+    evaluator: a module of this package, or a plugin, with `evaluate(task, config) -> Outcome` and perhaps BASELINES, and
+    perhaps IMAGES, what it takes in the place of labelled images to train and to test on: a single set of images,
+    labelled or not, that is the "test" split or "everything".
     progress: for what encoder is at work ("" for the one asked for), the function that is told how far it is.
     Raises UserError for whatever the user must change.
     """
@@ -76,7 +81,13 @@ def run(
     cuda = options.device != "cpu" and torch.cuda.is_available()
     spare = distributed.cores() - 1 if cuda else distributed.cores() // 2
     encoder, chosen = _open(options)
-    data = Data.open(chosen, options.train_split, options.test_split)
+    images = getattr(evaluator, "IMAGES", None)
+    if images is None:
+        data = Data.open(chosen, options.train_split, options.test_split)
+    elif options.train_split:
+        raise UserError(f"{name} takes a single set of images: name it with --test-split {options.train_split}")
+    else:
+        data = Data.single(chosen, options.test_split, everything=images == "everything")
     out = options.out or _default_out(options, f"{name}-{Path(chosen).name.split(':')[0]}")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -93,6 +104,7 @@ def run(
         precision=options.precision,
         cache=options.cache,
         progress=progress(""),
+        out=out,
     )
     outcome = evaluator.evaluate(task, config)
     baselines: dict[str, Any] = {}
@@ -101,13 +113,16 @@ def run(
             if options.encoder in (PIXELS, kind):
                 continue
             if kind == UNTRAINED:
-                other = random_like(encoder, options.seed)
+                other = _untrained_like(encoder, options.seed)
             else:
                 other = _pixels(data.train.source, encoder.preprocessing.channels)
-            found = evaluator.evaluate(dataclasses.replace(task, encoder=other, progress=progress(kind)), config)
-            scores = {key: found.metrics[key] for key in ("top1", "top5")}
+            found = evaluator.evaluate(
+                dataclasses.replace(task, encoder=other, progress=progress(kind), out=None), config
+            )
+            scores = {key: value for key, value in found.metrics.items() if isinstance(value, float)}
             baselines[kind] = {**scores, "headline": found.protocol["headline"]}
-        baselines["majority"] = data.majority(outcome.protocol)
+        if images is None:
+            baselines["majority"] = data.majority(outcome.protocol)
     seconds = time.monotonic() - started
     result = record(name, outcome, baselines=baselines, encoder=_facts(options, encoder), seconds=seconds)
     try:
@@ -124,7 +139,8 @@ def _open(options: Options) -> tuple[Encoder, str]:
     if options.encoder == UNTRAINED and options.like is None:
         assert options.data is not None
         return _untrained(_training_images(options, options.data), options.seed), options.data
-    encoder = load(options.like or options.encoder)
+    named = str(options.like or options.encoder)
+    encoder = foreign.load(named) if Spec.parse(named) else load(named)
     data = options.data or encoder.lineage.get("data")
     if not data:
         raise UserError(f"{options.encoder} does not say what it was trained on: name labelled images with --data")
@@ -133,7 +149,13 @@ def _open(options: Options) -> tuple[Encoder, str]:
             splits(data)
         except UserError as problem:
             raise UserError(f"{problem} (what the encoder was trained on; name other data with --data)") from None
-    return (random_like(encoder, options.seed) if options.encoder == UNTRAINED else encoder), data
+    return (_untrained_like(encoder, options.seed) if options.encoder == UNTRAINED else encoder), data
+
+
+def _untrained_like(encoder: Encoder, seed: int) -> Encoder:
+    """An untrained encoder of the same architecture and preprocessing."""
+    like = foreign.untrained if isinstance(encoder.backbone, foreign.Foreign) else random_like
+    return like(encoder, seed)
 
 
 def _training_images(options: Options, data: str) -> Source:
@@ -182,7 +204,11 @@ def _facts(options: Options, encoder: Encoder) -> dict[str, Any]:
 
 
 def _default_out(options: Options, name: str) -> Path:
-    """Where a result goes: beside the encoder it is about, or for a baseline into the current folder."""
+    """Where a result goes: beside the encoder it is about, or for a baseline or a foreign encoder into the current
+    folder."""
     if options.encoder in (UNTRAINED, PIXELS):
         return Path(f"eval-{options.encoder}-{name}")
+    if spec := Spec.parse(options.encoder):
+        words = re.sub(r"[^\w.]+", "-", f"{spec.kind}-{Path(spec.name).name}")
+        return Path(f"eval-{words}-{name}")
     return Path(options.encoder) / "eval" / name

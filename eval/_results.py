@@ -12,9 +12,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ssl_pretrain.checkpoint import write_text
+from ssl_pretrain.files import write_text
 
-LISTED = 12  # rows of a sweep that a person is shown
+from ._intervals import by_class, wilson
+
+LISTED = 12  # rows of a sweep, or classes, that a person is shown
+UNBALANCED = 1.5  # the largest class over the smallest, from which a person is shown the classes one by one
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,25 @@ class Outcome:
 
 
 def classification(ranked: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Accuracies in percent: top-1, top-5 (of at most C), top-1 of each class that has images, and their number.
+    """Of a classification, all in percent: top-1 and top-5 (of at most C) with their 95 % intervals; of each class that
+    has images its accuracy (`per_class`), precision and F1; their unweighted means `balanced` (of the accuracies) and
+    `macro_f1`; and how many images there are.
 
     ranked: (n, at least min(5, C)) int64, each image's likeliest classes, best first; labels: (n,) int64 in [0, C).
     """
     hits = ranked[:, :5] == labels[:, None]
-    counts = np.bincount(labels, minlength=len(classes))
-    right = np.bincount(labels, weights=hits[:, 0], minlength=len(classes))
+    table = by_class(ranked[:, 0], labels, classes)
     return {
         "top1": 100 * float(hits[:, 0].mean()),
+        "top1_interval": wilson(int(hits[:, 0].sum()), len(labels)),
         "top5": 100 * float(hits.any(1).mean()),
-        "per_class": {name: 100 * float(r / c) for name, r, c in zip(classes, right, counts, strict=True) if c},
+        "top5_interval": wilson(int(hits.any(1).sum()), len(labels)),
+        "balanced": float(np.mean([row["recall"] for row in table.values()])),
+        "macro_f1": float(np.mean([row["f1"] for row in table.values()])),
+        "per_class": {name: row["recall"] for name, row in table.items()},
+        "per_class_precision": {name: row["precision"] for name, row in table.items()},
+        "per_class_f1": {name: row["f1"] for name, row in table.items()},
+        "per_class_n": {name: row["n"] for name, row in table.items()},
         "n": len(labels),
     }
 
@@ -66,33 +77,86 @@ def write(folder: Path, result: dict[str, Any]) -> Path:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a result: what else was tried, best first, then the headline with the baselines beside it."""
+    """Print a result: what else was tried, best first, then the headline with the baselines beside it, and what the
+    evaluator has to say in words."""
     console = Console()
     metrics, protocol, encoder = result["metrics"], result["protocol"], result["encoder"]
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    tried = sorted((e for e in result["all"] if e["top1"] is not None), key=lambda e: -e["top1"])
+    tried = result["all"]
+    if tried and "top1" in tried[0]:
+        tried = sorted((entry for entry in tried if entry["top1"] is not None), key=lambda entry: -entry["top1"])
     if len(tried) > 1:
-        say(f"the best of {len(result['all'])} settings, on {protocol['all_scored_on']}:")
-        sweep = Table(*(_HEADINGS.get(key, key) for key in tried[0]))
+        say(f"{'the best of ' if len(tried) > LISTED else ''}{len(tried)} settings, on {protocol['all_scored_on']}:")
+        columns = [key for key in tried[0] if not key.endswith("_interval")]
+        sweep = Table(*(_HEADINGS.get(key, key) for key in columns))
         for entry in tried[:LISTED]:
-            sweep.add_row(*(f"{value:.2f}" if key in _HEADINGS else str(value) for key, value in entry.items()))
+            sweep.add_row(*(_cell(entry[key]) if key in _HEADINGS else _setting(entry[key]) for key in columns))
         console.print(sweep)
 
     say(f"{result['evaluator']} on {protocol['data']}, {protocol['test']['split']} ({metrics['n']:,} images):")
-    table = Table("encoder", _HEADINGS["top1"], _HEADINGS["top5"])
-    size = " x ".join(map(str, encoder["image_size"]))
-    rows = [(f"{encoder['path']} ({encoder['name']}, {size})", metrics)]
-    rows += [(_BASELINES.get(name, name), scores) for name, scores in result["baselines"].items()]
-    for name, scores in rows:
-        table.add_row(name, *(f"{scores[key]:.2f}" if key in scores else "" for key in ("top1", "top5")))
-    console.print(table)
+    columns = [key for key in _HEADINGS if key in metrics]
+    if columns:
+        table = Table("encoder", *(_HEADINGS[key] for key in columns))
+        size = " x ".join(map(str, encoder["image_size"]))
+        rows = [(f"{encoder['path']} ({encoder['name']}, {size})", metrics)]
+        rows += [(_BASELINES.get(name, name), scores) for name, scores in result["baselines"].items()]
+        for name, scores in rows:
+            table.add_row(name, *(_cell(scores.get(key)) for key in columns))
+        console.print(table)
+    if "per_class_n" in metrics:
+        if "top1_interval" in metrics:
+            say("95 % interval of top-1: {:.2f} to {:.2f}".format(*metrics["top1_interval"]))
+        counts = metrics["per_class_n"]
+        if max(counts.values()) > UNBALANCED * min(counts.values()):
+            worst = sorted(counts, key=metrics["per_class_f1"].__getitem__)[:LISTED]
+            say(f"classes are unbalanced; {'the worst of ' if len(counts) > LISTED else ''}{len(counts)} by F1:")
+            classes = Table("class", "images", "accuracy %", "precision %", "F1 %")
+            for name in worst:
+                shares = (metrics[key][name] for key in ("per_class", "per_class_precision", "per_class_f1"))
+                classes.add_row(name, str(counts[name]), *map(_cell, shares))
+            console.print(classes)
     say(f"headline: {protocol['headline']}")
-    if bad := len(protocol["train"]["bad"]) + len(protocol["test"]["bad"]):
+    for finding in metrics.get("findings", ()):
+        say(f"- {finding}")
+    sides = (protocol[side]["bad"] for side in ("train", "test") if side in protocol)
+    if bad := sum(map(len, sides)):
         say(f"{bad} images could not be read and were left out; results.json lists them")
 
 
+def _setting(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 _BASELINES = {"random": "the same, untrained", "pixels": "raw pixels", "majority": "most frequent class"}
-_HEADINGS = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss"}
+_HEADINGS = {
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "macro_f1": "macro-F1 %",
+    "loss": "loss",
+    "recall@1": "recall@1 %",
+    "recall@5": "recall@5 %",
+    "recall@10": "recall@10 %",
+    "map": "mAP %",
+    "accuracy": "matched accuracy %",
+    "nmi": "NMI",
+    "ami": "AMI",
+    "ari": "ARI",
+    "silhouette": "silhouette",
+    "spread": "spread",
+    "rankme": "RankMe",
+    "effective_rank": "effective rank",
+    "utilised_rank": "99 % of variance in",
+    "alpha": "alpha-ReQ",
+    "uniformity": "uniformity",
+    "alignment": "alignment",
+    "lidar": "LiDAR",
+    "views_found": "views found %",
+    "knn": "kNN %",
+}

@@ -1,4 +1,5 @@
-"""What an evaluator is given: an encoder, labelled images to train on and to test on, and how to get features of them.
+"""What an evaluator is given: an encoder, labelled images to train on and to test on, or a single set of images, and how
+to get features of them.
 
 Shapes: N images of a split, n of them readable, F floats a feature, C classes.
 """
@@ -6,12 +7,13 @@ Shapes: N images of a split, n of them readable, F floats a feature, C classes.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ssl_pretrain.data.source import Source, evaluation_splits, open_source
+from ssl_pretrain.data.source import Source, evaluation_splits, open_source, splits
 from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.encoder import Encoder
 from ssl_pretrain.errors import UserError
@@ -22,22 +24,22 @@ UNKNOWN = -1  # the label of an image that has none
 
 @dataclass(frozen=True)
 class Images:
-    """The labelled images of one split."""
+    """The labelled images of one split; or all images of a single set, where UNKNOWN is the label of one without."""
 
     split: str
     source: Source
     labels: np.ndarray  # (N,) int64 in [0, C): the task's numbering of the classes, not the source's
-    unlabelled: int  # images of the split left out because they have no label
+    unlabelled: int  # images of the split that have no label: left out, or of a single set there and UNKNOWN
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images to train an evaluator on, images to test it on, and the classes of both."""
+    """Images to train an evaluator on, images to test it on, and the classes of both. Of a single set both are it."""
 
     name: str  # as the user wrote it
     train: Images
     test: Images
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # () where nothing has a label
 
     @classmethod
     def open(cls, name: str, train_split: str | None = None, test_split: str | None = None) -> "Data":
@@ -71,6 +73,20 @@ class Data:
             classes,
         )
 
+    @classmethod
+    def single(cls, name: str, split: str | None, *, everything: bool = False) -> "Data":
+        """A single set of images, labelled or not: `split`; without one all there is (`everything`, or where there are
+        no splits), else the test split. Raises UserError where there is no such data or split, or a test split cannot be
+        told."""
+        if split is None and not everything:
+            known = splits(name)
+            split = evaluation_splits(name)[1] if len(known) > 1 else next(iter(known), None)
+        source = open_source(name, split)
+        labels = np.full(len(source), UNKNOWN) if source.labels is None else np.asarray(source.labels)
+        classes = source.classes or tuple(map(str, range(int(labels.max()) + 1)))
+        images = Images(split or "all images", source, labels, int((labels == UNKNOWN).sum()))
+        return cls(name, images, images, classes)
+
     def majority(self, protocol: dict[str, Any]) -> dict[str, Any]:
         """What it scores to say the most frequent training class of every test image, those aside that `Task.protocol`
         says could not be read."""
@@ -87,7 +103,7 @@ class Side:
     """Features of the readable images of one split."""
 
     features: dict[str, np.ndarray]  # by tap: (n, F) float32, perhaps memory-mapped
-    labels: np.ndarray  # (n,) int64 in [0, C)
+    labels: np.ndarray  # (n,) int64 in [0, C), or UNKNOWN
     index: np.ndarray  # (n,) int64: which image of the split's source a row is of
     bad: list[Bad]  # the images that could not be read
 
@@ -105,17 +121,23 @@ class Task:
     precision: Precision = "fp32"
     cache: bool = True  # keep features on the disk
     progress: Callable[[str, int, int], None] | None = None  # what is being done, how much of it, of how much
+    out: Path | None = None  # folder for files beside results.json; None: none are wanted, this is a baseline
 
     def features(self, taps: Sequence[str]) -> tuple[Side, Side]:
         """The encoder's features of the training and of the test images. Raises as `ssl_pretrain.features.extract`."""
         train, test = (self._extract(images, taps) for images in (self.data.train, self.data.test))
         return train, test
 
-    def protocol(self, train: Side, test: Side) -> dict[str, Any]:
-        """What any evaluator's number depends on: the images, their preparation, and the encoder."""
+    def single(self, taps: Sequence[str]) -> Side:
+        """The encoder's features of a single set of images. Raises as `ssl_pretrain.features.extract`."""
+        return self._extract(self.data.test, taps)
+
+    def protocol(self, train: Side | None, test: Side) -> dict[str, Any]:
+        """What any evaluator's number depends on: the images (train None: a single set of them), their preparation, and
+        the encoder."""
         return {
             "data": self.data.name,
-            "train": _facts(self.data.train, train),
+            **({"train": _facts(self.data.train, train)} if train else {}),
             "test": _facts(self.data.test, test),
             "classes": len(self.data.classes),
             "preprocessing": dataclasses.asdict(self.encoder.preprocessing),

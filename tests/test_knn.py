@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from conftest import picture
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from ssl_pretrain.eval import knn
 from ssl_pretrain.eval._task import Data, Images, Task
+from test_features import small_encoder
 
 from ssl_pretrain.data.source import Source
 from ssl_pretrain.encoder import Encoder
@@ -127,6 +130,25 @@ def test_votes_are_those_of_scikit_learn(temperature: float) -> None:
         np.testing.assert_allclose(shares, oracle.predict_proba(unit(queries)), atol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "weight"), [("cosine", lambda d: np.maximum(1 - d, 0)), ("uniform", np.ones_like)])
+def test_other_votes_are_those_of_scikit_learn(kind: str, weight: Callable) -> None:
+    rng = np.random.default_rng(3)
+    bank, queries, labels = vectors(500, 8), vectors(200, 8, seed=9), rng.integers(0, 6, 500)
+    similarity, index = nearest(queries, bank, 21)
+    oracle = KNeighborsClassifier(21, metric="cosine", algorithm="brute", weights=weight).fit(unit(bank), labels)
+    scores = vote(similarity, index, torch.from_numpy(labels), 6, 0.07, 21, kind)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(scores.argmax(1).numpy(), oracle.predict(unit(queries)))
+    shares = (scores / scores.sum(1, keepdim=True)).numpy()
+    np.testing.assert_allclose(shares, oracle.predict_proba(unit(queries)), atol=1e-6)
+
+
+def test_cosines_below_zero_do_not_vote() -> None:
+    scores = vote(
+        torch.tensor([[0.2, -0.5, -0.6]]), torch.tensor([[0, 1, 2]]), torch.tensor([1, 0, 0]), 2, 1.0, 3, "cosine"
+    )
+    assert scores.tolist() == [[0.0, pytest.approx(0.2)]]
+
+
 def test_a_low_temperature_stays_finite() -> None:
     similarity = torch.tensor([[0.9, 0.8, 0.8]])
     scores = vote(similarity, torch.tensor([[0, 1, 2]]), torch.tensor([1, 0, 0]), 2, 0.001)
@@ -224,6 +246,27 @@ def test_the_choice_is_by_leave_one_out_and_never_by_the_test_labels(task: Task)
     assert other.metrics["top1"] != outcome.metrics["top1"]
 
 
+def test_votes_and_blocks_are_swept_with_k(task: Task) -> None:
+    config = knn.Config(k=(1, 20), votes=("uniform", "softmax"), select="train")
+    outcome = knn.evaluate(task, config)
+    assert [(entry["k"], entry["vote"]) for entry in outcome.all] == [
+        (k, kind) for k in (1, 20) for kind in ("uniform", "softmax")
+    ]
+    assert outcome.all[0]["top1"] == outcome.all[1]["top1"]  # of one neighbour it matters not how it votes
+    assert outcome.all[2]["top1"] != outcome.all[3]["top1"]
+    assert len(outcome.protocol["leave_one_out"]) == 4
+    fixed = knn.evaluate(task, replace(config, k=(20,), select="fixed"))
+    assert fixed.protocol["headline"] == "feature pooled, k 20, uniform vote"
+    assert fixed.metrics["top1"] == outcome.all[2]["top1"]
+
+    deep = replace(task, encoder=small_encoder())
+    names = [entry["feature"] for entry in knn.evaluate(deep, knn.Config(k=(5,), last_blocks=3)).all]
+    assert names == ["pooled", "cls", "mean", "cls@-2", "mean@-2", "cls@-3", "mean@-3"]
+    with pytest.raises(UserError, match="--last-blocks is 4; this encoder gives features of its last 3"):
+        knn.evaluate(deep, knn.Config(last_blocks=4))
+    assert len(knn.evaluate(task, knn.Config(k=(5,), last_blocks=4)).all) == 1  # pixels, as a baseline, have none
+
+
 def test_few_images_and_few_classes() -> None:
     outcome = knn.evaluate(task_of(noisy_classes(8, 1, 2), noisy_classes(1, 2, 2), classes=2), knn.Config())
     assert sorted(entry["k"] for entry in outcome.all) == [5, 8]
@@ -255,6 +298,7 @@ def test_classes_are_the_same_by_name_and_images_without_label_are_left_out(monk
         (knn.Config(k=(20, 0)), "--k is 20 0"),
         (knn.Config(k=()), "--k"),
         (knn.Config(temperature=0.0), "--temperature is 0"),
+        (knn.Config(votes=()), "--votes"),
         (knn.Config(features=("poled",)), "did you mean pooled"),
     ],
 )

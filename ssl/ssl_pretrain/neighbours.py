@@ -2,13 +2,16 @@
 bank, D channels, K neighbours, C classes; a tile is a (q, n) block of the similarities, the only part that ever
 exists."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-TILE = (2048, 8192)  # rows of queries and of the bank that meet at once: 64 MiB of similarities
+TILE = (4096, 4096)  # rows of queries and of the bank that meet at once: 64 MiB of similarities
 GROUP = 16  # columns of a tile that share one maximum, so that most of them are never looked at singly
+Vote = Literal["softmax", "cosine", "uniform"]
 
 
 @torch.no_grad()
@@ -58,16 +61,30 @@ def nearest(
 
 
 def vote(
-    similarity: Tensor, index: Tensor, bank_labels: Tensor, classes: int, temperature: float, k: int | None = None
+    similarity: Tensor,
+    index: Tensor,
+    bank_labels: Tensor,
+    classes: int,
+    temperature: float,
+    k: int | None = None,
+    kind: Vote = "softmax",
 ) -> Tensor:
-    """Scores (Q, C) float32 of the classes among each query's first k neighbours (default: all), each neighbour's vote
-    weighing exp(similarity / temperature) (DINO, section 4.1; Wu et al., 2018). A row is scaled so that the vote of its
-    nearest neighbour weighs 1, which changes no order and keeps low temperatures finite.
+    """Scores (Q, C) float32 of the classes among each query's first k neighbours (default: all). A neighbour's vote
+    weighs, by `kind`: "softmax", exp(similarity / temperature) (DINO, section 4.1; Wu et al., 2018), a row scaled so that
+    the vote of its nearest weighs 1, which changes no order and keeps low temperatures finite; "cosine", its similarity,
+    or nothing where that is negative; "uniform", 1.
 
     similarity, index: (Q, K) as `nearest` gives them; bank_labels: (N,) int64 in [0, C).
     """
     k = similarity.shape[1] if k is None else k
-    weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
+    near = similarity[:, :k]
+    match kind:
+        case "softmax":
+            weights = ((near - near[:, :1]) / temperature).exp()
+        case "cosine":
+            weights = near.clamp_min(0)
+        case "uniform":
+            weights = torch.ones_like(near)
     scores = torch.zeros(len(similarity), classes, device=similarity.device)
     return scores.scatter_add_(1, bank_labels.to(index.device)[index[:, :k]], weights)
 

@@ -1,0 +1,45 @@
+"""The assignment problem: which row goes with which column so that the sum is largest. Shapes: K x K, or K x L, pairs."""
+
+import numpy as np
+
+
+def assignment(gain: np.ndarray) -> np.ndarray:
+    """The column of each row, (K,) int64, -1 for a row without: one to one, as many pairs as the shorter side has, of the
+    largest total `gain` (K, L).
+
+    Shortest augmenting paths (Jonker & Volgenant, 1987) in O(K^2 L): rows come one at a time, and each is put in by the
+    cheapest chain of exchanges, found as Dijkstra finds a path, with prices on both sides that keep every cost >= 0.
+    """
+    if gain.shape[0] > gain.shape[1]:
+        rows = assignment(gain.T)
+        result = np.full(gain.shape[0], -1)
+        result[rows] = np.arange(len(rows))
+        return result
+    cost = -gain.astype(np.float64)
+    k, width = cost.shape
+    row_price, column_price = np.zeros(k), np.zeros(width)
+    holder = np.full(width, -1)  # the row of each column
+    for new in range(k):
+        distance = np.full(width, np.inf)
+        before = np.full(width, -1)  # the column before on the cheapest chain; -1: it begins with `new`
+        done = np.zeros(width, bool)
+        row, column, length = new, -1, 0.0
+        while row != -1:
+            through = length + cost[row] - row_price[row] - column_price
+            shorter = ~done & (through < distance)
+            distance[shorter], before[shorter] = through[shorter], column
+            column = int(np.where(done, np.inf, distance).argmin())
+            length = distance[column]
+            done[column] = True
+            row = int(holder[column])
+        left = length - distance[done]  # how much cheaper the chain reached each column
+        held = holder[done] != -1
+        row_price[new] += length
+        row_price[holder[done][held]] += left[held]
+        column_price[done] -= left
+        while column != -1:  # exchange along the chain, from its end
+            holder[column] = new if before[column] == -1 else holder[before[column]]
+            column = int(before[column])
+    result = np.full(k, -1)
+    result[holder[holder != -1]] = np.flatnonzero(holder != -1)
+    return result

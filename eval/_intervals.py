@@ -1,0 +1,52 @@
+"""How sure a number is, and what it hides: confidence intervals of shares and means, precision and F1 of each class.
+
+Shapes: n images, C classes.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ssl_pretrain.randomness import numpy_generator
+
+Z = 1.959963984540054  # the normal distribution's, of 95 % on both sides together
+DRAWS = 1000  # of a bootstrap
+
+
+def wilson(hits: int, n: int) -> list[float]:
+    """The 95 % interval [low, high], in percent, of a share of which `hits` of `n` >= 1 are known (Wilson, 1927; it
+    keeps its promise for few images and at 0 and 100 %, where the normal approximation has no width)."""
+    share, z2 = hits / n, Z * Z / n
+    middle = (share + z2 / 2) / (1 + z2)
+    half = Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n)) / (1 + z2)
+    # at 0 and 100 % the interval ends there exactly, whatever rounding says
+    return [100 * (middle - half) if hits else 0.0, 100 * (middle + half) if hits < n else 100.0]
+
+
+def bootstrap(values: np.ndarray, seed: int) -> list[float]:
+    """The 95 % interval [low, high] of the mean of `values` (n,): percentiles of the means of 1000 samples drawn with
+    replacement (Efron, 1979), a function of the seed."""
+    generator = numpy_generator(seed, "bootstrap")
+    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(DRAWS)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def by_class(found: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """For each class that has images, by name: "n" images, and "recall" (its accuracy), "precision" and "f1" in percent,
+    from the classes found (n,) int64 and the true ones (n,) int64, both in [0, C). A class that is never found has
+    precision 0."""
+    count = len(classes)
+    right = np.bincount(labels[found == labels], minlength=count)
+    true, said = np.bincount(labels, minlength=count), np.bincount(found, minlength=count)
+    return {
+        name: {
+            "n": int(true[c]),
+            "recall": 100 * float(right[c] / true[c]),
+            "precision": 100 * float(right[c] / max(said[c], 1)),
+            "f1": 200 * float(right[c] / (true[c] + said[c])),
+        }
+        for c, name in enumerate(classes)
+        if true[c]
+    }

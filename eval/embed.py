@@ -1,0 +1,188 @@
+"""Features of images as files for other tools: NumPy arrays, or parquet tables. Labels are not needed.
+
+Shapes: N images that could be read, F floats a feature, P patches of D floats. Files, in the order of the images:
+`cls.npy`, `pooled.npy`, ... (N, F); `patches.npy` (N, P, D), rows of the grid one after another; `images.csv` (N lines
+under a head: name, label, class; the label is -1 and the class empty where there is none). As parquet: `features.parquet`,
+a row an image: name, label, class, and a list of floats a feature.
+"""
+
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.features import NotFinite, Pixels, Tap, poolings
+
+from ._results import Outcome
+from ._task import UNKNOWN, Side, Task
+
+IMAGES = "everything"
+CHUNK = 4096  # rows converted and written at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Writing features."""
+
+    features: tuple[str, ...] | None = None
+    """Which: pooled, cls, mean, or of earlier blocks cls@-4, mean@-4 (default: cls and pooled, as far as the encoder has
+    them)."""
+    patches: bool = False
+    """Also every patch token of the last block (N, P, D)."""
+    format: Literal["npy", "parquet"] = "npy"
+    """NumPy arrays with images.csv beside them, or one parquet table (needs pyarrow; without patches)."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Numbers in the files."""
+
+
+def evaluate(task: Task, config: Config) -> Outcome:
+    """Write the features of every image that can be read into `task.out`.
+
+    Raises UserError where parquet is asked for without pyarrow or with patches, where a float16 would overflow, where the
+    folder cannot be written, and as `Task.single`.
+    """
+    assert task.out is not None  # there are no baselines
+    if config.format == "parquet":
+        if config.patches:
+            raise UserError("--patches are written as npy only: --format npy")
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise UserError("--format parquet needs pyarrow: pip install pyarrow, or --format npy") from None
+    names = tuple(dict.fromkeys(str(Tap.parse(name)) for name in config.features or ()))
+    if isinstance(task.encoder.backbone, Pixels):
+        names = ("pooled",)
+    elif not names:
+        names = tuple(name for name in ("cls", "pooled") if name in poolings(task.encoder, task.device))
+    side = task.single(names)
+    for name in names:
+        _check_range(side.features[name], config.dtype, name)
+    shapes = {name: list(side.features[name].shape) for name in names}
+    try:
+        if config.format == "parquet":
+            files = [_parquet(task, side, names, config.dtype)]
+        else:
+            files = [_array(task.out / f"{name}.npy", side.features[name], config.dtype) for name in names]
+            files.append(_table(task, side))
+        if config.patches:
+            shapes["patches"] = _patches(task, side, config.dtype)
+            files.append("patches.npy")
+    except OSError as problem:
+        raise UserError(
+            f"{task.out} cannot be written ({problem.strerror}): choose another folder with --out"
+        ) from None
+    said = [f"{name}: {' x '.join(map(str, shape))} {config.dtype}" for name, shape in shapes.items()]
+    return Outcome(
+        {"n": len(side.index), "shapes": shapes, "files": files, "findings": [*said, f"files: {', '.join(files)}"]},
+        {
+            "headline": f"features {', '.join(shapes)}",
+            "features": list(shapes),
+            "format": config.format,
+            "dtype": config.dtype,
+            **task.protocol(None, side),
+        },
+        [],
+    )
+
+
+def _check_range(rows: np.ndarray, dtype: str, name: str) -> None:
+    limit = float(np.finfo(dtype).max)
+    if any(float(np.abs(rows[start : start + CHUNK]).max()) > limit for start in range(0, len(rows), CHUNK)):
+        raise UserError(f"feature {name} has values beyond {limit:g}, the most a {dtype} holds: --dtype float32")
+
+
+def _array(path: Path, rows: np.ndarray, dtype: str) -> str:
+    """Write rows (N, F) in chunks, aside and then under its name; returns the name."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.dtype(dtype), shape=rows.shape)
+        for start in range(0, len(rows), CHUNK):
+            array[start : start + CHUNK] = rows[start : start + CHUNK]
+        array.flush()
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path.name
+
+
+def _described(task: Task, side: Side) -> Iterator[tuple[str, int, str]]:
+    """Name, label and class of each row."""
+    for i, label in zip(side.index.tolist(), side.labels.tolist(), strict=True):
+        yield task.data.test.source.name(i), label, "" if label == UNKNOWN else task.data.classes[label]
+
+
+def _table(task: Task, side: Side) -> str:
+    assert task.out is not None
+    aside = task.out / f".images.csv.{os.getpid()}"
+    try:
+        with open(aside, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("name", "label", "class"))
+            writer.writerows(_described(task, side))
+        os.replace(aside, task.out / "images.csv")
+    finally:
+        aside.unlink(missing_ok=True)
+    return "images.csv"
+
+
+def _parquet(task: Task, side: Side, names: tuple[str, ...], dtype: str) -> str:
+    import pyarrow
+    from pyarrow import parquet
+
+    assert task.out is not None
+    kind = pyarrow.from_numpy_dtype(np.dtype(dtype))
+    widths = {name: side.features[name].shape[1] for name in names}
+    schema = pyarrow.schema(
+        [("name", pyarrow.string()), ("label", pyarrow.int64()), ("class", pyarrow.string())]
+        + [(name, pyarrow.list_(kind, width)) for name, width in widths.items()]
+    )
+    aside = task.out / f".features.parquet.{os.getpid()}"
+    described = list(_described(task, side))
+    try:
+        with parquet.ParquetWriter(aside, schema) as writer:
+            for start in range(0, len(described), CHUNK):
+                part = described[start : start + CHUNK]
+                columns: list[Any] = [[row[at] for row in part] for at in range(3)]
+                for name in names:
+                    flat = np.ascontiguousarray(side.features[name][start : start + CHUNK], dtype=dtype).ravel()
+                    columns.append(pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), widths[name]))
+                writer.write_table(pyarrow.table(columns, schema=schema))
+        os.replace(aside, task.out / "features.parquet")
+    finally:
+        aside.unlink(missing_ok=True)
+    return "features.parquet"
+
+
+@torch.inference_mode()
+def _patches(task: Task, side: Side, dtype: str) -> list[int]:
+    """Write patches.npy batch by batch; returns its shape. The images are decoded in this process."""
+    assert task.out is not None
+    source, n = task.data.test.source, len(side.index)
+    path, aside = task.out / "patches.npy", task.out / f".patches.npy.{os.getpid()}"
+    array: np.memmap | None = None
+    try:
+        for start in range(0, n, task.batch_size):
+            batch = side.index[start : start + task.batch_size].tolist()
+            images = task.encoder.preprocess([source[i] for i in batch]).to(task.device)
+            with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+                tokens = task.encoder(images).patches.float().cpu().numpy()
+            if not np.isfinite(tokens).all():
+                raise NotFinite("the encoder gives NaN or infinity for the patches of these images")
+            _check_range(tokens, dtype, "patches")
+            if array is None:
+                shape = (n, *tokens.shape[1:])
+                array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.dtype(dtype), shape=shape)
+            array[start : start + len(batch)] = tokens
+            task.report("patches", start + len(batch), n)
+        assert array is not None  # a source without images that can be read is an error before
+        array.flush()
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return list(array.shape)

@@ -148,7 +148,7 @@ def test_state_by_name_continues_bit_for_bit(kind: str) -> None:
 def test_gradient_norm() -> None:
     layer = nn.Linear(2, 1)
     layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
-    assert float(optim.gradient_norm(list(layer.parameters()))) == pytest.approx(5.0)
+    assert float(optim.gradient_norms(list(layer.parameters()), lambda s: s).norm()) == pytest.approx(5.0)
 
 
 def test_clipping_together_and_each_by_itself() -> None:
@@ -158,7 +158,7 @@ def test_clipping_together_and_each_by_itself() -> None:
         parameters = [nn.Parameter(torch.zeros(a.shape, dtype=torch.float64)) for a in arrays]
         for p, a in zip(parameters, arrays, strict=True):
             p.grad = torch.tensor(a)
-        optim.clip_(parameters, 3.0, None if each else optim.gradient_norm(parameters))
+        optim.clip_(parameters, 3.0, optim.gradient_norms(parameters, lambda s: s), each=each)
         whole = np.sqrt(sum((a**2).sum() for a in arrays))
         for p, a in zip(parameters, arrays, strict=True):
             norm = np.linalg.norm(a) if each else whole

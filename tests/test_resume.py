@@ -114,7 +114,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     process.kill()
     process.communicate()
     last = checkpoint.steps(out / "checkpoints")[-1]
-    file = out / "checkpoints" / f"step-{last:08d}" / "state.pt"
+    file = out / "checkpoints" / f"step-{last:08d}" / "shard-00001-model-00001-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     process = start(photos, out)
     said, _ = process.communicate()

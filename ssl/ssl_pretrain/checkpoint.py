@@ -1,69 +1,161 @@
 """Checkpoints of a run: whole or absent, newest readable one first.
 
-`checkpoints/step-00001000/` holds `state.pt` (tensors and plain data, read with weights_only) and `checkpoint.json` (the
-step, and size and CRC-32 of the state). It is written under another name, synced and then renamed, so that a killed
-process or a full disk leaves the ones before it as they were.
+`checkpoints/step-00001000/` holds the tensors in safetensors files, one for each process that held a part of them, as
+torch.distributed.checkpoint lays them out (so that any number of processes can read them, however they share the
+parameters out), and `checkpoint.json`: the step, plain data, and size and CRC-32 of each file. It is written under another
+name, synced and then renamed, so that a killed process or a full disk leaves the ones before it as they were.
 """
 
 import json
 import os
 import re
 import shutil
+import threading
+import warnings
 import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from . import distributed
+from .files import sync, write_text
+
+# Said of every checkpoint that one process writes or reads for itself, which is what is meant
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 PATTERN = re.compile(r"step-(\d{8,})")
 
 
-class _Summed:
-    """A file that keeps the CRC-32 and length of all that was written to it."""
+class Writer:
+    """Writes the checkpoints of `folder` behind the back of training.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.crc, self.size = file, 0, 0
-
-    def write(self, data: bytes) -> int:
-        self.crc = zlib.crc32(data, self.crc)
-        self.size += len(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write the state after `step` steps as a checkpoint of `folder`; it is there whole when this returns.
-
-    Raises OSError (a full disk, no permission), having removed what it had begun.
+    `begin` copies the state (what it takes is all that training waits for) and lets a thread write it aside; `publish`,
+    once every process's thread is done, gives it its name. All processes call both alike. With `sharded` every one writes
+    what it holds of sharded tensors, else the first writes everything.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final, aside = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir()
-        with open(aside / "state.pt", "wb") as file:
-            summed = _Summed(file)
-            try:
-                torch.save(state, cast(BinaryIO, summed))
-            except RuntimeError as problem:  # torch's zip writer hides the OSError that stopped it
-                cause = problem.__context__ or problem.__cause__
-                raise (cause if isinstance(cause, OSError) else OSError(str(problem))) from None
-            file.flush()
-            os.fsync(file.fileno())
-        with open(aside / "checkpoint.json", "w") as file_:
-            json.dump({"step": step, "bytes": summed.size, "crc32": summed.crc}, file_)
-            file_.flush()
-            os.fsync(file_.fileno())
-        sync(aside)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-        os.rename(aside, final)
-        sync(folder)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return final
+
+    def __init__(self, folder: Path, *, sharded: bool = False) -> None:
+        self.folder, self.sharded, self.rank = folder, sharded, distributed.rank()
+        # A group of its own: the thread talks while the loop does
+        self._group = dist.new_group(backend="gloo") if sharded else None
+        self._copies: dict[str, Tensor] = {}  # host memory, used again by every checkpoint
+        self._thread: threading.Thread | None = None
+        self.step: int | None = None  # of the checkpoint that is begun and not published
+        self.problem: Exception | None = None  # why its writing failed here
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process is still writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, step: int, state: Mapping[str, Any], then: Callable[[], None] | None = None) -> None:
+        """Write the state after `step` steps aside, then call `then` (in the thread). The one before must be published.
+
+        state: mappings of names to tensors, and plain data. It may change as soon as this returns.
+        """
+        if self.rank != 0 and not self.sharded:
+            return
+        assert self.step is None
+        tensors = {
+            f"{part}/{name}": t for part, each in state.items() if isinstance(each, Mapping) for name, t in each.items()
+        }
+        facts = {name: value for name, value in state.items() if not isinstance(value, Mapping)}
+        copies = {name: self._copy(name, tensor.detach()) for name, tensor in tensors.items()}
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        self.step, self.problem = step, None
+        if self.rank == 0:
+            shutil.rmtree(self._aside(step), ignore_errors=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(step, copies, facts, then), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until this process's thread is done."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def publish(self, *, keep_last: int | None = None, keep_every: int | None = None) -> None:
+        """Give the checkpoint its name, where every process has written its part; then prune the older ones.
+
+        What fails (a full disk, no permission) is found in `problem` afterwards, and what was begun is removed.
+        """
+        self.wait()
+        step, self.step = self.step, None
+        if step is None or self.rank != 0:
+            return
+        aside, final = self._aside(step), self.folder / f"step-{step:08d}"
+        try:
+            if self.problem:
+                raise self.problem
+            said: dict[str, Any] = {"step": step, "files": {}}
+            for listing in sorted(aside.glob("written-*.json")):
+                part = json.loads(listing.read_text())
+                said = {**said, **part, "files": {**said["files"], **part["files"]}}
+                listing.unlink()
+            write_text(aside / "checkpoint.json", json.dumps(said))
+            sync(aside)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+            os.rename(aside, final)
+            sync(self.folder)
+        except Exception as problem:
+            self.problem = problem
+            shutil.rmtree(aside, ignore_errors=True)
+            return
+        if keep_last is not None:
+            prune(self.folder, keep_last=keep_last, keep_every=keep_every)
+
+    def _aside(self, step: int) -> Path:
+        return self.folder / f".writing-{step:08d}"
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        """`tensor` in host memory that is kept from one checkpoint to the next, as sharded as it is."""
+        mine = distributed.local(tensor)
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != mine.shape or copy.dtype != mine.dtype:
+            copy = self._copies[name] = torch.empty(mine.shape, dtype=mine.dtype, pin_memory=mine.is_cuda)
+        copy.copy_(mine, non_blocking=True)
+        return copy if mine is tensor else distributed.sharded_like(copy, tensor)
+
+    def _work(
+        self, step: int, copies: dict[str, Tensor], facts: dict[str, Any], then: Callable[[], None] | None
+    ) -> None:
+        try:
+            self._write(self._aside(step), copies, facts)
+            if then is not None:
+                then()
+        except Exception as problem:  # told by the thread that can end the run
+            self.problem = problem
+
+    def _write(self, aside: Path, copies: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            dcp.save(copies, storage_writer=writer, process_group=self._group, no_dist=not self.sharded)
+        except dcp.api.CheckpointException as failed:
+            # What went wrong on any process is told to all; the first one that is about files is what a person can mend.
+            causes = [problem for problem, _ in failed.failures.values()]
+            raise next((c for c in causes if isinstance(c, OSError)), OSError(f"{aside}: {causes[0]!r}")) from None
+        mine = {file.name: _size_and_sum(file) for file in aside.glob(f"shard-{self.rank + 1:05d}-*")}
+        write_text(aside / f"written-{self.rank:05d}.json", json.dumps({**facts, "files": mine}))
+
+
+def save(folder: Path, step: int, state: Mapping[str, Any]) -> None:
+    """Write the state after `step` steps as a checkpoint of `folder`, by this process alone; it is there whole when this
+    returns. Raises OSError where it cannot be written."""
+    writer = Writer(folder)
+    writer.begin(step, state)
+    writer.publish()
+    if writer.problem:
+        raise writer.problem
 
 
 def steps(folder: Path) -> list[int]:
@@ -92,27 +184,76 @@ def newest(folder: Path) -> int | None:
     return None
 
 
+def read(folder: Path, step: int, into: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Put the tensors of a checkpoint into those of `into` (by part and name, sharded or not, on any device), and return
+    its plain data. Each process reads what it holds itself; files are memory-mapped, so nothing is in memory twice.
+
+    Raises ValueError where the names or shapes are not the same.
+    """
+    path = folder / f"step-{step:08d}"
+    flat = {name: tensor.detach() for name, tensor in _flat(into).items()}
+    there = {name: tuple(found.size) for name, found in _metadata(path).state_dict_metadata.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in flat.items()}
+    if there != wanted:
+        different = sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name))
+        raise ValueError(f"{path} is of another model: {', '.join(different[:10])}")
+    dcp.load(flat, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    said = json.loads((path / "checkpoint.json").read_text())
+    return {name: value for name, value in said.items() if name not in ("files", "step")}
+
+
 def load(folder: Path, step: int) -> dict[str, Any]:
-    """The state of a checkpoint, tensors on the CPU and memory-mapped (the optimiser is not held twice)."""
-    return torch.load(folder / f"step-{step:08d}" / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    """The whole state of a checkpoint, tensors in host memory: what was given to `save`."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for (part, name), shape, dtype in entries(folder, step):
+        parts.setdefault(part, {})[name] = torch.empty(shape, dtype=dtype)
+    return {**parts, **read(folder, step, parts)}
+
+
+def entries(folder: Path, step: int) -> list[tuple[tuple[str, str], tuple[int, ...], torch.dtype]]:
+    """Part and name, whole shape and dtype of each tensor in a checkpoint."""
+    found = _metadata(folder / f"step-{step:08d}").state_dict_metadata
+    return [
+        ((name.split("/", 1)[0], name.split("/", 1)[1]), tuple(each.size), each.properties.dtype)
+        for name, each in found.items()
+    ]
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of its parts, as "part/name"."""
+    parts = [(part, each) for part, each in state.items() if isinstance(each, Mapping)]
+    return {f"{part}/{name}": tensor for part, each in parts for name, tensor in each.items()}
+
+
+def _metadata(path: Path) -> Any:
+    return HuggingFaceStorageReader(str(path)).read_metadata()
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None where it is whole."""
     try:
-        said = json.loads((path / "checkpoint.json").read_text())
-        size = (path / "state.pt").stat().st_size
-        if size != said["bytes"]:
-            return f"state.pt has {size} bytes, {said['bytes']} were written"
-        crc = 0
-        with open(path / "state.pt", "rb") as file:
-            while block := file.read(1 << 24):
-                crc = zlib.crc32(block, crc)
-        return None if crc == said["crc32"] else "state.pt does not match its checksum"
+        said = json.loads((path / "checkpoint.json").read_text())["files"]
+        for name, (size, _) in said.items():
+            if (path / name).stat().st_size != size:
+                return f"{name} has {(path / name).stat().st_size} bytes, {size} were written"
+        with ThreadPoolExecutor(8) as pool:  # zlib lets go of the interpreter
+            for name, (_, crc) in zip(said, pool.map(_size_and_sum, [path / name for name in said]), strict=True):
+                if crc != said[name][1]:
+                    return f"{name} does not match its checksum"
+        return None if said else "it lists no files"
     except FileNotFoundError as problem:
         return f"{Path(problem.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return f"checkpoint.json cannot be read: {problem}"
+
+
+def _size_and_sum(file: Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file."""
+    size = crc = 0
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 24):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
 
 
 def prune(folder: Path, *, keep_last: int, keep_every: int | None) -> None:
@@ -123,26 +264,3 @@ def prune(folder: Path, *, keep_last: int, keep_every: int | None) -> None:
             shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
     for stale in folder.glob(".writing-*"):
         shutil.rmtree(stale, ignore_errors=True)
-
-
-def sync(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all: aside, synced, renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise

@@ -90,10 +90,21 @@ class Run:
     """Autocast; auto takes bf16 where the device has fast bf16."""
     workers: int | None = None
     """Loader processes of each training process (default: by the cores there are)."""
-    nproc: int = 1
-    """Training processes to start on this machine."""
     compile: bool = False
-    """torch.compile the encoder's blocks (costs about a minute at the start)."""
+    """torch.compile the model's blocks (costs about a minute at the start)."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """Several processes: a copy of the model each, one shared by all, or one shared by those of each machine."""
+    shard_size: int | None = None
+    """With --parallel hsdp: processes that share one copy of the model (default: those of a machine)."""
+    recompute: bool = False
+    """Compute the blocks' activations again in backward instead of keeping them: less memory, a third more time."""
+    cpu_offload: bool = False
+    """With fsdp or hsdp: keep parameters and optimiser state in host memory."""
+
+    preflight: bool = False
+    """Check the processes, machines and the run folder, print what was found, and leave."""
+    stall_after: float = 300.0
+    """Seconds without a step after which all processes write their stacks and the late ones are named; 0: never."""
 
     checkpoint_every: int = 1000
     """Steps between checkpoints; the encoder is exported with each."""
@@ -144,8 +155,9 @@ class Resolved(Run):
 
 # What may differ when a run is continued: where and how fast it runs, and what is watched, never what is computed.
 FREE = frozenset(
-    "out config data workers nproc accumulate compile checkpoint_every keep_last keep_every log_every monitor_every "
-    "picture_every val_every knn_every score bad_steps extend".split()
+    "out config data workers preflight stall_after nproc accumulate compile parallel shard_size recompute cpu_offload "
+    "checkpoint_every keep_last keep_every log_every monitor_every picture_every val_every knn_every score bad_steps "
+    "extend".split()
 )
 LENGTH = frozenset({"steps", "epochs", "images", "warmup_steps", "cooldown_steps"})
 
@@ -192,7 +204,6 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
         ("steps", steps, 1),
         ("batch-size", batch_size, 1),
         ("accumulate", run.accumulate, 1),
-        ("nproc", run.nproc, 1),
         ("log-every", run.log_every, 1),
         ("checkpoint-every", run.checkpoint_every, 1),
         ("keep-last", run.keep_last, 1),
@@ -224,7 +235,7 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
     if warmup + (cooldown if run.schedule == "constant" else 0) > steps:
         raise UserError(f"--warmup-steps {warmup} and --cooldown-steps {cooldown} do not fit into {steps} steps")
     decided: dict[str, Any] = {
-        "out": run.out or Path("runs") / f"{run.method}-{Path(run.data.split(':')[0]).resolve().name}",
+        "out": folder(run),
         "image_size": (size[0], size[-1]),
         "mean": mean,
         "std": std,
@@ -245,6 +256,11 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
     }
     given_fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     return Resolved(**{**given_fields, **decided})
+
+
+def folder(run: Run) -> Path:
+    """Where the run is kept."""
+    return run.out or Path("runs") / f"{run.method}-{Path(run.data.split(':')[0]).resolve().name}"
 
 
 def plain(*parts: Any) -> dict[str, Any]:

@@ -1,24 +1,25 @@
 """The processes of a run: who they are, and what they say to one another.
 
-A process learns its place from the environment: torchrun's variables (which our own `--nproc` sets too), or none of
-them: a run of one process. What a method may call inside a loss carries gradients; the rest is for the loop.
+A process learns its place from the environment (placement.py). What a method may call inside a loss carries gradients;
+the rest is for the loop.
 """
 
 import functools
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import placement, rendezvous
 from .errors import UserError
-
-RENDEZVOUS = "SSL_PRETRAIN_RENDEZVOUS"  # set by `--nproc`: a file:// address, so that no port can be taken
 
 
 @dataclass(frozen=True)
@@ -38,38 +39,35 @@ class World:
 
 
 @contextmanager
-def world(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+def world(timeout: timedelta | None = None) -> Iterator[World]:
     """Join the other processes, if there are any, and leave them at the end.
 
-    Raises UserError where the environment names only half of what torchrun sets, or more processes than GPUs.
+    timeout: what the roll call, and later any exchange, may take (default: $SSL_PRETRAIN_TIMEOUT in seconds, else ten
+    minutes, but no more than half of what is left of a Slurm job's time).
+    Raises UserError where the environment names only half of what torchrun sets, or more processes than GPUs;
+    rendezvous.MissingProcess where not all processes come.
     """
-    wanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    found = [name for name in wanted if name in os.environ]
-    if found and len(found) < len(wanted):
-        missing = ", ".join(set(wanted) - set(found))
-        raise UserError(f"the environment sets {', '.join(found)} but not {missing}: start with --nproc or torchrun")
-    rank, size, local = (int(os.environ.get(name, d)) for name, d in zip(wanted, ("0", "1", "0"), strict=True))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    place = placement.find()
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"{local_size} processes on this machine but {torch.cuda.device_count()} GPUs: lower --nproc"
-            )
-        device = torch.device("cuda", local)
+        gpus = torch.cuda.device_count()
+        if place.local_rank >= gpus and not (gpus == 1 and placement.in_slurm_step()):
+            raise UserError(f"{place.local_size} processes on this machine but {gpus} GPUs: lower --nproc")
+        device = torch.device("cuda", place.local_rank % gpus)  # Slurm may show each process its own GPU only
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, cores() // local_size))
-    here = World(rank, size, local, local_size, device)
-    if size == 1:
+        if place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, cores() // place.local_size))
+    here = World(place.rank, place.size, place.local_rank, place.local_size, device)
+    if place.size == 1:
         yield here
         return
+    timeout = timeout or _patience()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=os.environ.get(RENDEZVOUS, "env://"),
-        rank=rank,
-        world_size=size,
+        store=rendezvous.meet(place, timeout),
+        rank=place.rank,
+        world_size=place.size,
         timeout=timeout,
     )
     try:
@@ -77,6 +75,14 @@ def world(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
     finally:
         _cpu_group.cache_clear()
         dist.destroy_process_group()
+
+
+def _patience() -> timedelta:
+    if "SSL_PRETRAIN_TIMEOUT" in os.environ:
+        return timedelta(seconds=float(os.environ["SSL_PRETRAIN_TIMEOUT"]))
+    end = placement.end_of_job()
+    left = math.inf if end is None else end - time.time()
+    return timedelta(seconds=min(600.0, max(30.0, left / 2)))
 
 
 def cores() -> int:
@@ -150,6 +156,20 @@ def all_reduce_(tensor: Tensor, how: str = "sum") -> Tensor:
     return tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds, sharing its memory; any other tensor as it is."""
+    return cast(Any, tensor.detach()).to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def sharded_like(part: Tensor, other: Tensor) -> Tensor:
+    """This process's `part` as a sharded tensor of the shape and placement of `other`, sharing the part's memory."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(other, DTensor)
+    mesh, placements = other.device_mesh, other.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=other.shape, stride=other.stride())
+
+
 def mean_gradients_(parameters: list[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, all in one exchange."""
     if not dist.is_initialized():
@@ -161,13 +181,13 @@ def mean_gradients_(parameters: list[nn.Parameter]) -> None:
     torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
 
 
-def agree(flag: bool) -> bool:
-    """Whether any process says yes; asked over the CPU, so that no accelerator is waited for."""
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Of each flag whether any process says yes; asked over the CPU, so that no accelerator is waited for."""
     if not dist.is_initialized():
-        return flag
-    said = torch.tensor([int(flag)])
+        return flags
+    said = torch.tensor([int(flag) for flag in flags])
     dist.all_reduce(said, dist.ReduceOp.MAX, group=_cpu_group())
-    return bool(said.item())
+    return tuple(map(bool, said.tolist()))
 
 
 @functools.cache

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from . import backbones
 from .backbones.backbone import Backbone, Features
-from .checkpoint import sync, write_text
 from .errors import UserError, nearest
+from .files import sync, write_text
 from .randomness import key
 
 FORMAT = 1  # of config.json; a reader refuses a newer one

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .backbones.backbone import Backbone, Features
-from .checkpoint import write_text
 from .data.decode import BadImage, decode
 from .data.index import directory
 from .data.source import Source
@@ -37,6 +36,7 @@ from .data.subset import Subset
 from .data.views import resize_and_crop
 from .encoder import Encoder, Preprocessing
 from .errors import UserError, nearest
+from .files import write_text
 
 FORMAT = 1  # of the cache and of what a tap means; a cache of another format is not read
 POOLINGS = ("pooled", "cls", "mean")

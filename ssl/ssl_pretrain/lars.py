@@ -1,5 +1,6 @@
 """LARS, the optimiser of the large batches of contrastive learning. w a parameter, g its gradient, v its momentum."""
 
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -17,8 +18,16 @@ class Lars(torch.optim.Optimizer):
     attribute `found_inf` (float, ()) at 1 a step changes nothing, and nobody waits for the device to learn of it.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, momentum: float) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        momentum: float,
+        total: Callable[[Tensor], Tensor] = lambda squares: squares,
+    ) -> None:
+        """`total` adds sums of squares up over the processes that hold the other parts of the parameters."""
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "decays": True})
+        self._total = total
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -36,7 +45,7 @@ class Lars(torch.optim.Optimizer):
                 g = w.grad
                 if group["decays"]:
                     g = g.add(w, alpha=group["weight_decay"])
-                    w_norm, g_norm = w.norm(), g.norm()
+                    w_norm, g_norm = self._total(torch.stack([w.norm(), g.norm()]).square()).sqrt().to(w.device)
                     g = g * torch.where((w_norm > 0) & (g_norm > 0), TRUST * w_norm / g_norm, 1.0)
                 v.copy_(torch.where(ok, group["momentum"] * v + g, v))
                 w.sub_(torch.where(ok, v, 0.0), alpha=group["lr"])

@@ -4,7 +4,7 @@ Every optimiser here takes `found_inf`: a step that is not finite is skipped on 
 without the host waiting to learn of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -32,9 +32,13 @@ def decays(name: str, parameter: Tensor, rule: Literal["no_1d", "no_1d_tokens", 
 
 
 def parameter_groups(
-    method: Method, *, rule: Literal["no_1d", "no_1d_tokens", "all"], layer_decay: float = 1.0
+    method: Method,
+    *,
+    rule: Literal["no_1d", "no_1d_tokens", "all"],
+    layer_decay: float = 1.0,
+    part: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in groups of equal weight decay and learning-rate scale.
+    """Trainable parameters, of each the `part` that is here, in groups of equal weight decay and learning-rate scale.
 
     Each group holds "params", "names", "decays" (bool), "matrices" (bool: two-dimensional and of the encoder, what Muon is
     for) and "lr_scale": layer_decay ** (blocks between the parameter and
@@ -52,21 +56,27 @@ def parameter_groups(
         matrix = parameter.ndim == 2 and id(parameter) in inside
         fresh: dict[str, Any] = {"params": [], "names": [], "decays": decay, "lr_scale": scale, "matrices": matrix}
         group = groups.setdefault((decay, scale, matrix), {**fresh, "weight_decay": 0.0})
-        group["params"].append(parameter)
+        group["params"].append(part(parameter))
         group["names"].append(name)
     return list(groups.values())
 
 
 def build(
-    kind: Literal["adamw", "sgd", "lars", "muon"], groups: list[dict[str, Any]], betas: tuple[float, float]
+    kind: Literal["adamw", "sgd", "lars", "muon"],
+    groups: list[dict[str, Any]],
+    betas: tuple[float, float],
+    total: Callable[[Tensor], Tensor] = lambda squares: squares,
 ) -> torch.optim.Optimizer:
-    """The optimiser, fused (one kernel over all parameters; three times faster than the default on CPU and GPU)."""
+    """The optimiser, fused (one kernel over all parameters; three times faster than the default on CPU and GPU).
+
+    total: what sums of squares over the parameters become where each process holds a part of them.
+    """
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
     if kind == "muon":
         return MuonAndAdamW(groups, betas=betas)
     if kind == "lars":
-        return Lars(groups, momentum=betas[0])
+        return Lars(groups, momentum=betas[0], total=total)
     return torch.optim.SGD(groups, lr=0.0, momentum=betas[0], fused=True)
 
 
@@ -85,20 +95,21 @@ def step_if(optimizer: torch.optim.Optimizer, ok: Tensor) -> None:
     optimizer.step()
 
 
-def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Global 2-norm of all gradients, float32 ()."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-def clip_(parameters: list[nn.Parameter], most: float, norm: Tensor | None) -> None:
-    """Scale gradients down to a 2-norm of at most `most`: together, by their global `norm` (), or with None each
-    parameter's by itself (DINO, as released)."""
+def gradient_norms(parameters: list[nn.Parameter], total: Callable[[Tensor], Tensor]) -> Tensor:
+    """The 2-norm of each gradient there is, float32 (P,); `total` as in `build`."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    if norm is not None:
-        torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
-        return
-    factors = most / (torch.stack(torch._foreach_norm(grads)) + 1e-6)
-    torch._foreach_mul_(grads, list(factors.clamp(max=1.0).unbind()))
+    return total(torch.stack(torch._foreach_norm(grads)).float().square()).sqrt()
+
+
+def clip_(parameters: list[nn.Parameter], most: float, norms: Tensor, *, each: bool) -> None:
+    """Scale gradients, whose 2-norms are `norms` (P,), down to a norm of at most `most`: together by the global norm, or
+    each parameter's by its own (DINO, as released)."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = norms.to(grads[0].device)
+    if each:
+        torch._foreach_mul_(grads, list((most / (norms + 1e-6)).clamp(max=1.0).unbind()))
+    else:
+        torch._foreach_mul_(grads, (most / (norms.norm() + 1e-6)).clamp(max=1.0))
 
 
 def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -112,15 +123,33 @@ def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
+def empty_state(
+    optimizer: torch.optim.Optimizer, entries: Mapping[str, tuple[tuple[int, ...], torch.dtype]], method: nn.Module
+) -> dict[str, Tensor]:
+    """Tensors for a state to be read into, as `state_by_name` gives it: from the shapes (of the whole) and types of its
+    entries by name. What has its parameter's shape is as large as the part of it that is here."""
+    by_parameter: dict[str, list[str]] = {}
+    for path in entries:
+        by_parameter.setdefault(path.rsplit("/", 1)[0], []).append(path)
+    whole = {name: tuple(parameter.shape) for name, parameter in method.named_parameters()}
+    state = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for path in by_parameter.get(name, ()):
+                shape, dtype = entries[path]
+                mine = parameter.shape if shape == whole[name] else shape
+                # A fused optimiser keeps even its step counter on the parameter's device.
+                state[path] = torch.zeros(mine, dtype=dtype, device=parameter.device)
+    return state
+
+
 def load_state_by_name(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Put back what `state_by_name` gave. Raises KeyError where a parameter's entry is missing."""
+    """Take the tensors that `state_by_name` would give, as they are. Raises KeyError where a parameter's entry is
+    missing."""
     entries: dict[str, dict[str, Tensor]] = {}
     for path, value in state.items():
         name, entry = path.rsplit("/", 1)
         entries.setdefault(name, {})[entry] = value
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            # A fused optimiser keeps even its step counter on the parameter's device.
-            optimizer.state[parameter] = {
-                entry: value.to(parameter.device, copy=True) for entry, value in entries[name].items()
-            }
+            optimizer.state[parameter] = entries[name]

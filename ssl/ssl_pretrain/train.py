@@ -5,11 +5,11 @@ Position in a run is one integer, the number of optimiser steps done. Data, view
 """
 
 import dataclasses
-import inspect
 import math
 import time
 from collections.abc import Generator
-from contextlib import closing, nullcontext
+from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,22 @@ from typing import Any, Literal
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from . import backbones, checkpoint, config, distributed, encoder, manifest, optim, pretext, stages, two_pass
+from . import (
+    backbones,
+    checkpoint,
+    config,
+    distributed,
+    encoder,
+    files,
+    manifest,
+    optim,
+    parallel,
+    preflight,
+    pretext,
+    stages,
+    two_pass,
+)
 from .config import Resolved, Run
 from .data.loader import RawBatch, Share, batches, fixed_batches, to_batch
 from .data.sampler import samples
@@ -37,6 +50,7 @@ from .report import Report
 from .schedule import cosine, learning_rate
 from .score import KnnScore
 from .signals import StopRequest
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     record = config.plain(run, knobs, options)
     folder = out / "checkpoints"
     start = distributed.from_first(_find_start(run, record, source, folder) if here.first else None)
+    everybody = preflight.check(here, out) if here.size > 1 else []
 
     # ---- Model. Its random weights are a function of the seed alone.
     torch.manual_seed(key(run.seed, "init"))
@@ -100,57 +115,78 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
         encoder.load_weights(run.init_from, method.encoder)
     method.prepare(len(source))
     method.to(here.device)
+    parallel.check(run, method, here)
+    preprocessing = encoder.Preprocessing.for_size(run.image_size, run.mean, run.std)
+    # A copy of the encoder in host memory, for what is written and scored: whole, whatever training does to the original
+    copy = Encoder(deepcopy(method.exported()).cpu(), run.encoder, preprocessing, {}) if here.first else None
+
+    # ---- Parallelism and compilation, put around the finished model; the optimiser sees this process's part of it.
+    wrapped = parallel.wrap(method, run, here)
+    shards = parallel.Shards(method, here.device)
     optimizer = optim.build(
         run.optimizer,
-        optim.parameter_groups(method, rule=kind.recipe.decay, layer_decay=run.layer_decay),
+        optim.parameter_groups(method, rule=kind.recipe.decay, layer_decay=run.layer_decay, part=shards),
         run.betas,
+        shards.total,
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     skipped = 0
     if start:
-        state = checkpoint.load(folder, start)
-        method.load_state_dict(state["method"])
-        optim.load_state_by_name(optimizer, state["optimizer"])
-        skipped = state["skipped"]
-        del state
+        found = checkpoint.entries(folder, start)
+        entries = {name: (shape, dtype) for (part, name), shape, dtype in found if part == "optimizer"}
+        state = optim.empty_state(optimizer, entries, method)
+        into = {"method": method.state_dict(), "optimizer": shards.entries(state, method)}
+        skipped = checkpoint.read(folder, start, into)["skipped"]
+        optim.load_state_by_name(optimizer, state)
     report = Report(out, step=start, steps=steps, silent=not here.first)
     if here.first:
-        checkpoint.write_text(out / "config.yaml", yaml.safe_dump(record, sort_keys=False))
+        files.write_text(out / "config.yaml", yaml.safe_dump(record, sort_keys=False))
         data_facts = {"path": run.data, "images": len(source), "fingerprint": source.fingerprint}
         manifest.begin(out, here=here, step=start, data=data_facts)
-        report.say(f"{source.description}; {run.encoder} with {_millions(parameters)} trained parameters; {out}")
+        trained = _millions([p for p in method.parameters() if p.requires_grad])
+        report.say(f"{source.description}; {run.encoder} with {trained} trained parameters; {out}")
+        for text in preflight.disagreements(everybody):
+            report.warn(text)
         if start:
             report.say(f"continuing from step {start} of {steps}")
-
-    # ---- Parallelism and compilation, put around the finished model: blocks are compiled, then replicated.
-    if run.compile:
-        for name, part in method.named_modules():
-            if isinstance(part, nn.ModuleList) and name.split(".")[-1].endswith("blocks"):
-                for block in part:
-                    block.compile()
-    wrapped: Method | DistributedDataParallel = method
-    if here.size > 1:
-        # Buffers agree by construction; the option that says so has another name from torch 2.13 on.
-        known = inspect.signature(DistributedDataParallel).parameters
-        buffers: dict[str, Any] = {
-            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
-        }
-        wrapped = DistributedDataParallel(method, gradient_as_bucket_view=True, **buffers)
     autocast = torch.autocast(here.device.type, torch.bfloat16, enabled=run.precision == "bf16")
 
-    preprocessing = encoder.Preprocessing.for_size(run.image_size, run.mean, run.std)
+    # ---- Saving. Training waits only while the state is copied; it is written behind its back, then named.
+    writer = checkpoint.Writer(folder, sharded=parallel.is_sharded(method))
+
+    begun = False  # whether a checkpoint is on its way, on all processes alike
 
     def save(step: int) -> None:
-        """Checkpoint and export the state after `step` steps."""
-        if here.first:
-            state = {"method": method.state_dict(), "optimizer": optim.state_by_name(optimizer), "skipped": skipped}
-            checkpoint.save(folder, step, state)
-            lineage = {
-                "method": run.method, "data": run.data, "step": step, "images_seen": step * batch_size, "seed": run.seed
-            }  # fmt: skip
-            encoder.save(out / "encoder", Encoder(method.exported(), run.encoder, preprocessing, lineage))
-            checkpoint.prune(folder, keep_last=run.keep_last, keep_every=run.keep_every)
-        distributed.barrier()
+        """Begin to write a checkpoint and the export of the state after `step` steps."""
+        nonlocal begun
+        settle()
+        parallel.copy_whole(method.exported(), None if copy is None else copy.backbone)
+        optimizer_state = shards.entries(optim.state_by_name(optimizer), method)
+        lineage = {
+            "method": run.method, "data": run.data, "step": step, "images_seen": step * batch_size, "seed": run.seed
+        }  # fmt: skip
+
+        def export() -> None:
+            if copy is not None:
+                copy.lineage = lineage
+                encoder.save(out / "encoder", copy)
+
+        writer.begin(step, {"method": method.state_dict(), "optimizer": optimizer_state, "skipped": skipped}, export)
+        begun = True
+
+    def settle() -> None:
+        """See a checkpoint that is begun through to its end; raises OSError on all processes where one could not write."""
+        nonlocal begun
+        if not begun:
+            return
+        begun = False
+        writer.wait()
+        (failed,) = distributed.any_of(writer.problem is not None)
+        if not failed:
+            writer.publish(keep_last=run.keep_last, keep_every=run.keep_every)
+            (failed,) = distributed.any_of(writer.problem is not None)
+        if failed:
+            raise writer.problem or OSError("another process could not write its part of the checkpoint")
 
     # ---- The loop.
     monitor = CollapseMonitor(method.collapsed(batch_size))
@@ -164,8 +200,16 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     waited, since, seen_at = 0.0, time.perf_counter(), start
     method.train()
     saved, stopped = start, None
-    with closing(loader):
-        while step_number < steps and (stopped := _agreed(stop)) is None:
+    with closing(loader), Watch(out, here, run.stall_after, report.warn) as watch:
+        while step_number < steps:
+            # -- what the processes have to agree on, in one exchange
+            stopping, writing = distributed.any_of(stop.signal is not None, writer.busy)
+            if stopping:
+                stopped = stop.signal or "a signal to another process"
+                break
+            if not writing:
+                settle()
+
             # -- one optimiser step
             lr = learning_rate(
                 step_number,
@@ -182,7 +226,9 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
             parts: list[tuple[Batch, Step]] = []  # micro-batches that wait for one loss of all of them
             for micro in range(accumulate):
                 began = time.perf_counter()
+                watch.at(step_number, "waiting for images")
                 seen, raw = next(loader)
+                watch.at(step_number, "the step")
                 waited += time.perf_counter() - began
                 for bad in raw.failures:
                     report.bad_image(*bad)
@@ -196,7 +242,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                         losses = two_pass.backward(method, parts, autocast, parameters)
                         results.append((torch.cat([part.index for part, _ in parts]), losses))
                     continue
-                with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
+                with parallel.last_backward(wrapped, last):
                     with autocast:
                         losses = wrapped(batch, step)
                     (losses.total / accumulate).backward()
@@ -206,12 +252,14 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
             for index, each in results:
                 if each.per_sample is not None:
                     finite_samples.append((step_number, index, torch.isfinite(each.per_sample)))
-            norm = optim.gradient_norm(parameters)
+            shards.take_gradients()
+            norms = optim.gradient_norms(parameters, shards.total)
+            norm = norms.norm()
             # A step is taken by all processes or by none, and only if everything in it is finite.
             bad_flag = (~(torch.isfinite(values[0]) & torch.isfinite(norm))).float()
             ok = distributed.all_reduce_(bad_flag, "max") == 0
             if run.clip_grad is not None:
-                optim.clip_(parameters, run.clip_grad, None if run.clip_each else norm)
+                optim.clip_(parameters, run.clip_grad, norms, each=run.clip_each)
             optim.step_if(optimizer, ok)
             step.ok = ok
             step.carried = {name: torch.cat([each.carry[name] for _, each in results]) for name in losses.carry}
@@ -222,6 +270,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
             step_number += 1
 
             # -- now and then; the host waits for the device only in here
+            watch.at(step_number, "logging, scoring and saving")
             if step_number % run.log_every == 0 or step_number == steps:
                 table = torch.stack(pending)
                 table[:, 2:] = distributed.all_reduce_(table[:, 2:].contiguous()) / here.size
@@ -240,6 +289,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                 if bad_in_a_row >= run.bad_steps:
                     # Nothing was changed since the first of them: this is the state in which it happened.
                     save(step_number - bad_in_a_row)
+                    settle()
                     raise Diverged(
                         f"{bad_in_a_row} steps in a row were not finite ({run.bad_steps} allowed, --bad-steps), from step "
                         f"{step_number - bad_in_a_row}; the weights before it are kept in {folder}. "
@@ -269,32 +319,39 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
             if _due(step_number, run.monitor_every):
                 images = batch.views[seen[0].name]
                 images = images[0] if seen[0].count > 1 else images
-                spreads = spread(_features(method, images[:256], autocast))
+                with parallel.gathered(method):
+                    spreads = spread(_features(method, images[:256], autocast))
                 report.scores("features", spreads, step_number)
                 for warning in monitor.features(spreads):
                     report.warn(warning)
-            if _due(step_number, run.picture_every) and here.first:
+            if _due(step_number, run.picture_every) and (here.first or writer.sharded):
                 views = {s.name: batch.views[s.name][:8] for s in seen if s.count == 1}
                 few = dataclasses.replace(batch, views=views, index=batch.index[:8])
-                with torch.no_grad(), autocast:
+                with torch.no_grad(), autocast, parallel.gathered(method):
                     rows = slice(0, len(few.index))
                     shown_pictures = method.pictures(few, _step(run, step_number, rows, here))
-                report.pictures(shown_pictures, run.mean, run.std, step_number)
+                if here.first:
+                    report.pictures(shown_pictures, run.mean, run.std, step_number)
             if held_out is not None and (_due(step_number, run.val_every) or step_number == steps):
-                report.scores("val", _validate(run, method, held_out, specs, autocast, here, steps), step_number)
+                with parallel.gathered(method):
+                    scores = _validate(run, method, held_out, specs, autocast, here, steps)
+                report.scores("val", scores, step_number)
             if _due(step_number, run.knn_every):
-                if knn is not None:
-                    probe = Encoder(method.exported(), run.encoder, preprocessing, {})
-                    report.scores("knn", {"top1": knn(probe)}, step_number)
-                    method.train()
+                writer.wait()  # for it holds the copy
+                parallel.copy_whole(method.exported(), None if copy is None else copy.backbone)
+                if knn is not None and copy is not None:
+                    report.scores("knn", {"top1": knn(copy.to(here.device))}, step_number)
+                    copy.cpu()
                 distributed.barrier()
             if _due(step_number, run.checkpoint_every):
                 save(step_number)
                 saved = step_number
 
     # ---- The end: by the last step, or by a signal between two steps.
-    if saved != step_number or not (out / "encoder" / "config.json").exists():
+    settle()
+    if saved != step_number or distributed.from_first(not (out / "encoder" / "config.json").exists()):
         save(step_number)
+        settle()
     bad_images = 0
     if here.first:
         bad_images = report.merge_bad_images()
@@ -326,13 +383,6 @@ def _stream(
             with closing(loader):
                 for raw in loader:
                     yield stage.specs, raw
-
-
-def _agreed(stop: StopRequest) -> str | None:
-    """The signal that any process got, agreed on by all (who must all ask); None without one."""
-    if not distributed.agree(stop.signal is not None):
-        return None
-    return stop.signal or "a signal to another process"
 
 
 def _open_data(run: Run) -> tuple[Source, Source | None]:

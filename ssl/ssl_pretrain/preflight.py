@@ -1,0 +1,184 @@
+"""Before a run of several processes: is it the same program everywhere, on the devices it should have, and do all see the
+run folder? In a second at the start of every such run; with more to see as `ssl-pretrain --preflight`.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import distributed
+from .distributed import World, cores
+from .errors import UserError
+
+SAME = ("ssl-pretrain", "torch", "numpy")  # versions that must agree: with others the processes compute other things
+TOLD = ("pillow", "safetensors", "simplejpeg")  # versions that had better agree
+VISIBLE = 3.0  # seconds that a file may take to be seen on another machine
+TRIAL = 64  # MiB written to measure the run folder
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one process says of itself."""
+
+    rank: int
+    host: str
+    device: str
+    cores: int
+    versions: dict[str, str]
+    sees: bool  # the run folder's file of the first process
+    free: int  # bytes in the run folder
+    speed: float | None  # bytes a second written to it, by one process of each machine
+    trouble: str | None  # why it cannot be written
+
+
+def check(here: World, out: Path, *, measure: bool = False) -> list[Facts]:
+    """Every process's facts, on every process. All must call it; `out` exists.
+
+    Raises UserError, on all of them, where the run could not work: other versions of the program, CPUs beside GPUs, a run
+    folder that not all see, a sum over the processes that comes out wrong.
+    """
+    token = out / f".preflight-{distributed.from_first(uuid.uuid4().hex)}"
+    if here.first:
+        token.touch()
+    distributed.barrier()
+    sees = _appears(token)
+    speed, trouble = _write_speed(out) if measure and sees and here.local_rank == 0 else (None, None)
+    facts = Facts(
+        rank=here.rank,
+        host=socket.gethostname(),
+        device=torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "CPU",
+        cores=cores(),
+        versions={name: _version(name) for name in (*SAME, *TOLD)} | {"python": platform.python_version()},
+        sees=sees,
+        free=shutil.disk_usage(out).free if out.exists() else 0,
+        speed=speed,
+        trouble=trouble,
+    )
+    everybody: list[Facts] = distributed.from_all(facts)
+    total = torch.full((1024,), float(here.rank + 1), device=here.device)
+    distributed.all_reduce_(total)
+    expected = here.size * (here.size + 1) / 2
+    wrong = [rank for rank, good in enumerate(distributed.from_all(bool((total == expected).all()))) if not good]
+    distributed.barrier()
+    if here.first:
+        token.unlink(missing_ok=True)
+    problems = _problems(everybody, out)
+    if wrong:
+        problems.append(f"the sum over {here.size} processes came out wrong on rank {_some(wrong)}")
+    if problems:
+        raise UserError("; ".join(problems))
+    return everybody
+
+
+def alone(out: Path) -> str:
+    """`ssl-pretrain --preflight`: everything, and nothing but it. Returns the table. Raises UserError as `check`."""
+    with distributed.world() as here:
+        began = time.monotonic()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise UserError(f"--out {out} cannot be made: {problem.strerror}") from None
+        everybody = check(here, out, measure=True)
+        return table(everybody, out, time.monotonic() - began)
+
+
+def disagreements(everybody: list[Facts]) -> list[str]:
+    """What had better be the same everywhere and is not, a sentence each."""
+    return [
+        f"{name} is not the same everywhere: {said}"
+        for name in (*TOLD, "python")
+        if (said := _differing({f.rank: f.versions[name] for f in everybody}))
+    ]
+
+
+def table(everybody: list[Facts], out: Path, seconds: float) -> str:
+    """The facts for a person to read, a line a process."""
+    rows = [("rank", "host", "device", "cores", "torch", "ssl-pretrain", "run folder")]
+    for f in everybody:
+        speed = "" if f.speed is None else f", writes {f.speed / 2**20:.0f} MiB/s"
+        folder = f"{f.free / 2**30:.1f} GiB free{speed}"
+        rows.append(
+            (str(f.rank), f.host, f.device, str(f.cores), f.versions["torch"], f.versions["ssl-pretrain"], folder)
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"warning: {text}" for text in disagreements(everybody)]
+    lines.append(
+        f"{len(everybody)} process(es) on {len({f.host for f in everybody})} machine(s) found one another, add up and see "
+        f"{out}; {seconds:.1f} s"
+    )
+    return "\n".join(lines)
+
+
+def _problems(everybody: list[Facts], out: Path) -> list[str]:
+    found = []
+    for name in SAME:
+        if said := _differing({f.rank: f.versions[name] for f in everybody}):
+            found.append(f"{name} is not the same everywhere ({said}): install the same version on all machines")
+    kinds = {f.rank: "CPU" if f.device == "CPU" else "GPU" for f in everybody}
+    if said := _differing(kinds):
+        found.append(f"some processes have a GPU and some have not ({said})")
+    found += [f"{out} cannot be written on {f.host}: {f.trouble}" for f in everybody if f.trouble]
+    blind = [f for f in everybody if not f.sees]
+    if blind:
+        hosts = ", ".join(sorted({f.host for f in blind}))
+        found.append(
+            f"{out} on {hosts} is not the folder that rank 0 sees: --out must be on a file system that all machines share"
+        )
+    return found
+
+
+def _differing(values: dict[int, str]) -> str:
+    """ "2.13.0 on rank 0, 1; 2.11.0 on rank 2", or nothing where all agree."""
+    if len(set(values.values())) < 2:
+        return ""
+    by_value: dict[str, list[int]] = {}
+    for rank, value in values.items():
+        by_value.setdefault(value, []).append(rank)
+    return "; ".join(f"{value} on rank {_some(ranks)}" for value, ranks in by_value.items())
+
+
+def _some(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f", ... ({len(ranks)} in all)" if len(ranks) > 8 else "")
+
+
+def _appears(token: Path) -> bool:
+    until = time.monotonic() + VISIBLE
+    while not token.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _write_speed(out: Path) -> tuple[float | None, str | None]:
+    """Bytes a second, to the disk; or what prevents it."""
+    file = out / f".preflight-{socket.gethostname()}"
+    block = os.urandom(1 << 20)
+    began = time.monotonic()
+    try:
+        with open(file, "wb") as opened:
+            for _ in range(TRIAL):
+                opened.write(block)
+            opened.flush()
+            os.fsync(opened.fileno())
+        return TRIAL * len(block) / (time.monotonic() - began), None
+    except OSError as problem:
+        return None, problem.strerror or str(problem)
+    finally:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,157 @@
+"""Looks after a run from a thread of each process: notices a stall, shows where everybody stands, names who is late.
+
+Every process leaves a heartbeat in the run folder: its step, what it is doing, how long. Nothing here goes through the
+collectives, for they are what hangs when one process is late.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, final
+
+from .distributed import World
+
+BEAT = 2.0  # seconds between heartbeats
+SILENT = 5 * BEAT  # a process that has not been heard of for so long is gone, or its machine is
+
+
+class LostProcess(RuntimeError):
+    """A process of the run is gone; the message names it and says what the others saw."""
+
+
+@final
+class Watch:
+    """While entered: `at` says where this process is; where that does not change for `patience` seconds, its stacks are
+    written to stalls/rank-00000.txt of the run folder, and the first process says which are late.
+
+    say: what takes the message (a line). patience: 0 for never. An exchange that fails inside because a process is gone
+    becomes a LostProcess.
+    """
+
+    def __init__(self, out: Path, here: World, patience: float, say: Any) -> None:
+        self.beats, self.stalls = out / "heartbeats", out / "stalls"
+        self.here, self.patience, self.say = here, patience, say
+        self._where: tuple[int, str] = (0, "starting")
+        self._since = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+
+    def at(self, step: int, doing: str) -> None:
+        """This process is at `step`, doing that (a few words)."""
+        self._where, self._since = (step, doing), time.monotonic()
+
+    def lost(self) -> list[str]:
+        """The processes that are not heard of any more, in words; waits as long as a silence takes to be one."""
+        time.sleep(SILENT + BEAT)
+        return [
+            f"rank {r} on {beat['host']} (at step {beat['step']})" for r, beat in self._all().items() if beat["silent"]
+        ]
+
+    def __enter__(self) -> "Watch":
+        if self.patience > 0 or self.here.size > 1:
+            self._beat()
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, problem: Any, _: object) -> None:
+        gone = self._gone() if isinstance(problem, RuntimeError) and self.here.size > 1 else []
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if kind is None and self.here.size > 1:
+            self._file(self.here.rank).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.beats.rmdir()  # the last one can
+        if gone:
+            said = str(problem).strip().splitlines()[0]
+            raise LostProcess(
+                f"{', '.join(gone)} is gone ({said}); the same command continues from the last checkpoint"
+            ) from problem
+
+    def _gone(self) -> list[str]:
+        """The processes that are not heard of any more, in words; waits as long as a silence takes to be one."""
+        time.sleep(SILENT + BEAT)
+        return [
+            f"rank {r} on {beat['host']} (step {beat['step']})" for r, beat in self._all().items() if beat["silent"]
+        ]
+
+    def _look(self) -> None:
+        told = False
+        while not self._over.wait(BEAT):
+            stuck = time.monotonic() - self._since
+            try:
+                self._beat()
+                if self.patience > 0 and stuck > self.patience and not told:
+                    self._dump()
+                    self._over.wait(2 * BEAT)  # for the others' heartbeats and stacks
+                    if self.here.first:
+                        self.say(self._text(stuck))
+                    told = True
+                told = told and stuck > BEAT
+            except OSError:
+                pass  # a full disk is for the loop to report
+
+    def _file(self, rank: int) -> Path:
+        return self.beats / f"rank-{rank:05d}.json"
+
+    def _beat(self) -> None:
+        if self.here.size == 1:
+            return
+        self.beats.mkdir(parents=True, exist_ok=True)
+        step, doing = self._where
+        text = {"host": socket.gethostname(), "pid": os.getpid(), "step": step, "doing": doing}
+        aside = self._file(self.here.rank).with_suffix(".tmp")
+        aside.write_text(json.dumps({**text, "for": time.monotonic() - self._since}))
+        os.replace(aside, self._file(self.here.rank))
+
+    def _all(self) -> dict[int, dict[str, Any]]:
+        """Everybody's last heartbeat. Ages are taken on the clock of the file system, which is the same for all."""
+        now = self._file(self.here.rank).stat().st_mtime
+        found: dict[int, dict[str, Any]] = {}
+        for rank in range(self.here.size):
+            try:
+                file = self._file(rank)
+                age = now - file.stat().st_mtime
+                found[rank] = {**json.loads(file.read_text()), "age": age, "silent": age > SILENT}
+            except (OSError, ValueError):
+                found[rank] = {
+                    "host": "an unknown host",
+                    "step": -1,
+                    "doing": "nothing",
+                    "for": 0,
+                    "age": 0,
+                    "silent": True,
+                }
+        return found
+
+    def _dump(self) -> None:
+        self.stalls.mkdir(parents=True, exist_ok=True)
+        step, doing = self._where
+        with open(self.stalls / f"rank-{self.here.rank:05d}.txt", "w") as file:
+            file.write(f"rank {self.here.rank} on {socket.gethostname()}, pid {os.getpid()}: step {step}, {doing}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
+
+    def _text(self, stuck: float) -> str:
+        everybody = self._all() if self.here.size > 1 else {}
+        behind = min((beat["step"] for beat in everybody.values()), default=0)
+        # Whoever waits in an exchange waits for somebody: for one of an earlier step, or one that is still doing something
+        # else in the same step.
+        late = {
+            rank: beat
+            for rank, beat in everybody.items()
+            if beat["silent"] or (beat["step"] == behind and (behind < self._where[0] or beat["doing"] != "the step"))
+        }
+        who = "; ".join(
+            f"rank {rank} on {beat['host']}: "
+            + (f"not heard of for {beat['age']:.0f} s" if beat["silent"] else f"step {beat['step']}, {beat['doing']}")
+            for rank, beat in late.items()
+        )
+        step, doing = self._where
+        late_text = f" Late: {who or 'nobody, all wait in the same step'}." if everybody else f" This process: {doing}."
+        return f"no progress for {stuck:.0f} s after step {step}.{late_text} Stacks of all processes: {self.stalls}"

@@ -1,0 +1,150 @@
+"""A stall is noticed and explained; a process that is gone is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, command, losses
+
+from ssl_pretrain import watch
+from ssl_pretrain.distributed import World
+from ssl_pretrain.watch import Watch
+
+HERE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "BEAT", 0.05)
+    monkeypatch.setattr(watch, "SILENT", 0.25)
+
+
+def until(there: object, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not there and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def hang(said: list[str]) -> None:
+    until(said)
+
+
+def test_a_stall_is_told_once_with_the_stack_and_again_after_progress(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Watch(tmp_path, HERE, 0.3, said.append) as watched:
+        watched.at(7, "waiting for images")
+        hang(said)
+        time.sleep(0.5)
+        assert len(said) == 1
+        watched.at(8, "the step")
+        time.sleep(0.2)  # progress
+        until(said[1:])
+    assert "after step 7. This process: waiting for images" in said[0]
+    assert "after step 8. This process: the step" in said[1]
+    stack = (tmp_path / "stalls" / "rank-00000.txt").read_text()
+    assert "step 8, the step" in stack
+    assert "until" in stack  # where the main thread was
+
+
+def test_progress_is_no_stall(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Watch(tmp_path, HERE, 0.4, said.append) as watched:
+        for step in range(12):
+            watched.at(step, "the step")
+            time.sleep(0.1)
+    assert said == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def beat(folder: Path, rank: int, step: int, doing: str) -> None:
+    folder.mkdir(exist_ok=True)
+    text = {"host": f"n{rank}", "pid": 1, "step": step, "doing": doing, "for": 1.0}
+    (folder / f"rank-{rank:05d}.json").write_text(json.dumps(text))
+
+
+@pytest.mark.parametrize(
+    ("others", "late"),
+    [
+        ({1: (9, "the step"), 2: (8, "the step")}, "Late: rank 2 on n2: step 8, the step."),
+        ({1: (9, "waiting for images"), 2: (9, "the step")}, "Late: rank 1 on n1: step 9, waiting for images."),
+        ({1: (9, "the step"), 2: (9, "the step")}, "Late: nobody, all wait in the same step."),
+        ({1: (9, "the step")}, "Late: rank 2 on an unknown host: not heard of"),
+    ],
+)
+def test_who_is_late(others: dict, late: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    with Watch(tmp_path, World(0, 3, 0, 1, torch.device("cpu")), 0.3, said.append) as watched:
+        watched.at(9, "the step")
+        end = time.monotonic() + 10
+        while not said and time.monotonic() < end:
+            for rank, (step, doing) in others.items():
+                beat(tmp_path / "heartbeats", rank, step, doing)
+            time.sleep(0.02)
+    assert late in said[0]
+
+
+@pytest.mark.slow
+def test_two_processes_one_stopped_then_killed(photos: Path, tmp_path: Path) -> None:
+    """As on two machines: each started by itself, so that nobody but the run can tell."""
+    out = tmp_path / "run"
+    argv = command("pretrain", "--method", "mae", "--data", photos, "--out", out, "--steps", 100_000, "--log-every", 1,
+                   "--stall-after", 4, "--workers", 0, *TINY)  # fmt: skip
+    place = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(20_000 + os.getpid() % 10_000), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            argv, env={**place, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        while ranks[0].poll() is None and not ((out / "metrics.jsonl").exists() and len(losses(out)) > 4):
+            time.sleep(0.05)
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        end = time.monotonic() + 60
+        while not (out / "stalls" / "rank-00000.txt").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        time.sleep(15)  # what a silence takes to be one, and the message
+        os.kill(ranks[1].pid, signal.SIGCONT)
+        stopped_at = max(losses(out))
+        while ranks[0].poll() is None and max(losses(out)) < stopped_at + 5:
+            time.sleep(0.05)
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        said, _ = ranks[0].communicate(timeout=120)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    assert ranks[0].returncode == 1, said
+    assert "no progress for" in said
+    assert "Late: rank 1 on" in said  # while it was stopped
+    assert "rank 1 on" in said.splitlines()[-1]
+    assert "is gone" in said.splitlines()[-1]
+    assert "the same command continues" in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+def test_an_error_of_its_own_is_not_called_a_lost_process(tmp_path: Path) -> None:
+    code = f"""
+import torch
+from pathlib import Path
+from ssl_pretrain import watch
+from ssl_pretrain.distributed import World
+watch.BEAT, watch.SILENT = 0.1, 2.0
+out = Path({str(tmp_path)!r})
+one, two = (watch.Watch(out, World(rank, 2, rank, 2, torch.device("cpu")), 0, print) for rank in range(2))
+two.__enter__()
+try:
+    with one:
+        raise RuntimeError("its own fault")
+except RuntimeError as problem:
+    print(type(problem).__name__, problem)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "RuntimeError its own fault"

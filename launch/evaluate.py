@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -67,7 +68,8 @@ def _main(argv: list[str], placed: bool) -> int:
     options, launch, config = read(argv)
     if not placed:
         _one_process(launch)
-        out = options.out or (Path("eval/grid") if launch.grid else Path(f"{options.encoder}-{name}"))
+        job = "eval/grid" if launch.grid else re.sub(r"[^\w./-]+", "-", f"{options.encoder}-{name}")
+        out = options.out or Path(job)
         code = elsewhere("evaluate", argv, launch, out, read)
         if code is not None:
             return code

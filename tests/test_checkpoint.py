@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,94 @@ checkpoint.save(folder, 2, {"method": {"w": torch.ones(1000)}})
         checkpoint.save(folder, 3, state(0))
         checkpoint.prune(folder, keep_last=1, keep_every=None)
         assert [p.name for p in folder.iterdir()] == ["step-00000003"]
+
+
+SHARDED = """
+import os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from ssl_pretrain import checkpoint
+folder, fault, at, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[4], rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+def state(value):
+    w = distribute_tensor(torch.full((5, 1000), value), mesh, [Shard(0)])
+    return {"method": {"w": w, "queue": torch.full((7,), value)}, "skipped": 0}
+writer = checkpoint.Writer(folder, sharded=True)
+def save(step, value):
+    writer.begin(step, state(value))
+    writer.wait()
+    failed = torch.tensor([float(writer.problem is not None)])
+    dist.all_reduce(failed)
+    if not failed:
+        writer.publish()
+    return writer.problem
+assert save(1, 1.0) is None
+real, calls = os.fsync, [0]
+def fsync(file):
+    calls[0] += 1
+    if rank == 1 and calls[0] == at:
+        if fault == "kill":
+            os.kill(os.getpid(), 9)
+        raise OSError(28, "No space left on device")
+    real(file)
+os.fsync = fsync
+print("problem", save(2, 2.0), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "at"), [("full", 1), ("full", 2), ("kill", 1), ("kill", 2), ("none", 99)])
+def test_a_process_that_fails_while_all_write_their_parts_leaves_the_one_before(
+    fault: str, at: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARDED, str(folder), fault, str(at), str(tmp_path / "meet")],
+            env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    if fault == "kill":
+        ranks[1].communicate()
+        assert ranks[1].returncode == -9
+        try:
+            ranks[0].communicate(timeout=30)
+        except subprocess.TimeoutExpired:  # waits for the other, as it should
+            ranks[0].kill()
+            ranks[0].communicate()
+    else:
+        said = [process.communicate()[0] for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0], said
+        assert ("No space left" in said[1]) == (fault == "full")
+    expected = 2 if fault == "none" else 1
+    assert checkpoint.newest(folder) == expected
+    read = checkpoint.load(folder, expected)
+    assert torch.equal(read["method"]["w"], torch.full((5, 1000), float(expected)))  # whole again, in one process
+    assert torch.equal(read["method"]["queue"], torch.full((7,), float(expected)))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a file system")
+def test_a_file_system_that_turns_read_only_leaves_the_ones_before(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "none", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        checkpoint.save(tmp_path, 1, state(1))
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            checkpoint.save(tmp_path, 2, state(2))
+        assert checkpoint.newest(tmp_path) == 1
+        assert float(checkpoint.load(tmp_path, 1)["method"]["w"][0, 0]) == 1
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_write_text_is_whole_or_absent(tmp_path: Path) -> None:

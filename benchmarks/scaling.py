@@ -81,7 +81,7 @@ def ring(size: int) -> float:
 
 
 def volumes(
-    how: str, parameters: int, world: int, share: int, gathered: int = 2, summed: int = 4
+    how: str, parameters: int, world: int, share: int, gathered: int = 2, scattered: int = 4
 ) -> tuple[float, float]:
     """Bytes that one process sends in a step: to those it shares a copy of the model with, and to the other copies.
 

@@ -1,0 +1,41 @@
+"""The scaling model's volumes, against arithmetic by hand and against the bytes that real processes send."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import scaling
+
+
+def test_volumes_by_hand() -> None:
+    # two processes, ten parameters: ddp sends its half of 40 bytes to be summed and its half again to be handed out
+    assert scaling.volumes("ddp", 10, 2, 1) == (0, 40)
+    # fsdp: half of the bf16 parameters twice, half of the float32 gradients once
+    assert scaling.volumes("fsdp", 10, 2, 1) == (10 + 10 + 20, 0)
+    # hsdp of 4 as 2 x 2: as fsdp of two, then ddp of half the gradients between two copies
+    assert scaling.volumes("hsdp", 10, 4, 2) == (40, 20)
+    assert scaling.volumes("ddp", 10, 1, 1) == (0, 0)
+
+
+def test_costs_hang_together() -> None:
+    model, cluster = scaling.vit("ViT-g/14"), scaling.Cluster()
+    assert model.parameters == pytest.approx(1.13e9, rel=0.02)  # DINOv2's ViT-g
+    small, large = (scaling.cost("fsdp", model, 32, world, cluster) for world in (8, 64))
+    assert large.memory < small.memory
+    assert large.exchange > small.exchange
+    assert scaling.cost("hsdp", model, 32, 64, cluster).across == pytest.approx(
+        scaling.cost("ddp", model, 32, 64, cluster).across / 8, rel=0.15
+    )
+    for how in ("ddp", "fsdp", "hsdp"):
+        cost = scaling.cost(how, model, 32, 64, cluster)
+        assert 0 < cost.exposed <= cost.exchange
+        assert cost.step > cost.exposed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="the kernel's counters of bytes are Linux's")
+def test_ddp_sends_the_bytes_that_are_predicted() -> None:
+    parameters, counted, _, _ = scaling.run("ddp", 2, 4)
+    assert counted == pytest.approx(sum(scaling.volumes("ddp", parameters, 2, 1)), rel=0.05)

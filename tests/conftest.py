@@ -2,6 +2,11 @@
 
 import json
 import os
+
+# Before torch is there. These models are too small for threads, which wait for one another on a machine at work; several
+# tests run side by side instead (pytest-xdist).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +50,17 @@ def pretrain() -> Callable[..., subprocess.CompletedProcess]:
         )
         assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    return run
+
+
+@pytest.fixture
+def pretrain_here() -> Callable[..., None]:
+    """`ssl-pretrain` with these flags in this process, for tests of many runs that need no process of their own."""
+    from ssl_pretrain.launch.pretrain import main
+
+    def run(*argv: object) -> None:
+        assert main(list(map(str, argv))) == 0
 
     return run
 

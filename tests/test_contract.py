@@ -126,31 +126,19 @@ def test_two_ranks_and_two_micro_batches_give_the_loss_and_gradients_of_one(name
 
 @every_method
 def test_a_resumed_run_has_the_bits_of_the_undisturbed_one(
-    name: str, photos_in_classes: Path, tmp_path: Path, pretrain: Callable
+    name: str, photos_in_classes: Path, tmp_path: Path, pretrain_here: Callable
 ) -> None:
     out = tmp_path / "run"
-    same = [
-        "--method",
-        name,
-        "--data",
-        photos_in_classes,
-        "--out",
-        out,
-        "--steps",
-        6,
-        "--log-every",
-        1,
-        "--checkpoint-every",
-        3,
-    ]
+    same = ["--method", name, "--data", photos_in_classes, "--out", out, "--steps", 6, "--log-every", 1]
+    same += ["--checkpoint-every", 3, "--no-score"]
     same += ["--encoder", "vit_micro", "--image-size", *SIZE, "--patch-size", 8, "--depth", 2, "--batch-size", 16]
     same += [word for knob, value in SMALL.get(name, {}).items() for word in ("--" + knob.replace("_", "-"), value)]
     same += ["--lr", "1e-3", "--workers", 0]
-    pretrain(*same)
+    pretrain_here(*same)
     whole, curve = checkpoint.load(out / "checkpoints", 6), losses(out)
     whole = {part: {n: v.clone() for n, v in whole[part].items()} for part in ("method", "optimizer")}
     shutil.rmtree(out / "checkpoints" / "step-00000006")
-    pretrain(*same)
+    pretrain_here(*same)
     resumed = checkpoint.load(out / "checkpoints", 6)
     for part in ("method", "optimizer"):
         for n, value in whole[part].items():
@@ -174,7 +162,19 @@ def test_it_learns_on_real_images(name: str, steps: int, shared_data: Path, tmp_
     }
     argv = ["--method", name, "--data", data, "--out", tmp_path / "run", "--steps", steps, "--lr", "2e-3"]
     argv += ["--encoder", "vit_micro", "--dim", 64, "--heads", 2, "--depth", 2, "--image-size", 32, "--patch-size", 8]
-    argv += ["--batch-size", 128, "--workers", 0, "--monitor-every", 0, "--picture-every", 0, "--pool", "mean"]
+    argv += [
+        "--batch-size",
+        128,
+        "--workers",
+        0,
+        "--monitor-every",
+        0,
+        "--picture-every",
+        0,
+        "--pool",
+        "mean",
+        "--no-score",
+    ]
     for knob, value in small.items():
         if knob != "lr":
             argv += ["--" + knob.replace("_", "-"), *(value if isinstance(value, tuple) else [value])]

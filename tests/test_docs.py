@@ -13,7 +13,7 @@ from one_step import SMALL
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 SHRINK = {
-    "pretrain": ["--steps", "2", "--workers", "0"],
+    "pretrain": ["--steps", "2", "--workers", "0", "--no-score"],
     "evaluate": ["--batch-size", "32"],
 }
 

@@ -1,5 +1,6 @@
 """Soft labels, mixup, CutMix and random erasing against NumPy; RandAugment's operations against torchvision's."""
 
+import importlib
 import math
 from types import ModuleType
 
@@ -14,7 +15,8 @@ from ssl_pretrain.data.mix import Mix
 from ssl_pretrain.data.randaugment import OPERATIONS, Plan
 from ssl_pretrain.randomness import numpy_generator
 
-FILL = (0.2, 0.5, 0.8)
+FILL = (0.2, 0.6, 0.8)  # whole values of 255
+MOVING = ("rotate", "shear x", "shear y", "translate x", "translate y")
 
 
 def test_soft_labels_and_their_cross_entropy() -> None:
@@ -90,36 +92,41 @@ def test_what_is_drawn() -> None:
 def pictures(count: int = 4, size: tuple[int, int] = (24, 31)) -> torch.Tensor:
     """uint8 (B, 3, H, W): a smooth colour field with noise of another strength in each."""
     rng = np.random.default_rng(7)
-    fields = [np.asarray(picture(i, size)).astype(float) + 6 * i * rng.standard_normal((*size, 3)) for i in range(count)]
+    fields = [
+        np.asarray(picture(i, size)).astype(float) + 6 * i * rng.standard_normal((*size, 3)) for i in range(count)
+    ]
     return torch.from_numpy(np.stack(fields).clip(0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 
 
-def oracle(functional: ModuleType, name: str, image: torch.Tensor, s: float) -> torch.Tensor:
+def oracle(functional: ModuleType, name: str, image: torch.Tensor, s: float, fill: tuple = FILL) -> torch.Tensor:
     """What torchvision makes of an image (3, H, W) at the strength in [-1, 1] that stands for such an argument."""
     factor, (_, height, width) = max(0.1, 1 + 0.9 * s), image.shape
-    bilinear = {"interpolation": functional.InterpolationMode.BILINEAR, "fill": [255 * f for f in FILL]}
+    bilinear = importlib.import_module("torchvision.transforms").InterpolationMode.BILINEAR
+    how = {"interpolation": bilinear, "fill": [255 * f for f in fill]}
 
-    def affine(translate: tuple[float, float] = (0, 0), angle: float = 0, shear: tuple[float, float] = (0, 0)):  # noqa: ANN202
+    def affine(translate: tuple[float, float] = (0, 0), angle: float = 0, shear: tuple[float, float] = (0, 0)):
         # shears are about the first pixel's corner
         about = [0.0, 0.0] if any(shear) else None
         return functional.affine(
-            image, angle, list(translate), 1.0, [math.degrees(math.atan(v)) for v in shear], center=about, **bilinear
+            image, angle, list(translate), 1.0, [math.degrees(math.atan(v)) for v in shear], center=about, **how
         )
 
     return {
         "auto contrast": lambda: functional.autocontrast(image),
         "equalize": lambda: functional.equalize(image),
         "invert": lambda: functional.invert(image),
-        "rotate": lambda: affine(angle=-30 * s),
+        "rotate": lambda: affine(angle=30 * s),
         "posterize": lambda: functional.posterize(image, max(1, 4 - int(4 * abs(s)))),
         "solarize": lambda: functional.solarize(image, 256 - int(256 * abs(s))),
-        "solarize add": lambda: torch.where(image < 128, (image.int() + int(110 * abs(s))).clamp(max=255), image).byte(),
+        "solarize add": lambda: torch.where(
+            image < 128, (image.int() + int(110 * abs(s))).clamp(max=255), image
+        ).byte(),
         "colour": lambda: functional.adjust_saturation(image, factor),
         "contrast": lambda: functional.adjust_contrast(image, factor),
         "brightness": lambda: functional.adjust_brightness(image, factor),
         "sharpness": lambda: functional.adjust_sharpness(image, factor),
-        "shear x": lambda: affine(shear=(-0.3 * s, 0)),
-        "shear y": lambda: affine(shear=(0, -0.3 * s)),
+        "shear x": lambda: affine(shear=(0.3 * s, 0)),
+        "shear y": lambda: affine(shear=(0, 0.3 * s)),
         "translate x": lambda: affine(translate=(-0.45 * width * s, 0)),
         "translate y": lambda: affine(translate=(0, -0.45 * height * s)),
     }[name]()
@@ -127,7 +134,8 @@ def oracle(functional: ModuleType, name: str, image: torch.Tensor, s: float) -> 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_each_operation_is_torchvisions(name: str) -> None:
-    functional = import_torchvision().transforms.v2.functional
+    import_torchvision()
+    functional = importlib.import_module("torchvision.transforms.v2.functional")
     images, outside = pictures(), 255 * torch.tensor(FILL).view(1, 3, 1, 1)
     strengths = torch.tensor([-0.95, -0.3, 0.52, 0.9]).view(4, 1, 1, 1)
     found = OPERATIONS[name](images, strengths, outside)
@@ -135,10 +143,14 @@ def test_each_operation_is_torchvisions(name: str) -> None:
     moved = 0.0
     for image, one, s in zip(images, found, strengths.flatten().tolist(), strict=True):
         wanted = oracle(functional, name, image, s)
-        difference = (one.int() - wanted.int()).abs()
-        # torchvision cuts off what we round, and moves images by whole pixels only where it shifts
-        assert difference.max() <= 1 or (name.startswith("translate") and difference.float().mean() < 12)
         moved += float((wanted.int() - image.int()).abs().float().mean())
+        difference = (one.int() - wanted.int()).abs()
+        if name in MOVING:  # pixels on the border itself, half inside, torchvision mixes with the fill twice
+            inside = oracle(functional, name, torch.full_like(image, 255), s, fill=(0.0, 0.0, 0.0))
+            difference = difference[inside == 255]
+            assert difference.numel() > 0.4 * image.numel()
+        # torchvision cuts off what we round, and rounds the luma first
+        assert difference.max() <= (2 if name == "colour" else 1)
     assert moved > 1
 
 
@@ -193,10 +205,10 @@ def test_what_is_planned() -> None:
 
 
 def test_an_images_plan_hangs_on_seed_epoch_and_sample_only() -> None:
-    whole, part = plan(40), randaugment.draw(0, np.zeros(3), np.array([7, 3, 21]), (32, 48), magnitude=9.0, erase=0.25)
-    for name in ("operations", "strengths", "boxes"):
-        np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[[7, 3, 21]])
-    assert part.keys == tuple(whole.keys[i] for i in (7, 3, 21))
+    whole, some = plan(40), np.array([7, 3, 21])
+    part = randaugment.draw(0, np.zeros(3, np.int64), some, (32, 48), magnitude=9.0, erase=0.25)
+    for name in ("operations", "strengths", "boxes", "noise"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[some])
     for other in (plan(40, seed=1), plan(40, epoch=1)):
         assert not np.array_equal(other.operations, whole.operations)
 

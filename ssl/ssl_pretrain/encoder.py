@@ -185,10 +185,14 @@ def random_like(encoder: Encoder | str | Path, seed: int = 0) -> Encoder:
     on the same device. `encoder` may also be a path as `load` takes it."""
     if not isinstance(encoder, Encoder):
         encoder = load(encoder)
-    like = encoder.backbone
-    backbone = _build(encoder.name, like.image_size, like.in_chans, like.describe(), seed)
+    backbone = another(encoder.name, encoder.backbone, seed)
     device = next(encoder.parameters()).device
     return Encoder(backbone, encoder.name, encoder.preprocessing, {"method": "random", "seed": seed}).to(device).eval()
+
+
+def another(name: str, like: Backbone, seed: int = 0) -> Backbone:
+    """A new backbone of the same architecture as `like`, whose name it is; its weights are a function of the seed."""
+    return _build(name, like.image_size, like.in_chans, like.describe(), seed)
 
 
 def _build(name: str, image_size: Sequence[int], in_chans: int, options: Mapping[str, Any], seed: int = 0) -> Backbone:

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import closing
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,8 +116,6 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     method.to(here.device)
     parallel.check(run, method, here)
     preprocessing = encoder.Preprocessing.for_size(run.image_size, run.mean, run.std)
-    # A copy of the encoder in host memory, for what is written and scored: whole, whatever training does to the original
-    copy = Encoder(deepcopy(method.exported()).cpu(), run.encoder, preprocessing, {}) if here.first else None
 
     # ---- Parallelism and compilation, put around the finished model; the optimiser sees this process's part of it.
     wrapped = parallel.wrap(method, run, here)
@@ -155,21 +152,31 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     writer = checkpoint.Writer(folder, sharded=parallel.is_sharded(method))
 
     begun = False  # whether a checkpoint is on its way, on all processes alike
+    copy: Encoder | None = None
+
+    def copied() -> Encoder | None:
+        """The encoder as it is now, whole and in host memory, whatever training does to the original; for the first
+        process, but all must ask."""
+        nonlocal copy
+        if here.first and copy is None:
+            copy = Encoder(encoder.another(run.encoder, method.exported()), run.encoder, preprocessing, {})
+        parallel.copy_whole(method.exported(), None if copy is None else copy.backbone)
+        return copy
 
     def save(step: int) -> None:
         """Begin to write a checkpoint and the export of the state after `step` steps."""
         nonlocal begun
         settle()
-        parallel.copy_whole(method.exported(), None if copy is None else copy.backbone)
+        exported = copied()
         optimizer_state = shards.entries(optim.state_by_name(optimizer), method)
         lineage = {
             "method": run.method, "data": run.data, "step": step, "images_seen": step * batch_size, "seed": run.seed
         }  # fmt: skip
 
         def export() -> None:
-            if copy is not None:
-                copy.lineage = lineage
-                encoder.save(out / "encoder", copy)
+            if exported is not None:
+                exported.lineage = lineage
+                encoder.save(out / "encoder", exported)
 
         writer.begin(step, {"method": method.state_dict(), "optimizer": optimizer_state, "skipped": skipped}, export)
         begun = True
@@ -338,10 +345,10 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                 report.scores("val", scores, step_number)
             if _due(step_number, run.knn_every):
                 writer.wait()  # for it holds the copy
-                parallel.copy_whole(method.exported(), None if copy is None else copy.backbone)
-                if knn is not None and copy is not None:
-                    report.scores("knn", {"top1": knn(copy.to(here.device))}, step_number)
-                    copy.cpu()
+                probe = copied()
+                if knn is not None and probe is not None:
+                    report.scores("knn", {"top1": knn(probe.to(here.device).eval())}, step_number)
+                    probe.cpu()
                 distributed.barrier()
             if _due(step_number, run.checkpoint_every):
                 save(step_number)

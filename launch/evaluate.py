@@ -90,7 +90,7 @@ def _overview(known: list[str]) -> str:
     lines = [
         f"usage: {PROG} EVALUATOR --encoder ENCODER [--data DATA] [flags]",
         "",
-        "Evaluate a frozen encoder on labelled images. Evaluators:",
+        "Evaluate an encoder on images. Evaluators:",
         "",
         *(f"  {name:<12} {_summary(name)}" for name in known),
         "",

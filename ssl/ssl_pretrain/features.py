@@ -237,7 +237,7 @@ class _Pass:
             rows: dict[str, _Rows] = {}
             bad: list[Bad] = []
             done = 0
-            for images, failures in _images(self.encoder.preprocessing, self.source, self.batch_size, self.workers):
+            for images, failures in crops_of(self.encoder.preprocessing, self.source, self.batch_size, self.workers):
                 bad += failures
                 done += len(images) + len(failures)
                 if len(bad) == done:
@@ -305,7 +305,7 @@ def _begin_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
 
 
-def _images(
+def crops_of(
     preprocessing: Preprocessing, source: Source, batch_size: int, workers: int
 ) -> Iterator[tuple[np.ndarray, list[Bad]]]:
     """The source's images in order, uint8 (B, H, W, C), and what could not be read between them."""

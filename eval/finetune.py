@@ -1,0 +1,460 @@
+"""Fine-tuning of the encoder with labels, whole or in part, under a linear classifier (the recipe of MAE, He et al., CVPR
+2022, appendix A.1, table 9).
+
+Shapes: B images of a step, n of a split, D floats of the feature, C classes. Learning rates fall by `--layer-decay` from
+block to block (BEiT, Bao et al., ICLR 2022, appendix; `optim.parameter_groups`).
+"""
+
+import contextlib
+import copy
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, final
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from ssl_pretrain import encoder as exported
+from ssl_pretrain import optim, schedule
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data import mix, randaugment
+from ssl_pretrain.data.loader import Failure, RawBatch, Share, batches, to_batch
+from ssl_pretrain.data.subset import Subset
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.encoder import Encoder
+from ssl_pretrain.errors import UserError, nearest
+from ssl_pretrain.features import Bad, NotFinite, Tap, vectors
+from ssl_pretrain.foreign import Foreign
+from ssl_pretrain.parts.teacher import follow_, follower
+from ssl_pretrain.pretext import Method
+from ssl_pretrain.randomness import key, numpy_generator
+
+from ._results import Outcome, classification
+from ._task import Images, Side, Task
+from .linear import hold_out
+
+BASELINES = ("random",)
+SCOPES = ("full", "attention", "bias", "lora", "last-4")
+BETAS = (0.9, 0.999)
+FINAL_LR = 1e-6  # before layer-wise decay
+LR_BATCH = 256  # learning rates are given for this many images a step
+SMALLEST_BATCH, LARGEST_BATCH = 16, 1024  # images a step, where nothing is said
+LEAST_STEPS = 32  # of an epoch, that are worth more than a batch above the smallest
+HEAD_STD = 2e-5
+CROP_SCALE = (0.08, 1.0)
+CHUNK = 4096  # rows scored at a time
+RECORDED = (  # knobs that the protocol repeats
+    "epochs", "layer_decay", "weight_decay", "warmup", "randaugment", "erase", "mixup", "cutmix", "label_smoothing", "ema",
+)  # fmt: skip
+LOOK_EVERY = 20  # steps between looks at the loss, which wait for the device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fine-tuning."""
+
+    scope: str = "full"
+    """What of the encoder is trained, beside the classifier: full, attention (its matrices and biases), bias (all
+    biases), lora (low-rank changes of the attention matrices), or last-K (the last K blocks and what follows)."""
+    lrs: tuple[float, ...] = (5e-4,)
+    """Peak learning rates to try, per 256 images of a step (MAE: 5e-4 for ViT-B, 1e-3 for larger ones). Of several, the
+    one that is best on held-out training images is trained again on all."""
+    epochs: float = 100
+    """Passes over the training images (MAE: 100 for ViT-B, 50 for larger ones)."""
+    train_batch_size: int | None = None
+    """Images a step, in passes of at most --batch-size (default: 1024, or the largest power of two that leaves 32 steps
+    an epoch, but at least 16)."""
+    layer_decay: float = 0.65
+    """Factor on the learning rate from each block to the one before (MAE: 0.65 for ViT-B, 0.75 for larger ones)."""
+    weight_decay: float = 0.05
+    """Weight decay of AdamW; not on biases, norms, tokens and positions."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    drop_path: float = 0.1
+    """Stochastic depth at the last block, where the encoder has it (MAE: 0.1, 0.2, 0.3 for ViT-B, L, H)."""
+    randaugment: float = 9.0
+    """Magnitude of RandAugment, 0 to 10 (0: none)."""
+    erase: float = 0.25
+    """Probability of random erasing."""
+    mixup: float = 0.8
+    """Alpha of mixup (0: none)."""
+    cutmix: float = 1.0
+    """Alpha of CutMix (0: none)."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+    ema: float = 0.0
+    """Momentum of a moving average of the weights, which is what is tested (0: none)."""
+    lora_rank: int = 8
+    """Rank of the changes of scope lora."""
+    lora_alpha: float = 16.0
+    """Strength of the changes of scope lora: they are scaled by this over the rank."""
+    feature: Literal["pooled", "cls", "mean"] = "pooled"
+    """What the classifier sees: pooled (as the encoder defines it), the CLS token, or the mean of the patches."""
+    held_out: float = 0.1
+    """Share of the training images, of each class, that the best learning rate is chosen on."""
+    save: bool = False
+    """Write the fine-tuned encoder and its classifier to encoder/ beside results.json."""
+
+
+def evaluate(task: Task, config: Config) -> Outcome:
+    """Fine-tune a copy of the encoder on all training images and test it once; with several learning rates, first each
+    on a part of them, to choose one on the rest.
+
+    Raises UserError for knobs out of range, an encoder without what the scope trains, where every class has a single
+    training image but several learning rates are given, or where training diverges, and as `Task.single`.
+    """
+    _check(task, config)
+    tried: list[dict[str, Any]] = []
+    if len(config.lrs) > 1:
+        fit, held = hold_out(task.data.train.labels, config.held_out, task.seed)
+        known = task.data.train
+        asked = Images(known.split, Subset(known.source, held), known.labels[held], 0)
+        for lr in config.lrs:
+            tried.append({"lr": lr, "top1": None, "loss": None})
+            with contextlib.suppress(NotFinite):
+                ranked, loss, side = _test(task, config, _train(task, config, fit, lr, f"lr {lr:g}"), asked)
+                tried[-1] |= {"top1": 100 * float((ranked[:, 0] == side.labels).mean()), "loss": loss}
+    whole = [one for one in tried if one["top1"] is not None]
+    if tried and not whole:
+        raise UserError(f"training diverged at every one of --lrs {' '.join(map(str, config.lrs))}: give lower ones")
+    # the highest top-1, of equal ones the lower loss, of equal ones the first
+    lr = max(whole, key=lambda one: (one["top1"], -one["loss"]))["lr"] if tried else config.lrs[0]
+
+    rows = np.arange(len(task.data.train.labels))
+    tuned = _train(task, config, rows, lr, "all training images" if tried else "training")
+    try:
+        ranked, _, test = _test(task, config, tuned, task.data.test)
+    except NotFinite:
+        raise UserError(f"training diverged at --lrs {lr:g}: give a lower one") from None
+    if config.save and task.out is not None:
+        _save(task, config, tuned, lr)
+    return Outcome(
+        classification(ranked, test.labels, task.data.classes),
+        {
+            "headline": f"scope {config.scope}, {config.epochs:g} epochs, lr {lr:g}"
+            + (" (at the edge of the grid)" if tried and lr in (min(config.lrs), max(config.lrs)) else ""),
+            "features": [config.feature],
+            "scope": config.scope,
+            "trained_parameters": tuned.trained,
+            **(
+                {
+                    "selected": next(one for one in tried if one["lr"] == lr),
+                    "selection": f"highest top-1 on {len(held)} held-out training images ({config.held_out:g} of each "
+                    f"class); trained again on all training images and tested once",
+                    "all_scored_on": "held-out training images",
+                }
+                if tried
+                else {"selection": "nothing was chosen: trained on all training images and tested once"}
+            ),
+            "training": {
+                "optimizer": f"AdamW {BETAS}, warm-up, cosine to {FINAL_LR:g}",
+                "lr_batch": LR_BATCH,
+                "steps": _steps(config, len(rows)),
+                "batch_size": _batch(config, len(rows)),
+                "crop_scale": CROP_SCALE,
+                **{name: getattr(config, name) for name in RECORDED},
+                "drop_path": config.drop_path if "drop_path" in task.encoder.backbone.supports else 0.0,
+                **({"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha} if config.scope == "lora" else {}),
+            },
+            **task.protocol(_seen(task, tuned.failures), test),
+        },
+        tried,
+    )
+
+
+def _check(task: Task, config: Config) -> None:
+    if not config.lrs or not all(math.isfinite(lr) and lr > 0 for lr in config.lrs):
+        raise UserError(f"--lrs {' '.join(map(str, config.lrs))}: learning rates must be above 0")
+    if not (config.epochs > 0 and math.isfinite(config.epochs)):
+        raise UserError(f"--epochs is {config.epochs}; it must be above 0")
+    if config.train_batch_size is not None and config.train_batch_size < 1:
+        raise UserError(f"--train-batch-size is {config.train_batch_size}; it must be at least 1")
+    if not 0 < config.layer_decay <= 1:
+        raise UserError(f"--layer-decay is {config.layer_decay}; it must be above 0 and at most 1")
+    if not 0 < config.held_out < 1:
+        raise UserError(f"--held-out is {config.held_out}; it must lie between 0 and 1")
+    for name in ("warmup", "drop_path", "label_smoothing", "ema"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 0 and below 1")
+    if not 0 <= config.erase <= 1 or not 0 <= config.randaugment <= randaugment.MOST:
+        raise UserError(
+            f"--erase is {config.erase} and --randaugment {config.randaugment}; they must lie in 0 to 1 and 0 to 10"
+        )
+    for name in ("weight_decay", "mixup", "cutmix"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative")
+    if config.lora_rank < 1:
+        raise UserError(f"--lora-rank is {config.lora_rank}; it must be at least 1")
+    if next(task.encoder.parameters(), None) is None:
+        raise UserError(f"{task.encoder.name} has no weights: there is nothing to fine-tune")
+    if config.save and isinstance(task.encoder.backbone, Foreign):
+        raise UserError("--save writes encoders of this package only, and this one is another library's")
+    trained(task.encoder.backbone, config.scope)
+
+
+def _batch(config: Config, images: int) -> int:
+    """Images a step."""
+    if config.train_batch_size:
+        return min(config.train_batch_size, images)
+    fitting = 2 ** int(math.log2(max(1, images // LEAST_STEPS)))
+    return min(images, max(SMALLEST_BATCH, min(LARGEST_BATCH, fitting)))
+
+
+def _steps(config: Config, images: int) -> int:
+    return max(1, round(config.epochs * images / _batch(config, images)))
+
+
+def _seen(task: Task, failures: Sequence[Failure]) -> Side:
+    """The training images, but those that could not be read."""
+    bad = {index: Bad(index, name, reason) for index, name, reason in failures}
+    index = np.delete(np.arange(len(task.data.train.labels)), sorted(bad))
+    return Side({}, task.data.train.labels[index], index, [bad[i] for i in sorted(bad)])
+
+
+# ---- What is trained.
+
+
+def trained(backbone: Backbone, scope: str) -> set[str]:
+    """Names of the backbone's parameters that a scope trains; of scope "lora" those of the matrices that are changed,
+    though they are not trained themselves. Raises UserError for an unknown scope and where the backbone has no such
+    parameters."""
+    names = [name for name, _ in backbone.named_parameters()]
+    attention = [name for name in names if re.search(r"(^|\.)(attn|attention|self_attn)\.", name)]
+    if scope == "full":
+        found = names
+    elif scope == "attention":
+        # three things everyone should know about ViTs (Touvron et al., ECCV 2022), section 4
+        found = attention
+    elif scope == "bias":
+        found = [name for name in names if name.rsplit(".", 1)[-1] == "bias"]  # BitFit, Zaken et al., ACL 2022
+    elif scope == "lora":
+        linear = {name for name, part in backbone.named_modules() if isinstance(part, nn.Linear)}
+        found = [name for name in attention if name.endswith(".weight") and name.removesuffix(".weight") in linear]
+    elif match := re.fullmatch(r"last-(\d+)", scope):
+        blocks = int(match[1])
+        if isinstance(backbone, Foreign):
+            raise UserError(f"--scope {scope}: where the blocks of another library's encoder are is not known")
+        if not 1 <= blocks <= backbone.depth:
+            raise UserError(
+                f"--scope {scope}: this encoder has {backbone.depth} block(s), last-1 to last-{backbone.depth}"
+            )
+        found = [name for name in names if backbone.layer_of(name) > backbone.depth - blocks]
+    else:
+        raise UserError(f"--scope {scope} is none{nearest(scope, SCOPES)} (last-K: the last K blocks)")
+    if not found:
+        raise UserError(f"--scope {scope}: {type(backbone).__name__} has no such weights; --scope full")
+    return set(found)
+
+
+@final
+class LowRank(nn.Module):
+    """A weight (E, D) plus alpha / rank * up @ down (Hu et al., "LoRA", ICLR 2022, section 4.1); `up` begins at zero.
+
+    Raises UserError for a rank above the weight's own.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> None:
+        super().__init__()
+        outside, inside = weight.shape
+        if rank > min(weight.shape):
+            raise UserError(f"--lora-rank is {rank}, and the attention matrices are {outside} x {inside}")
+        start = (2 * torch.rand(rank, inside, generator=generator) - 1) / math.sqrt(inside)
+        self.down = nn.Parameter(start.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(outside, rank, device=weight.device))
+        self.scale = alpha / rank
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The changed weight (E, D)."""
+        return weight + self.scale * (self.up @ self.down)
+
+
+def prepare(backbone: Backbone, config: Config, generator: torch.Generator) -> None:
+    """Let gradients reach what the scope trains and nothing else, and set the drop path."""
+    names = trained(backbone, config.scope)
+    if "drop_path" in backbone.supports:
+        backbone.config = replace(backbone.config, drop_path=config.drop_path)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(name in names and config.scope != "lora")
+    if config.scope == "lora":
+        for name in sorted(names):
+            part = backbone.get_submodule(name.removesuffix(".weight"))
+            weight = cast(Tensor, part.weight)
+            change = LowRank(weight.detach(), config.lora_rank, config.lora_alpha, generator)
+            parametrize.register_parametrization(part, "weight", change)
+
+
+def merge(backbone: Backbone) -> None:
+    """Put the low-rank changes into the weights they change; names are those of before."""
+    for part in list(backbone.modules()):
+        if parametrize.is_parametrized(part, "weight"):
+            parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
+
+
+@final
+class Classifier(nn.Module):
+    """An encoder under a linear classifier, which begins nearly at zero (truncated normal, 2e-5; MAE)."""
+
+    def __init__(self, encoder: Backbone, width: int, classes: int, feature: str, generator: torch.Generator) -> None:
+        super().__init__()
+        self.encoder, self.feature = encoder, feature
+        self.head = nn.utils.skip_init(nn.Linear, width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD, generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Logits (B, C) of images (B, channels, H, W). The noise of drop path is drawn from `generator`."""
+        options = {}
+        if self.encoder.training and "drop_path" in self.encoder.supports:
+            shape = len(images), 2 * self.encoder.depth
+            options["drop"] = torch.rand(shape, generator=generator, device=images.device)
+        features = self.encoder(images, **options)
+        return self.head(features.patches.mean(1) if self.feature == "mean" else getattr(features, self.feature))
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """As `nn.Module.train`, but batch norms whose gain is not trained keep their statistics, and so does another
+        library's module as a whole, whose dropout would draw from the process's random state."""
+        super().train(mode)
+        for part in self.modules():
+            frozen = isinstance(part, _BatchNorm) and (part.weight is None or not part.weight.requires_grad)
+            if frozen or isinstance(part, Foreign):
+                part.eval()
+        return self
+
+
+# ---- Training and testing.
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """A fine-tuned encoder and its classifier."""
+
+    encoder: Encoder
+    head: nn.Linear
+    trained: int  # numbers, of encoder and classifier
+    failures: list[Failure]  # training images that could not be read, by their place among the rows trained on
+
+
+def _train(task: Task, config: Config, rows: np.ndarray, lr: float, what: str) -> _Tuned:
+    """Fine-tune a copy of the encoder on those training images; weights that are not finite where that diverges."""
+    how, device = task.encoder.preprocessing, task.device
+    blank = torch.zeros(1, how.channels, *how.crop, device=device)
+    with torch.no_grad():
+        width = vectors(task.encoder.to(device).eval(), blank, [Tap(config.feature)])[config.feature].shape[1]
+    own = copy.deepcopy(task.encoder.backbone)
+    generator = torch.Generator().manual_seed(key(task.seed, "finetune", config.scope))
+    prepare(own, config, generator)
+    model = Classifier(own, width, len(task.data.classes), config.feature, generator).to(device).train()
+    average = follower(model) if config.ema else None
+    # only its parameters and its encoder are looked at, so that a classifier does for a method
+    groups = optim.parameter_groups(cast(Method, model), rule="no_1d_tokens", layer_decay=config.layer_decay)
+    optimizer = optim.build("adamw", groups, BETAS)
+
+    batch, steps = _batch(config, len(rows)), _steps(config, len(rows))
+    share = Share(batch, next(n for n in range(-(-batch // task.batch_size), batch + 1) if batch % n == 0))
+    peak = lr * batch / LR_BATCH
+    spec = ViewSpec(name="image", size=how.crop, scale=CROP_SCALE, interpolation=how.interpolation)
+    labels = torch.from_numpy(task.data.train.labels[rows]).to(device)
+    loader = batches(
+        Subset(task.data.train.source, rows),
+        (spec,),
+        share,
+        seed=key(task.seed, "crops"),
+        channels=how.channels,
+        start_step=0,
+        stop_step=steps,
+        workers=task.workers,
+        policy="replace",
+        pin=device.type == "cuda",
+    )
+    yes, failures = torch.ones((), dtype=torch.bool, device=device), []
+    with contextlib.closing(loader):
+        for raw in loader:
+            failures += raw.failures
+            images, targets = _augment(task, config, raw, share, spec, labels)
+            noise = torch.Generator(device).manual_seed(key(task.seed, "drop path", raw.step, raw.micro))
+            with torch.autocast(device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+                logits = model(images, noise)
+            loss = mix.soft_cross_entropy(logits, targets)
+            (loss / share.accumulate).backward()
+            if raw.micro + 1 < share.accumulate:
+                continue
+            rate = schedule.learning_rate(
+                raw.step, steps=steps, peak=peak, final=min(FINAL_LR, peak), warmup=round(config.warmup * steps),
+                kind="cosine",
+            )  # fmt: skip
+            optim.set_rates(optimizer, rate, config.weight_decay)
+            optimizer.step()
+            optimizer.zero_grad()
+            if average is not None:
+                follow_(average, model, config.ema, yes)
+                for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
+                    mine.copy_(theirs)
+            if raw.step % LOOK_EVERY == LOOK_EVERY - 1 or raw.step + 1 == steps:
+                task.report(what, raw.step + 1, steps)
+                if not loss.isfinite():
+                    break
+    number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    best = model if average is None else average
+    merge(best.encoder)
+    best.encoder.config = task.encoder.backbone.config  # drop path as it came
+    best.eval().requires_grad_(True)
+    return _Tuned(Encoder(best.encoder, task.encoder.name, how, task.encoder.lineage), best.head, number, failures)
+
+
+def _augment(
+    task: Task, config: Config, raw: RawBatch, share: Share, spec: ViewSpec, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Images (B, channels, H, W) as they are trained on, and targets (B, C); labels (n,) are of all rows."""
+    how = task.encoder.preprocessing
+    first = raw.step * share.batch_size + share.rows(raw.micro).start
+    epochs = np.arange(first, first + share.micro_size) // len(labels)
+    strength = {"magnitude": config.randaugment, "erase": config.erase}
+    plan = randaugment.draw(task.seed, epochs, raw.index, spec.size, **strength)
+    raw.views[spec.name] = randaugment.apply(raw.views[spec.name].to(task.device, non_blocking=True), plan, how.mean)
+    given = to_batch(raw, (spec,), how.mean, how.std, task.device)
+    images = randaugment.erase_(given.views[spec.name], plan)
+    targets = mix.soft_labels(labels[given.index], len(task.data.classes), config.label_smoothing)
+    rng = numpy_generator(task.seed, "mix", raw.step, raw.micro)
+    drawn = mix.draw(rng, spec.size, mixup=config.mixup, cutmix=config.cutmix)
+    return (images, targets) if drawn is None else mix.apply(images, targets, drawn)
+
+
+@torch.no_grad()
+def _test(task: Task, config: Config, tuned: _Tuned, images: Images) -> tuple[np.ndarray, float, Side]:
+    """Of the readable ones of those images: the classes, likeliest first, (n, min(5, C)) int64; the mean cross-entropy;
+    and which they are. Raises NotFinite where training diverged."""
+    asked = replace(task, encoder=tuned.encoder, data=replace(task.data, test=images), cache=False)
+    side = asked.single((config.feature,))
+    ranked, loss = [], 0.0
+    for start in range(0, len(side.labels), CHUNK):
+        part = slice(start, start + CHUNK)
+        x = torch.from_numpy(side.features[config.feature][part]).to(task.device)
+        log_p = tuned.head(x).log_softmax(1)
+        loss -= float(log_p.gather(1, torch.from_numpy(side.labels[part]).to(task.device)[:, None]).sum())
+        ranked.append(log_p.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu())
+    if not math.isfinite(loss):
+        raise NotFinite("the classifier gives NaN or infinity")
+    return torch.cat(ranked).numpy(), loss / len(side.labels), side
+
+
+def _save(task: Task, config: Config, tuned: _Tuned, lr: float) -> None:
+    """Write the encoder's export, and beside it the classifier: head.safetensors with weight (C, D) and bias (C,), to be
+    applied to the feature that its header names."""
+    assert task.out is not None
+    folder = task.out / "encoder"
+    facts = {"data": task.data.name, "scope": config.scope, "lr": lr, "epochs": config.epochs, "seed": task.seed}
+    tuned.encoder.lineage = {**task.encoder.lineage, "finetuned": facts}
+    head = {name: value.detach().cpu().contiguous() for name, value in tuned.head.state_dict().items()}
+    said = json.dumps({"feature": config.feature, "classes": task.data.classes})
+    try:
+        exported.save(folder, tuned.encoder)
+        save_file(head, folder / "head.safetensors", metadata={"head": said})
+    except OSError as problem:
+        raise UserError(f"{folder} cannot be written ({problem.strerror}): choose another folder with --out") from None

@@ -1,6 +1,7 @@
 """A run is the same run however its parameters are spread over processes, and on however many it goes on."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ KINDS = {
     "mae": TINY,
     "dino": [*TINY[:10], "--prototypes", "64", "--hidden-dim", "64", "--bottleneck-dim", "16", "--local-views", "2",
              "--monitor-every", "0", "--picture-every", "0", "--precision", "fp32"],
-    "simclr": [*TINY[:10], "--projector-dim", "64", "--embedding-dim", "16", "--monitor-every", "0", "--picture-every", "0",
+    "simclr": [*TINY[:10], "--hidden-dim", "64", "--embedding-dim", "16", "--monitor-every", "0", "--picture-every", "0",
                "--precision", "fp32"],
 }  # fmt: skip
 
@@ -76,7 +77,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_way_of_shari
         assert process.returncode == 75, said
         assert max(losses(out)) < 60
     done = pretrain(*same, "--out", out, *places[2])
-    assert "continuing from step" in done.stdout
+    assert "continuing from step" in done.stdout + done.stderr
     expected = losses(tmp_path / "undisturbed")
     assert len(expected) == 60
     assert losses(out) == pytest.approx(expected, rel=1e-4)
@@ -117,9 +118,10 @@ def test_the_blocks_of_every_kind_of_backbone_are_found(encoder: str, count: int
     assert inside > 0.8 * sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read as Linux tells it")
 def test_activations_computed_again_need_less_memory_and_give_the_same_gradients() -> None:
     code = """
-import json, resource, sys, torch
+import json, sys, torch
 from ssl_pretrain import backbones, parallel
 from ssl_pretrain.config import Run
 class Asked:
@@ -130,20 +132,21 @@ torch.manual_seed(0)
 model = backbones.build("vit_tiny", image_size=(128, 128), in_chans=3, patch_size=8)
 parallel.wrap(model, Asked, Alone)
 images = torch.randn(16, 3, 128, 128)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+before = peak()
 model(images).pooled.square().sum().backward()
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+grown = peak() - before
 norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None])
 print(json.dumps([grown, norm.tolist()]))
 """
-    kept, again = (
-        json.loads(
-            subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True).stdout
-        )
-        for word in ("no", "yes")
-    )
+    # Memory that is let go goes back to the system at once: holes in glibc's heap would count as used.
+    place = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    argv = [sys.executable, "-c", code]
+    runs = [subprocess.run([*argv, w], capture_output=True, text=True, check=True, env=place) for w in ("no", "yes")]
+    kept, again = (json.loads(run.stdout) for run in runs)
     assert again[1] == pytest.approx(kept[1], rel=1e-6)
-    assert again[0] < 0.6 * kept[0]
+    assert again[0] < 0.5 * kept[0]
 
 
 def test_a_model_that_is_not_sharded_is_seen_as_it_is() -> None:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,19 @@ class Job:
         """Until it is in the queue again, then without the two minutes that Slurm lets a requeued job wait."""
         self.wait_for(lambda: self.facts()["Restarts"] == str(number))
         self.wait_for(lambda: self.facts()["JobState"] == "PENDING")
+        # In those minutes the first start's srun gives up waiting for its tasks; now it would end the second's step.
+        self.wait_for(lambda: not self.sruns())
         self.slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+
+    def sruns(self) -> list[str]:
+        """The srun processes of this job that are left."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # gone meanwhile
+                if (process / "comm").read_text() == "srun\n":
+                    words = (process / "environ").read_bytes().split(b"\0")
+                    found += [process.name] if f"SLURM_JOB_ID={self.id}".encode() in words else []
+        return found
 
     def wait_for_end(self) -> None:
         self.wait_for(lambda: self.facts()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"))
@@ -197,9 +210,6 @@ def test_a_crashed_node(lab: dict[str, str], undisturbed: Path, photos: Path, tm
         job.wait_for(lambda: job.facts()["Restarts"] == "1")
     finally:
         job.slurm(LAB / "revive.sh", "n2")
-    time.sleep(
-        14
-    )  # the first start's srun waits KillWait + 2 seconds for the dead node, and would end the second's step
     job.wait_for_restart(1)
     job.wait_for_end()
     assert job.facts()["JobState"] == "COMPLETED"
@@ -216,8 +226,9 @@ def test_the_time_limit_of_a_script_of_ones_own(
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/bash\nsrun --open-mode=append " + " ".join(words) + "\n")
     flags = ["--nodes=1", "--ntasks-per-node=2", "--time=1", "--requeue", "--open-mode=append"]
-    said = subprocess.run(["sbatch", *flags, f"--output={tmp_path}/log", script], capture_output=True, text=True, env=lab,
-                          check=True).stdout  # fmt: skip
+    patient = {**lab, "SSL_PRETRAIN_TIMEOUT": "120"}  # asleep for half a minute, exchanges would time out
+    said = subprocess.run(["sbatch", *flags, f"--output={tmp_path}/log", script], capture_output=True, text=True,
+                          env=patient, check=True).stdout  # fmt: skip
     job = Job.__new__(Job)
     job.lab, job.out, job.id, job.log = lab, out, said.split()[-1], tmp_path / "log"
     job.wait_for_step(30)

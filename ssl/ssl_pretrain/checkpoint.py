@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from . import distributed
 from .files import sync, write_text
+from .shard_file import ShardWriter
 
 # Said of every checkpoint that one process writes or reads for itself, which is what is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -55,10 +56,13 @@ class Writer:
         """Whether this process is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, step: int, state: Mapping[str, Any], then: Callable[[], None] | None = None) -> None:
+    def begin(
+        self, step: int, state: Mapping[str, Any], then: Callable[[], None] | None = None, *, copy: bool = True
+    ) -> None:
         """Write the state after `step` steps aside, then call `then` (in the thread). The one before must be published.
 
-        state: mappings of names to tensors, and plain data. It may change as soon as this returns.
+        state: mappings of names to tensors, and plain data. It may change as soon as this returns; without `copy`, which
+        takes as much memory again, only after `wait`.
         """
         if self.rank != 0 and not self.sharded:
             return
@@ -67,7 +71,7 @@ class Writer:
             f"{part}/{name}": t for part, each in state.items() if isinstance(each, Mapping) for name, t in each.items()
         }
         facts = {name: value for name, value in state.items() if not isinstance(value, Mapping)}
-        copies = {name: self._copy(name, tensor.detach()) for name, tensor in tensors.items()}
+        copies = {name: self._copy(name, t.detach()) if copy else t.detach() for name, t in tensors.items()}
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         self.step, self.problem = step, None
@@ -136,7 +140,7 @@ class Writer:
             self.problem = problem
 
     def _write(self, aside: Path, copies: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        writer = ShardWriter(aside)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             dcp.save(copies, storage_writer=writer, process_group=self._group, no_dist=not self.sharded)
@@ -144,15 +148,14 @@ class Writer:
             # What went wrong on any process is told to all; the first one that is about files is what a person can mend.
             causes = [problem for problem, _ in failed.failures.values()]
             raise next((c for c in causes if isinstance(c, OSError)), OSError(f"{aside}: {causes[0]!r}")) from None
-        mine = {file.name: _size_and_sum(file) for file in aside.glob(f"shard-{self.rank + 1:05d}-*")}
-        write_text(aside / f"written-{self.rank:05d}.json", json.dumps({**facts, "files": mine}))
+        write_text(aside / f"written-{self.rank:05d}.json", json.dumps({**facts, "files": writer.written}))
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     """Write the state after `step` steps as a checkpoint of `folder`, by this process alone; it is there whole when this
     returns. Raises OSError where it cannot be written."""
     writer = Writer(folder)
-    writer.begin(step, state)
+    writer.begin(step, state, copy=False)
     writer.publish()
     if writer.problem:
         raise writer.problem

@@ -163,11 +163,14 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
         parallel.copy_whole(method.exported(), None if copy is None else copy.backbone)
         return copy
 
-    def save(step: int) -> None:
-        """Begin to write a checkpoint and the export of the state after `step` steps."""
+    def save(step: int, *, last: bool = False) -> None:
+        """Begin to write a checkpoint and the export of the state after `step` steps; the last one without copying it."""
         nonlocal begun
         settle()
-        exported = copied()
+        if last and not writer.sharded:
+            exported = Encoder(method.exported(), run.encoder, preprocessing, {}) if here.first else None
+        else:
+            exported = copied()
         optimizer_state = shards.entries(optim.state_by_name(optimizer), method)
         lineage = {
             "method": run.method, "data": run.data, "step": step, "images_seen": step * batch_size, "seed": run.seed
@@ -178,8 +181,11 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                 exported.lineage = lineage
                 encoder.save(out / "encoder", exported)
 
-        writer.begin(step, {"method": method.state_dict(), "optimizer": optimizer_state, "skipped": skipped}, export)
+        writer.begin(step, {"method": method.state_dict(), "optimizer": optimizer_state, "skipped": skipped}, export,
+                     copy=not last)  # fmt: skip
         begun = True
+        if last:
+            settle()
 
     def settle() -> None:
         """See a checkpoint that is begun through to its end; raises OSError on all processes where one could not write."""
@@ -295,8 +301,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                 bad_in_a_row = trailing + (bad_in_a_row if trailing == len(table) else 0)
                 if bad_in_a_row >= run.bad_steps:
                     # Nothing was changed since the first of them: this is the state in which it happened.
-                    save(step_number - bad_in_a_row)
-                    settle()
+                    save(step_number - bad_in_a_row, last=True)
                     raise Diverged(
                         f"{bad_in_a_row} steps in a row were not finite ({run.bad_steps} allowed, --bad-steps), from step "
                         f"{step_number - bad_in_a_row}; the weights before it are kept in {folder}. "
@@ -357,8 +362,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     # ---- The end: by the last step, or by a signal between two steps.
     settle()
     if saved != step_number or distributed.from_first(not (out / "encoder" / "config.json").exists()):
-        save(step_number)
-        settle()
+        save(step_number, last=True)
     bad_images = 0
     if here.first:
         bad_images = report.merge_bad_images()

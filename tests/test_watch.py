@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,23 @@ def test_a_stall_is_told_once_with_the_stack_and_again_after_progress(tmp_path: 
     assert "until" in stack  # where the main thread was
 
 
+def test_a_stall_on_a_full_disk_is_told_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "stalls").write_text("a file in the folder's place: nothing can be written there")
+    (tmp_path / "heartbeats").write_text("nor there")
+    said: list[str] = []
+    with pytest.raises(OSError, match="exists"), Watch(tmp_path, World(0, 2, 0, 1, HERE.device), 0.3, said.append):
+        pass  # at the start it is said at once
+    (tmp_path / "heartbeats").unlink()
+    with Watch(tmp_path, World(0, 2, 0, 1, HERE.device), 0.3, said.append) as watched:
+        shutil.rmtree(tmp_path / "heartbeats")
+        (tmp_path / "heartbeats").write_text("and now no more")
+        watched.at(7, "the step")
+        until(said)
+        (tmp_path / "heartbeats").unlink()
+    assert "no progress for" in said[0]
+    assert "Its stacks cannot be written" in said[0]
+
+
 def test_progress_is_no_stall(tmp_path: Path) -> None:
     said: list[str] = []
     with Watch(tmp_path, HERE, 0.4, said.append) as watched:
@@ -64,8 +82,10 @@ def test_progress_is_no_stall(tmp_path: Path) -> None:
 
 def beat(folder: Path, rank: int, step: int, doing: str) -> None:
     folder.mkdir(exist_ok=True)
-    text = {"host": f"n{rank}", "pid": 1, "step": step, "doing": doing, "for": 1.0}
-    (folder / f"rank-{rank:05d}.json").write_text(json.dumps(text))
+    text = {"host": f"n{rank}", "pid": 1, "step": step, "doing": doing}
+    aside = folder / f"{rank}.aside"
+    aside.write_text(json.dumps(text))
+    aside.replace(folder / f"rank-{rank:05d}.json")  # whole, as a process does it
 
 
 @pytest.mark.parametrize(

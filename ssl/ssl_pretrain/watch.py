@@ -84,17 +84,20 @@ class Watch:
         told = False
         while not self._over.wait(BEAT):
             stuck = time.monotonic() - self._since
-            try:
+            # A disk that is full stops the loop, with a message, when it writes; a stall is told all the same.
+            with suppress(OSError):
                 self._beat()
-                if self.patience > 0 and stuck > self.patience and not told:
+            if self.patience > 0 and stuck > self.patience and not told:
+                try:
                     self._dump()
-                    self._over.wait(2 * BEAT)  # for the others' heartbeats and stacks
-                    if self.here.first:
-                        self.say(self._text(stuck))
-                    told = True
-                told = told and stuck > BEAT
-            except OSError:
-                pass  # a full disk is for the loop to report
+                    stacks = f"Stacks of all processes: {self.stalls}"
+                except OSError as problem:
+                    stacks = f"Its stacks cannot be written: {problem}"
+                self._over.wait(2 * BEAT)  # for the others' heartbeats and stacks
+                if self.here.first:
+                    self.say(f"{self._text(stuck)} {stacks}")
+                told = True
+            told = told and stuck > BEAT
 
     def _file(self, rank: int) -> Path:
         return self.beats / f"rank-{rank:05d}.json"
@@ -106,28 +109,22 @@ class Watch:
         step, doing = self._where
         text = {"host": socket.gethostname(), "pid": os.getpid(), "step": step, "doing": doing}
         aside = self._file(self.here.rank).with_suffix(".tmp")
-        aside.write_text(json.dumps({**text, "for": time.monotonic() - self._since}))
+        aside.write_text(json.dumps(text))
         os.replace(aside, self._file(self.here.rank))
 
     def _all(self) -> dict[int, dict[str, Any]]:
-        """Everybody's last heartbeat. Ages are taken on the clock of the file system, which is the same for all."""
-        now = self._file(self.here.rank).stat().st_mtime
+        """Everybody's last heartbeat. Ages are taken from the newest one, on the clock of the file system they share."""
         found: dict[int, dict[str, Any]] = {}
         for rank in range(self.here.size):
             try:
                 file = self._file(rank)
-                age = now - file.stat().st_mtime
-                found[rank] = {**json.loads(file.read_text()), "age": age, "silent": age > SILENT}
+                found[rank] = {**json.loads(file.read_text()), "at": file.stat().st_mtime}
             except (OSError, ValueError):
-                found[rank] = {
-                    "host": "an unknown host",
-                    "step": -1,
-                    "doing": "nothing",
-                    "for": 0,
-                    "age": 0,
-                    "silent": True,
-                }
-        return found
+                found[rank] = {"host": "an unknown host", "step": -1, "doing": "nothing", "at": 0.0}
+        now = max(beat["at"] for beat in found.values())
+        return {
+            rank: {**beat, "age": now - beat["at"], "silent": now - beat["at"] > SILENT} for rank, beat in found.items()
+        }
 
     def _dump(self) -> None:
         self.stalls.mkdir(parents=True, exist_ok=True)
@@ -139,7 +136,7 @@ class Watch:
 
     def _text(self, stuck: float) -> str:
         everybody = self._all() if self.here.size > 1 else {}
-        behind = min((beat["step"] for beat in everybody.values()), default=0)
+        behind = min((beat["step"] for beat in everybody.values() if not beat["silent"]), default=0)
         # Whoever waits in an exchange waits for somebody: for one of an earlier step, or one that is still doing something
         # else in the same step.
         late = {
@@ -149,9 +146,13 @@ class Watch:
         }
         who = "; ".join(
             f"rank {rank} on {beat['host']}: "
-            + (f"not heard of for {beat['age']:.0f} s" if beat["silent"] else f"step {beat['step']}, {beat['doing']}")
+            + (_silence(beat) if beat["silent"] else f"step {beat['step']}, {beat['doing']}")
             for rank, beat in late.items()
         )
         step, doing = self._where
         late_text = f" Late: {who or 'nobody, all wait in the same step'}." if everybody else f" This process: {doing}."
-        return f"no progress for {stuck:.0f} s after step {step}.{late_text} Stacks of all processes: {self.stalls}"
+        return f"no progress for {stuck:.0f} s after step {step}.{late_text}"
+
+
+def _silence(beat: dict[str, Any]) -> str:
+    return f"not heard of for {beat['age']:.0f} s" if beat["at"] else "not heard of at all"

@@ -5,7 +5,7 @@ Shapes: N images of a split, n of them readable, F floats a feature, C classes.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ssl_pretrain.data.loader import RawBatch, Share, batches
 from ssl_pretrain.data.source import Source, evaluation_splits, open_source, splits
 from ssl_pretrain.data.subset import Subset
+from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.encoder import Encoder
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Bad, Precision, extract
+from ssl_pretrain.randomness import key
 
 UNKNOWN = -1  # the label of an image that has none
 
@@ -145,6 +148,23 @@ class Task:
             "precision": self.precision,
             "seed": self.seed,
         }
+
+    def crops(
+        self, source: Source, specs: Sequence[ViewSpec], share: Share, steps: int
+    ) -> Generator[RawBatch, None, None]:
+        """So many steps of random views of `source`, for training on more than one fixed crop of each image."""
+        return batches(
+            source,
+            specs,
+            share,
+            seed=key(self.seed, "crops"),
+            channels=self.encoder.preprocessing.channels,
+            start_step=0,
+            stop_step=steps,
+            workers=self.workers,
+            policy="replace",
+            pin=self.device.type == "cuda",
+        )
 
     def report(self, what: str, done: int, total: int) -> None:
         """Tell whoever watches how far it is."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain import optim, schedule
 from ssl_pretrain.data.decode import decode
-from ssl_pretrain.data.loader import Share, batches, to_batch
+from ssl_pretrain.data.loader import Share, to_batch
 from ssl_pretrain.data.source import Source
 from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.data.views import ViewSpec, resize_and_crop
@@ -285,18 +285,7 @@ def _supply(
     if not config.augment:
         ratio = how.crop[1] / how.crop[0]
         source, spec = _Cropped(source, how), replace(spec, scale=(1.0, 1.0), ratio=(ratio, ratio), hflip=0.0)
-    loader = batches(
-        source,
-        (spec,),
-        Share(min(config.probe_batch_size, len(rows))),
-        seed=key(task.seed, "crops"),
-        channels=how.channels,
-        start_step=0,
-        stop_step=steps,
-        workers=task.workers,
-        policy="replace",
-        pin=task.device.type == "cuda",
-    )
+    loader = task.crops(source, (spec,), Share(min(config.probe_batch_size, len(rows))), steps)
     with contextlib.closing(loader):
         for raw in loader:
             failures.update({int(rows[i]): Bad(int(rows[i]), name, reason) for i, name, reason in raw.failures})

@@ -25,7 +25,7 @@ from ssl_pretrain import encoder as exported
 from ssl_pretrain import optim, schedule
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data import mix, randaugment
-from ssl_pretrain.data.loader import Failure, RawBatch, Share, batches, to_batch
+from ssl_pretrain.data.loader import Failure, RawBatch, Share, to_batch
 from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.encoder import Encoder
@@ -361,18 +361,7 @@ def _train(task: Task, config: Config, rows: np.ndarray, lr: float, what: str) -
     peak = lr * batch / LR_BATCH
     spec = ViewSpec(name="image", size=how.crop, scale=CROP_SCALE, interpolation=how.interpolation)
     labels = torch.from_numpy(task.data.train.labels[rows]).to(device)
-    loader = batches(
-        Subset(task.data.train.source, rows),
-        (spec,),
-        share,
-        seed=key(task.seed, "crops"),
-        channels=how.channels,
-        start_step=0,
-        stop_step=steps,
-        workers=task.workers,
-        policy="replace",
-        pin=device.type == "cuda",
-    )
+    loader = task.crops(Subset(task.data.train.source, rows), (spec,), share, steps)
     yes, failures = torch.ones((), dtype=torch.bool, device=device), []
     with contextlib.closing(loader):
         for raw in loader:

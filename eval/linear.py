@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain.data.loader import Share, batches, to_batch
+from ssl_pretrain.data.loader import Share, to_batch
 from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
@@ -345,18 +345,7 @@ def _augmented(task: Task, train: Side, rows: np.ndarray, taps: Sequence[str], *
     specs = (ViewSpec(name="image", size=how.crop, scale=(0.08, 1.0), interpolation=how.interpolation),)
     labels = torch.from_numpy(train.labels[rows]).to(task.device)
     wanted = [Tap.parse(tap) for tap in taps]
-    loader = batches(
-        Subset(task.data.train.source, train.index[rows]),
-        specs,
-        Share(batch),
-        seed=key(task.seed, "crops"),
-        channels=how.channels,
-        start_step=0,
-        stop_step=steps,
-        workers=task.workers,
-        policy="replace",
-        pin=task.device.type == "cuda",
-    )
+    loader = task.crops(Subset(task.data.train.source, train.index[rows]), specs, Share(batch), steps)
     with contextlib.closing(loader):
         for raw in loader:
             given = to_batch(raw, specs, how.mean, how.std, task.device)

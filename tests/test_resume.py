@@ -223,9 +223,10 @@ def test_a_run_of_two_ranks_is_stopped_and_continued_by_one(photos: Path, tmp_pa
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_others_with_a_message(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    same = ("--method", "mae", "--data", photos, "--out", out, "--steps", 100_000, "--log-every", 1, *TINY)
+    same = ("--method", "mae", "--data", photos, "--out", out, "--steps", 100_000, "--log-every", 1,
+            "--checkpoint-every", 3, *TINY)  # fmt: skip
     process = subprocess.Popen(command("pretrain", *same, "--nproc", 2), stderr=subprocess.PIPE, text=True)
-    wait_for(process, out, 5)
+    wait_for(process, out, 12)
     children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     ranked = {}
     for child in children:
@@ -235,3 +236,15 @@ def test_a_killed_rank_ends_the_others_with_a_message(photos: Path, tmp_path: Pa
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "process 1 of 2 was killed (SIGKILL)" in said
+    kept = checkpoint.newest(out / "checkpoints")
+    assert kept
+    # the same command goes on from there
+    process = subprocess.Popen(
+        command("pretrain", *same, "--nproc", 2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(process, out, max(losses(out)) + 5)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert f"continuing from step {kept}" in said
+    assert list(losses(out)) == list(range(1, max(losses(out)) + 1))

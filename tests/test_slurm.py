@@ -98,18 +98,23 @@ class Job:
         """Until it is in the queue again, then without the two minutes that Slurm lets a requeued job wait."""
         self.wait_for(lambda: self.facts()["Restarts"] == str(number))
         self.wait_for(lambda: self.facts()["JobState"] == "PENDING")
-        # In those minutes the first start's srun gives up waiting for its tasks; now it would end the second's step.
-        self.wait_for(lambda: not self.sruns())
+        # In those minutes all of the first start ends: its srun, which would now end the second's step, and Slurm's own
+        # keeper of its script, whose word that the script has ended would now be taken for the second's.
+        self.wait_for(lambda: not self.left())
         self.slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now")
 
-    def sruns(self) -> list[str]:
-        """The srun processes of this job that are left."""
+    def left(self) -> list[str]:
+        """What of this job still runs: srun processes and Slurm's keepers of its steps."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # gone meanwhile
-                if (process / "comm").read_text() == "srun\n":
+                name = (process / "comm").read_text().strip()
+                if name == "srun":
                     words = (process / "environ").read_bytes().split(b"\0")
                     found += [process.name] if f"SLURM_JOB_ID={self.id}".encode() in words else []
+                elif name == "slurmstepd":
+                    keeps = re.search(rb"\[(\d+)\.", (process / "cmdline").read_bytes())
+                    found += [process.name] if keeps is None or keeps[1].decode() == self.id else []
         return found
 
     def wait_for_end(self) -> None:

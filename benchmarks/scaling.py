@@ -1,8 +1,11 @@
 """What a step costs in communication and memory on many GPUs: a model on paper, checked where it can be.
 
     python benchmarks/scaling.py                      # the prediction, as Markdown tables
-    python benchmarks/scaling.py --measure            # the model's volumes against the bytes that gloo sends here, and its
-                                                      # times against measured ones, with 1, 2 and 4 processes
+    python benchmarks/scaling.py --measure            # bytes and times of a step against what 1, 2 and 4 processes show
+    python benchmarks/scaling.py --measure --links 0 4 1    # ... over links of so many Gbit/s each (0: as fast as it goes)
+
+Links are made by the kernel's traffic shaper on the loopback of a network namespace of the run's own, which needs root
+and the commands unshare, ip and tc; without them only 0 can be measured.
 
 Symbols: W processes, S of them share one copy of the model (hsdp), P parameters, B images a process. Volumes are bytes that
 one process sends in a step; times are seconds.
@@ -11,12 +14,10 @@ one process sends in a step; times are seconds.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ class Cluster:
     across: float = 50e9 * 0.8  # ... between machines
     latency: float = 15e-6  # of one hop of a collective
     memory: float = 80e9
+    waits: bool = False  # whether a process of a sharded model waits for each exchange, as over gloo it does
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ class Cost:
     memory: float  # bytes
 
 
+BUCKET = 25 * 2**20  # bytes of gradients that DDP exchanges at a time
+
+
 def ring(size: int) -> float:
     """The share of a buffer that a process sends when it is gathered or reduced around a ring."""
     return (size - 1) / size
@@ -97,6 +102,18 @@ def volumes(
     return among, 2 * ring(copies) * 4 * parameters / size
 
 
+def not_hidden(how: str, model: Model, exchange: float, compute: float, waits: bool) -> float:
+    """Seconds of the exchange that nothing is computed meanwhile.
+
+    ddp has backward to hide behind (two thirds of a step), but for its last bucket, which is full only when backward ends.
+    Sharded, parameters are gathered all through the step and gradients scattered behind them, but for one block's share.
+    """
+    if how == "ddp":
+        buckets = max(1.0, 4 * model.parameters / BUCKET)
+        return max(exchange / buckets, exchange - compute * 2 / 3)
+    return exchange if waits else max(exchange / model.units, exchange - compute)
+
+
 def cost(how: str, model: Model, images: int, world: int, cluster: Cluster) -> Cost:
     """The prediction for `images` a process."""
     share = min(world, cluster.per_machine)
@@ -114,10 +131,7 @@ def cost(how: str, model: Model, images: int, world: int, cluster: Cluster) -> C
     exchange = inside / cluster.inside + across / cluster.across
     exchange += hops * model.units * cluster.latency
     compute = model.flops * images / cluster.flops
-    # Hidden behind the blocks that are computed meanwhile: all but one unit's share; ddp and the scattering of gradients
-    # have backward only (two thirds), the gathering of parameters all of the step.
-    hideable = compute * (2 / 3 if how == "ddp" else 1.0)
-    exposed = max(exchange / model.units, exchange - hideable)
+    exposed = not_hidden(how, model, exchange, compute, cluster.waits)
     state = 16 * model.parameters  # parameters, gradients, two moments, all float32
     held = state if how == "ddp" else state / size + 3 * 6 * model.parameters / model.units  # three gathered units
     return Cost(inside, across, exchange, exposed, compute + exposed, held + model.activations * images)
@@ -141,10 +155,10 @@ def predict(images: int, cluster: Cluster) -> None:
                 )
 
 
-# ---- The check: real processes over gloo, whose bytes the kernel counts.
+# ---- The check: real processes over gloo, whose bytes the kernel counts, over links as slow as the shaper makes them.
 
 WORKER = """
-import json, os, sys, time
+import json, sys, time
 import torch, torch.distributed as dist
 from ssl_pretrain import backbones, distributed, parallel
 from torch import nn
@@ -159,7 +173,7 @@ def sent():
 class Whole(nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoder = backbones.build("vit_tiny", image_size=(64, 64), in_chans=3, patch_size=16)
+        self.encoder = backbones.build("vit_small", image_size=(64, 64), in_chans=3, patch_size=16)
     def forward(self, images):
         return self.encoder(images).pooled.square().mean()
 
@@ -168,41 +182,62 @@ class Asked:
     parallel = how
     shard_size = 2 if how == "hsdp" else None
 
+def timed(work, rounds):
+    taken = []
+    for _ in range(rounds):
+        distributed.barrier()
+        began = time.perf_counter()
+        work()
+        distributed.barrier()
+        taken.append(time.perf_counter() - began)
+    return sorted(taken)[rounds // 2]
+
 with distributed.world() as here:
     torch.manual_seed(0)
     method = Whole()
     parameters = sum(p.numel() for p in method.parameters())
-    wrapped = parallel.wrap(method, Asked, here)
+    units = len(parallel.blocks(method)) + 1
     batch = torch.randn(images, 3, 64, 64)
+    model = method
     def step():
-        wrapped(batch).backward()
+        model(batch).backward()
         for p in method.parameters():
             p.grad = None
-    for _ in range(3):
-        step()
-    distributed.barrier()
-    bytes_before, began, cpu = sent(), time.perf_counter(), time.process_time()
-    for _ in range(10):
-        step()
-    distributed.barrier()
-    seconds, bytes_after = (time.perf_counter() - began) / 10, sent()
-    # what one exchange of the gradients takes by itself
-    buffer = torch.zeros(parameters)
-    alone = []
+    step()
+    compute = timed(step, 7)  # beside the other processes, without an exchange
+    exchange = latency = 0.0
     if here.size > 1:
-        for _ in range(5):
-            distributed.barrier()
-            t = time.perf_counter()
-            dist.all_reduce(buffer)
-            alone.append(time.perf_counter() - t)
+        everything, nothing = torch.zeros(parameters), torch.zeros(1)
+        exchange = timed(lambda: dist.all_reduce(everything), 3)
+        latency = timed(lambda: [dist.all_reduce(nothing) for _ in range(20)], 5) / 20
+    model = parallel.wrap(method, Asked, here)
+    for _ in range(2):
+        step()
+    distributed.barrier()
+    before = sent()
+    seconds = timed(step, 5)
+    counted = (sent() - before) / 5 / here.size
     if here.first:
-        exchange = sorted(alone)[2] if alone else 0.0
-        print(json.dumps([parameters, (bytes_after - bytes_before) / 10 / here.size, seconds, exchange]))
+        print(json.dumps({"parameters": parameters, "units": units, "counted": counted, "step": seconds,
+                          "compute": compute, "exchange": exchange, "latency": latency}))
 """
 
 
-def run(how: str, world: int, images: int) -> tuple[int, float, float, float]:
-    """Parameters, bytes a process sent a step, seconds a step, seconds of one all-reduce of all gradients."""
+@dataclass(frozen=True)
+class Seen:
+    """What real processes showed."""
+
+    parameters: int
+    units: int
+    counted: float  # bytes a process sent in a step
+    step: float  # seconds
+    compute: float  # seconds of the same step without its exchange, in as many processes
+    exchange: float  # seconds of one all-reduce of all gradients, by itself
+    latency: float  # seconds of one of nothing
+
+
+def run(how: str, world: int, images: int) -> Seen:
+    """Steps in `world` processes on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         place = {**os.environ, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
                  "SSL_PRETRAIN_RENDEZVOUS": (Path(folder) / "meet").as_uri()}  # fmt: skip
@@ -216,29 +251,57 @@ def run(how: str, world: int, images: int) -> tuple[int, float, float, float]:
             for rank in range(world)
         ]
         said = [process.communicate()[0] for process in processes]
-    return tuple(json.loads(said[0].splitlines()[-1]))
+    return Seen(**json.loads(said[0].splitlines()[-1]))
 
 
-def measure(images: int) -> None:
-    """Print predicted against counted bytes, and what the exchange added to the time of a step."""
-    print("| processes | | bytes sent a step, predicted | counted | ratio | step, s | all-reduce alone, s |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for world in (1, 2, 4):
-        for how in ("ddp", "fsdp", "hsdp"):
-            if world == 1 and how != "ddp":
-                continue
-            began = time.monotonic()
-            rounds = [run(how, world, images) for _ in range(3)]
-            parameters, counted = rounds[0][0], statistics.median(r[1] for r in rounds)
+def over_link(how: str, world: int, images: int, gbit: float) -> Seen:
+    """`run` in a network namespace whose processes can each send that many Gbit/s."""
+    if not gbit:
+        return run(how, world, images)
+    shape = f"tc qdisc add dev lo root tbf rate {gbit * world:g}gbit burst 256kb latency 1s"
+    inside = ["unshare", "--net", "sh", "-c", f'ip link set lo up && {shape} && exec "$@"', "sh"]
+    argv = [*inside, sys.executable, __file__, "--one", how, str(world), str(images)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"no link of {gbit:g} Gbit/s (it needs root, unshare, ip and tc): {done.stderr.strip()}")
+    return Seen(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(images: int, links: list[float]) -> None:
+    """Print predicted against counted bytes, and predicted against measured time of a step."""
+    heads = (
+        "processes",
+        "link, Gbit/s",
+        "",
+        "sent a step, MB",
+        "counted",
+        "ratio",
+        "compute, s",
+        "exposed, s",
+        "step, s",
+    )
+    print(f"| {' | '.join(heads)} | measured | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for world, gbit in [(1, 0.0), *((world, gbit) for gbit in links for world in (2, 4))]:
+        for how in ("ddp", "fsdp", "hsdp")[: 3 if world > 2 else 2 if world > 1 else 1]:
+            # Of two starts the one that the machine disturbed less
+            seen = min((over_link(how, world, images, gbit) for _ in range(2)), key=lambda s: s.step + s.compute)
             # gloo sums and scatters by an all-reduce of everything, twice the traffic of NCCL's reduce-scatter.
-            predicted = sum(volumes(how, parameters, world, 2, gathered=4, scattered=8))
-            ratio = f"{counted / predicted:.2f}" if predicted else ""
-            step, alone = (min(r[i] for r in rounds) for i in (2, 3))
+            sent = sum(volumes(how, seen.parameters, world, 2, gathered=4, scattered=8))
+            # The link as an exchange by itself shows it, and what starting one costs
+            each = seen.exchange / (2 * ring(world) * 4 * seen.parameters) if world > 1 else 0.0
+            hops = {"ddp": 4 * seen.parameters / BUCKET, "fsdp": 3 * seen.units, "hsdp": 4 * seen.units}[how]
+            exchange = sent * each + hops * seen.latency
+            model = Model(seen.parameters, seen.units, 0.0, 0.0)
+            exposed = not_hidden(how, model, exchange, seen.compute, waits=True)
+            step = seen.compute + exposed
+            ratio = f"{seen.counted / sent:.3f}" if sent else ""
+            link = f"{gbit:g}" if gbit else "-"
             print(
-                f"| {world} | {how} | {predicted:,.0f} | {counted:,.0f} | {ratio} | {step:.3f} | {alone:.3f} |",
+                f"| {world} | {link} | {how} | {sent / 1e6:.1f} | {seen.counted / 1e6:.1f} | {ratio} | "
+                f"{seen.compute:.3f} | {exposed:.3f} | {step:.3f} | {seen.step:.3f} | {seen.step / step:.2f} |",
                 flush=True,
             )
-            print(f"{world} {how}: {time.monotonic() - began:.0f} s", file=sys.stderr)
 
 
 def main() -> None:
@@ -246,9 +309,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="run gloo processes here and compare")
     parser.add_argument("--images", type=int, default=64, help="a process (default: %(default)s)")
+    parser.add_argument(
+        "--links", nargs="+", type=float, default=[0.0], metavar="GBIT", help="a process, to measure over"
+    )
+    parser.add_argument("--one", nargs=3, metavar=("HOW", "PROCESSES", "IMAGES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure:
-        measure(min(options.images, 16))
+    if options.one:
+        how, world, images = options.one
+        print(json.dumps(asdict(run(how, int(world), int(images)))))
+    elif options.measure:
+        measure(min(options.images, 16), options.links)
     else:
         predict(options.images, Cluster())
 

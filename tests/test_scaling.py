@@ -34,8 +34,18 @@ def test_costs_hang_together() -> None:
         assert cost.step > cost.exposed
 
 
+def test_what_hides_an_exchange() -> None:
+    model = scaling.Model(parameters=4 * scaling.BUCKET // 4, units=10, flops=0.0, activations=0.0)  # four buckets
+    hidden = [scaling.not_hidden(how, model, 1.0, 3.0, waits=False) for how in ("ddp", "fsdp")]
+    assert hidden == [0.25, 0.1]  # the last bucket, the last block
+    bound = [scaling.not_hidden(how, model, 5.0, 3.0, waits=False) for how in ("ddp", "fsdp")]
+    assert bound == [3.0, 2.0]  # backward is two thirds of three seconds; a sharded step has all of them
+    assert scaling.not_hidden("hsdp", model, 1.0, 3.0, waits=True) == 1.0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="the kernel's counters of bytes are Linux's")
 def test_ddp_sends_the_bytes_that_are_predicted() -> None:
-    parameters, counted, _, _ = scaling.run("ddp", 2, 4)
-    assert counted == pytest.approx(sum(scaling.volumes("ddp", parameters, 2, 1)), rel=0.05)
+    seen = scaling.run("ddp", 2, 2)
+    assert seen.counted == pytest.approx(sum(scaling.volumes("ddp", seen.parameters, 2, 1)), rel=0.05)
+    assert seen.step > seen.compute > 0

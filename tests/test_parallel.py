@@ -57,6 +57,20 @@ def test_sharded_replicated_and_alone_are_the_same_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["mae", "dino"])
+def test_sharded_in_bfloat16_stays_with_replicated(
+    method: str, photos: Path, tmp_path: Path, pretrain: Callable
+) -> None:
+    same = ("--method", method, "--data", photos, "--steps", 10, "--log-every", 1, "--lr", 1e-4, "--workers", 0,
+            *KINDS[method], "--precision", "bf16", "--nproc", 2)  # fmt: skip
+    pretrain(*same, "--out", tmp_path / "ddp")
+    pretrain(*same, "--out", tmp_path / "fsdp", "--parallel", "fsdp")
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-2)  # 8 bits of mantissa
+    kept = checkpoint.load(tmp_path / "fsdp" / "checkpoints", 10)["method"]
+    assert {each.dtype for each in kept.values() if each.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes_and_another_way_of_sharing(
     photos: Path, tmp_path: Path, pretrain: Callable
 ) -> None:

@@ -98,9 +98,10 @@ def _shard(method: Method, run: Resolved, here: World) -> None:
     how: dict[str, Any] = {
         "mesh": mesh,
         # Autocast goes on deciding what is computed in what; parameters are gathered in bfloat16 (half the traffic), and
-        # gradients are summed in float32. The residual stream stays as wide as autocast leaves it.
+        # gradients are summed in float32. The residual stream stays as wide as autocast leaves it, which is why a CPU
+        # gathers float32: its layer norm takes no parameters that are narrower than what they are applied to.
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if run.precision == "bf16" else None,
+            param_dtype=torch.bfloat16 if run.precision == "bf16" and here.device.type != "cpu" else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         ),

@@ -34,6 +34,8 @@ class Options:
     or a baseline: random (untrained) or pixels."""
     like: Path | None = None
     """With --encoder random: the run or encoder whose shape it has (default: vit_tiny at the images' size)."""
+    protocol: str | None = None
+    """A published way of doing it by its name, which sets the evaluator's flags that are not given (docs/evaluators.md)."""
     data: str | None = None
     """Labelled images: a folder, tar shards, parquet, or fractals (default: what the encoder was trained on)."""
     train_split: str | None = None
@@ -123,6 +125,15 @@ def run(
             baselines[kind] = {**scores, "headline": found.protocol["headline"]}
         if images is None:
             baselines["majority"] = data.majority(outcome.protocol)
+    if options.protocol:
+        theirs = type(config)(**evaluator.PROTOCOLS[options.protocol])
+        changed = {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(config)
+            if getattr(config, field.name) != getattr(theirs, field.name)
+        }
+        outcome.protocol.update(published=options.protocol, changed=changed)
+        outcome.protocol["headline"] += f"; protocol {options.protocol}" + (" with changes" if changed else "")
     seconds = time.monotonic() - started
     result = record(name, outcome, baselines=baselines, encoder=_facts(options, encoder), seconds=seconds)
     try:

@@ -32,6 +32,18 @@ from ._task import Images, Side, Task
 from .linear import hold_out
 
 BASELINES = ("random",)
+# El-Nouby et al. (2024), AIM; Bardes et al. (2024), V-JEPA, whose probe has one learning rate; Darcet et al. (2025), CAPI,
+# whose length is given in steps of its own batch: ours is in passes over the images.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "aim": {"variant": "aim"},
+    "vjepa": {"variant": "vjepa", "blocks": (1,), "lrs": (1e-3,), "weight_decays": (1e-3,), "epochs": 20.0},
+    "capi": {
+        "variant": "capi",
+        "blocks": (1,),
+        "lrs": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+        "weight_decays": (5e-4, 1e-3, 5e-2),
+    },
+}
 BETAS = (0.9, 0.95)
 WARMUP = 0.1  # share of the steps
 HEAD_CHANNELS = 64  # of an attention head, where their number is not given

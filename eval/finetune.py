@@ -41,6 +41,12 @@ from ._task import Images, Side, Task
 from .linear import hold_out
 
 BASELINES = ("random",)
+# He et al. (2022), appendix A.1, table 9: the defaults are those of ViT-B.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "mae": {},
+    "mae-large": {"lrs": (1e-3,), "layer_decay": 0.75, "drop_path": 0.2, "epochs": 50.0},
+    "mae-huge": {"lrs": (1e-3,), "layer_decay": 0.75, "drop_path": 0.3, "epochs": 50.0},
+}
 SCOPES = ("full", "attention", "bias", "lora", "last-4")
 BETAS = (0.9, 0.999)
 FINAL_LR = 1e-6  # before layer-wise decay

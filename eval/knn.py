@@ -21,6 +21,13 @@ from ._results import Outcome, classification
 from ._task import Side, Task
 
 BASELINES = ("random", "pixels")
+# Wu et al. (2018), section 4; the released evaluations of DINO and iBOT, and of DINOv2, whose softmax over 200 neighbours
+# ranks the classes alike. DINO's number is that of k = 20.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "npid": {"k": (200,), "features": ("pooled",)},
+    "dino": {"k": (20, 10, 100, 200), "features": ("cls",)},
+    "dinov2": {"k": (20, 10, 100, 200), "features": ("cls",)},
+}
 CHUNK = 4096  # images whose votes (CHUNK, C) are counted at a time
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, final
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pretrain.data.loader import Share, to_batch
@@ -21,19 +22,44 @@ from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Tap, blocks, poolings, vectors
+from ssl_pretrain.lars import TRUST
 from ssl_pretrain.randomness import key, numpy_generator
 
 from ._results import Outcome, classification
 from ._task import Side, Task
 
 BASELINES = ("random",)
+# Published ways, as far as their sources and ours allow (docs/evaluators.md says what differs): MAE A.1; DINO's released
+# evaluation of ViT-S and of ViT-B; DINOv2 B.3; MoCo v3, its release; I-JEPA A.1 (VISSL's); LeJEPA's offline probe, whose
+# learning rate and length are not given: those are ours.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "mae": {"layers": (1,), "poolings": ("cls",), "norm": "batch", "optimizer": "lars", "lrs": (0.1,), "epochs": 90.0,
+            "warmup": 10 / 90, "probe_batch_size": 16384, "augment": True},
+    "dino": {"layers": (4,), "poolings": ("cls",), "norm": "none", "lrs": (1e-3,), "epochs": 100.0,
+             "probe_batch_size": 1024, "augment": True},
+    "dino-base": {"layers": (1,), "poolings": ("cls+mean",), "norm": "none", "lrs": (1e-3,), "epochs": 100.0,
+                  "probe_batch_size": 1024, "augment": True},
+    "dinov2": {"layers": (1, 4), "poolings": ("cls", "cls+mean"), "norm": "none", "steps": 12500, "select": "test",
+               "lrs": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
+               "probe_batch_size": 1024, "augment": True},
+    "mocov3": {"layers": (1,), "poolings": ("cls",), "norm": "none", "lrs": (3.0,), "epochs": 90.0,
+               "probe_batch_size": 1024, "augment": True},
+    "ijepa": {"layers": (1, 4), "poolings": ("mean",), "norm": "batch", "lrs": (0.01,), "epochs": 28.0, "nesterov": True,
+              "weight_decay": 5e-4, "schedule": "step", "probe_batch_size": 1024, "augment": True, "select": "test"},
+    "lejepa": {"layers": (2,), "poolings": ("cls",), "norm": "layer", "optimizer": "adamw", "lrs": (1e-4, 1e-3, 1e-2),
+               "weight_decay": 1e-6, "epochs": 100.0, "augment": True},
+}  # fmt: skip
 MOMENTUM = 0.9
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 INIT_STD = 0.01  # of the weights; biases start at 0
 BATCH_NORM_EPS = 1e-6
 CHUNK = 2048  # rows scored at a time
 EPOCHS, MIN_STEPS = 10, 2000
 LR_BATCH = 256  # learning rates are given for this many images a step
+DROPS = 3  # times that a schedule of steps divides the rate by ten, evenly over training but for the end
 Pooling = Literal["cls", "mean", "cls+mean"]
+Optimizer = Literal["sgd", "lars", "adamw"]
+Norm = Literal["batch", "layer", "l2", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +74,30 @@ class Config:
     poolings: tuple[Pooling, ...] | None = None
     """What an input takes of a block: cls, mean of the patches, or cls of each and mean of the last (default: all there
     are)."""
+    optimizer: Optimizer = "sgd"
+    """sgd or lars (both with momentum 0.9), or adamw."""
+    nesterov: bool = False
+    """Nesterov's form of sgd's momentum."""
     steps: int | None = None
-    """Steps of SGD with momentum 0.9; the learning rate falls to 0 by half a cosine (default: 10 passes over the training
-    images, at least 2000 steps)."""
+    """Steps of training (default: 10 passes over the training images, at least 2000 steps)."""
+    epochs: float | None = None
+    """Passes over the training images, in the place of --steps."""
+    warmup: float = 0.0
+    """Share of the steps over which the learning rate rises."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """Then the learning rate falls to 0 by half a cosine, or by a tenth at 2/7, 4/7 and 6/7 of the steps."""
     probe_batch_size: int = 512
     """Images a step of the heads (at most the training images)."""
     weight_decay: float = 0.0
-    """L2 penalty on the weights."""
-    batch_norm: bool = True
-    """Standardise each input by its mean and variance over the training features (batch norm without affine)."""
+    """L2 penalty on the weights (adamw: decoupled decay)."""
+    norm: Norm = "batch"
+    """Each input standardised by its mean and variance over the training features (batch norm without affine), or over
+    its own channels (layer; l2: then of length 1), or left as it is (none)."""
+    select: Literal["held-out", "test"] = "held-out"
+    """Images the best head is chosen on: training images held out from it, or the test images, as some papers do, which
+    flatters the number."""
     held_out: float = 0.1
-    """Share of the training images, of each class, that the best head is chosen on."""
+    """Share of the training images, of each class, that are held out."""
     augment: bool = False
     """Train on random crops (0.08 to 1 of the area) and flips, through the encoder at every step, not on cached
     features."""
@@ -97,6 +136,8 @@ class Heads:
         weight_decay: float,
         generator: torch.Generator,
         device: torch.device,
+        optimizer: Optimizer = "sgd",
+        nesterov: bool = False,
     ) -> None:
         """Weights N(0, 0.01), the same in each head; biases 0. `lrs`: peak learning rates, as used. `generator`:
         CPU."""
@@ -106,7 +147,10 @@ class Heads:
         self.lr = torch.tensor(lrs, device=device).repeat_interleave(classes)  # (G * C,)
         self.weight_decay = weight_decay
         self.shape = len(lrs), classes
+        self.optimizer, self.nesterov, self.steps = optimizer, nesterov, 0
         self._momentum = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        if optimizer == "adamw":
+            self._squares = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, G, C) of inputs (B, F)."""
@@ -121,18 +165,45 @@ class Heads:
         return x.T @ error, error.sum(0)
 
     def step(self, x: Tensor, labels: Tensor, scale: float) -> None:
-        """One step of SGD with momentum at `scale` times each head's peak learning rate."""
+        """One step at `scale` times each head's peak learning rate."""
         weight, bias = self.gradient(x, labels)
+        self.steps += 1
+        if self.optimizer == "adamw":
+            self._adamw(weight, bias, scale)
+            return
         if self.weight_decay:
             weight.add_(self.weight, alpha=self.weight_decay)
+        if self.optimizer == "lars":
+            weight.mul_(self._trust(weight))
         for parameter, velocity, gradient in zip((self.weight, self.bias), self._momentum, (weight, bias), strict=True):
             velocity.mul_(MOMENTUM).add_(gradient)
-            parameter.addcmul_(velocity, self.lr, value=-scale)
+            change = gradient.add(velocity, alpha=MOMENTUM) if self.nesterov else velocity
+            parameter.addcmul_(change, self.lr, value=-scale)
+
+    def _trust(self, gradient: Tensor) -> Tensor:
+        """LARS' factor for each column's head (G * C,): TRUST |w| / |g| of the head's matrix, 1 where a norm is 0. Biases
+        have none."""
+        w, g = (each.view(-1, *self.shape).square().sum((0, 2)).sqrt() for each in (self.weight, gradient))
+        factor = torch.where((w > 0) & (g > 0), TRUST * w / g, 1.0)
+        return factor.repeat_interleave(self.shape[1])
+
+    def _adamw(self, weight: Tensor, bias: Tensor, scale: float) -> None:
+        first, second = ADAM_BETAS
+        rate = self.lr * scale
+        self.weight.mul_(1 - rate * self.weight_decay)
+        for parameter, mean, square, gradient in zip(
+            (self.weight, self.bias), self._momentum, self._squares, (weight, bias), strict=True
+        ):
+            mean.lerp_(gradient, 1 - first)
+            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            size = (square / (1 - second**self.steps)).sqrt_().add_(ADAM_EPS)
+            parameter.sub_(rate * (mean / (1 - first**self.steps)) / size)
 
 
 def evaluate(task: Task, config: Config) -> Outcome:
     """Train heads on a part of the training images, choose the best on the rest of them, train that one again on all
-    training images, and test it once.
+    training images, and test it once. A single head is trained and tested only; with `select` "test" all heads are trained
+    on all training images, and the best on the test images is the result.
 
     Raises UserError for knobs out of range, where every class has a single training image, or where all heads diverge,
     and as `Task.features`.
@@ -141,61 +212,94 @@ def evaluate(task: Task, config: Config) -> Outcome:
     inputs = _inputs(task, config)
     taps = tuple(dict.fromkeys(tap for one in inputs for tap in one.taps))
     train, test = task.features(taps)
-    fit, held = hold_out(train.labels, config.held_out, task.seed)
+    everything, asked = np.arange(len(train.labels)), np.arange(len(test.labels))
+    single, on_test = len(inputs) * len(config.lrs) == 1, config.select == "test"
+    fit, held = (everything, asked) if single or on_test else hold_out(train.labels, config.held_out, task.seed)
     batch = min(config.probe_batch_size, len(fit))
-    steps = config.steps or max(MIN_STEPS, EPOCHS * len(fit) // batch)
+    steps = _steps(config, len(fit), batch)
 
-    scaling = _Scaling(train, taps, fit, config.batch_norm)
-    heads = _train(
-        task, config, train, fit,
-        inputs=inputs, lrs=config.lrs, scaling=scaling, batch=batch, steps=steps, what="heads",
-    )  # fmt: skip
+    def trained(rows: np.ndarray, inputs: Sequence[Input], lrs: Sequence[float], what: str) -> tuple[_Scaling, _Groups]:
+        scaling = _Scaling(train, tuple(dict.fromkeys(tap for one in inputs for tap in one.taps)), rows, config.norm)
+        groups = _train(
+            task, config, train, rows, inputs=inputs, lrs=lrs, scaling=scaling, batch=batch, steps=steps, what=what
+        )
+        return scaling, groups
+
+    scaling, heads = trained(fit, inputs, config.lrs, "heads")
+    scored_on = test if single or on_test else train
     tried: list[dict[str, Any]] = [
         {"lr": lr, "layers": one.layers, "pooling": one.pooling, "top1": top1, "loss": loss}
-        for one, scores in zip(inputs, _score(heads, train, held, scaling, task.device), strict=True)
+        for one, scores in zip(inputs, _score(heads, scored_on, held, scaling, task.device), strict=True)
         for lr, (top1, loss) in zip(config.lrs, scores, strict=True)
     ]
     whole = [head for head in tried if head["top1"] is not None]
     if not whole:
         raise UserError(f"every head diverged at --lrs {' '.join(map(str, config.lrs))}: give lower ones")
     best = max(whole, key=lambda head: (head["top1"], -head["loss"]))  # the first of equal ones
-
-    one = Input(best["layers"], best["pooling"])
-    everything = np.arange(len(train.labels))
-    scaling = _Scaling(train, one.taps, everything, config.batch_norm)
-    head = _train(
-        task, config, train, everything,
-        inputs=[one], lrs=[best["lr"]], scaling=scaling, batch=batch, steps=steps, what="the best head",
-    )[one]  # fmt: skip
+    one, place = Input(best["layers"], best["pooling"]), config.lrs.index(best["lr"])
+    if not (single or on_test):
+        scaling, heads = trained(everything, [one], [best["lr"]], "the best head")
+        place = 0
     ranked = [
-        head.logits(x)[:, 0].sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
-        for x, _ in _chunks(one, test, np.arange(len(test.labels)), scaling, task.device)
+        heads[one].logits(x)[:, place].sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
+        for x, _ in _chunks(one, test, asked, scaling, task.device)
     ]
+
+    if single:
+        selection = "a single head: nothing was chosen"
+    elif on_test:
+        selection = "highest top-1 on the test images themselves, as asked for (--select test): a number that flatters"
+    else:
+        selection = (
+            f"highest top-1 on {len(held)} held-out training images ({config.held_out:g} of each class); "
+            f"the selected head was trained again on all training images and tested once"
+        )
+    at_edge = len(config.lrs) > 1 and best["lr"] in (min(config.lrs), max(config.lrs))
     return Outcome(
         classification(torch.cat(ranked).numpy(), test.labels, task.data.classes),
         {
             "headline": f"pooling {best['pooling']} of the last {best['layers']} block(s), lr {best['lr']:g}"
-            + (" (at the edge of the grid)" if best["lr"] in (min(config.lrs), max(config.lrs)) else ""),
+            + (" (at the edge of the grid)" if at_edge else "")
+            + (", chosen on the test images" if on_test and not single else ""),
             "features": list(one.taps),
             "selected": best,
-            "selection": f"highest top-1 on {len(held)} held-out training images ({config.held_out:g} of each class); "
-            f"the selected head was trained again on all training images and tested once",
-            "all_scored_on": "held-out training images",
+            "selection": selection,
+            "all_scored_on": "test" if single or on_test else "held-out training images",
             "sweep": {
                 "lrs": list(config.lrs),
                 "inputs": [{"layers": one.layers, "pooling": one.pooling} for one in inputs],
-                "optimizer": f"SGD, momentum {MOMENTUM}, cosine to 0",
+                "optimizer": config.optimizer,
+                "nesterov": config.nesterov,
+                "warmup": config.warmup,
+                "schedule": config.schedule,
                 "lr_batch": LR_BATCH,
                 "weight_decay": config.weight_decay,
                 "steps": steps,
                 "batch_size": batch,
-                "batch_norm": config.batch_norm,
+                "norm": config.norm,
                 "augment": config.augment,
             },
             **task.protocol(train, test),
         },
         tried,
     )
+
+
+def _steps(config: Config, images: int, batch: int) -> int:
+    """Steps of training on so many images."""
+    if config.epochs is not None:
+        return max(1, round(config.epochs * images / batch))
+    return config.steps or max(MIN_STEPS, EPOCHS * images // batch)
+
+
+def _rate(config: Config, step: int, steps: int) -> float:
+    """The learning rate of a step, as a share of the peak."""
+    rising = round(config.warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    if config.schedule == "step":
+        return 0.1 ** sum(step >= steps * 2 * (drop + 1) / (2 * DROPS + 1) for drop in range(DROPS))
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -224,6 +328,14 @@ def _check(config: Config) -> None:
         raise UserError(
             f"--steps is {config.steps} and --probe-batch-size {config.probe_batch_size}; both must be at least 1"
         )
+    if config.steps is not None and config.epochs is not None:
+        raise UserError("give --steps or --epochs, not both")
+    if config.epochs is not None and not config.epochs > 0:
+        raise UserError(f"--epochs is {config.epochs}; it must be above 0")
+    if not 0 <= config.warmup < 1:
+        raise UserError(f"--warmup is {config.warmup}; it must be at least 0 and below 1")
+    if config.nesterov and config.optimizer != "sgd":
+        raise UserError(f"--nesterov is a form of sgd's momentum, not of --optimizer {config.optimizer}")
     if not 0 < config.held_out < 1:
         raise UserError(f"--held-out is {config.held_out}; it must lie between 0 and 1")
     if config.weight_decay < 0:
@@ -238,24 +350,35 @@ def _inputs(task: Task, config: Config) -> list[Input]:
     return [Input(number, kind) for number in dict.fromkeys(layers) for kind in dict.fromkeys(kinds)]
 
 
+_Groups = dict[Input, Heads]
+
+
 # ---- From features to the heads' inputs.
 
 
 class _Scaling:
-    """Standardises features by their statistics over rows of the training features, or leaves them as they are."""
+    """Standardises features: by their statistics over rows of the training features, each by its own, or not at all."""
 
-    def __init__(self, train: Side, taps: Sequence[str], rows: np.ndarray, active: bool) -> None:
-        self._by_tap = {tap: _statistics(train.features[tap], rows) for tap in taps} if active else {}
+    def __init__(self, train: Side, taps: Sequence[str], rows: np.ndarray, norm: Norm) -> None:
+        self.norm = norm
+        self._by_tap = {tap: _statistics(train.features[tap], rows) for tap in taps} if norm == "batch" else {}
 
     def __call__(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Features by tap, (B, F) each, standardised."""
-        if not self._by_tap:
+        """Features by tap, (B, F) each, standardised by the training features."""
+        if self.norm != "batch":
             return features
         result = {}
         for tap, x in features.items():
             mean, deviation = (value.to(x.device, non_blocking=True) for value in self._by_tap[tap])
             result[tap] = (x - mean) / deviation
         return result
+
+    def of(self, one: Input, scaled: dict[str, Tensor]) -> Tensor:
+        """The input (B, F) of features that were standardised, itself by its own channels where that is asked for."""
+        x = one.of(scaled)
+        if self.norm in ("layer", "l2"):
+            x = F.layer_norm(x, x.shape[1:])
+        return F.normalize(x, dim=1) if self.norm == "l2" else x
 
 
 def _statistics(features: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -281,7 +404,10 @@ def _chunks(
     """Inputs (B, F) and labels (B,) of those rows, in order."""
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
-        yield one.of(scaling(_rows(side, one.taps, part, device))), torch.from_numpy(side.labels[part]).to(device)
+        yield (
+            scaling.of(one, scaling(_rows(side, one.taps, part, device))),
+            torch.from_numpy(side.labels[part]).to(device),
+        )
 
 
 # ---- Training.
@@ -300,7 +426,7 @@ def _train(
     batch: int,
     steps: int,
     what: str,
-) -> dict[Input, Heads]:
+) -> _Groups:
     """Heads for each input and learning rate, trained on those rows of the training images."""
     taps = tuple(dict.fromkeys(tap for one in inputs for tap in one.taps))
     supply = _augmented if config.augment else _cached
@@ -313,13 +439,15 @@ def _train(
             weight_decay=config.weight_decay,
             generator=torch.Generator().manual_seed(key(task.seed, "heads", one.layers, one.pooling)),
             device=task.device,
+            optimizer=config.optimizer,
+            nesterov=config.nesterov,
         )
     with contextlib.closing(supply(task, train, rows, taps, batch=batch, steps=steps)) as given:
         for step, (features, labels) in enumerate(given):
-            scale = 0.5 * (1 + math.cos(math.pi * step / steps))
+            scale = _rate(config, step, steps)
             scaled = scaling(features)
             for one, group in heads.items():
-                group.step(one.of(scaled), labels, scale)
+                group.step(scaling.of(one, scaled), labels, scale)
             if step % 50 == 49 or step + 1 == steps:
                 task.report(what, step + 1, steps)
     return heads
@@ -356,7 +484,7 @@ def _augmented(task: Task, train: Side, rows: np.ndarray, taps: Sequence[str], *
 
 @torch.no_grad()
 def _score(
-    heads: dict[Input, Heads], side: Side, rows: np.ndarray, scaling: _Scaling, device: torch.device
+    heads: _Groups, side: Side, rows: np.ndarray, scaling: _Scaling, device: torch.device
 ) -> list[list[tuple[float | None, float | None]]]:
     """For each input and each of its heads: top-1 in percent and mean cross-entropy on those rows; None, None for a
     head that diverged."""

@@ -62,8 +62,15 @@ def _main(argv: list[str], placed: bool) -> int:
     description = (evaluator.__doc__ or name).split("\n\n")[0]
     kinds = [evaluation.Options, Launch, evaluator.Config]
 
+    published = getattr(evaluator, "PROTOCOLS", {})
+
     def read(argv: list[str]) -> list[Any]:
-        return flags.parse(kinds, argv[1:], {}, prog=f"{PROG} {name}", description=description, epilog=EPILOG)
+        asked = flags.word(argv, "--protocol")
+        if asked is not None and asked not in published:
+            hint = nearest(asked, published) if published else "; it has none"
+            raise UserError(f"{name} has no protocol {asked!r}{hint}")
+        defaults = published.get(asked, {})
+        return flags.parse(kinds, argv[1:], defaults, prog=f"{PROG} {name}", description=description, epilog=EPILOG)
 
     options, launch, config = read(argv)
     if not placed:

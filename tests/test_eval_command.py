@@ -91,6 +91,23 @@ def test_knn_of_a_run(evaluate: Evaluate, run_folder: Path, photos: Path) -> Non
         assert shown in done.stdout
 
 
+def test_a_published_protocol_by_name(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    same = ["knn", "--encoder", str(run_folder), "--no-baselines", "--workers", "0"]
+    assert main([*same, "--protocol", "npid", "--out", str(tmp_path / "as-published")]) == 0
+    found = result(tmp_path / "as-published")["protocol"]
+    assert (found["published"], found["changed"], found["k"], found["features"]) == ("npid", {}, [42], ["pooled"])
+    assert found["headline"].endswith("; protocol npid")
+    assert main([*same, "--protocol", "npid", "--k", "3", "--out", str(tmp_path / "changed")]) == 0
+    found = result(tmp_path / "changed")["protocol"]
+    assert (found["changed"], found["k"]) == ({"k": [3]}, [3])
+    assert found["headline"].endswith("; protocol npid with changes")
+    capsys.readouterr()
+    assert main([*same, "--protocol", "dinno"]) == 2
+    assert capsys.readouterr().err == ("ssl-eval: knn has no protocol 'dinno'; did you mean dino?\n")
+    assert main(["cluster", *same[1:], "--protocol", "dino"]) == 2
+    assert "cluster has no protocol 'dino'" in capsys.readouterr().err
+
+
 def test_linear_with_everything_left_to_the_defaults(evaluate: Evaluate, run_folder: Path) -> None:
     evaluate("linear", "--encoder", run_folder / "encoder", "--steps", 30)
     found = result(run_folder / "encoder" / "eval" / "linear-photos")
@@ -159,7 +176,7 @@ def test_the_help_of_an_evaluator_lists_its_knobs(capsys: pytest.CaptureFixture)
         main(["linear", "--help"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    for flag in ("--encoder", "--test-split", "--lrs", "--no-batch-norm", "--augment", "--no-baselines"):
+    for flag in ("--encoder", "--test-split", "--lrs", "--norm", "--augment", "--no-baselines"):
         assert flag in shown
 
 

@@ -71,7 +71,8 @@ def run(
 
     evaluator: a module of this package, or a plugin, with `evaluate(task, config) -> Outcome` and perhaps BASELINES, and
     perhaps IMAGES, what it takes in the place of labelled images to train and to test on: a single set of images,
-    labelled or not, that is the "test" split or "everything".
+    labelled or not, that is the "test" split or "everything"; or images with "masks", that its `open_data(name,
+    train_split, test_split, config) -> Data` opens.
     progress: for what encoder is at work ("" for the one asked for), the function that is told how far it is.
     Raises UserError for whatever the user must change.
     """
@@ -84,7 +85,9 @@ def run(
     spare = distributed.cores() - 1 if cuda else distributed.cores() // 2
     encoder, chosen = _open(options)
     images = getattr(evaluator, "IMAGES", None)
-    if images is None:
+    if images == "masks":
+        data = evaluator.open_data(chosen, options.train_split, options.test_split, config)
+    elif images is None:
         data = Data.open(chosen, options.train_split, options.test_split)
     elif options.train_split:
         raise UserError(f"{name} takes a single set of images: name it with --test-split {options.train_split}")
@@ -121,7 +124,11 @@ def run(
             found = evaluator.evaluate(
                 dataclasses.replace(task, encoder=other, progress=progress(kind), out=None), config
             )
-            scores = {key: value for key, value in found.metrics.items() if isinstance(value, float)}
+            scores = {
+                key: value
+                for key, value in found.metrics.items()
+                if isinstance(value, float) or key.endswith("_interval")
+            }
             baselines[kind] = {**scores, "headline": found.protocol["headline"]}
         if images is None:
             baselines["majority"] = data.majority(outcome.protocol)

@@ -7,7 +7,9 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ssl_pretrain import flags, plugins
@@ -20,6 +22,7 @@ from .start import elsewhere
 
 PROG = "ssl-eval"
 EVALUATORS = "ssl_pretrain.eval"
+SUITE = "suite"  # many evaluations in one command
 WORDS = ("random", "pixels")  # what --encoder may be beside a path
 EPILOG = (
     "Example: ssl-eval knn --encoder runs/mae --data photos/. The result is printed and written to results.json. "
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
 
 
 def _main(argv: list[str], placed: bool) -> int:
-    known = plugins.names(EVALUATORS)
+    known = sorted([*plugins.names(EVALUATORS), SUITE])
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview(known), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -55,36 +58,90 @@ def _main(argv: list[str], placed: bool) -> int:
         raise UserError(f"the evaluator comes first: {PROG} knn {' '.join(argv)}")
     if name not in known:
         raise UserError(f"unknown evaluator {name!r}{nearest(name, known)}")
+    if name == SUITE:
+        return _suite(argv, placed)
     _check_paths(argv[1:])
-
-    evaluator = plugins.load(EVALUATORS, name, "evaluator")  # imports torch: not before the command looks good
-    evaluation = importlib.import_module(f"{EVALUATORS}._evaluation")
-    description = (evaluator.__doc__ or name).split("\n\n")[0]
-    kinds = [evaluation.Options, Launch, evaluator.Config]
-
-    published = getattr(evaluator, "PROTOCOLS", {})
-
-    def read(argv: list[str]) -> list[Any]:
-        asked = flags.word(argv, "--protocol")
-        if asked is not None and asked not in published:
-            hint = nearest(asked, published) if published else "; it has none"
-            raise UserError(f"{name} has no protocol {asked!r}{hint}")
-        defaults = published.get(asked, {})
-        return flags.parse(kinds, argv[1:], defaults, prog=f"{PROG} {name}", description=description, epilog=EPILOG)
-
-    options, launch, config = read(argv)
+    asked = _read(argv)
     if not placed:
-        _one_process(launch)
-        job = "eval/grid" if launch.grid else re.sub(r"[^\w./-]+", "-", f"{options.encoder}-{name}")
-        out = options.out or Path(job)
-        code = elsewhere("evaluate", argv, launch, out, read)
+        _one_process(asked.launch)
+        job = "eval/grid" if asked.launch.grid else re.sub(r"[^\w./-]+", "-", f"{asked.options.encoder}-{name}")
+        code = elsewhere("evaluate", argv, asked.launch, asked.options.out or Path(job), _read)
         if code is not None:
             return code
-    with _progress() as progress:
-        result, path = evaluation.run(name, evaluator, options, config, progress)
+    result, path = _evaluate(asked)
     importlib.import_module(f"{EVALUATORS}._results").show(result)
     print(f"written: {path}")
     return 0
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A command that was read."""
+
+    name: str
+    evaluator: ModuleType
+    options: Any
+    launch: Launch
+    config: Any
+
+
+def _read(argv: list[str]) -> _Asked:
+    """Read the words of a command. Raises UserError."""
+    name = argv[0]
+    evaluator = plugins.load(EVALUATORS, name, "evaluator")  # imports torch: not before the command looks good
+    options = importlib.import_module(f"{EVALUATORS}._evaluation").Options
+    published = getattr(evaluator, "PROTOCOLS", {})
+    asked = flags.word(argv, "--protocol")
+    if asked is not None and asked not in published:
+        hint = nearest(asked, published) if published else "; it has none"
+        raise UserError(f"{name} has no protocol {asked!r}{hint}")
+    return _Asked(
+        name,
+        evaluator,
+        *flags.parse(
+            [options, Launch, evaluator.Config],
+            argv[1:],
+            published.get(asked, {}),
+            prog=f"{PROG} {name}",
+            description=(evaluator.__doc__ or name).split("\n\n")[0],
+            epilog=EPILOG,
+        ),
+    )
+
+
+def _evaluate(asked: _Asked) -> tuple[dict[str, Any], Path]:
+    """What results.json holds, and its path."""
+    evaluation = importlib.import_module(f"{EVALUATORS}._evaluation")
+    with _progress() as progress:
+        found: tuple[dict[str, Any], Path] = evaluation.run(
+            asked.name, asked.evaluator, asked.options, asked.config, progress
+        )
+    return found
+
+
+def _suite(argv: list[str], placed: bool) -> int:
+    from . import suite as suites
+
+    def read(argv: list[str]) -> list[Any]:
+        description = (suites.__doc__ or "").split("\n\n")[0]
+        return flags.parse([suites.Suite, Launch], argv[1:], {}, prog=f"{PROG} {SUITE}", description=description)
+
+    suite, launch = read(argv)
+    entries = suites.read(suite.list)
+    if not placed:
+        _one_process(launch)
+        code = elsewhere("evaluate", argv, launch, suite.out, read)
+        if code is not None:
+            return code
+
+    def check(argv: list[str]) -> None:
+        known = plugins.names(EVALUATORS)
+        if argv[0] not in known:
+            raise UserError(f"unknown evaluator {argv[0]!r}{nearest(argv[0], known)}")
+        _check_paths(argv[1:])
+        _read(argv)
+
+    return suites.run(entries, suite, check, lambda argv: _evaluate(_read(argv)))
 
 
 def _one_process(launch: Launch) -> None:
@@ -108,11 +165,11 @@ def _overview(known: list[str]) -> str:
 
 def _summary(name: str) -> str:
     """The first sentence of an evaluator's file, without importing it."""
-    spec = importlib.util.find_spec(f"{EVALUATORS}.{name}")
+    spec = importlib.util.find_spec(f"{__package__}.{name}" if name == SUITE else f"{EVALUATORS}.{name}")
     if spec is None or spec.origin is None:
         return ""
     text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-    return text.replace("\n", " ").split(" (")[0].split(". ")[0].split(": ")[0]
+    return text.replace("\n", " ").removeprefix("`ssl-eval suite`: ").split(" (")[0].split(". ")[0].split(": ")[0]
 
 
 def _check_paths(argv: list[str]) -> None:

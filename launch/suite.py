@@ -1,0 +1,212 @@
+"""`ssl-eval suite`: a list of encoders, data sets and evaluators; each with each, into one table.
+
+    encoders: {mae: runs/mae, resnet: timm:resnet50}
+    data: {photos: labelled-photos/, birds: {data: birds/, test-split: val}}
+    evaluators:
+      knn:
+      linear: {lrs: [0.01, 0.1]}
+      linear-dino: {evaluator: linear, protocol: dino}
+    options: {workers: 4}
+
+Names are what the table says; a list in the place of a mapping takes the last part of a path for its name. What stands with
+a data set, an evaluator or under `options` are flags of `ssl-eval`, with `metric` for the number that is shown.
+"""
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ssl_pretrain.eval._table import Cell, Table, as_csv, as_json, cells_of
+
+from ssl_pretrain import encoder as exported
+from ssl_pretrain.data.source import open_source
+from ssl_pretrain.errors import UserError, nearest
+from ssl_pretrain.files import write_text
+from ssl_pretrain.specs import Spec
+
+KEYS = ("encoders", "data", "evaluators", "options")
+OURS = ("encoder", "out", "like")  # flags that the suite sets
+Evaluate = Callable[[list[str]], tuple[dict[str, Any], Path]]  # the words of a command to its result and the file of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """The suite."""
+
+    list: Path
+    """YAML file that names encoders, data and evaluators (docs/evaluators.md shows one)."""
+    out: Path = Path("suite")
+    """Folder for the table (suite.md, .csv, .json, .html) and each evaluation's folder."""
+    again: bool = False
+    """Evaluate also what is there already."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluation to make."""
+
+    encoder: str
+    data: str
+    evaluator: str
+    path: str  # of the encoder
+    argv: tuple[str, ...]  # the words behind ssl-eval, without --out
+    metric: str | None
+
+    def folder(self, out: Path) -> Path:
+        return out / "/".join(_file(name) for name in (self.encoder, self.data, self.evaluator))
+
+
+def read(path: Path) -> list[Entry]:
+    """The evaluations that a list asks for. Raises UserError for a file that is no such list."""
+    try:
+        text = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UserError(f"--list {path} cannot be read ({problem.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise UserError(f"--list {path} is no YAML: {' '.join(str(problem).split())}") from None
+    if not isinstance(text, dict):
+        raise UserError(f"--list {path}: it needs encoders, data and evaluators")
+    for key in text:
+        if key not in KEYS:
+            raise UserError(f"--list {path}: unknown key {key!r}{nearest(str(key), KEYS)}")
+    encoders, data, evaluators = (_named(path, text, key) for key in KEYS[:3])
+    options = text.get("options") or {}
+    if not isinstance(options, dict):
+        raise UserError(f"--list {path}: options are flags, like {{workers: 4}}")
+    entries = []
+    for encoder, place in encoders.items():
+        if not isinstance(place, str):
+            raise UserError(f"--list {path}: encoders: {encoder} is not a path, or timm:, hf:, torch:, module:")
+        for images, source in data.items():
+            where = {"data": source} if isinstance(source, str) else dict(source or {})
+            if not isinstance(where.get("data"), str):
+                raise UserError(f"--list {path}: data: {images} has no path ({images}: PATH, or {{data: PATH, ...}})")
+            for label, given in evaluators.items():
+                flags = {**options, **where, **_mapping(path, label, given)}
+                kind, metric = flags.pop("evaluator", label), flags.pop("metric", None)
+                if wrong := next((key for key in flags if key.replace("_", "-") in OURS), None):
+                    raise UserError(f"--list {path}: {label}: {wrong} is the suite's own; it cannot be set")
+                argv = (str(kind), "--encoder", place, *(word for item in flags.items() for word in _words(*item)))
+                entries.append(Entry(encoder, images, label, place, argv, metric))
+    return entries
+
+
+def run(entries: Sequence[Entry], suite: Suite, check: Callable[[list[str]], object], evaluate: Evaluate) -> int:
+    """Make them all, each after the other; what fails is named in the table and the rest goes on. Returns 1 where one
+    failed.
+
+    check: reads the words of a command or raises UserError. The table is written after each, and what a suite before has
+    done is not done again while encoder, images and flags are the same.
+    """
+    for entry in entries:
+        try:
+            check(list(entry.argv))
+        except UserError as mistake:
+            raise UserError(f"{suite.list}: {entry.evaluator} of {entry.encoder} on {entry.data}: {mistake}") from None
+    cells: list[Cell] = []
+    for number, entry in enumerate(entries):
+        print(f"{number + 1} of {len(entries)}: {entry.encoder}, {entry.data}, {entry.evaluator}", flush=True)
+        began = time.monotonic()
+        folder = entry.folder(suite.out)
+        try:
+            result = None if suite.again else _there(entry, folder)
+            if result is None:
+                result, _ = evaluate([*entry.argv, "--out", str(folder)])
+                write_text(folder / "command.json", json.dumps(list(entry.argv)) + "\n")
+            path = str(folder / "results.json")
+            cells += cells_of(entry.encoder, entry.data, entry.evaluator, result, path, entry.metric)
+        except KeyError as missing:
+            failed = f"no metric {missing}"
+            cells.append(_failure(entry, failed, began))
+        except UserError as mistake:
+            cells.append(_failure(entry, str(mistake), began))
+        except Exception as problem:  # a suite of a night does not end with the first fault
+            traceback.print_exc()
+            cells.append(_failure(entry, f"{type(problem).__name__}: {problem}", began))
+        if cells[-1].failed:
+            print(f"failed: {cells[-1].failed}", file=sys.stderr, flush=True)
+        _write(cells, suite.out)
+    table = Table.of(cells)
+    print(table.markdown())
+    print(f"written: {suite.out / 'suite.md'}, .csv, .json, .html")
+    return 1 if table.failures else 0
+
+
+def _write(cells: Sequence[Cell], out: Path) -> None:
+    table = Table.of(cells)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            ("suite.md", table.markdown()),
+            ("suite.html", table.page("Encoders compared")),
+            ("suite.csv", as_csv(cells)),
+            ("suite.json", as_json(cells)),
+        ):
+            write_text(out / name, text)
+    except OSError as problem:
+        raise UserError(f"{out} cannot be written ({problem.strerror}): choose another folder with --out") from None
+
+
+def _there(entry: Entry, folder: Path) -> dict[str, Any] | None:
+    """The result of the same command on the same encoder and images, where there is one."""
+    try:
+        if json.loads((folder / "command.json").read_text()) != list(entry.argv):
+            return None
+        result = json.loads((folder / "results.json").read_text())
+        protocol = result["protocol"]
+        own = not Spec.parse(entry.path) and Path(entry.path).exists()
+        if own and exported.load(entry.path).fingerprint != protocol["encoder_fingerprint"]:
+            return None
+        for side in (protocol[name] for name in ("train", "test") if name in protocol):
+            if side["fingerprint"] != _fingerprint(protocol["data"], side["split"]):
+                return None
+        return result
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _fingerprint(data: str, split: str) -> str:
+    return open_source(data, None if split == "all images" else split).fingerprint
+
+
+def _failure(entry: Entry, why: str, began: float) -> Cell:
+    seconds = round(time.monotonic() - began, 1)
+    return Cell(entry.encoder, entry.data, entry.evaluator, "", None, None, False, seconds, "", why)
+
+
+def _named(path: Path, text: dict[str, Any], key: str) -> dict[str, Any]:
+    """What stands under a key, by name."""
+    found = text.get(key)
+    if isinstance(found, list):
+        pairs = [(str(item).rstrip("/").split("/")[-1], item if key != "evaluators" else None) for item in found]
+        if len(dict(pairs)) < len(pairs):
+            raise UserError(f"--list {path}: two {key} have the same name; give names: {{name: path}}")
+        found = dict(pairs)
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"--list {path}: {key} is missing; it names at least one")
+    return {str(name): value for name, value in found.items()}
+
+
+def _mapping(path: Path, label: str, given: Any) -> dict[str, Any]:
+    if given is not None and not isinstance(given, dict):
+        raise UserError(f"--list {path}: evaluators: {label} takes flags, like {{k: [10, 20]}}, not {given!r}")
+    return given or {}
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """A flag's words."""
+    flag = str(name).replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def _file(name: str) -> str:
+    """A name as the name of a folder."""
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)

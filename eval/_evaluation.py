@@ -89,6 +89,8 @@ def run(
         data = evaluator.open_data(chosen, options.train_split, options.test_split, config)
     elif images is None:
         data = Data.open(chosen, options.train_split, options.test_split)
+    elif images == "pair":
+        data = Data.pair(chosen, options.train_split, options.test_split)
     elif options.train_split:
         raise UserError(f"{name} takes a single set of images: name it with --test-split {options.train_split}")
     else:

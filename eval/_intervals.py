@@ -4,7 +4,7 @@ Shapes: n images, C classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,11 +25,16 @@ def wilson(hits: int, n: int) -> list[float]:
 
 
 def bootstrap(values: np.ndarray, seed: int) -> list[float]:
-    """The 95 % interval [low, high] of the mean of `values` (n,): percentiles of the means of 1000 samples drawn with
-    replacement (Efron, 1979), a function of the seed."""
+    """The 95 % interval [low, high] of the mean of `values` (n,), by `resampled`."""
+    return resampled(lambda chosen: values[chosen].mean(), len(values), seed)
+
+
+def resampled(statistic: Callable[[np.ndarray], float], n: int, seed: int) -> list[float]:
+    """The 95 % interval [low, high] of a statistic of n images: percentiles of what it is of 1000 draws of n of them with
+    replacement, each given as indices (n,) (Efron, 1979), a function of the seed. Draws of which it is NaN do not count."""
     generator = numpy_generator(seed, "bootstrap")
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(DRAWS)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    found = [statistic(generator.integers(0, n, n)) for _ in range(DRAWS)]
+    low, high = np.nanpercentile(found, [2.5, 97.5])
     return [float(low), float(high)]
 
 

@@ -90,6 +90,23 @@ class Data:
         images = Images(split or "all images", source, labels, int((labels == UNKNOWN).sum()))
         return cls(name, images, images, classes)
 
+    @classmethod
+    def pair(cls, name: str, train_split: str | None = None, test_split: str | None = None) -> "Data":
+        """Images to train and to test on that need no labels; where there are no splits, both are all images, as `single`
+        has them. Raises UserError where there is no such data or split."""
+        if train_split is None and test_split is None and len(splits(name)) < 2:
+            return cls.single(name, None, everything=True)
+        sides = []
+        found = None if train_split and test_split else evaluation_splits(name)
+        for split in (train_split or (found or ("",))[0], test_split or (found or ("", ""))[1]):
+            source = open_source(name, split)
+            sides.append(Images(split, source, np.full(len(source), UNKNOWN), len(source)))
+        if sides[0].split == sides[1].split:
+            raise UserError(
+                f"--train-split and --test-split are both {train_split!r}: a test on training images says nothing"
+            )
+        return cls(name, sides[0], sides[1], ())
+
     def majority(self, protocol: dict[str, Any]) -> dict[str, Any]:
         """What it scores to say the most frequent training class of every test image, those aside that `Task.protocol`
         says could not be read."""

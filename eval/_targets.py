@@ -1,0 +1,118 @@
+"""A table of targets: a CSV file with a line an image, columns of yes/no labels and columns of numbers.
+
+`file` names an image, `split` (where the data itself is not split) says train, val or test; every other column is a target.
+A column of nothing but 0 and 1 is a label, any other a number; an empty field is not known.
+
+Shapes: n images, T targets.
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ssl_pretrain.errors import UserError, nearest
+
+FILE, SPLIT = "file", "split"
+TRAIN, TEST = ("train",), ("test", "val", "validation")  # of a split column, the first that there are images of
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the file says."""
+
+    files: list[str]
+    splits: list[str] | None  # None: it has no such column
+    names: tuple[str, ...]  # of the T targets
+    values: np.ndarray  # (lines, T) float64, NaN where not known
+    labels: np.ndarray  # (T,) bool: whether a target is a yes/no label
+
+    @classmethod
+    def read(cls, path: Path, columns: Sequence[str] | None) -> "Targets":
+        """The file, or of its targets only `columns`. Raises UserError for what is no such file."""
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                lines = list(csv.reader(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as problem:
+            raise UserError(
+                f"--targets {path} cannot be read: {getattr(problem, 'strerror', None) or problem}"
+            ) from None
+        if len(lines) < 2:
+            raise UserError(f"--targets {path}: a line of column names and a line an image are needed")
+        heads = [head.strip() for head in lines[0]]
+        if FILE not in heads:
+            raise UserError(
+                f"--targets {path}: no column {FILE!r}, which names the image; there are {', '.join(heads)}"
+            )
+        if len(set(heads)) < len(heads):
+            raise UserError(f"--targets {path}: two columns have the same name")
+        there = [head for head in heads if head not in (FILE, SPLIT)]
+        names = tuple(columns or there)
+        if not names:
+            raise UserError(f"--targets {path}: there is no column but {', '.join(heads)}: nothing to predict")
+        for name in names:
+            if name not in there:
+                raise UserError(f"--columns {name}: {path} has no such column{nearest(name, there)}")
+        places = [heads.index(name) for name in names]
+        values = np.full((len(lines) - 1, len(names)), np.nan)
+        for row, line in enumerate(lines[1:]):
+            if len(line) != len(heads):
+                raise UserError(f"--targets {path}, line {row + 2}: {len(line)} fields, not {len(heads)}")
+            for column, place in enumerate(places):
+                if line[place].strip():
+                    values[row, column] = _number(path, row + 2, names[column], line[place])
+        known = np.isfinite(values)
+        if not known.any(0).all():
+            raise UserError(f"--targets {path}: column {names[int(np.argmin(known.any(0)))]!r} is empty")
+        labels = np.array([np.isin(values[known[:, t], t], (0, 1)).all() for t in range(len(names))])
+        files = [line[heads.index(FILE)].strip() for line in lines[1:]]
+        splits = [line[heads.index(SPLIT)].strip().lower() for line in lines[1:]] if SPLIT in heads else None
+        return cls(files, splits, names, values, labels)
+
+    def rows(self, images: Sequence[str], root: str) -> np.ndarray:
+        """Which line each image (by its source's name) has, (n,) int64, -1 for none. A file of the table is a path below
+        `root`, a shard's member, or a bare name that only one image has. Raises UserError for one that fits no image or
+        several."""
+        found = np.full(len(images), -1)
+        by_path: dict[str, list[int]] = {}
+        by_name: dict[str, list[int]] = {}
+        for i, image in enumerate(images):
+            path = image.removeprefix(root).lstrip("/")
+            for name in {image, path, path.rsplit(":", 1)[-1]}:
+                by_path.setdefault(name, []).append(i)
+            by_name.setdefault(Path(path.rsplit(":", 1)[-1]).name, []).append(i)
+        for line, file in enumerate(self.files):
+            hits = by_path.get(file) or by_path.get(file.removeprefix("./")) or by_name.get(file) or []
+            if len(hits) > 1:
+                raise UserError(
+                    f"--targets, line {line + 2}: {file!r} is the name of {len(hits)} images: give their paths"
+                )
+            if hits and found[hits[0]] >= 0:
+                raise UserError(f"--targets, line {line + 2}: {file!r} stands in line {found[hits[0]] + 2} too")
+            if hits:
+                found[hits[0]] = line
+        if not (found >= 0).any():
+            raise UserError(
+                f"--targets: none of its files is among the images: it says {self.files[0]!r}, an image is {images[0]!r}"
+            )
+        return found
+
+    def split(self, wanted: Iterable[str]) -> np.ndarray:
+        """Lines of that split, (lines,) bool."""
+        assert self.splits is not None
+        return np.isin(self.splits, list(wanted))
+
+
+def _number(path: Path, line: int, column: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(
+            f"--targets {path}, line {line}: {column} is {text!r}, not a number (leave it empty if not known)"
+        )
+    return value

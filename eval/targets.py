@@ -1,0 +1,235 @@
+"""Labels of which an image may have several, and numbers, from a CSV file: predicted from frozen features by a linear model
+of each, scored by average precision and R2.
+
+Labels: logistic regression with an L2 penalty; numbers: ridge regression, in closed form for all penalties at once.
+
+Shapes: n images of a split, F floats a feature, T targets.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssl_pretrain.data.source import Source
+from ssl_pretrain.data.subset import Subset
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.features import Pixels, Tap
+from ssl_pretrain.logreg import Rotation, path
+from ssl_pretrain.randomness import numpy_generator
+
+from ._intervals import resampled
+from ._results import Outcome
+from ._targets import TEST, TRAIN, Targets
+from ._task import Data, Images, Task
+
+IMAGES = "pair"
+BASELINES = ("random", "pixels")
+PENALTIES = tuple(10.0**power for power in range(-7, 3))  # on the mean loss; features have unit variance on average
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Targets."""
+
+    targets: Path
+    """CSV file: a column `file` that names images, perhaps `split` (train, val, test), and a column for each target: 0 and
+    1 for a label, any other numbers for a quantity, nothing where it is not known."""
+    columns: tuple[str, ...] | None = None
+    """Targets to look at (default: all)."""
+    feature: str = "pooled"
+    """Feature to predict from: pooled, cls, mean, or of an earlier block cls@-4, mean@-4."""
+    held_out: float = 0.1
+    """Share of the training images that each target's penalty is chosen on."""
+
+
+def evaluate(task: Task, config: Config) -> Outcome:
+    """Fit each target on a part of the training images at every penalty, choose on the rest, fit again on all of them, test
+    once.
+
+    `map` is the mean average precision of the labels (percent; those without a positive or a negative test image are left
+    out), `r2` the mean coefficient of determination of the numbers. Raises UserError for a file that does not fit the
+    images, targets without training images of both kinds, and as `Task.features`.
+    """
+    if not 0 < config.held_out < 1:
+        raise UserError(f"--held-out is {config.held_out}; it must lie between 0 and 1")
+    feature = "pooled" if isinstance(task.encoder.backbone, Pixels) else str(Tap.parse(config.feature))
+    table = Targets.read(config.targets, config.columns)
+    task = replace(task, data=_data(task.data, table))
+    train, test = task.features([feature])
+    known, asked = (table.values[side.labels] for side in (train, test))  # (n, T)
+
+    scale = float(np.sqrt(train.features[feature].var(0).mean())) or 1.0
+    rows, others = train.features[feature] / scale, test.features[feature] / scale
+    tried: list[dict[str, Any]] = []
+    scores: dict[str, float | None] = {}
+    predicted = np.full(asked.shape, np.nan)
+    for t, name in enumerate(table.names):
+        there = np.flatnonzero(np.isfinite(known[:, t]))
+        what = known[there, t]
+        _check(name, what, bool(table.labels[t]), len(np.flatnonzero(np.isfinite(asked[:, t]))))
+        fit, held = _hold_out(what, bool(table.labels[t]), config.held_out, task.seed, name)
+        found = _predict(task, rows[there[fit]], what[fit], rows[there[held]], PENALTIES, bool(table.labels[t]))
+        by_penalty = [_loss(each, what[held], bool(table.labels[t])) for each in found]
+        best = int(np.argmin(by_penalty))
+        (predicted[:, t],) = _predict(
+            task, rows[there], what, others, PENALTIES[best : best + 1], bool(table.labels[t])
+        )
+        scores[name] = _score(predicted[:, t], asked[:, t], bool(table.labels[t]))
+        tried.append({
+            "target": name,
+            "kind": "label" if table.labels[t] else "number",
+            "penalty": PENALTIES[best],
+            "train": len(there),
+            "test": int(np.isfinite(asked[:, t]).sum()),
+            "positive": int(np.nansum(asked[:, t])) if table.labels[t] else None,
+            "score": scores[name],
+        })  # fmt: skip
+        task.report("targets", t + 1, len(table.names))
+
+    metrics: dict[str, Any] = {"n": len(asked)}
+    for key, of_kind, factor in (("map", table.labels, 100), ("r2", ~table.labels, 1)):
+        columns = [t for t, name in enumerate(table.names) if of_kind[t] and scores[name] is not None]
+        if columns:
+            metrics[key] = factor * float(np.mean([scores[table.names[t]] for t in columns]))
+            interval = _interval(predicted, asked, columns, key == "map", task.seed)
+            metrics[f"{key}_interval"] = [factor * value for value in interval]
+            if key == "map":
+                metrics["chance_map"] = 100 * float(np.nanmean(asked[:, columns], axis=0).mean())
+    metrics["per_target"] = scores
+    if not {"map", "r2"} & set(metrics):
+        raise UserError("no target can be scored: the test images know none of them, or are all alike")
+    left_out = [name for name, score in scores.items() if score is None]
+    metrics["findings"] = [f"not scored, for the test images are all alike: {', '.join(left_out)}"] if left_out else []
+    return Outcome(
+        metrics,
+        {
+            "headline": f"feature {feature}, {int(table.labels.sum())} label(s) and {int((~table.labels).sum())} number(s)",
+            "feature": feature,
+            "targets": str(config.targets),
+            "penalties": list(PENALTIES),
+            "selection": f"each target's penalty by the loss on {config.held_out:g} of the training images, then fitted "
+            f"again on all of them and tested once",
+            "all_scored_on": "test",
+            **task.protocol(train, test),
+        },
+        tried,
+    )
+
+
+def _data(data: Data, table: Targets) -> Data:
+    """The images of both sides that the table has targets for, the line of the table in the place of a label."""
+    if data.train.split != data.test.split:
+        return replace(data, train=_with_lines(data, data.train, table), test=_with_lines(data, data.test, table))
+    if table.splits is None:
+        raise UserError(
+            f"{data.name} has no splits, and --targets no column 'split': add one that says train or test for each image"
+        )
+    whole = _with_lines(data, data.test, table)
+    sides = []
+    for wanted in (TRAIN, next(((name,) for name in TEST if table.split([name]).any()), TEST)):
+        chosen = np.flatnonzero(table.split(wanted)[whole.labels])
+        if not len(chosen):
+            there = _few(table.splits)
+            raise UserError(f"--targets: no image has the split {' or '.join(wanted)}; there are {there}")
+        sides.append(Images(wanted[0], Subset(whole.source, chosen), whole.labels[chosen], 0))
+    return replace(data, train=sides[0], test=sides[1])
+
+
+def _with_lines(data: Data, images: Images, table: Targets) -> Images:
+    source = images.source
+    lines = table.rows([source.name(i) for i in range(len(source))], data.name.rstrip("/"))
+    there = np.flatnonzero(lines >= 0)
+    some: Source = source if len(there) == len(source) else Subset(source, there)
+    return Images(images.split, some, lines[there], len(source) - len(there))
+
+
+def _few(names: Any) -> str:
+    found = sorted(set(names))
+    return ", ".join(map(repr, found[:5])) + (", ..." if len(found) > 5 else "")
+
+
+def _check(name: str, known: np.ndarray, label: bool, asked: int) -> None:
+    if len(known) < 4 or len(np.unique(known)) < 2:
+        raise UserError(
+            f"target {name!r}: {len(known)} training images know it"
+            + (", and all say the same" if len(known) else "")
+            + ": it cannot be learnt; leave it out (--columns)"
+        )
+    if label and min((known == 0).sum(), (known == 1).sum()) < 2:
+        raise UserError(f"target {name!r}: a single training image is of one of its kinds; leave it out (--columns)")
+    if not asked:
+        raise UserError(f"target {name!r}: no test image knows it; leave it out (--columns)")
+
+
+def _hold_out(values: np.ndarray, label: bool, share: float, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to fit on and to choose on; of a label, both kinds are on both sides."""
+    groups = [np.flatnonzero(values == kind) for kind in (0, 1)] if label else [np.arange(len(values))]
+    held = []
+    for number, members in enumerate(groups):
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        held.append(numpy_generator(seed, "targets", name, number).permutation(members)[:count])
+    chosen = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(values)), chosen), chosen
+
+
+def _predict(
+    task: Task, rows: np.ndarray, values: np.ndarray, others: np.ndarray, penalties: tuple[float, ...], label: bool
+) -> list[np.ndarray]:
+    """For each penalty the prediction (m,) float64 for `others` (m, F) by the fit to rows (n, F): the log-odds of a label,
+    or the number."""
+    rotation = Rotation(rows, device=task.device)
+    turned, there = rotation(rows).double(), rotation(others).double()
+    if label:
+        known = torch.from_numpy(values.astype(np.int64)).to(task.device)
+        found = {fit.penalty: fit for fit in path(turned, known, 2, penalties, rotation.variance)}
+        odds = (there @ found[p].weight.T + found[p].bias for p in penalties)
+        return [(each[:, 1] - each[:, 0]).cpu().numpy() for each in odds]
+    # The rows are turned into the axes of their covariance, so the normal equations are diagonal (Hoerl & Kennard, 1970).
+    numbers = torch.from_numpy(values).to(task.device)
+    mean = numbers.mean()
+    moment = turned.T @ (numbers - mean) / len(turned)
+    return [(there @ (moment / (rotation.variance + p)) + mean).cpu().numpy() for p in penalties]
+
+
+def _loss(predicted: np.ndarray, values: np.ndarray, label: bool) -> float:
+    """Mean cross-entropy of log-odds, or mean squared error."""
+    if label:
+        return float(np.logaddexp(0, np.where(values == 1, -predicted, predicted)).mean())
+    return float(np.square(predicted - values).mean())
+
+
+def _score(predicted: np.ndarray, values: np.ndarray, label: bool) -> float | None:
+    """Average precision or R2 of the images that know the target; None where all are alike."""
+    there = np.isfinite(values)
+    predicted, values = predicted[there], values[there]
+    if len(np.unique(values)) < 2:
+        return None
+    return average_precision(predicted, values == 1) if label else r2(predicted, values)
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """The sum over thresholds of the precision there times the recall gained, of scores (n,) with positives (n,) bool, at
+    least one. Equal scores are one threshold, so that their order is no matter."""
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(positive[order])
+    last = np.append(np.diff(scores[order]) != 0, True)  # the end of each run of equal scores
+    precision, recall = hits[last] / (np.flatnonzero(last) + 1), hits[last] / hits[-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+
+
+def r2(predicted: np.ndarray, values: np.ndarray) -> float:
+    """1 - the squared error over that of the values' own mean."""
+    return 1 - float(np.square(predicted - values).sum() / np.square(values - values.mean()).sum())
+
+
+def _interval(predicted: np.ndarray, asked: np.ndarray, columns: list[int], label: bool, seed: int) -> list[float]:
+    """The 95 % interval of the mean score over those targets, over draws of the test images."""
+
+    def mean(chosen: np.ndarray) -> float:
+        found = [_score(predicted[chosen, t], asked[chosen, t], label) for t in columns]
+        return float(np.mean([score for score in found if score is not None] or [np.nan]))
+
+    return resampled(mean, len(asked), seed)

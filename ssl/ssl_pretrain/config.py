@@ -40,6 +40,9 @@ class Run:
     """Channel means that views are normalised by, of [0, 1] (default: ImageNet's; 0.5 unless 3 channels)."""
     std: tuple[float, ...] | None = None
     """Channel standard deviations that views are normalised by (default: ImageNet's; 0.25 unless 3 channels)."""
+    aug: Literal["exact", "fast"] = "exact"
+    """How views are made: exact (torchvision's arithmetic), or fast: JPEGs decoded with fewer digits and no larger than
+    needed, colour jitter as one matrix an image (docs/performance.md says what differs)."""
     bad_images: Literal["replace", "skip", "fail"] = "replace"
     """An unreadable image: put another drawn image in its place, the next in order, or end the run."""
 

@@ -39,7 +39,7 @@ def plan(run: Resolved, kind: type[Method], knobs: Any, stride: tuple[int, int])
     Each of `run.stages` is "SHARE KEY=VALUE ...": a share of the run's steps, and what is different in it: image_size, or a
     knob of the method that its views depend on; several values are parted by commas. Raises UserError for anything else.
     """
-    usual = fitted(kind.views(knobs, run.image_size), run.image_size, stride)
+    usual = _views(run, kind, knobs, run.image_size, stride)
     if not run.stages:
         return [Stage(0, run.steps, usual)]
     shares = [_share(text) for text in run.stages]
@@ -83,4 +83,11 @@ def _specs(text: str, run: Resolved, kind: type[Method], knobs: Any, stride: tup
             alone = dataclasses.replace(knobs, **{field.name: value})
             if kind.views(alone, run.image_size) == before:
                 raise UserError(f"--stages {text!r}: {field.name} changes no view; stages change only what is seen")
-    return fitted(kind.views(changed, whole), whole, stride)
+    return _views(run, kind, changed, whole, stride)
+
+
+def _views(
+    run: Resolved, kind: type[Method], knobs: Any, image_size: tuple[int, int], stride: tuple[int, int]
+) -> tuple[ViewSpec, ...]:
+    specs = fitted(kind.views(knobs, image_size), image_size, stride)
+    return tuple(dataclasses.replace(spec, fast=run.aug == "fast") for spec in specs)

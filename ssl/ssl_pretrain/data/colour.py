@@ -24,7 +24,9 @@ from .views import (
     ViewSpec,
 )
 
-_LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
+
+CACHED = 2**17  # values of an image, of which a few copies fit a core's cache
 
 
 def coloured(spec: ViewSpec) -> bool:
@@ -46,10 +48,18 @@ def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, .
     scale = 1 / torch.tensor(std, dtype=torch.float32).view(shape)
     bias = (-centre * scale).to(raw.device, non_blocking=True)
     if coloured(spec):
-        flat = out.view(-1, *out.shape[-3:]).div_(255)
-        out = apply(flat, params.reshape(-1, params.shape[-1]), spec).view(out.shape)
+        flat, rows = out.view(-1, *out.shape[-3:]).div_(255), params.reshape(-1, params.shape[-1])
+        for part in parts(flat):
+            flat[part] = apply(flat[part], rows[part], spec)
         return torch.addcmul(bias, out, scale.to(raw.device, non_blocking=True), out=out)
     return torch.addcmul(bias, out, (scale / 255).to(raw.device, non_blocking=True), out=out)
+
+
+def parts(images: Tensor) -> list[slice]:
+    """A batch (B, ...) in parts to work on one after another: all of it on a GPU; on a CPU so few images that they stay in
+    its cache, for a batch would go to memory and back with every operation."""
+    size = len(images) if images.device.type != "cpu" else max(1, CACHED // max(1, images[0].numel()))
+    return [slice(start, start + size) for start in range(0, len(images), size)]
 
 
 def apply(images: Tensor, params: np.ndarray, spec: ViewSpec) -> Tensor:
@@ -92,12 +102,18 @@ def apply(images: Tensor, params: np.ndarray, spec: ViewSpec) -> Tensor:
         chosen = images[at]
         images[at] = torch.where(chosen >= spec.solarize_threshold, 1 - chosen, chosen)
     for row in np.flatnonzero(params[:, NOISE_SIGMA] > 0):
-        top, left, bottom, right = _square(params[row, NOISE_SQUARE], images.shape[-2], images.shape[-1])
-        generator = torch.Generator().manual_seed(int(params[row, NOISE_KEY]))
-        noise = torch.randn(images.shape[1], bottom - top, right - left, generator=generator)
-        patch = images[row, :, top:bottom, left:right]
-        patch.add_(noise.to(images.device, non_blocking=True), alpha=float(params[row, NOISE_SIGMA])).clamp_(0, 1)
+        noise(images[row], params[row])
     return images
+
+
+def noise(image: Tensor, params: np.ndarray) -> Tensor:
+    """Add noise to the square of an image (C, H, W) in [0, 1] that its row of parameters (P,) says, in place."""
+    top, left, bottom, right = _square(params[NOISE_SQUARE], image.shape[-2], image.shape[-1])
+    generator = torch.Generator().manual_seed(int(params[NOISE_KEY]))
+    drawn = torch.randn(image.shape[0], bottom - top, right - left, generator=generator)
+    square = image[:, top:bottom, left:right]
+    square.add_(drawn.to(image.device, non_blocking=True), alpha=float(params[NOISE_SIGMA])).clamp_(0, 1)
+    return image
 
 
 def _square(place: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
@@ -114,7 +130,7 @@ def _on(images: Tensor, rows: np.ndarray) -> Tensor:
 def _luma(images: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W)."""
     red, green, blue = images.unbind(1)
-    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(1)
+    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).unsqueeze(1)
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:

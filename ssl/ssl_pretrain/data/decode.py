@@ -23,6 +23,12 @@ MAX_PIXELS = 178_956_970  # above it an image is taken for a decompression bomb 
 
 _NPY = b"\x93NUMPY"
 _ORIENTATION = 0x0112  # EXIF 2.32, table 4
+SHRINKS = (
+    1,
+    2,
+    4,
+    8,
+)  # times that libjpeg makes an image smaller without decoding all of it, at the speed it has for them
 # libjpeg's smooth upsampling of a row looks at the chroma row below it, which covers two luma rows
 _CONTEXT_ROWS = 2
 
@@ -77,17 +83,34 @@ class Picture:
         elif self._jpeg is not None:
             self.height, self.width = self._jpeg.height, self._jpeg.width
 
-    def crop(self, top: int, left: int, height: int, width: int, scratch: "Scratch | None" = None) -> np.ndarray:
+    @property
+    def shrinks(self) -> bool:
+        """Whether `crop` can make it smaller while it decodes."""
+        return self._jpeg is not None and simplejpeg is not None
+
+    def crop(
+        self,
+        top: int,
+        left: int,
+        height: int,
+        width: int,
+        scratch: "Scratch | None" = None,
+        *,
+        fast: bool = False,
+        by: int = 1,
+    ) -> np.ndarray:
         """The pixels of that box (inside the image), uint8 (height, width, channels), perhaps read-only. Raises
         BadImage.
 
         Exactly the box of the whole decoded image; of a plain JPEG only the rows down to the box's last are decoded.
-        With `scratch` the pixels may lie there, until the next crop that is given the same one.
+        With `scratch` the pixels may lie there, until the next crop that is given the same one. `fast`, of a plain JPEG
+        with simplejpeg: libjpeg-turbo's fast DCT and plain upsampling of chroma, whose pixels differ by a few levels. `by`,
+        one of SHRINKS, where it `shrinks`: the image is that many times smaller (`shrink`), and so is the box.
         """
         if self._pixels is not None:
             return self._pixels[top : top + height, left : left + width]
         assert self._jpeg is not None
-        data = self._jpeg.until(top + height)
+        data = self._jpeg.until((top + height) * by)
         if simplejpeg is not None:
             try:
                 # not strict: rows left out look like extraneous bytes, and Pillow does not mind damage in the middle
@@ -95,6 +118,10 @@ class Picture:
                 pixels = simplejpeg.decode_jpeg(
                     data,
                     "GRAY" if self.channels == 1 else "RGB",
+                    fastdct=fast,
+                    fastupsample=fast,
+                    min_height=-(-min(self.height, (top + height) * by + _CONTEXT_ROWS) // by) if by > 1 else 0,
+                    min_width=-(-self.width // by) if by > 1 else 0,
                     buffer=None if scratch is None else scratch.hold(self.height * self.width * self.channels),
                     strict=False,
                 )
@@ -102,6 +129,8 @@ class Picture:
             except ValueError:
                 pass  # Pillow may know better, and says why where it does not
         box = left, top, left + width, top + height
+        if by > 1:
+            return _pillow(self._jpeg.data, self.channels)[::by, ::by][top : top + height, left : left + width]
         try:
             # Pillow's JPEG decoder without its reading of the header, which is known already: a tenth of the time
             mode = "L" if self.channels == 1 else "RGB"
@@ -109,6 +138,12 @@ class Picture:
             return eight_bits(Image.frombytes(mode, size, data, "jpeg", mode, "").crop(box), self.channels)
         except ValueError:
             return _pillow(data, self.channels, box)
+
+
+def shrink(box: tuple[int, int, int, int], by: int) -> tuple[int, int, int, int]:
+    """A box (top, left, height, width) in an image that is `by` times smaller, its edges on the nearest pixels."""
+    top, left, bottom, right = ((edge + by // 2) // by for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3]))
+    return top, left, max(1, bottom - top), max(1, right - left)
 
 
 class Scratch:

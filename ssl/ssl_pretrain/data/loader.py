@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ..errors import UserError
 from ..pretext import Batch
 from ..randomness import Part, key, numpy_generator
-from .colour import finish
-from .decode import BadImage, Picture, Scratch
+from . import colour, composed
+from .decode import SHRINKS, BadImage, Picture, Scratch, shrink
 from .sampler import permute, samples
 from .source import Source
 from .views import COLOUR_PARAMS, Draw, ViewSpec, draw, render
@@ -159,13 +159,13 @@ def to_batch(
     def moved(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    def seen(spec: ViewSpec) -> Tensor:
+        composes = spec.fast and len(mean) == 3 and colour.coloured(spec)
+        pixels = raw.views[spec.name].to(device, non_blocking=True)
+        return (composed if composes else colour).finish(pixels, raw.colour[spec.name], spec, mean, std)
+
     return Batch(
-        views={
-            spec.name: finish(
-                raw.views[spec.name].to(device, non_blocking=True), raw.colour[spec.name], spec, mean, std
-            )
-            for spec in specs
-        },
+        views={spec.name: seen(spec) for spec in specs},
         index=moved(raw.index),
         geometry={name: moved(rows) for name, rows in raw.geometry.items()},
         labels=None if raw.labels is None else moved(raw.labels),
@@ -198,6 +198,7 @@ class _Maker(Dataset, ABC):
         self.seed = seed
         self.channels = channels
         self.policy = policy
+        self.fast = all(spec.fast for spec in self.specs)
         self._generator = _Restarted()
         self._scratch = Scratch()
 
@@ -234,9 +235,9 @@ class _Maker(Dataset, ABC):
         failures: list[Failure] = []
         wanted = self._wanted(step * self.share.batch_size + self.share.rows(micro).start)
         for row, (epoch, sample, place) in enumerate(wanted):
-            index[row], draws, (top, left), pixels = self._usable(epoch, sample, place, failures)
+            index[row], draws, (top, left, by), pixels = self._usable(epoch, sample, place, failures)
             for spec, copy, drawn in draws:
-                y, x, height, width = drawn.box
+                y, x, height, width = drawn.box if by == 1 else shrink(drawn.box, by)
                 crop = pixels[y - top : y - top + height, x - left : x - left + width]
                 render(crop, spec, drawn, targets[spec.name][copy, row : row + 1])
                 geometry[spec.name][copy, row] = drawn.geometry
@@ -250,9 +251,9 @@ class _Maker(Dataset, ABC):
 
     def _usable(
         self, epoch: int | str, wanted: int, place: int, failures: list[Failure]
-    ) -> tuple[int, list[tuple[ViewSpec, int, Draw]], tuple[int, int], np.ndarray]:
+    ) -> tuple[int, list[tuple[ViewSpec, int, Draw]], tuple[int, int, int], np.ndarray]:
         """The wanted sample, or the one that takes its place: its index, its draws, and the pixels that hold all its
-        crops, with their top and left in the whole image."""
+        crops, with their top and left in the whole image, and how many times smaller they and it are."""
         size, sample = len(self.source), wanted
         for attempt in range(1, _ATTEMPTS + 1):
             try:
@@ -275,7 +276,7 @@ class _Maker(Dataset, ABC):
 
     def _pixels(
         self, epoch: int | str, sample: int
-    ) -> tuple[list[tuple[ViewSpec, int, Draw]], tuple[int, int], np.ndarray]:
+    ) -> tuple[list[tuple[ViewSpec, int, Draw]], tuple[int, int, int], np.ndarray]:
         try:
             item = self.source[sample]
         except (OSError, ValueError) as error:
@@ -286,10 +287,17 @@ class _Maker(Dataset, ABC):
             for copy in range(spec.count):
                 rng = self._generator(self.seed, "view", epoch, sample, spec.name, copy)
                 draws.append((spec, copy, draw(spec, rng, picture.height, picture.width)))
-        tops, lefts, heights, widths = zip(*(drawn.box for _, _, drawn in draws), strict=True)
+        by = 1
+        if self.fast and picture.shrinks:
+            # as small as leaves every crop no smaller than its view
+            least = min(min(d.box[2] / spec.size[0], d.box[3] / spec.size[1]) for spec, _, d in draws)
+            by = max(by for by in SHRINKS if by == 1 or by <= least)
+        boxes = [drawn.box if by == 1 else shrink(drawn.box, by) for _, _, drawn in draws]
+        tops, lefts, heights, widths = zip(*boxes, strict=True)
         top, left = min(tops), min(lefts)
         bottom, right = max(map(add, tops, heights)), max(map(add, lefts, widths))
-        return draws, (top, left), picture.crop(top, left, bottom - top, right - left, self._scratch)
+        pixels = picture.crop(top, left, bottom - top, right - left, self._scratch, fast=self.fast, by=by)
+        return draws, (top, left, by), pixels
 
 
 @final

@@ -51,6 +51,9 @@ class ViewSpec:
     solarize_threshold: float = 0.5  # of full scale; pixels at or above it are inverted
     noise_patch: float = 0.0
     noise_patch_sigma: float = 0.5  # of full scale, the largest
+    fast: bool = (
+        False  # decoded and coloured faster, with the differences that `decode.Picture.crop` and `composed` name
+    )
 
 
 def fitted(specs: tuple[ViewSpec, ...], image_size: tuple[int, int], stride: tuple[int, int]) -> tuple[ViewSpec, ...]:

@@ -1,10 +1,12 @@
 """Every method at the same budget: kNN and linear accuracy on CIFAR-10, with untrained, raw-pixel and supervised controls.
 
-    python benchmarks/methods.py --out runs/methods [--seeds 2] [--steps 600] [--jobs 2] [--methods mae simclr]
+    python benchmarks/methods.py --out runs/methods [--seeds 2] [--steps 1500] [--jobs 2] [--methods mae simclr]
 
-Each run is `ssl-pretrain` with the same encoder, batch, steps (images seen) and seed, and the method's own small-image
-knobs (`Recipe.small`); each score `ssl-eval` on labelled images that took no part in training. Jobs run side by side on
-one thread each. What is there already is not done again; the table is printed at the end, as Markdown.
+Each run is `ssl-pretrain --config recipes/M_cifar10.yaml` with the same encoder, batch, steps (images seen) and seed for
+all, on the first 10,000 training images without their labels: few enough that each comes back several times, which a
+memory bank of all images needs. Each score is `ssl-eval` on the whole data set: 50,000 labelled images to learn from,
+10,000 others to be right about. Jobs run side by side on one thread each. What is there already is not done again; the
+table is printed at the end, as Markdown.
 """
 
 import argparse
@@ -16,28 +18,29 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from ssl_pretrain import backbones, config, plugins, pretext
+from pyarrow import parquet
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+from ssl_pretrain import plugins
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data" / "cifar10"
+RECIPES = ROOT / "recipes"
 BATCH = 64
 COMMON = ["--encoder", "vit_micro", "--image-size", 32, "--patch-size", 8, "--batch-size", BATCH, "--workers", 0]
 COMMON += ["--checkpoint-every", 100000, "--monitor-every", 0, "--picture-every", 0, "--val-images", 0, "--no-score"]
-LEFT_OUT = {*config.SMALL, "pool", "positions", "cls"}  # the same for all, or the encoder's
 PROBE = ["--lrs", 0.005, 0.02, 0.1, 0.5, "--layers", 1, "--steps", 1000]
 
 
-def words(settings: dict[str, Any]) -> list[object]:
-    """Settings as flags."""
-    out: list[object] = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            out.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            out += [f"--{flag}", *(value if isinstance(value, tuple | list) else [value])]
-    return out
+def subset(data: Path, images: int, folder: Path) -> Path:
+    """A folder with the first images of a data set's training part."""
+    target = folder / "train-00000-of-00001.parquet"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "part"
+        parquet.write_table(parquet.read_table(next(data.glob("train-*.parquet"))).slice(0, images), part)
+        part.rename(target)
+    return folder
 
 
 def run(*argv: object) -> None:
@@ -56,11 +59,10 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
     if (out / "scores.json").exists():
         return
     began = time.monotonic()
-    known = set(config.Run.__dataclass_fields__) | set(pretext.load(name).Config.__dataclass_fields__)
-    known |= set(backbones.config_class("vit_micro").__dataclass_fields__)
-    small = {k: v for k, v in pretext.load(name).recipe.small.items() if k in known - LEFT_OUT}
-    argv = ["--method", name, "--data", options.data, "--out", out, "--steps", options.steps, "--seed", seed]
-    run("ssl_pretrain.launch.pretrain", *argv, *COMMON, *words(small))
+    data = Path(options.out) / "images"
+    argv = ["--config", RECIPES / f"{name}_cifar10.yaml", "--data", data, "--out", out]
+    argv += ["--steps", options.steps, "--seed", seed]
+    run("ssl_pretrain.launch.pretrain", *argv, *COMMON)
     seconds = time.monotonic() - began
     scores = {"seconds": seconds, **score(out, out, options)}
     (out / "scores.json").write_text(json.dumps(scores))
@@ -72,7 +74,7 @@ def score(encoder: object, folder: Path, options: argparse.Namespace, *like: obj
     found = {}
     for evaluator, extra in (("knn", []), ("linear", PROBE)):
         out = folder / evaluator
-        argv = ["--encoder", encoder, *like, "--data", options.probe, "--out", out, "--no-baselines", *extra]
+        argv = ["--encoder", encoder, *like, "--data", options.data, "--out", out, "--no-baselines", *extra]
         run("ssl_pretrain.launch.evaluate", evaluator, *argv)
         found[evaluator] = json.loads((out / "results.json").read_text())["metrics"]["top1"]
     return found
@@ -85,7 +87,7 @@ def controls(some: str, options: argparse.Namespace) -> dict[str, dict[str, floa
         like = Path(options.out) / f"{some}-0"
         rows = {
             "untrained": score("random", Path(options.out) / "untrained", options, "--like", like),
-            "raw pixels": score("pixels", Path(options.out) / "pixels", options, "--like", like),
+            "raw pixels": score("pixels", Path(options.out) / "pixels", options),
         }
         path.write_text(json.dumps(rows))
     return json.loads(path.read_text())
@@ -96,16 +98,14 @@ def main() -> None:
     every = plugins.own("ssl_pretrain.methods")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the runs")
-    parser.add_argument("--data", default=str(DATA / "cifar10"), help="images to train on (default: %(default)s)")
-    parser.add_argument(
-        "--probe", default=str(DATA / "cifar10_lossless5k"), help="labelled images (default: %(default)s)"
-    )
+    parser.add_argument("--data", default=str(DATA), help="CIFAR-10 as parquet (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=10000, help="to train on (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="M")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=600, help=f"of {BATCH} images (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help=f"of {BATCH} images (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
     options = parser.parse_args()
-    Path(options.out).mkdir(parents=True, exist_ok=True)
+    subset(Path(options.data), options.images, Path(options.out) / "images")
     wanted = [(name, seed) for seed in range(options.seeds) for name in options.methods]
     with ThreadPoolExecutor(options.jobs) as pool:
         for done in [pool.submit(train, name, seed, options) for name, seed in wanted]:

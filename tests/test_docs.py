@@ -67,13 +67,13 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, count in (("train", 4), ("val", 2)):
         (desk / "street-scenes" / split).mkdir(parents=True)
         for i in range(count):
-            picture(i, (96, 64)).save(desk / "street-scenes" / split / f"{i}.jpg")
+            picture(i, (64, 96)).save(desk / "street-scenes" / split / f"{i}.jpg")
             classes = np.random.default_rng(i).integers(0, 3, (4, 6), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
             Image.fromarray(classes).save(desk / "street-scenes" / split / f"{i}.png")
     for tree in ("JPEGImages", "Annotations"):
         (desk / "clips" / tree / "a").mkdir(parents=True)
     for i in range(4):
-        picture(i, (96, 64)).save(desk / "clips" / "JPEGImages" / "a" / f"{i:05d}.png")
+        picture(i, (64, 96)).save(desk / "clips" / "JPEGImages" / "a" / f"{i:05d}.png")
         where = np.zeros((64, 96), np.uint8)
         where[20:40, 10 + 8 * i : 40 + 8 * i] = 1
         Image.fromarray(where).save(desk / "clips" / "Annotations" / "a" / f"{i:05d}.png")

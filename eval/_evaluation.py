@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ssl_pretrain import backbones, distributed, foreign
+from ssl_pretrain import backbones, distributed, foreign, placement
 from ssl_pretrain.data.decode import BadImage, Picture
 from ssl_pretrain.data.source import Source, evaluation_splits, open_source, splits
 from ssl_pretrain.encoder import Encoder, Preprocessing, load, random_like
@@ -20,7 +21,7 @@ from ssl_pretrain.features import pixel_encoder
 from ssl_pretrain.specs import Spec
 
 from ._results import record, write
-from ._task import Data, Task
+from ._task import Data, Helped, Task
 
 UNTRAINED, PIXELS = "random", "pixels"  # what --encoder may be beside a path
 
@@ -67,12 +68,14 @@ def run(
     config: Any,
     progress: Callable[[str], Callable[[str, int, int], None] | None],
 ) -> tuple[dict[str, Any], Path]:
-    """Evaluate as asked; returns what results.json holds, and its path.
+    """Evaluate as asked; returns what results.json holds, and its path. Of several processes the first does; the others
+    help it to extract features, and return nothing.
 
     evaluator: a module of this package, or a plugin, with `evaluate(task, config) -> Outcome` and perhaps BASELINES, and
     perhaps IMAGES, what it takes in the place of labelled images to train and to test on: a single set of images,
     labelled or not, that is the "test" split or "everything"; or images with "masks", that its `open_data(name,
     train_split, test_split, config) -> Data` opens.
+    SHARED says that an evaluator begins with `Task.features` or `Task.single`, where others can help.
     progress: for what encoder is at work ("" for the one asked for), the function that is told how far it is.
     Raises UserError for whatever the user must change.
     """
@@ -82,7 +85,15 @@ def run(
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; --device cpu")
     cuda = options.device != "cpu" and torch.cuda.is_available()
-    spare = distributed.cores() - 1 if cuda else distributed.cores() // 2
+    place = placement.find()
+    spare = (distributed.cores() - 1 if cuda else distributed.cores() // 2) // place.local_size
+    if place.size > 1:
+        if not getattr(evaluator, "SHARED", False):
+            raise UserError(f"{name} is one process: leave --nproc, --nodes and --gpus-per-node at 1")
+        if not options.cache:
+            raise UserError("several processes share the extraction through the cache: leave --no-cache out")
+        if not cuda and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, distributed.cores() // place.local_size))
     encoder, chosen = _open(options)
     images = getattr(evaluator, "IMAGES", None)
     if images == "masks":
@@ -104,7 +115,7 @@ def run(
     task = Task(
         encoder=encoder,
         data=data,
-        device=torch.device("cuda" if cuda else "cpu"),
+        device=torch.device("cuda", place.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu"),
         seed=options.seed,
         batch_size=options.batch_size,
         workers=min(16, spare) if options.workers is None else options.workers,
@@ -113,16 +124,16 @@ def run(
         progress=progress(""),
         out=out,
     )
+    if place.rank > 0:
+        _help(evaluator, options, config, task)
+        return {}, out
     outcome = evaluator.evaluate(task, config)
     baselines: dict[str, Any] = {}
     if options.baselines:
         for kind in getattr(evaluator, "BASELINES", ()):
             if options.encoder in (PIXELS, kind):
                 continue
-            if kind == UNTRAINED:
-                other = _untrained_like(encoder, options.seed)
-            else:
-                other = _pixels(data.train.source, encoder.preprocessing.channels)
+            other = _baseline(kind, task)
             found = evaluator.evaluate(
                 dataclasses.replace(task, encoder=other, progress=progress(kind), out=None), config
             )
@@ -149,6 +160,22 @@ def run(
         return result, write(out, result)
     except OSError as problem:
         raise UserError(f"{out} cannot be written ({problem.strerror}): choose another folder with --out") from None
+
+
+def _baseline(kind: str, task: Task) -> Encoder:
+    """The encoder of a baseline."""
+    if kind == UNTRAINED:
+        return _untrained_like(task.encoder, task.seed)
+    return _pixels(task.data.train.source, task.encoder.preprocessing.channels)
+
+
+def _help(evaluator: Any, options: Options, config: Any, task: Task) -> None:
+    """Extract, together with the process that evaluates, the features that it asks for first, of every encoder."""
+    kinds = getattr(evaluator, "BASELINES", ()) if options.baselines else ()
+    others = [_baseline(kind, task) for kind in kinds if options.encoder not in (PIXELS, kind)]
+    for encoder in (task.encoder, *others):
+        with contextlib.suppress(Helped):
+            evaluator.evaluate(dataclasses.replace(task, encoder=encoder, helps=True, out=None, progress=None), config)
 
 
 def _open(options: Options) -> tuple[Encoder, str]:

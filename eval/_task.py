@@ -25,6 +25,10 @@ from ssl_pretrain.randomness import key
 UNKNOWN = -1  # the label of an image that has none
 
 
+class Helped(Exception):
+    """The features are there, and this process has nothing more to do for them."""
+
+
 @dataclass(frozen=True)
 class Images:
     """The labelled images of one split; or all images of a single set, where UNKNOWN is the label of one without."""
@@ -142,15 +146,21 @@ class Task:
     cache: bool = True  # keep features on the disk
     progress: Callable[[str, int, int], None] | None = None  # what is being done, how much of it, of how much
     out: Path | None = None  # folder for files beside results.json; None: none are wanted, this is a baseline
+    helps: bool = False  # this process only helps another one to extract features
 
     def features(self, taps: Sequence[str]) -> tuple[Side, Side]:
         """The encoder's features of the training and of the test images. Raises as `ssl_pretrain.features.extract`."""
         train, test = (self._extract(images, taps) for images in (self.data.train, self.data.test))
+        if self.helps:
+            raise Helped
         return train, test
 
     def single(self, taps: Sequence[str]) -> Side:
         """The encoder's features of a single set of images. Raises as `ssl_pretrain.features.extract`."""
-        return self._extract(self.data.test, taps)
+        side = self._extract(self.data.test, taps)
+        if self.helps:
+            raise Helped
+        return side
 
     def protocol(self, train: Side | None, test: Side) -> dict[str, Any]:
         """What any evaluator's number depends on: the images (train None: a single set of them), their preparation, and

@@ -23,6 +23,7 @@ from ._ward import ward
 
 IMAGES = "test"
 BASELINES = ("random", "pixels")
+SHARED = True
 MOST = 5000  # images that Ward's joins and the silhouette take: both need all distances
 UNLABELLED_K = (2, 5, 10, 20, 50, 100)
 Algorithm = Literal["kmeans", "ward"]

@@ -38,6 +38,7 @@ from ._task import UNKNOWN, Side, Task
 
 IMAGES = "test"
 BASELINES = ("random",)
+SHARED = True
 PAIRS = 4096  # images whose pairs uniformity is the mean over
 DELTA = 1e-4  # LiDAR's share of the identity in the scatter of views
 VARIANCE = 0.99

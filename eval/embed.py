@@ -23,6 +23,7 @@ from ._results import Outcome
 from ._task import UNKNOWN, Side, Task
 
 IMAGES = "everything"
+SHARED = True
 CHUNK = 4096  # rows converted and written at a time
 
 

@@ -21,6 +21,7 @@ from ._results import Outcome, classification
 from ._task import Side, Task
 
 BASELINES = ("random", "pixels")
+SHARED = True
 # Wu et al. (2018), section 4; the released evaluations of DINO and iBOT, and of DINOv2, whose softmax over 200 neighbours
 # ranks the classes alike. DINO's number is that of k = 20.
 PROTOCOLS: dict[str, dict[str, Any]] = {

@@ -29,6 +29,7 @@ from ._results import Outcome, classification
 from ._task import Side, Task
 
 BASELINES = ("random",)
+SHARED = True
 # Published ways, as far as their sources and ours allow (docs/evaluators.md says what differs): MAE A.1; DINO's released
 # evaluation of ViT-S and of ViT-B; DINOv2 B.3; MoCo v3, its release; I-JEPA A.1 (VISSL's); LeJEPA's offline probe, whose
 # learning rate and length are not given: those are ours.

@@ -23,6 +23,7 @@ from ._task import Task
 from .linear import hold_out
 
 BASELINES = ("random",)
+SHARED = True
 # DINOv2's "logreg": the normalised CLS token as it is, 45 C from 1e-6 to 1e5, chosen on a tenth of the training images.
 PROTOCOLS: dict[str, dict[str, Any]] = {"dinov2": {"features": ("cls",), "normalise": "none"}}
 CHUNK = 4096  # rows scored at a time

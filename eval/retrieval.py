@@ -29,6 +29,7 @@ from ._task import UNKNOWN, Side, Task
 
 IMAGES = "test"
 BASELINES = ("random", "pixels")
+SHARED = True
 SCORES = 2**22  # similarities that exist at a time
 LISTED = 1000  # duplicates that are written down
 NEIGHBOURS = 10  # of each image, among which duplicates are looked for

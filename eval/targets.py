@@ -27,6 +27,7 @@ from ._task import Data, Images, Task
 
 IMAGES = "pair"
 BASELINES = ("random", "pixels")
+SHARED = True
 PENALTIES = tuple(10.0**power for power in range(-7, 3))  # on the mean loss; features have unit variance on average
 
 

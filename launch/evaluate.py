@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ssl_pretrain import flags, plugins
+from ssl_pretrain import flags, placement, plugins
 from ssl_pretrain.data.source import splits
 from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.specs import Spec
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
         return _main(argv, placed)
     except UserError as mistake:
         text = str(mistake)
+        if _helping():
+            return 0  # the first process meets it too, and says it
         print(text if text.startswith(PROG) else f"{PROG}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -63,12 +65,13 @@ def _main(argv: list[str], placed: bool) -> int:
     _check_paths(argv[1:])
     asked = _read(argv)
     if not placed:
-        _one_process(asked.launch)
         job = "eval/grid" if asked.launch.grid else re.sub(r"[^\w./-]+", "-", f"{asked.options.encoder}-{name}")
         code = elsewhere("evaluate", argv, asked.launch, asked.options.out or Path(job), _read)
         if code is not None:
             return code
     result, path = _evaluate(asked)
+    if _helping():
+        return 0
     importlib.import_module(f"{EVALUATORS}._results").show(result)
     print(f"written: {path}")
     return 0
@@ -129,10 +132,15 @@ def _suite(argv: list[str], placed: bool) -> int:
     suite, launch = read(argv)
     entries = suites.read(suite.list)
     if not placed:
-        _one_process(launch)
         code = elsewhere("evaluate", argv, launch, suite.out, read)
         if code is not None:
             return code
+
+    if _helping():
+        for entry in entries:
+            with contextlib.suppress(Exception):  # the first process meets it too, and says it
+                _evaluate(_read([*entry.argv, "--out", str(entry.folder(suite.out))]))
+        return 0
 
     def check(argv: list[str]) -> None:
         known = plugins.names(EVALUATORS)
@@ -144,10 +152,9 @@ def _suite(argv: list[str], placed: bool) -> int:
     return suites.run(entries, suite, check, lambda argv: _evaluate(_read(argv)))
 
 
-def _one_process(launch: Launch) -> None:
-    """Raise UserError for flags that ask for more than one process."""
-    if launch.nodes > 1 or (isinstance(launch.nproc, int) and launch.nproc > 1) or (launch.gpus_per_node or 1) > 1:
-        raise UserError("an evaluation is one process: leave --nproc, --nodes and --gpus-per-node at 1")
+def _helping() -> bool:
+    """Whether this process only helps the first one of its command."""
+    return placement.find().rank > 0
 
 
 def _overview(known: list[str]) -> str:

@@ -108,6 +108,26 @@ def test_a_published_protocol_by_name(run_folder: Path, tmp_path: Path, capsys: 
     assert "cluster has no protocol 'dino'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_several_processes_share_the_extraction(evaluate: Evaluate, run_folder: Path, tmp_path: Path) -> None:
+    same = ("knn", "--encoder", run_folder, "--workers", 0, "--k", 3)
+    evaluate(*same, "--out", tmp_path / "alone")
+    shutil.rmtree(tmp_path / "cache")
+    done = evaluate(*same, "--out", tmp_path / "two", "--nproc", 2)
+    assert done.stdout.count("headline:") == 1
+    one, two = result(tmp_path / "alone"), result(tmp_path / "two")
+    for part in ("metrics", "protocol", "all"):
+        assert one[part] == two[part]
+    assert one["baselines"] == two["baselines"]
+    for words, said in (
+        (("finetune", *same[1:5]), "finetune is one process: leave --nproc"),
+        ((*same, "--no-cache"), "leave --no-cache out"),
+    ):
+        done = evaluate(*words, "--nproc", 2, code=2)
+        assert done.stderr.count("ssl-eval: ") == 1
+        assert said in done.stderr
+
+
 def test_linear_with_everything_left_to_the_defaults(evaluate: Evaluate, run_folder: Path) -> None:
     evaluate("linear", "--encoder", run_folder / "encoder", "--steps", 30)
     found = result(run_folder / "encoder" / "eval" / "linear-photos")

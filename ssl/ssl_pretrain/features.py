@@ -7,18 +7,20 @@ the last block after the final norm; "cls@-4" and "mean@-4" are those of the fou
 norm applied to it too (as DINOv2's and I-JEPA's linear evaluations do).
 
 The cache is the folder `features` under `data.index.directory()`: a subfolder for each (encoder, images, preprocessing,
-precision), in it a .npy file for each tap. Anything in it may be deleted at any time.
+precision), in it a .npy file for each tap. Anything in it may be deleted at any time. How several processes fill it, and go
+on where a killed one stopped, is feature_files.py's matter.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import signal
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, final
@@ -36,25 +38,19 @@ from .data.subset import Subset
 from .data.views import resize_and_crop
 from .encoder import Encoder, Preprocessing
 from .errors import UserError, nearest
+from .feature_files import BLOCK, Bad, Pass
 from .files import write_text
 
 FORMAT = 1  # of the cache and of what a tap means; a cache of another format is not read
 POOLINGS = ("pooled", "cls", "mean")
 Precision = Literal["fp32", "bf16"]
 Progress = Callable[[int, int], None]  # images done, images in all
+PASSES = 4  # over images of which others can be read each time, before it is given up
+PAUSE = 0.1  # seconds between looks at what other processes have done
 
 
 class NotFinite(UserError):
     """The encoder gives NaN or infinity."""
-
-
-@dataclass(frozen=True)
-class Bad:
-    """An image that could not be read."""
-
-    index: int  # in the source
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -110,26 +106,34 @@ def extract(
     Images are decoded, resized and cropped as `encoder.preprocessing` says, in `workers` processes (0: in this one),
     and come to the encoder once however many taps there are. With `cache`, only taps that are not there yet are
     computed, rows go to the disk as they come, and what is returned is memory-mapped: memory does not grow with N.
-    Without it everything is in memory. An image that cannot be read is left out and listed.
+    Without it everything is in memory. An image that cannot be read is left out and listed. Several processes that ask
+    for the same at once share the work, and one that was killed is gone on with, block of images by block.
 
     Raises UserError where no image can be read, an unknown tap, one that the encoder does not have, or a cache that
     cannot be written; NotFinite where the encoder gives NaN or infinity. Either way nothing half-written stays.
     """
     wanted = {str(Tap.parse(text)): Tap.parse(text) for text in taps}
     encoder.to(device).eval()
-    folder = _folder(encoder, source, precision) if cache else None
-    bad, found = _stored(folder, len(source), list(wanted)) if folder else ([], {})
-    if found.keys() != wanted.keys():
-        with _alone(folder):
-            if folder:  # another process may have computed them meanwhile
-                bad, found = _stored(folder, len(source), list(wanted))
-            if missing := [tap for name, tap in wanted.items() if name not in found]:
-                work = _Pass(encoder, source, batch_size, workers, torch.device(device), precision, folder, progress)
-                fresh, unread = work.run(missing)
-                if found and unread != bad:  # others could be read when the rest was computed: rows do not match
-                    found = {}
-                    fresh, unread = work.run(list(wanted.values()))
-                found, bad = found | fresh, unread
+    work = _Work(encoder, source, batch_size, workers, torch.device(device), precision, progress)
+    if cache:
+        folder = _folder(encoder, source, precision)
+        with _cache_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(PASSES):
+            bad, found = _stored(folder, len(source), list(wanted))
+            missing = [tap for name, tap in wanted.items() if name not in found]
+            if not missing:
+                break
+            # Where others can be read than when the rest was computed, that counts as missing the next time around.
+            work.on_disk(folder, missing)
+        else:
+            raise UserError(
+                f"{source.description}: other images can be read at each try: see that they stay, and repeat"
+            )
+    else:
+        found, bad = work.in_memory(list(wanted.values()))
+    if len(bad) == len(source):
+        raise UserError(f"none of the {len(bad)} images can be read; {bad[0].name}: {bad[0].reason}")
     readable = np.ones(len(source), bool)
     readable[[item.index for item in bad]] = False
     index = np.flatnonzero(readable)
@@ -219,8 +223,8 @@ def pixel_encoder(image_size: tuple[int, int], channels: int) -> Encoder:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """One way of the images through the encoder."""
+class _Work:
+    """A way of the images through the encoder."""
 
     encoder: Encoder
     source: Source
@@ -228,35 +232,96 @@ class _Pass:
     workers: int
     device: torch.device
     precision: Precision
-    folder: Path | None  # of the cache
     progress: Progress | None
 
-    def run(self, taps: list[Tap]) -> tuple[dict[str, np.ndarray], list[Bad]]:
-        """Features by tap, (N, F), the rows of readable images first, in the cache or in memory; and the bad images."""
-        with contextlib.ExitStack() as stack:
-            rows: dict[str, _Rows] = {}
-            bad: list[Bad] = []
-            done = 0
-            for images, failures in crops_of(self.encoder.preprocessing, self.source, self.batch_size, self.workers):
-                bad += failures
-                done += len(images) + len(failures)
-                if len(bad) == done:
-                    raise UserError(f"none of the first {done} images can be read; {bad[0].name}: {bad[0].reason}")
-                if len(images):
-                    for name, vector in self._encode(images, taps).items():
-                        if name not in rows:
-                            rows[name] = stack.enter_context(
-                                _Rows(name, (len(self.source), vector.shape[1]), self.folder)
-                            )
-                        rows[name].append(vector)
-                if self.progress:
-                    self.progress(done, len(self.source))
-            found = {name: part.finish(_file(name, bad)) for name, part in rows.items()}
-        if self.folder is not None:
-            what = {"images": self.source.description, "encoder": self.encoder.lineage, "bad": list(map(asdict, bad))}
-            with _cache_errors(self.folder):
-                write_text(self.folder / "images.json", json.dumps(what, indent=1))
-        return found, bad
+    def in_memory(self, taps: list[Tap]) -> tuple[dict[str, np.ndarray], list[Bad]]:
+        """Features by tap, (N, F), the rows of readable images first; and the bad images."""
+        arrays = {name: np.empty((len(self.source), width), np.float32) for name, width in self._widths(taps).items()}
+        bad: list[Bad] = []
+        filled = done = 0
+        for images, failures in crops_of(self.encoder.preprocessing, self.source, self.batch_size, self.workers):
+            bad += failures
+            done += len(images) + len(failures)
+            self._give_up(done, bad)
+            if len(images):
+                for name, vector in self._encode(images, taps).items():
+                    arrays[name][filled : filled + len(vector)] = vector
+                filled += len(images)
+            self._report(done)
+        return arrays, bad
+
+    def on_disk(self, folder: Path, taps: list[Tap]) -> None:
+        """Fill the cache with those taps, together with whoever else does; returns when they are there."""
+        widths = self._widths(taps)
+        key = hashlib.blake2b(json.dumps(widths).encode(), digest_size=8).hexdigest()
+        with _cache_errors(folder):
+            job = Pass(folder, key, widths, len(self.source))
+        try:
+            while not job.gone:
+                self._fill(job, taps)
+                if job.whole:
+                    with _cache_errors(folder):
+                        job.finish(lambda files, bad: self._put(folder, files, bad))
+                else:
+                    time.sleep(PAUSE)
+                    self._report(job.finished)
+        except UserError:
+            job.abandon()
+            raise
+        finally:
+            job.leave()
+
+    def _fill(self, job: Pass, taps: list[Tap]) -> None:
+        """All blocks that nobody else has."""
+        planned: deque[tuple[range, range]] = deque()  # a block, and the images of a batch of it
+
+        def plan() -> Iterator[list[int]]:
+            for block in job.claim():
+                for start in range(block.start, block.stop, self.batch_size):
+                    planned.append((block, range(start, min(start + self.batch_size, block.stop))))
+                    yield list(planned[-1][1])
+
+        bad: list[Bad] = []
+        of_block = done = 0
+        for images, failures in crops_of(
+            self.encoder.preprocessing, self.source, self.batch_size, self.workers, batches=plan()
+        ):
+            block, rows = planned.popleft()
+            bad += failures
+            done += len(rows)
+            self._give_up(done, bad)
+            if len(images):
+                failed = {one.index for one in failures}
+                places = np.array([row for row in rows if row not in failed])
+                for name, vector in self._encode(images, taps).items():
+                    job.arrays[name][places] = vector
+            if rows.stop == block.stop:
+                with _cache_errors(job.folder.parent):
+                    job.done(block, bad[of_block:])
+                of_block = len(bad)
+                self._report(job.finished)
+
+    def _put(self, folder: Path, files: dict[str, Path], bad: list[Bad]) -> None:
+        for name, path in files.items():
+            os.replace(path, folder / _file(name, bad))
+        what = {"images": self.source.description, "encoder": self.encoder.lineage, "bad": list(map(asdict, bad))}
+        write_text(folder / "images.json", json.dumps(what, indent=1))
+
+    @torch.inference_mode()
+    def _widths(self, taps: list[Tap]) -> dict[str, int]:
+        """How many floats each tap has."""
+        height, width = self.encoder.preprocessing.crop
+        blank = torch.zeros(1, self.encoder.preprocessing.channels, height, width, device=self.device)
+        return {name: vector.shape[1] for name, vector in vectors(self.encoder, blank, taps).items()}
+
+    def _give_up(self, done: int, bad: list[Bad]) -> None:
+        """Raise UserError where not one image of a block can be read."""
+        if len(bad) == done and done >= min(BLOCK, len(self.source)):
+            raise UserError(f"none of the first {done} images can be read; {bad[0].name}: {bad[0].reason}")
+
+    def _report(self, done: int) -> None:
+        if self.progress:
+            self.progress(done, len(self.source))
 
     @torch.inference_mode()
     def _encode(self, images: np.ndarray, taps: list[Tap]) -> dict[str, np.ndarray]:
@@ -306,16 +371,22 @@ def _begin_worker(_: int) -> None:
 
 
 def crops_of(
-    preprocessing: Preprocessing, source: Source, batch_size: int, workers: int
+    preprocessing: Preprocessing,
+    source: Source,
+    batch_size: int,
+    workers: int,
+    *,
+    batches: Iterable[list[int]] | None = None,
 ) -> Iterator[tuple[np.ndarray, list[Bad]]]:
-    """The source's images in order, uint8 (B, H, W, C), and what could not be read between them."""
+    """The source's images in order, or those of `batches`, uint8 (B, H, W, C), and what could not be read between them."""
+    how: dict[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
     with warnings.catch_warnings():
         # Python 3.12 on forking with threads about: the workers run none of theirs; torch on more workers than CPUs
         warnings.simplefilter("ignore")
         return iter(
             DataLoader(
                 _Images(source, preprocessing),
-                batch_size=batch_size,
+                **how,
                 num_workers=workers,
                 collate_fn=_collate,
                 worker_init_fn=_begin_worker,
@@ -376,66 +447,3 @@ def _cache_errors(folder: Path) -> Iterator[None]:
             f"the feature cache {folder.parent} cannot be written ({problem.strerror}): set SSL_PRETRAIN_CACHE to a "
             f"folder with room, or do without (--no-cache)"
         ) from None
-
-
-@contextlib.contextmanager
-def _alone(folder: Path | None) -> Iterator[None]:
-    """Hold a folder of the cache, so that two processes do not compute the same; None: nothing to hold."""
-    if folder is None:
-        yield
-        return
-    with _cache_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "wb")  # noqa: SIM115 -- closed below; only the opening is the cache's matter
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: the work may be done twice, and the files are whole either way
-            yield
-            return
-        for leftover in folder.glob(".writing-*"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
-        yield
-
-
-class _Rows:
-    """An array (N, F) float32 that is filled from the top, batch by batch: in memory, or in a file of `folder` that is
-    written aside and gets its name in `finish`. Leaving the context unfinished removes the file."""
-
-    def __init__(self, tap: str, shape: tuple[int, int], folder: Path | None) -> None:
-        self.filled = 0
-        self.folder = folder
-        if folder is None:
-            self.array = np.empty(shape, np.float32)
-            return
-        with _cache_errors(folder):
-            self.aside = folder / f".writing-{os.getpid()}-{tap}.npy"
-            try:
-                self.array = np.lib.format.open_memmap(self.aside, mode="w+", dtype=np.float32, shape=shape)
-                # The room is taken first: a disk that is full under a memory map ends the process without a word.
-                with open(self.aside, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-            except OSError:
-                self.aside.unlink(missing_ok=True)
-                raise
-
-    def append(self, rows: np.ndarray) -> None:
-        """Fill the next len(rows) rows."""
-        self.array[self.filled : self.filled + len(rows)] = rows
-        self.filled += len(rows)
-
-    def finish(self, name: str) -> np.ndarray:
-        """The array; where it is in a file, that is now called `name` and the array is read-only."""
-        if self.folder is None:
-            return self.array
-        assert isinstance(self.array, np.memmap)
-        self.array.flush()
-        os.replace(self.aside, self.folder / name)
-        return np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
-
-    def __enter__(self) -> "_Rows":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.folder is not None:
-            self.aside.unlink(missing_ok=True)

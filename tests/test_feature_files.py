@@ -1,0 +1,178 @@
+"""Features that several processes compute together, and that a killed one has left half done."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import picture
+from test_features import small_encoder
+
+from ssl_pretrain import encoder as exported
+from ssl_pretrain import feature_files
+from ssl_pretrain.data.source import open_source
+from ssl_pretrain.feature_files import Bad, Pass
+from ssl_pretrain.features import extract
+
+IMAGES, EACH = 42, 4
+
+# Extracts features in blocks of EACH, slowly; each image that is read is a line of LOG.
+SLOW = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from ssl_pretrain import encoder, feature_files
+from ssl_pretrain.data.source import Source, open_source
+from ssl_pretrain.features import extract
+
+run, data, log, pause = sys.argv[1:5]
+feature_files.BLOCK = 4
+
+class Slow(Source):
+    def __init__(self, source):
+        self.source, self.labels, self.classes = source, source.labels, source.classes
+        self.fingerprint, self.description = source.fingerprint, source.description
+    def __len__(self):
+        return len(self.source)
+    def __getitem__(self, index):
+        time.sleep(float(pause))
+        with open(log, "a") as file:
+            file.write(f"{index}\\n")
+        return self.source[index]
+    def name(self, index):
+        return self.source.name(index)
+
+found = extract(encoder.load(run), Slow(open_source(data, None)), ["cls", "mean"], batch_size=3)
+np.savez(log + ".npz", **found.features)
+"""
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SSL_PRETRAIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for i in range(IMAGES):
+        picture(i, (16, 16)).save(tmp_path / "images" / f"{i:02d}.png")
+    (tmp_path / "images" / "17.png").write_bytes(b"none")
+    exported.save(tmp_path / "run" / "encoder", small_encoder())
+    return tmp_path
+
+
+def start(desk: Path, log: str, pause: float) -> subprocess.Popen:
+    argv = [sys.executable, "-c", SLOW, desk / "run", desk / "images", desk / log, str(pause)]
+    return subprocess.Popen(list(map(str, argv)), env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def read(path: Path) -> list[int]:
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def wanted(desk: Path) -> dict[str, np.ndarray]:
+    return extract(
+        exported.load(desk / "run"), open_source(str(desk / "images"), None), ["cls", "mean"], cache=False
+    ).features
+
+
+def assert_right(desk: Path, log: str) -> None:
+    found = np.load(desk / f"{log}.npz")
+    for name, rows in wanted(desk).items():
+        np.testing.assert_allclose(found[name], rows[: IMAGES - 1], rtol=1e-4, atol=1e-5)
+    (place,) = (desk / "cache" / "features").iterdir()
+    assert sorted(path.name.split(".")[0] for path in place.iterdir()) == ["cls", "images", "lock", "mean"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images_between_them(desk: Path) -> None:
+    both = [start(desk, log, 0.15) for log in ("a", "b")]
+    assert [process.wait(120) for process in both] == [0, 0]
+    a, b = read(desk / "a"), read(desk / "b")
+    assert sorted(a + b) == list(range(IMAGES))
+    assert min(len(a), len(b)) >= EACH
+    assert_right(desk, "a")
+    assert_right(desk, "b")
+
+
+@pytest.mark.slow
+def test_a_killed_pass_goes_on_where_it_was(desk: Path) -> None:
+    first = start(desk, "a", 0.1)
+    while len(read(desk / "a")) < 20 and first.poll() is None:
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    (part,) = (desk / "cache" / "features").glob(f"*/{feature_files.PREFIX}*")
+    done = list((part / "marks").read_bytes()).count(feature_files.DONE)
+    assert done >= 3
+    assert start(desk, "b", 0.0).wait(120) == 0
+    assert len(read(desk / "b")) == IMAGES - EACH * done
+    assert_right(desk, "b")
+
+
+def filled(job: Pass, images: range) -> None:
+    job.arrays["x"][images.start : images.stop] = np.arange(images.start, images.stop)[:, None]
+
+
+def test_blocks_of_the_dead_are_free_and_rows_without_an_image_are_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    one, two = (Pass(tmp_path, "key", {"x": 2}, 14) for _ in range(2))
+    assert (one.number, two.number) == (1, 2)
+    mine, theirs = one.claim(), two.claim()
+    assert [next(mine), next(theirs), next(mine)] == [range(4), range(4, 8), range(8, 12)]
+    for images in (range(4), range(8, 12)):
+        filled(one, images)
+    one.done(range(4), [Bad(2, "c", "broken")])
+    one.done(range(8, 12), [])
+    assert one.finished == 8
+    assert next(mine) == range(12, 14)
+    assert next(mine, None) is None  # the other lives
+    two.leave()
+    assert list(one.claim()) == [range(4, 8)]
+    for images in (range(4, 8), range(12, 14)):
+        filled(one, images)
+    one.done(range(4, 8), [Bad(5, "f", "broken")])
+    assert not one.whole
+    one.done(range(12, 14), [])
+    assert one.whole
+    got: list[tuple[np.ndarray, list[Bad]]] = []
+    one.finish(lambda files, bad: got.append((np.load(files["x"]).copy(), bad)))
+    ((rows, bad),) = got
+    assert [each.index for each in bad] == [2, 5]
+    np.testing.assert_array_equal(rows[:12, 1], [0, 1, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13])
+    assert one.gone
+    one.finish(lambda *_: pytest.fail("it was finished already"))
+    one.leave()
+
+
+def test_a_pass_that_was_left_while_packing_begins_anew_and_old_ones_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    job = Pass(tmp_path, "key", {"x": 2}, 8)
+    for images in job.claim():
+        job.done(images, [])
+    (job.folder / "packing").touch()
+    job.leave()
+    again = Pass(tmp_path, "key", {"x": 2}, 8)
+    assert again.finished == 0
+    other = Pass(tmp_path, "other", {"y": 3}, 8)
+    assert again.folder.exists()  # somebody works at it
+    again.leave()
+    other.leave()
+    Pass(tmp_path, "third", {"z": 1}, 8).leave()
+    assert [path.name for path in tmp_path.glob(f"{feature_files.PREFIX}*")] == [f"{feature_files.PREFIX}third"]
+
+
+def test_a_number_that_a_dead_process_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    dead = Pass(tmp_path, "key", {"x": 2}, 8)
+    next(dead.claim())
+    dead.leave()
+    heir = Pass(tmp_path, "key", {"x": 2}, 8)
+    assert heir.number == dead.number
+    assert list(heir.claim()) == [range(4), range(4, 8)]
+    heir.leave()

@@ -227,15 +227,15 @@ class DINOv2(WholeBatchMethod):
         """Which patches of both global views are masked: bool (B, 2, N). Half of the global batch's views (by default)
         are, each to another share of its patches (as released)."""
         n, crops = grid[0] * grid[1], 2 * step.batch_size
-        ratios = stratified_ratios(
-            step.shared_rand(crops), step.shared_rand(crops), self.config.mask_probability, self.config.mask_ratio
-        )
-        wanted = (n * ratios).floor().unflatten(0, (-1, 2))[step.rows].flatten()
-        noise = step.rand(2, ATTEMPTS, 4).flatten(0, 1)
-        masks = block_masks(noise, grid, wanted, smallest=4, largest=n / 2)
-        if self.config.complete_masks:
-            masks = completed(masks, wanted, step.rand(2, n).flatten(0, 1))
-        return masks.unflatten(0, (-1, 2))
+        with step.on_host() as host:
+            orders, places = host.shared_rand(crops), host.shared_rand(crops)
+            ratios = stratified_ratios(orders, places, self.config.mask_probability, self.config.mask_ratio)
+            wanted = (n * ratios).floor().unflatten(0, (-1, 2))[host.rows].flatten()
+            noise = host.rand(2, ATTEMPTS, 4).flatten(0, 1)
+            masks = block_masks(noise, grid, wanted, smallest=4, largest=n / 2)
+            if self.config.complete_masks:
+                masks = completed(masks, wanted, host.rand(2, n).flatten(0, 1))
+        return masks.unflatten(0, (-1, 2)).to(step.device, non_blocking=True)
 
     def temperature(self, step: Step) -> float:
         """The teacher's temperature in this step."""

@@ -180,15 +180,16 @@ class IBOT(Method):
         to a share drawn uniformly (section 3.2)."""
         n = grid[0] * grid[1]
         low, high = self.config.mask_ratio
-        chance, share = step.rand(2, 2).flatten(0, 1).unbind(1)  # (2B,) each
-        wanted = torch.where(chance < self.config.mask_probability, n * (low + (high - low) * share), 0.0)
-        if self.config.masking == "random":
-            noise = step.rand(2, n).flatten(0, 1)
-            masks = completed(torch.zeros_like(noise, dtype=torch.bool), wanted.floor(), noise)
-        else:
-            noise = step.rand(2, ATTEMPTS, 4).flatten(0, 1)
-            masks = block_masks(noise, grid, wanted, smallest=max(1, (min(grid) // 3) ** 2))
-        return masks.unflatten(0, (-1, 2))
+        with step.on_host() as host:
+            chance, share = host.rand(2, 2).flatten(0, 1).unbind(1)  # (2B,) each
+            wanted = torch.where(chance < self.config.mask_probability, n * (low + (high - low) * share), 0.0)
+            if self.config.masking == "random":
+                noise = host.rand(2, n).flatten(0, 1)
+                masks = completed(torch.zeros_like(noise, dtype=torch.bool), wanted.floor(), noise)
+            else:
+                noise = host.rand(2, ATTEMPTS, 4).flatten(0, 1)
+                masks = block_masks(noise, grid, wanted, smallest=max(1, (min(grid) // 3) ** 2))
+        return masks.unflatten(0, (-1, 2)).to(step.device, non_blocking=True)
 
     def temperature(self, tokens: Literal["class", "patch"], step: Step) -> float:
         """The teacher's temperature in this step."""

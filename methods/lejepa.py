@@ -106,7 +106,7 @@ class LeJEPA(WholeBatchMethod):
         centre = z[: self.config.global_views].mean(0)
         prediction = (z - centre).square().mean(dim=(0, 2))  # (B,)
         directions = step.shared_randn(z.shape[-1], self.config.slices)
-        normality = torch.stack([sigreg(view, directions) for view in z]).mean()
+        normality = sigreg(z, directions)
         weight = self.config.sigreg_weight
         return Losses(
             total=(1 - weight) * prediction.mean() + weight * normality,

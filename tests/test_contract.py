@@ -192,3 +192,14 @@ def neighbours_agree(model: encoder.Encoder, data: Path) -> float:
     similar = (x @ x.T).fill_diagonal_(-1)
     votes = torch.nn.functional.one_hot(labels[similar.topk(20).indices], 10).sum(1)
     return 100 * float((votes.argmax(1) == labels).float().mean())
+
+
+def test_draws_on_the_host_go_on_where_the_step_stands() -> None:
+    one, other = (
+        Step(step=0, total=2, noise=5, rows=slice(1, 3), batch_size=4, device=torch.device("cpu")) for _ in range(2)
+    )
+    one.rand(2)
+    other.rand(2)
+    with one.on_host() as host:
+        assert torch.equal(host.rand(3), other.rand(3))
+    assert torch.equal(one.shared_rand(3), other.shared_rand(3))

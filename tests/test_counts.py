@@ -20,7 +20,7 @@ from ssl_pretrain.pretext import Step
 METHODS = plugins.own("ssl_pretrain.methods")
 KERNELS = {
     "aim": 145, "barlow": 365, "byol": 464, "data2vec2": 219, "dino": 415, "dinov2": 2715, "ibot": 2532, "ijepa": 318,
-    "lejepa": 1353, "mae": 165, "mocov3": 649, "msn": 444, "nnclr": 494, "npid": 166, "semaim": 196, "simclr": 242,
+    "lejepa": 548, "mae": 165, "mocov3": 649, "msn": 444, "nnclr": 494, "npid": 166, "semaim": 196, "simclr": 242,
     "simmim": 119, "simsiam": 454, "supervised": 122, "swav": 468, "vicreg": 402,
 }  # fmt: skip
 ON_THE_HOST = {"ijepa": ["_local_scalar_dense"]}  # of a tensor that is on the CPU wherever the run is: nobody waits

@@ -106,3 +106,13 @@ def test_the_recurrence_is_exact_enough_in_float32() -> None:
         (wanted,) = torch.autograd.grad(expected, z)
         (gradient,) = torch.autograd.grad(found, narrow)
         assert (gradient - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_several_clouds_are_the_mean_of_each() -> None:
+    generator = torch.Generator().manual_seed(4)
+    z = torch.randn(3, 21, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    directions = torch.randn(6, 16, generator=generator, dtype=torch.float64)
+    together, each = sigreg(z, directions), torch.stack([plain(cloud, directions) for cloud in z]).mean()
+    torch.testing.assert_close(together, each, rtol=1e-11, atol=0)
+    both = [torch.autograd.grad(value, z)[0] for value in (together, each)]
+    torch.testing.assert_close(*both, rtol=1e-9, atol=1e-12)

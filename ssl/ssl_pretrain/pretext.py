@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -77,6 +79,16 @@ class Step:
     def shared_randn(self, *shape: int) -> Tensor:
         """Normal noise of exactly `shape`, the same on every rank and micro-batch (e.g. SIGReg's directions)."""
         return torch.randn(*shape, generator=self.generator(), device=self.device)
+
+    @contextmanager
+    def on_host(self) -> Iterator[Step]:
+        """This step with its draws on the CPU, wherever the run is: for masks that take hundreds of small operations, which
+        an accelerator needs longer to be told of than the CPU to do them."""
+        host = copy.copy(self)
+        host.device = torch.device("cpu")
+        host.rows = self.rows.cpu() if isinstance(self.rows, Tensor) else self.rows
+        yield host
+        self._draws = host._draws
 
     def restarted(self) -> Step:
         """The same place in the run with the draws from the first on: a second pass meets the same noise."""

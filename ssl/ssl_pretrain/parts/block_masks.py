@@ -1,5 +1,5 @@
 """Masks made of rectangles (BEiT: Bao et al., 2022, algorithm 1), as iBOT and the DINOv2 family draw them, for a whole
-batch at once on the device: shapes are static and nothing waits.
+batch at once where the noise is: shapes are static and nothing waits.
 
 Shapes: B masks, N = h * w patches on a grid in raster order, A tries at a rectangle, M patches at most in a mask.
 """

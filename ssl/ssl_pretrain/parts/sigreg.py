@@ -79,19 +79,22 @@ def _few(x: Tensor) -> list[slice]:
 
 
 def sigreg(vectors: Tensor, directions: Tensor) -> Tensor:
-    """The mean over directions of the Epps-Pulley statistic of the global batch (section 4.2), () with gradient.
+    """The mean over directions of the Epps-Pulley statistic of the global batch (section 4.2), () with gradient; of several
+    clouds the mean over them too.
 
-    vectors: (N, D), computed in float32 (or wider); directions: (D, S) normal noise, the same on every process, made
-    unit here. It is about 1 for a normal cloud, of whatever size, and grows with the number of vectors for any other.
+    vectors: (N, D) or (V, N, D), computed in float32 (or wider); directions: (D, S) normal noise, the same on every process,
+    made unit here. It is about 1 for a normal cloud, of whatever size, and grows with the number of vectors for any other.
     """
     wide = torch.promote_types(vectors.dtype, torch.float32)
+    clouds = vectors if vectors.ndim == 3 else vectors[None]
     with torch.autocast(vectors.device.type, enabled=False):
         along = directions.to(wide) / directions.to(wide).norm(dim=0)
-        x = vectors.to(wide) @ along  # (N, S)
-        cos, sin = mean(_CharacteristicFunction.apply(x, END / (KNOTS - 1), KNOTS))  # (K, S) each
+        # clouds side by side, for a column has nothing to do with another: (N, V * S)
+        x = (clouds.transpose(0, 1).to(wide) @ along).flatten(1)
+        cos, sin = mean(_CharacteristicFunction.apply(x, END / (KNOTS - 1), KNOTS))  # (K, V * S) each
         normal, weights = _knots(x.device, wide)
         statistic = weights @ ((cos - normal[:, None]).square() + sin.square())
-        return statistic.mean() * len(vectors) * size()
+        return statistic.mean() * len(x) * size()
 
 
 def sigreg_of_a_point(vectors: int) -> float:

@@ -4,8 +4,9 @@
 
 Rows: `knn`, 10,000 queries on 50,000 x 384, 20 neighbours (faiss where installed); `logistic`, one fit of 20,000 x
 384 in 10 classes, scikit-learn's tolerance lowered until its objective is no higher than ours; `sweep`, 30 penalties of
-the same; `kmeans`, 50 clusters of 20,000 x 384, the same number of starts. Contestants take turns, `repeats` times, and
-the median counts. Extra memory is the growth of the resident peak of a process that does this alone, its data made before.
+the same; `heads`, 30 linear classifiers that differ in their learning rates, 500 steps of 512 rows; `kmeans`, 50 clusters
+of 20,000 x 384, the same number of starts. Contestants take turns, `repeats` times, and the median counts. Extra memory
+is the growth of the resident peak of a process that does this alone, its data made before.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 
 NEIGHBOURS, CLUSTERS, CLASSES, PENALTIES = 20, 50, 10, 30
 C = 0.1
+STEPS, LRS = 500, [float(lr) for lr in np.geomspace(1e-4, 0.1, 30)]
 
 
 def data(row: str) -> Any:
@@ -45,6 +47,7 @@ def contestants(row: str) -> dict[str, Callable[..., Any]]:
     from sklearn.cluster import KMeans
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import NearestNeighbors
+    from ssl_pretrain.eval.linear import Heads
 
     from ssl_pretrain.kmeans import kmeans
     from ssl_pretrain.logreg import Rotation, path
@@ -85,6 +88,41 @@ def contestants(row: str) -> dict[str, Callable[..., Any]]:
 
         return fit
 
+    def heads(groups: list[list[float]]) -> Callable:
+        def train(rows: np.ndarray, labels: np.ndarray) -> list[float]:
+            x, y = torch.from_numpy(rows), torch.from_numpy(labels)
+            losses = []
+            for lrs in groups:
+                made = torch.Generator().manual_seed(0)
+                group = Heads(x.shape[1], CLASSES, lrs, weight_decay=0.0, generator=made, device=torch.device("cpu"))
+                rng = np.random.default_rng(0)
+                for step in range(STEPS):
+                    chosen = torch.from_numpy(rng.integers(0, len(x), min(512, len(x))))
+                    group.step(x[chosen], y[chosen], 1 - step / STEPS)
+                log_p = group.logits(x).log_softmax(2)
+                losses += (-log_p[torch.arange(len(x)), :, y].mean(0)).tolist()
+            return losses
+
+        return train
+
+    def modules(rows: np.ndarray, labels: np.ndarray) -> list[float]:
+        x, y = torch.from_numpy(rows), torch.from_numpy(labels)
+        losses = []
+        for lr in LRS:
+            torch.manual_seed(0)
+            layer = torch.nn.Linear(x.shape[1], CLASSES)
+            optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9)
+            rng = np.random.default_rng(0)
+            for step in range(STEPS):
+                chosen = torch.from_numpy(rng.integers(0, len(x), min(512, len(x))))
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / STEPS)
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(layer(x[chosen]), y[chosen]).backward()
+                optimizer.step()
+            with torch.no_grad():
+                losses.append(float(torch.nn.functional.cross_entropy(layer(x), y)))
+        return losses
+
     sweep = [float(c) for c in np.geomspace(1e-6, 1e-1, PENALTIES)]
     match row:
         case "knn":
@@ -112,6 +150,13 @@ def contestants(row: str) -> dict[str, Callable[..., Any]]:
             return {"ssl-pretrain": fits([C]), **names}
         case "sweep":
             return {"ssl-pretrain": fits(sweep), "scikit-learn, tol 1e-05": logistic(sweep, 1e-5)}
+        case "heads":
+            each = "the same, one after another"
+            return {
+                "ssl-pretrain": heads([LRS]),
+                each: heads([[lr] for lr in LRS]),
+                "nn.Linear and torch's SGD": modules,
+            }
         case _:
             return {
                 "ssl-pretrain": lambda x, _: kmeans(torch.from_numpy(x), CLUSTERS, seed=0, starts=2).inertia,
@@ -136,7 +181,7 @@ def alone(row: str, name: str) -> None:
 def main() -> None:
     """Measure and print a table, as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["knn", "logistic", "sweep", "kmeans"]
+    every = ["knn", "logistic", "sweep", "heads", "kmeans"]
     parser.add_argument("--rows", nargs="+", default=every, choices=every)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--alone", nargs=2, metavar=("ROW", "NAME"), help=argparse.SUPPRESS)

@@ -30,7 +30,7 @@ from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.encoder import Encoder
 from ssl_pretrain.errors import UserError, nearest
-from ssl_pretrain.features import Bad, NotFinite, Tap, vectors
+from ssl_pretrain.features import Bad, NotFinite, Tap, crops_of, vectors
 from ssl_pretrain.foreign import Foreign
 from ssl_pretrain.parts.teacher import follow_, follower
 from ssl_pretrain.pretext import Method
@@ -105,6 +105,8 @@ class Config:
     """What the classifier sees: pooled (as the encoder defines it), the CLS token, or the mean of the patches."""
     held_out: float = 0.1
     """Share of the training images, of each class, that the best learning rate is chosen on."""
+    curve: int = 0
+    """Points of a curve of test accuracy over training, evenly spaced (0: none); nothing is chosen by it."""
     save: bool = False
     """Write the fine-tuned encoder and its classifier to encoder/ beside results.json."""
 
@@ -134,7 +136,8 @@ def evaluate(task: Task, config: Config) -> Outcome:
     lr = max(whole, key=lambda one: (one["top1"], -one["loss"]))["lr"] if tried else config.lrs[0]
 
     rows = np.arange(len(task.data.train.labels))
-    tuned = _train(task, config, rows, lr, "all training images" if tried else "training")
+    curve: list[dict[str, float]] = []
+    tuned = _train(task, config, rows, lr, "all training images" if tried else "training", curve)
     try:
         ranked, _, test = _test(task, config, tuned, task.data.test)
     except NotFinite:
@@ -142,7 +145,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
     if config.save and task.out is not None:
         _save(task, config, tuned, lr)
     return Outcome(
-        classification(ranked, test.labels, task.data.classes),
+        {**classification(ranked, test.labels, task.data.classes), **({"curve": curve} if curve else {})},
         {
             "headline": f"scope {config.scope}, {config.epochs:g} epochs, lr {lr:g}"
             + (" (at the edge of the grid)" if tried and lr in (min(config.lrs), max(config.lrs)) else ""),
@@ -193,6 +196,8 @@ def _check(task: Task, config: Config) -> None:
         raise UserError(
             f"--erase is {config.erase} and --randaugment {config.randaugment}; they must lie in 0 to 1 and 0 to 10"
         )
+    if config.curve < 0:
+        raise UserError(f"--curve is {config.curve}; it must not be negative")
     for name in ("weight_decay", "mixup", "cutmix"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative")
@@ -347,8 +352,11 @@ class _Tuned:
     failures: list[Failure]  # training images that could not be read, by their place among the rows trained on
 
 
-def _train(task: Task, config: Config, rows: np.ndarray, lr: float, what: str) -> _Tuned:
-    """Fine-tune a copy of the encoder on those training images; weights that are not finite where that diverges."""
+def _train(
+    task: Task, config: Config, rows: np.ndarray, lr: float, what: str, curve: list[dict[str, float]] | None = None
+) -> _Tuned:
+    """Fine-tune a copy of the encoder on those training images; weights that are not finite where that diverges. curve:
+    takes up the points that `config.curve` asks for."""
     how, device = task.encoder.preprocessing, task.device
     blank = torch.zeros(1, how.channels, *how.crop, device=device)
     with torch.no_grad():
@@ -391,6 +399,14 @@ def _train(task: Task, config: Config, rows: np.ndarray, lr: float, what: str) -
                 follow_(average, model, config.ema, yes)
                 for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
                     mine.copy_(theirs)
+            if curve is not None and (raw.step + 1) * config.curve // steps > raw.step * config.curve // steps:
+                point = {
+                    "step": raw.step + 1,
+                    "epoch": (raw.step + 1) * batch / len(rows),
+                    "loss": float(loss.detach()),
+                }
+                curve.append({**point, "top1": _accuracy(task, model if average is None else average)})
+                model.train()
             if raw.step % LOOK_EVERY == LOOK_EVERY - 1 or raw.step + 1 == steps:
                 task.report(what, raw.step + 1, steps)
                 if not loss.isfinite():
@@ -419,6 +435,25 @@ def _augment(
     rng = numpy_generator(task.seed, "mix", raw.step, raw.micro)
     drawn = mix.draw(rng, spec.size, mixup=config.mixup, cutmix=config.cutmix)
     return (images, targets) if drawn is None else mix.apply(images, targets, drawn)
+
+
+@torch.no_grad()
+def _accuracy(task: Task, model: nn.Module) -> float:
+    """Top-1 in percent on the test images as training stands."""
+    model.eval()
+    right, labels, at = 0, task.data.test.labels, 0
+    read = 0
+    for images, failures in crops_of(task.encoder.preprocessing, task.data.test.source, task.batch_size, task.workers):
+        gone = {one.index for one in failures}
+        index = [i for i in range(at, at + len(images) + len(failures)) if i not in gone]
+        at += len(images) + len(failures)
+        if index:
+            pixels = task.encoder.normalise(torch.from_numpy(images).to(task.device))
+            with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+                found = model(pixels, torch.Generator(task.device)).argmax(1)
+            right += int((found.cpu().numpy() == labels[index]).sum())
+            read += len(index)
+    return 100 * right / max(read, 1)
 
 
 @torch.no_grad()

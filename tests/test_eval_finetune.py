@@ -318,6 +318,17 @@ def test_fine_tuning_beats_a_linear_probe_of_the_same_untrained_encoder_on_photo
     assert outcome.metrics["top1"] > probe.metrics["top1"] + 4
 
 
+@pytest.mark.parametrize("scope", ["full", "lora"])
+def test_a_curve_looks_on_and_changes_nothing(task: Task, scope: str) -> None:
+    config = replace(FEW, scope=scope, lora_rank=4)
+    plain, watched = finetune.evaluate(task, config), finetune.evaluate(task, replace(config, curve=3))
+    curve = watched.metrics.pop("curve")
+    assert watched.metrics == plain.metrics
+    assert [point["step"] for point in curve] == [2, 4, 6]  # two epochs of 96 images, 32 a step
+    assert [point["epoch"] for point in curve] == pytest.approx([2 / 3, 4 / 3, 2])
+    assert curve[-1]["top1"] == pytest.approx(watched.metrics["top1"])
+
+
 def test_the_protocol(task: Task) -> None:
     outcome = finetune.evaluate(task, replace(FEW, train_batch_size=None))
     protocol = outcome.protocol

@@ -1,7 +1,7 @@
 """Where images come from: the contract of a source, and finding out what kind of data a path holds.
 
-A `data` string is the path of a folder of images, of tar or parquet shards (a directory of them or one file), or
-'fractals' with options (see data/fractals.py).
+A `data` string is the path of a folder of images, of tar or parquet shards (a directory of them or one file), of packed
+pixels (`ssl-data pack`), or 'fractals' with options (see data/fractals.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import UserError, nearest
 
-Kind = Literal["fractals", "folder", "tar", "parquet"]
+Kind = Literal["fractals", "folder", "tar", "parquet", "packed"]
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
@@ -70,6 +70,10 @@ def open_source(data: str, split: str | None) -> Source:
             from .parquet import ParquetSource
 
             return ParquetSource(_path(data), split)
+        case "packed":
+            from .packed import PackedSource
+
+            return PackedSource(_path(data), split)
 
 
 def _splits(data: str, kind: Kind) -> list[str]:
@@ -90,6 +94,10 @@ def _splits(data: str, kind: Kind) -> list[str]:
             from . import parquet
 
             return parquet.splits(_path(data))
+        case "packed":
+            from . import packed
+
+            return packed.splits(_path(data))
 
 
 def pretraining_split(data: str) -> str | None:
@@ -128,7 +136,7 @@ def _path(data: str) -> str:
 
 def _kind(data: str) -> Kind:
     """What the data is, found out by looking. A folder known from before is not listed again."""
-    from . import folder
+    from . import folder, packed
     from .names import SPLIT_WORDS
 
     if data.split(":", 1)[0] == "fractals":
@@ -138,6 +146,8 @@ def _kind(data: str) -> Kind:
         raise UserError(_missing(data, path))
     if os.path.isfile(path):
         return _kind_of_file(data, path)
+    if packed.is_packed(path):
+        return "packed"
     if folder.stored(path) is not None:
         return "folder"
     try:
@@ -152,8 +162,8 @@ def _kind(data: str) -> Kind:
         return "tar"
     if any(name.endswith(".parquet") for name in names):
         return "parquet"
-    if packed := next((name for name in names if name.endswith(COMPRESSED_TAR)), None):
-        raise UserError(compressed(os.path.join(data, packed)))
+    if shut := next((name for name in names if name.endswith(COMPRESSED_TAR)), None):
+        raise UserError(compressed(os.path.join(data, shut)))
     return "folder"
 
 

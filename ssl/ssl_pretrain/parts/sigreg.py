@@ -82,8 +82,9 @@ def sigreg(vectors: Tensor, directions: Tensor) -> Tensor:
     """The mean over directions of the Epps-Pulley statistic of the global batch (section 4.2), () with gradient; of several
     clouds the mean over them too.
 
-    vectors: (N, D) or (V, N, D), computed in float32 (or wider); directions: (D, S) normal noise, the same on every process,
-    made unit here. It is about 1 for a normal cloud, of whatever size, and grows with the number of vectors for any other.
+    vectors: (N, D) or (V, N, D), computed in float32 (or wider); directions: (D, S) normal noise, the same on every
+    process, made unit here. It is about 1 for a normal cloud, of whatever size, and grows with the number of vectors for
+    any other.
     """
     wide = torch.promote_types(vectors.dtype, torch.float32)
     clouds = vectors if vectors.ndim == 3 else vectors[None]

@@ -1,0 +1,403 @@
+"""The command `ssl-data`: is this data as it should be, what is in it, how fast is it read; and the packing of it.
+
+Shapes: H x W pixels, C channels.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ssl_pretrain import flags
+from ssl_pretrain.errors import UserError, nearest
+
+PROG = "ssl-data"
+VERBS = {
+    "check": "read every image: which cannot be, which are twice there, which sizes there are",
+    "stats": "mean and deviation of the channels, for --mean and --std; images of each class",
+    "bench": "images a second on one core, step by step, and what limits them",
+    "pack": "decode once into one file of raw pixels, which --data takes and reads without decoding",
+}
+EPILOG = "Exit codes: 0 done (check: nothing wrong), 1 check found something or anything else failed, 2 a mistake."
+SHOWN = 10  # bad or doubled images that are printed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """The data."""
+
+    split: str | None = None
+    """Only this split (default: everything; pack keeps splits apart)."""
+    channels: int = 3
+    """Channels to read images with."""
+    images: int | None = None
+    """Look at so many of them, drawn by the seed (default: all; stats 2000, bench 512)."""
+    workers: int = 0
+    """Processes that read images beside this one (bench: always none)."""
+    seed: int = 0
+    """Seed of what is drawn."""
+    out: Path | None = None
+    """check, stats: also write what was found there, as JSON; pack: the folder to make."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The benchmark."""
+
+    method: str = "mae"
+    """Whose views are made."""
+    image_size: tuple[int, ...] = (224,)
+    """Size of the views, one side or height and width."""
+    aug: Literal["exact", "fast"] = "exact"
+    """How views are made, as in ssl-pretrain."""
+    seconds: float = 10.0
+    """How long to measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """The packing."""
+
+    side: int | None = None
+    """Shrink images whose shorter side is longer to this many pixels (default: keep every image's size)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, having said everything there is to say."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(argv)
+    except UserError as mistake:
+        print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
+        return 2
+    except OSError as problem:
+        print(f"{PROG}: {problem.filename or 'the result'} cannot be written: {problem.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return 1
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"usage: {PROG} VERB DATA [flags]", "", *(f"  {verb:<8}{what}" for verb, what in VERBS.items())]
+        print("\n".join([*lines, "", f"{PROG} VERB --help shows all flags. {EPILOG}"]),
+              file=sys.stdout if argv else sys.stderr)  # fmt: skip
+        return 0 if argv else 2
+    verb = argv[0]
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
+    words = argv[1:]
+    if (not words or words[0].startswith("-")) and not {"-h", "--help"} & set(words):
+        raise UserError(f"the data comes behind the verb: {PROG} {verb} photos/")
+    data = "" if words[0].startswith("-") else words.pop(0)
+    kinds: list[type] = [Common, *([Bench] if verb == "bench" else [Pack] if verb == "pack" else [])]
+    options = flags.parse(kinds, words, {}, prog=f"{PROG} {verb}", description=VERBS[verb], epilog=EPILOG)
+    common: Common = options[0]
+    if (common.images is not None and common.images < 1) or common.workers < 0 or common.channels < 1:
+        raise UserError("--images and --channels must be at least 1, --workers at least 0")
+    match verb:
+        case "check":
+            return _check(data, common)
+        case "stats":
+            return _stats(data, common)
+        case "bench":
+            return _bench(data, common, options[1])
+        case _:
+            return _pack(data, common, options[1])
+
+
+# ---- Reading.
+
+
+def _source(data: str, common: Common, most: int | None) -> Any:
+    """The images to look at, and their numbers among all."""
+    import numpy as np
+
+    from ssl_pretrain.data.source import open_source
+    from ssl_pretrain.data.subset import Subset
+    from ssl_pretrain.randomness import numpy_generator
+
+    source = open_source(data, common.split)
+    print(source.description, flush=True)
+    most = common.images or most
+    if most is None or most >= len(source):
+        return source
+    print(f"looking at {most:,} of them, drawn by the seed", flush=True)
+    chosen = np.sort(numpy_generator(common.seed, "ssl-data").permutation(len(source))[:most])
+    return Subset(source, chosen)
+
+
+def _read(source: Any, common: Common) -> Iterator[tuple[int, Any, Any]]:
+    """Each image's number, its pixels (H, W, C) uint8 or why there are none (a string), and a hash of its bytes."""
+    from torch.utils.data import DataLoader
+
+    workers: dict[str, Any] = {"multiprocessing_context": "fork"} if common.workers else {}
+    reader: Any = _Reader(source, common.channels)
+    yield from DataLoader(reader, batch_size=None, num_workers=common.workers, collate_fn=_as_is, **workers)
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+class _Reader:
+    """A data set of `_read`'s rows."""
+
+    def __init__(self, source: Any, channels: int) -> None:
+        self.source, self.channels = source, channels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[int, Any, bytes]:
+        import hashlib
+
+        from ssl_pretrain.data.decode import BadImage, decode
+
+        print_of = b""
+        try:
+            item = self.source[index]
+            print_of = hashlib.blake2b(item if isinstance(item, bytes) else item.tobytes(), digest_size=16).digest()
+            return index, decode(item, self.channels), print_of
+        except (BadImage, OSError, ValueError) as problem:
+            return index, str(problem) or type(problem).__name__, print_of
+
+
+def _watch(rows: Iterator[Any], total: int) -> Iterator[Any]:
+    """The same rows, told to a person who looks on."""
+    if not sys.stderr.isatty():
+        yield from rows
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(rows, total=total, console=Console(stderr=True), transient=True, description="images")
+
+
+def _write(common: Common, found: dict[str, Any]) -> None:
+    if common.out is not None:
+        from ssl_pretrain.files import write_text
+
+        write_text(common.out, json.dumps(found, indent=1) + "\n")
+        print(f"written: {common.out}")
+
+
+# ---- The verbs.
+
+
+def _check(data: str, common: Common) -> int:
+    import numpy as np
+
+    source = _source(data, common, None)
+    bad: list[dict[str, str]] = []
+    sizes: list[tuple[int, int]] = []
+    first: dict[bytes, int] = {}
+    double: list[tuple[str, str]] = []
+    for index, pixels, print_of in _watch(_read(source, common), len(source)):
+        if isinstance(pixels, str):
+            bad.append({"name": source.name(index), "reason": pixels})
+            continue
+        sizes.append(pixels.shape[:2])
+        if print_of in first:
+            double.append((source.name(first[print_of]), source.name(index)))
+        first.setdefault(print_of, index)
+    print(f"{len(sizes):,} images can be read, {len(bad):,} cannot")
+    for one in bad[:SHOWN]:
+        print(f"  {one['name']}: {one['reason']}")
+    print(f"{len(double):,} are the same, byte for byte, as another one")
+    for a, b in double[:SHOWN]:
+        print(f"  {b} is {a}")
+    found: dict[str, Any] = {"readable": len(sizes), "bad": bad, "double": double}
+    if sizes:
+        sides = np.array(sizes)
+        for name, values in (("height", sides[:, 0]), ("width", sides[:, 1]), ("shorter side", sides.min(1))):
+            low, middle, high = (int(v) for v in np.quantile(values, [0, 0.5, 1], method="nearest"))
+            found[name] = {"min": low, "median": middle, "max": high}
+            print(f"{name}: {low} to {high} pixels, median {middle}")
+    _write(common, found)
+    return 1 if bad else 0
+
+
+def _stats(data: str, common: Common) -> int:
+    import numpy as np
+
+    source = _source(data, common, 2000)
+    total, squares, count = np.zeros(common.channels), np.zeros(common.channels), 0
+    for _, pixels, _ in _watch(_read(source, common), len(source)):
+        if not isinstance(pixels, str):
+            # every image counts alike, whatever its size, for so they come to a method
+            flat = pixels.reshape(-1, common.channels) / 255
+            total, squares, count = total + flat.mean(0), squares + (flat**2).mean(0), count + 1
+    if not count:
+        raise UserError(f"none of the images of {data} can be read: {PROG} check {data} says why")
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    print(f"of {count:,} images, each counting alike:")
+    words = [" ".join(f"{value:.4f}" for value in values) for values in (mean, std)]
+    print(f"--mean {words[0]} --std {words[1]}")
+    found: dict[str, Any] = {"images": count, "mean": mean.tolist(), "std": std.tolist()}
+    if source.labels is not None:
+        tally = Counter(int(label) for label in source.labels)
+        names = {label: source.classes[label] if source.classes and label >= 0 else str(label) for label in tally}
+        found["classes"] = {names[label]: n for label, n in sorted(tally.items())}
+        print(f"{len(tally)} classes of {min(tally.values()):,} to {max(tally.values()):,} images")
+    else:
+        print("no labels")
+    _write(common, found)
+    return 0
+
+
+def _bench(data: str, common: Common, bench: Bench) -> int:
+    import torch
+
+    from ssl_pretrain import pretext
+    from ssl_pretrain.data.decode import BadImage, decode
+    from ssl_pretrain.data.loader import Share, batches, to_batch
+
+    torch.set_num_threads(1)
+    source = _source(data, common, 512)
+    kind = pretext.load(bench.method)
+    size = bench.image_size[0], bench.image_size[-1]
+    specs = [replace(spec, fast=bench.aug == "fast") for spec in kind.views(kind.Config(), size)]
+    batch = min(32, len(source))
+    grey = (0.5,) * common.channels
+
+    def read(number: int) -> None:
+        for i in range(batch):
+            source[(number * batch + i) % len(source)]
+
+    def decoded(number: int) -> None:
+        for i in range(batch):
+            try:
+                decode(source[(number * batch + i) % len(source)], common.channels)
+            except (BadImage, OSError, ValueError):
+                continue
+
+    def views(number: int, finish: bool = False) -> None:
+        for raw in batches(
+            source, specs, Share(batch),
+            seed=0, channels=common.channels, start_step=number, stop_step=number + 1, workers=0, policy="replace",
+        ):  # fmt: skip
+            if finish:
+                to_batch(raw, specs, grey, grey, torch.device("cpu"))
+
+    def finished(number: int) -> None:
+        views(number, finish=True)
+
+    stages = {
+        "read": read,
+        "read and decoded": decoded,
+        "views cut (uint8)": views,
+        "views finished (float32)": finished,
+    }
+    taken = dict.fromkeys(stages, 0.0)
+    rounds, began = 0, time.perf_counter()
+    while rounds < 2 or time.perf_counter() - began < bench.seconds:
+        for name, stage in stages.items():
+            start = time.perf_counter()
+            stage(rounds)
+            taken[name] += time.perf_counter() - start if rounds else 0.0  # the first round opens files
+        rounds += 1
+    print(
+        f"views of {bench.method} at {size[0]} x {size[1]}, --aug {bench.aug}; one core, {rounds - 1} rounds of {batch}"
+    )
+    before, costs = 0.0, {}
+    for name, seconds in taken.items():
+        each = seconds / (rounds - 1) / batch
+        costs[name] = max(0.0, each - before)
+        print(f"{name:<26}{1 / each:>10,.0f} images/s{1e3 * costs[name]:>10.2f} ms more an image")
+        before = each
+    worst = max(costs, key=lambda name: costs[name])
+    advice = {
+        "read": "a faster disk, or shards instead of loose files",
+        "read and decoded": "simplejpeg (pip install '.[fast]'), --aug fast, or ssl-data pack --side",
+        "views cut (uint8)": "fewer or smaller views; crops are read at the images' full size: ssl-data pack --side",
+        "views finished (float32)": "a GPU does this for next to nothing; on a CPU --aug fast",
+    }
+    print(f"most of the time: {worst}. What helps: {advice[worst]}")
+    return 0
+
+
+def _pack(data: str, common: Common, pack: Pack) -> int:
+    import hashlib
+
+    from ssl_pretrain.data import packed
+    from ssl_pretrain.data.source import open_source, splits
+    from ssl_pretrain.data.views import resize_and_crop
+
+    if common.out is None:
+        raise UserError("--out is needed: the folder to make")
+    if common.images is not None:
+        raise UserError("--images is not for pack: it packs all")
+    if pack.side is not None and pack.side < 1:
+        raise UserError(f"--side is {pack.side}; it must be at least 1")
+    names: list[str | None] = [common.split] if common.split else [*splits(data)] or [None]
+    sources = {name or packed.WHOLE: open_source(data, name) for name in names}
+    some = next(iter(sources.values()))
+    if any(source.classes != some.classes for source in sources.values()):
+        raise UserError(f"the splits of {data} have different classes: pack them one by one (--split)")
+    bad: list[dict[str, str]] = []
+    written = 0
+
+    def images(split: str, source: Any) -> Iterator[tuple[Any, str, int | None]]:
+        nonlocal written
+        for index, pixels, _ in _watch(_read(source, common), len(source)):
+            if isinstance(pixels, str):
+                bad.append({"name": source.name(index), "reason": pixels})
+                continue
+            height, width = pixels.shape[:2]
+            if pack.side is not None and min(height, width) > pack.side:
+                short = min(height, width)
+                whole = pack.side * height // short, pack.side * width // short
+                pixels = resize_and_crop(pixels, pack.side, whole)
+            written += pixels.size
+            label = None if source.labels is None else int(source.labels[index])
+            yield pixels, source.name(index), label
+
+    with packed.Writer(common.out, common.channels) as writer:
+        for split, source in sources.items():
+            print(source.description, flush=True)
+            _room(common, pack, source)
+            writer.split(split, images(split, source))
+        told = json.dumps([[source.fingerprint for source in sources.values()], pack.side, common.channels])
+        fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        writer.finish(classes=some.classes, fingerprint=fingerprint, source=data)
+    print(f"packed {sum(writer.counts.values()):,} images, {written / 2**20:,.0f} MiB; {len(bad):,} could not be read")
+    for one in bad[:SHOWN]:
+        print(f"  {one['name']}: {one['reason']}")
+    print(f"written: {common.out}; now --data {common.out}")
+    return 0
+
+
+def _room(common: Common, pack: Pack, source: Any) -> None:
+    """Raise UserError where the disk has less room than the split is likely to need."""
+    from ssl_pretrain.data.decode import BadImage, Picture
+
+    assert common.out is not None
+    parent = next(p for p in common.out.absolute().parents if p.exists())
+    sizes = []
+    for index in range(0, len(source), max(1, len(source) // 32)):
+        try:
+            picture = Picture(source[index], common.channels)
+        except (BadImage, OSError, ValueError):
+            continue
+        short = min(picture.height, picture.width)
+        scale = min(1.0, (pack.side or short) / short)
+        sizes.append(picture.height * picture.width * scale**2 * common.channels)
+    need = len(source) * sum(sizes) / max(len(sizes), 1)
+    free = shutil.disk_usage(parent).free
+    if need > 0.95 * free:
+        raise UserError(
+            f"about {need / 2**30:,.1f} GiB are needed and {parent} has {free / 2**30:,.1f} GiB free: shrink the images "
+            f"(--side 256), or choose another folder with --out"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -38,10 +38,12 @@ Row = Callable[[int], None]  # makes one batch, of that number
 
 
 class InMemory(Source):
-    """The encoded images of another source, read beforehand."""
+    """The images of another source, read beforehand; `packed`: decoded, too."""
 
-    def __init__(self, source: Source, most: int = 2048) -> None:
+    def __init__(self, source: Source, most: int = 2048, packed: bool = False) -> None:
         self.items = [source[i] for i in range(min(most, len(source)))]
+        if packed:  # as `ssl-data pack` keeps them
+            self.items = [decode.decode(item, 3) for item in self.items]
         self.labels, self.classes = None, None
         self.fingerprint, self.description = source.fingerprint, source.description
 
@@ -165,7 +167,9 @@ def rows(source: InMemory, views: str) -> dict[str, Row]:
         for file in source.encoded(number):
             simplejpeg.decode_jpeg(file)
 
-    def ours(module: object, fast: bool, to_float: bool = True) -> Row:
+    pixels = InMemory(source, packed=True)
+
+    def ours(module: object, fast: bool, to_float: bool = True, source: InMemory = source) -> Row:
         specs = declared(views, fast)
 
         def row(number: int) -> None:
@@ -191,6 +195,8 @@ def rows(source: InMemory, views: str) -> dict[str, Row]:
         if simplejpeg is not None:
             table[f"our loader{kind}, simplejpeg"] = ours(simplejpeg, False, to_float)
             table[f"our loader{kind}, simplejpeg, --aug fast"] = ours(simplejpeg, True, to_float)
+        table[f"our loader{kind}, packed pixels"] = ours(simplejpeg, False, to_float, pixels)
+        table[f"our loader{kind}, packed pixels, --aug fast"] = ours(simplejpeg, True, to_float, pixels)
     if simplejpeg is not None and all(isinstance(item, bytes) and simplejpeg.is_jpeg(item) for item in source.items):
         table["bare decode, simplejpeg"] = bare_simplejpeg
     return table

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ssl_pretrain.eval._table import Cell, Table, as_csv, as_json, cells_of
 
 from ssl_pretrain import encoder as exported
 from ssl_pretrain.data.source import open_source
 from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.files import write_text
 from ssl_pretrain.specs import Spec
+
+from .table import Cell, Table, as_csv, as_json, cells_of
 
 KEYS = ("encoders", "data", "evaluators", "options")
 OURS = ("encoder", "out", "like")  # flags that the suite sets

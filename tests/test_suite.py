@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from ssl_pretrain.eval._table import Cell, Table, as_csv, as_json, cells_of, merge
 from ssl_pretrain.launch.evaluate import main
+from ssl_pretrain.launch.table import Cell, Table, as_csv, as_json, cells_of, merge
 
 from ssl_pretrain import backbones
 from ssl_pretrain import encoder as exported

@@ -150,10 +150,10 @@ def test_an_evaluation_takes_the_same_flags(evaluate: Callable, tmp_path: Path) 
     said = evaluate("knn", "--encoder", "pixels", "--data", "fractals", "--out", tmp_path / "e", *more).stdout
     assert "#SBATCH --partition=p" in said
     assert "-m ssl_pretrain.launch.job evaluate knn --encoder pixels" in said
-    done = subprocess.run(command("evaluate", "knn", "--encoder", "pixels", "--data", "fractals", "--nproc", 2),
+    done = subprocess.run(command("evaluate", "finetune", "--encoder", "random", "--data", "fractals", "--nproc", 2),
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 2
-    assert "an evaluation is one process" in done.stderr
+    assert "finetune is one process" in done.stderr
 
 
 def test_a_grid_is_every_combination_with_a_folder_each() -> None:

@@ -176,7 +176,7 @@ def _summary(name: str) -> str:
     if spec is None or spec.origin is None:
         return ""
     text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-    return text.replace("\n", " ").removeprefix("`ssl-eval suite`: ").split(" (")[0].split(". ")[0].split(": ")[0]
+    return text.replace("\n", " ").split(" (")[0].split(". ")[0].split(": ")[0]
 
 
 def _check_paths(argv: list[str]) -> None:

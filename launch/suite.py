@@ -1,4 +1,4 @@
-"""`ssl-eval suite`: a list of encoders, data sets and evaluators; each with each, into one table.
+"""A list of encoders, data sets and evaluators, each with each, into one table (`ssl-eval suite`).
 
     encoders: {mae: runs/mae, resnet: timm:resnet50}
     data: {photos: labelled-photos/, birds: {data: birds/, test-split: val}}

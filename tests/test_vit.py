@@ -583,3 +583,8 @@ def test_it_is_one_graph_for_the_compiler() -> None:
     found, expected = compiled(x, keep=keep, drop=drop, blocks=(0,)), model(x, keep=keep, drop=drop, blocks=(0,))
     close(found.patches, expected.patches)
     close(found.blocks[0], expected.blocks[0])
+
+
+def test_a_whole_number_does_for_a_layer_scale() -> None:
+    made = backbones.build("vit_micro", image_size=(16, 16), in_chans=3, patch_size=8, depth=1, layer_scale=1)
+    assert made.blocks[0].ls1.gamma.dtype == torch.float32

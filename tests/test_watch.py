@@ -58,7 +58,7 @@ def test_a_stall_on_a_full_disk_is_told_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "heartbeats").write_text("nor there")
     said: list[str] = []
     with pytest.raises(OSError, match="exists"), Watch(tmp_path, World(0, 2, 0, 1, HERE.device), 0.3, said.append):
-        pass  # at the start it is said at once
+        pytest.fail("it began where nothing can be written")
     (tmp_path / "heartbeats").unlink()
     with Watch(tmp_path, World(0, 2, 0, 1, HERE.device), 0.3, said.append) as watched:
         shutil.rmtree(tmp_path / "heartbeats")

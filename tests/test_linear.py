@@ -260,14 +260,15 @@ def encoder_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: obj
 def test_which_inputs_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task, passes = encoder_task(tmp_path, monkeypatch, depth=4)
     outcome = linear.evaluate(task, FEW)
-    assert passes.images == 260 + 1  # one pass for all taps, and a blank image to see whether there is a CLS token
+    # one pass for all taps; a blank image to see whether there is a CLS token, and one a split for the taps' widths
+    assert passes.images == 260 + 1 + 2
     tried = {(entry["layers"], entry["pooling"]) for entry in outcome.all}
     assert tried == {(n, p) for n in (1, 4) for p in ("cls", "mean", "cls+mean")}
     assert len(outcome.all) == 12
     assert linear.Input(4, "cls+mean").taps == ("cls", "cls@-2", "cls@-3", "cls@-4", "mean")
     assert linear.Input(2, "mean").taps == ("mean", "mean@-2")
     again = linear.evaluate(task, FEW)
-    assert passes.images == 260 + 2
+    assert passes.images == 260 + 1 + 2 + 1
     assert again.metrics == outcome.metrics
 
     shallow, _ = encoder_task(tmp_path, monkeypatch, depth=2, cls=False, pool="mean")
@@ -282,8 +283,8 @@ def test_augmented_training_goes_through_the_encoder(tmp_path: Path, monkeypatch
     task, passes = encoder_task(tmp_path, monkeypatch)
     config = replace(FEW, augment=True, steps=10)
     outcome = linear.evaluate(task, config)
-    # two trainings of 10 steps of 64 crops beside the 260 images seen once and the blank one
-    assert passes.images == 260 + 1 + 2 * 10 * 64
+    # two trainings of 10 steps of 64 crops beside the 260 images seen once and the three blank ones
+    assert passes.images == 260 + 3 + 2 * 10 * 64
     assert outcome.protocol["sweep"]["augment"] is True
     again = linear.evaluate(replace(task, workers=2), config)
     assert (again.metrics, again.all) == (outcome.metrics, outcome.all)

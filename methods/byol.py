@@ -16,7 +16,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp, unit
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
-from ssl_pretrain.parts.views import asymmetric_views, encode
+from ssl_pretrain.parts.views import asymmetric_views, encode_crops
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -83,11 +83,11 @@ class BYOL(WholeBatchMethod):
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Both views' vectors (B, 2, D) by the online encoder, "online", and by the target's, "target"."""
-        # View by view: where an encoder has batch norm, its statistics are of one view, as in the paper.
+        # As two batches: where an encoder has batch norm, its statistics are of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
-        online = [encode(self.encoder, view, step).pooled for view in views]
+        online = [features.pooled for features in encode_crops(self.encoder, views, step)]
         with torch.no_grad():
-            target = [encode(self.teacher.backbone, view, step).pooled for view in views]
+            target = [features.pooled for features in encode_crops(self.teacher.backbone, views, step)]
         return {"online": torch.stack(online, dim=1), "target": torch.stack(target, dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:

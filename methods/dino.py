@@ -19,7 +19,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.distill import cross_entropy_of_pairs, warmed_up
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
-from ssl_pretrain.parts.views import encode, multi_crop
+from ssl_pretrain.parts.views import encode, encode_crops, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
 
@@ -119,10 +119,9 @@ class DINO(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The mean cross-entropy over the pairs of a teacher's view and another view of the student (eq. 3)."""
         views = torch.stack([batch.views["global1"], batch.views["global2"]])
-        vectors = [encode(self.encoder, views, step).pooled]
-        if self.config.local_views:
-            vectors.append(encode(self.encoder, batch.views["local"], step).pooled)
-        student = self.head(torch.cat(vectors), frozen=step.progress < self.config.freeze_prototypes)
+        crops = [views, batch.views["local"]] if self.config.local_views else [views]
+        vectors = torch.cat([features.pooled for features in encode_crops(self.encoder, crops, step)])
+        student = self.head(vectors, frozen=step.progress < self.config.freeze_prototypes)
         with torch.no_grad():
             teacher = self.teacher["head"](encode(self.teacher.backbone, views, step).pooled).to(self.centre.dtype)
         b = len(batch.index)

@@ -23,7 +23,7 @@ from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.sinkhorn import sinkhorn
 from ssl_pretrain.parts.spread import DUPLICATES, kde, koleo
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
-from ssl_pretrain.parts.views import by_image, encode, multi_crop
+from ssl_pretrain.parts.views import by_image, encode, encode_crops, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 BLUR = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5), "none": (0.0, 0.0, 0.0)}
@@ -168,17 +168,17 @@ class DINOv2(WholeBatchMethod):
         views = torch.stack([batch.views["global1"], batch.views["global2"]])
         with torch.no_grad():
             seen = encode(self.teacher.backbone, views, step)
+            whole = class_token(seen, "dinov2")
         masks = self.masks(seen.grid, step).transpose(0, 1).flatten(0, 1)  # (2B, N), view by view as the rest
         index, counted = listed(masks, math.ceil(masks.shape[1] * self.config.mask_ratio[1]))
-        student = encode(self.encoder, views, step, replace=(masks, self.mask_token))
-        vectors = [by_image(class_token(student, "dinov2"), 2)]
-        if self.config.local_views:
-            local = class_token(encode(self.encoder, batch.views["local"], step), "dinov2")
-            vectors.append(by_image(local, self.config.local_views))
+        crops = [views, batch.views["local"]] if self.config.local_views else [views]
+        student = encode_crops(self.encoder, crops, step, replace=(masks, self.mask_token))
+        counts = (2, self.config.local_views)
+        each = [by_image(class_token(f, "dinov2"), count) for f, count in zip(student, counts, strict=False)]
         return {
-            "student": torch.cat(vectors, dim=1),
-            "teacher": by_image(class_token(seen, "dinov2"), 2),
-            "student_patches": by_image(rows(student.patches, index), 2),
+            "student": torch.cat(each, dim=1),
+            "teacher": by_image(whole, 2),
+            "student_patches": by_image(rows(student[0].patches, index), 2),
             "teacher_patches": by_image(rows(seen.patches, index), 2),
             "counted": by_image(counted, 2),
         }

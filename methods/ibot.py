@@ -21,7 +21,7 @@ from ssl_pretrain.parts.distill import class_token, cross_entropy_of_pairs, cros
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
-from ssl_pretrain.parts.views import by_image, encode, multi_crop
+from ssl_pretrain.parts.views import by_image, encode, encode_crops, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
 
@@ -151,22 +151,21 @@ class IBOT(Method):
         masks = self.masks(seen.grid, step).transpose(0, 1).flatten(0, 1)  # (2B, N), view by view as the rest
         index, counted = listed(masks, math.ceil(masks.shape[1] * self.config.mask_ratio[1]))
 
-        student = encode(self.encoder, views, step, replace=(masks, self.mask_token))
-        vectors = [class_token(student, "ibot")]
-        if self.config.local_views:
-            vectors.append(class_token(encode(self.encoder, batch.views["local"], step), "ibot"))
+        crops = [views, batch.views["local"]] if self.config.local_views else [views]
+        student = encode_crops(self.encoder, crops, step, replace=(masks, self.mask_token))
+        vectors = [class_token(features, "ibot") for features in student]
         each, entropy = cross_entropy_of_pairs(
             self.head(torch.cat(vectors), frozen).unflatten(0, (-1, b)),
             torch.softmax((whole - self.class_centre) / self.temperature("class", step), dim=-1).unflatten(0, (2, b)),
             self.config.student_temperature,
         )
-        crops = cross_entropy_of_patches(
-            self.head(rows(student.patches, index), frozen),
+        masked = cross_entropy_of_patches(
+            self.head(rows(student[0].patches, index), frozen),
             torch.softmax((rows(parts, index) - self.patch_centre) / self.temperature("patch", step), dim=-1),
             counted,
             self.config.student_temperature,
         )
-        patch = by_image(crops, 2).mean(1)
+        patch = by_image(masked, 2).mean(1)
         per_sample = self.config.class_weight * each + self.config.patch_weight * patch
         return Losses(
             total=per_sample.mean(),

@@ -16,7 +16,7 @@ from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.sigreg import sigreg, sigreg_of_a_point
-from ssl_pretrain.parts.views import by_image, crop_size, encode
+from ssl_pretrain.parts.views import by_image, crop_size, encode_crops
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -92,11 +92,10 @@ class LeJEPA(WholeBatchMethod):
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of all views: "pooled" (B, V, D), global ones first."""
-        pooled = []
-        for name, count in (("global", self.config.global_views), ("local", self.config.local_views)):
-            if count:
-                pooled.append(by_image(encode(self.encoder, batch.views[name], step).pooled, count))
-        return {"pooled": torch.cat(pooled, dim=1)}
+        counts = {"global": self.config.global_views, "local": self.config.local_views}
+        seen = encode_crops(self.encoder, [batch.views[name] for name, count in counts.items() if count], step)
+        each = [by_image(f.pooled, count) for f, count in zip(seen, filter(None, counts.values()), strict=True)]
+        return {"pooled": torch.cat(each, dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """Terms "prediction", the mean squared distance to the centre of the global views, and "sigreg", the mean over

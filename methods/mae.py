@@ -121,14 +121,16 @@ class MAE(Method):
         positions = self.decoder_pos_embed
         if grid != self.grid:
             positions = sincos_table(grid, self.config.decoder_dim)[None].to(images.device)
-        tokens = self.decoder_embed(seen.patches)
+        # A class token takes part in the decoder's attention, without a position.
+        prefix = [] if seen.cls is None else [seen.cls[:, None]]
+        tokens = self.decoder_embed(torch.cat([*prefix, seen.patches], dim=1) if prefix else seen.patches)
+        *prefix, tokens = tokens.split([*(1 for _ in prefix), keep.shape[1]], dim=1)
         x = self.mask_token.to(tokens.dtype).expand(len(images), patches, -1)
         x = put(x, keep, tokens) + positions.to(tokens.dtype)
-        if seen.cls is not None:  # takes part in the decoder's attention, without a position
-            x = torch.cat([self.decoder_embed(seen.cls)[:, None], x], dim=1)
+        x = torch.cat([*prefix, x], dim=1) if prefix else x
         for block in self.decoder_blocks:
             x = block(x)
-        x = rows(x[:, -patches:], masked)
+        x = rows(x, masked + len(prefix))
         return self.decoder_pred(self.decoder_norm(x)), masked, keep, grid
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:

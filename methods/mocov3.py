@@ -20,7 +20,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp, unit
 from ssl_pretrain.parts.init import xavier_
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
-from ssl_pretrain.parts.views import asymmetric_views, encode
+from ssl_pretrain.parts.views import asymmetric_views, encode_crops
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -97,11 +97,11 @@ class MoCoV3(WholeBatchMethod):
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Both views' vectors (B, 2, D) by the query encoder, "query", and by the momentum encoder, "key"."""
-        # View by view: where an encoder has batch norm, its statistics are of one view, as in the paper.
+        # As two batches: where an encoder has batch norm, its statistics are of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
-        query = [encode(self.encoder, view, step).pooled for view in views]
+        query = [features.pooled for features in encode_crops(self.encoder, views, step)]
         with torch.no_grad():
-            key = [encode(self.teacher.backbone, view, step).pooled for view in views]
+            key = [features.pooled for features in encode_crops(self.teacher.backbone, views, step)]
         return {"query": torch.stack(query, dim=1), "key": torch.stack(key, dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:

@@ -22,7 +22,7 @@ from ssl_pretrain.parts.heads import Prototypes, mlp
 from ssl_pretrain.parts.masks import random_masking
 from ssl_pretrain.parts.sinkhorn import sinkhorn
 from ssl_pretrain.parts.teacher import Parts, follow_, follower
-from ssl_pretrain.parts.views import by_image, crop_size, encode, jitter
+from ssl_pretrain.parts.views import by_image, crop_size, encode, encode_crops, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -148,9 +148,9 @@ class MSN(WholeBatchMethod):
             (height, width), (p, q) = view.shape[-2:], self.encoder.stride
             patches = (height // p) * (width // q)
             options["keep"], _ = random_masking(step.rand(patches), self.kept(patches))
-        anchors = [encode(self.encoder, view, step, **options).pooled[:, None]]
-        if count := self.config.local_views:
-            anchors.append(by_image(encode(self.encoder, batch.views["local"], step).pooled, count))
+        count = self.config.local_views
+        seen = encode_crops(self.encoder, [view, batch.views["local"]] if count else [view], step, **options)
+        anchors = [by_image(f.pooled, views) for f, views in zip(seen, (1, count), strict=False)]
         with torch.no_grad():
             target = encode(self.teacher.backbone, batch.views["target"], step).pooled
         return {"anchors": torch.cat(anchors, dim=1), "target": target}

@@ -1,6 +1,9 @@
 """Attention and positions against float64 NumPy written from the formulas."""
 
 import math
+import sys
+import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_pretrain.backbones.attention import attend, prefix_mask
+from ssl_pretrain.backbones import attention as attention_file
+from ssl_pretrain.backbones.attention import Packed, attend, attend_packed, prefix_mask, ragged_kernel
 from ssl_pretrain.backbones.positions import resize_table, rope_angles, rotate, sincos_table
 
 
@@ -51,6 +55,90 @@ def test_attend_and_its_gradients_equal_the_formula(dtype: torch.dtype, causal: 
         assert one is not None
         assert one.dtype == dtype
         np.testing.assert_allclose(one.double().numpy(), other, atol=tolerance, rtol=tolerance)
+
+
+BATCHES = ((2, 5), (3, 7), (1, 7), (1, 2))  # images and tokens of each
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: list[int]) -> Tensor:
+    """What a kernel for sequences of unlike lengths shall do: (T, h, d), each sequence by itself."""
+    assert bounds.dtype == torch.int32
+    assert bounds.diff().tolist() == lengths
+    parts = [x.split(bounds.diff().tolist()) for x in (q, k, v)]
+    found = []
+    for one, other, values in zip(*parts, strict=True):
+        weights = torch.softmax(torch.einsum("qhd,khd->hqk", one, other) / one.shape[-1] ** 0.5, -1)
+        found.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kernel", [None, one_by_one])
+def test_packed_attention_keeps_images_apart(kernel: Any) -> None:
+    q, k, v = (draw(1, 3, 10 + 28 + 2, 8, seed=i).double().requires_grad_() for i in range(3))
+    bounds = attention_file._bounds(BATCHES, q.device)
+    assert bounds.tolist() == [0, 5, 10, 17, 24, 31, 38, 40]
+    found = attend_packed(q, k, v, Packed(BATCHES, kernel, bounds))
+    expected = one_by_one(*(x[0].transpose(0, 1) for x in (q, k, v)), bounds, [5, 5, 7, 7, 7, 7, 2]).transpose(0, 1)[
+        None
+    ]
+    assert torch.allclose(found, expected, atol=1e-12)
+    g = draw(*found.shape, seed=4).double()
+    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), g) for x in (found, expected)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_a_kernel_is_taken_only_where_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+
+    def off(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: list[int]) -> Tensor:
+        return one_by_one(q, k, v, bounds, lengths) * 1.2
+
+    def absent(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: list[int]) -> Tensor:
+        raise ImportError
+
+    def takes(varlen: Any, xformers: Any) -> Any:
+        monkeypatch.setattr(attention_file, "_varlen", varlen)
+        monkeypatch.setattr(attention_file, "_xformers", xformers)
+        ragged_kernel.cache_clear()
+        return ragged_kernel(cpu, torch.bfloat16, 16)
+
+    state = torch.get_rng_state()
+    assert takes(one_by_one, absent) is one_by_one
+    assert takes(absent, one_by_one) is one_by_one
+    assert takes(off, absent) is None
+    assert takes(off, one_by_one) is one_by_one
+    assert torch.equal(state, torch.get_rng_state())
+    monkeypatch.undo()
+    ragged_kernel.cache_clear()
+    assert (
+        ragged_kernel(cpu, torch.bfloat16, 16) is None
+    )  # torch's is for CUDA; where there is none, nothing falls over
+    assert ragged_kernel(cpu, torch.float32, 16) is None
+
+
+def test_kernels_are_called_as_torch_and_xformers_document_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (draw(40, 3, 8, seed=i) for i in range(3))
+    lengths = [5, 5, 7, 7, 7, 7, 2]
+    bounds = attention_file._bounds(BATCHES, q.device)
+
+    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+        assert (max_q, max_k) == (7, 7)
+        assert torch.equal(cu_q, cu_k)
+        return one_by_one(q, k, v, cu_q, cu_q.diff().tolist())
+
+    def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, *, attn_bias: list[int]) -> Tensor:
+        return one_by_one(q[0], k[0], v[0], bounds, attn_bias)[None]
+
+    torches, ops, fmha = (types.ModuleType(name) for name in ("varlen", "xformers.ops", "xformers.ops.fmha"))
+    torches.varlen_attn = varlen_attn  # type: ignore[attr-defined]
+    ops.memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
+    fmha.BlockDiagonalMask = types.SimpleNamespace(from_seqlens=list)  # type: ignore[attr-defined]
+    for name, module in (("torch.nn.attention.varlen", torches), ("xformers.ops", ops), ("xformers.ops.fmha", fmha)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    expected = one_by_one(q, k, v, bounds, lengths)
+    for kernel in (attention_file._varlen, attention_file._xformers):
+        assert torch.equal(kernel(q, k, v, bounds, lengths), expected)
 
 
 def test_the_softmax_is_float32_in_bfloat16_and_under_autocast() -> None:

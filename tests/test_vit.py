@@ -576,6 +576,60 @@ def test_layers_for_learning_rate_decay() -> None:
         model.layer_of("head.weight")
 
 
+TOGETHER: list[dict[str, Any]] = [
+    {},
+    {"positions": "rope", "qk_norm": True, "cls": False},
+    {"registers": 2, "layer_scale": 0.3, "swiglu": True, "norms": "patches"},
+    {"drop_path": 0.4, "shortcut_decay": 0.5, "norms": "post"},
+]
+
+
+@pytest.mark.parametrize("options", TOGETHER, ids=str)
+@pytest.mark.parametrize("blocks", [(), (-1, 0)], ids=str)
+def test_batches_together_give_what_each_gives_alone(options: dict[str, Any], blocks: tuple[int, ...]) -> None:
+    model = vit(**options).double().train()
+    keep = torch.stack([torch.randperm(PATCHES, generator=torch.Generator().manual_seed(i))[:7] for i in range(2)])
+    token, masked = draw(DIM, seed=5).double().requires_grad_(), draw(3, 6, seed=6) > 0
+    batches = [
+        (images(2).double(), {"keep": keep}),
+        (images(3, (16, 24), seed=1).double(), {"replace": (masked, token)}),
+        (images(4, (24, 16), seed=2).double(), {}),  # as many tokens as the one before
+    ]
+    batches = [
+        (x, how | {"blocks": blocks, "drop": torch.rand(len(x), 2 * DEPTH, generator=torch.Generator().manual_seed(9))})
+        for x, how in batches
+    ]
+    alone = [model(x, **how) for x, how in batches]
+    together = model.together(batches)
+    parameters = [*model.parameters(), token]
+
+    def gradients(found: list[Features]) -> tuple[Tensor, ...]:
+        total = sum((each.pooled.sin().sum() + tokens(each).square().mean() for each in found), torch.zeros(()))
+        return torch.autograd.grad(total, parameters, allow_unused=True)
+
+    for one, other in zip(together, alone, strict=True):
+        assert one.grid == other.grid
+        for name in ("cls", "patches", "pooled", "prefix"):
+            if getattr(other, name) is None:
+                assert getattr(one, name) is None
+            else:
+                close(getattr(one, name), getattr(other, name), 1e-10)
+        assert len(one.blocks) == len(blocks)
+        for a, b in zip(one.blocks, other.blocks, strict=True):
+            close(a, b, 1e-10)
+    for a, b in zip(gradients(together), gradients(alone), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            close(a, b, 1e-9)
+
+
+def test_batches_with_masked_attention_together_are_done_one_by_one() -> None:
+    model = vit()
+    batches: list[tuple[Tensor, dict[str, Any]]] = [(images(2), {"attention": "causal"}), (images(3, (16, 24)), {})]
+    for one, (x, how) in zip(model.together(batches), batches, strict=True):
+        assert torch.equal(one.patches, model(x, **how).patches)
+
+
 def test_it_is_one_graph_for_the_compiler() -> None:
     model, x = vit(registers=1, positions="rope", drop_path=0.2).train(), images()
     keep, drop = torch.tensor([[0, 5, 9], [3, 4, 8]]), torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
@@ -583,6 +637,18 @@ def test_it_is_one_graph_for_the_compiler() -> None:
     found, expected = compiled(x, keep=keep, drop=drop, blocks=(0,)), model(x, keep=keep, drop=drop, blocks=(0,))
     close(found.patches, expected.patches)
     close(found.blocks[0], expected.blocks[0])
+
+
+def test_batches_together_are_one_graph_for_the_compiler() -> None:
+    model = vit(positions="rope")
+
+    def together(large: Tensor, small: Tensor) -> list[Tensor]:
+        return [features.pooled for features in model.together([(large, {}), (small, {})])]
+
+    crops = images(), images(3, (16, 24))
+    compiled = torch.compile(together, backend="aot_eager", fullgraph=True)
+    for one, other in zip(compiled(*crops), together(*crops), strict=True):
+        close(one, other)
 
 
 def test_a_whole_number_does_for_a_layer_scale() -> None:

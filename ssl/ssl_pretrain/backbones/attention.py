@@ -1,7 +1,13 @@
 """Attention: the one place where kernels plug in, and the masks that methods ask for.
 
-Shapes: B images, h heads, L tokens (prefix tokens first, then patches), d channels of a head.
+Shapes: B images, h heads, L tokens (prefix tokens first, then patches), d channels of a head; T tokens of several batches
+of images of unlike sizes, one after another (`Packed`).
 """
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +28,104 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
         return out.to(v.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+# A kernel for sequences of unlike lengths: q, k, v (T, h, d), the bounds (sequences + 1,) int32, the lengths one by one.
+Ragged = Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How T tokens are made up of batches of images, image by image."""
+
+    batches: tuple[tuple[int, int], ...]  # (B, L) of each
+    kernel: Ragged | None  # None: one call of `attend` a batch
+    bounds: Tensor | None  # (images + 1,) int32 where each image's tokens begin, and T; None without a kernel
+
+    @classmethod
+    def of(cls, batches: Sequence[tuple[int, int]], device: torch.device, dtype: torch.dtype, width: int) -> "Packed":
+        """Of such batches, to be attended in `dtype` by heads of `width` channels: finds the kernel."""
+        kernel = ragged_kernel(device, dtype, width) if device.type == "cuda" else None
+        return cls(tuple(batches), kernel, None if kernel is None else _bounds(batches, device))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each batch."""
+        return [images * length for images, length in self.batches]
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(B, L) of the batches, neighbours of one length taken together."""
+        grouped = itertools.groupby(self.batches, key=lambda batch: batch[1])
+        return [(sum(images for images, _ in each), length) for length, each in grouped]
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    """`attend` within each image of q, k, v (1, h, T, d) of one dtype. Returns (1, h, T, d) of that dtype."""
+    if packed.kernel is not None and packed.bounds is not None:
+        lengths = [length for images, length in packed.batches for _ in range(images)]
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+        return packed.kernel(q, k, v, packed.bounds, lengths).transpose(0, 1)[None]
+    found = []
+    sizes = [images * length for images, length in packed.runs]
+    for run, *parts in zip(packed.runs, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
+        out = attend(*(part.squeeze(0).unflatten(1, run).transpose(0, 1) for part in parts))  # (B, h, L, d)
+        found.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(found).transpose(0, 1)[None]
+
+
+def _bounds(batches: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    # Made where they are used: a list copied there would have to be waited for.
+    starts, begin = [], 0
+    for images, length in batches:
+        starts.append(torch.arange(begin, begin + images * length, length, dtype=torch.int32, device=device))
+        begin += images * length
+    return torch.cat([*starts, torch.full((1,), begin, dtype=torch.int32, device=device)])
+
+
+@functools.cache
+def ragged_kernel(device: torch.device, dtype: torch.dtype, width: int) -> Ragged | None:
+    """The first of torch's and xformers' kernels for sequences of unlike lengths that is here, runs on this device in
+    this dtype, and agrees with `attend`, forward and backward; None where there is none."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return next((kernel for kernel in (_varlen, _xformers) if _agrees(kernel, device, dtype, width)), None)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: list[int]) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths))
+    assert isinstance(out, Tensor)  # a pair only where more is asked for
+    return out
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: list[int]) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha import BlockDiagonalMask
+
+    mask = BlockDiagonalMask.from_seqlens(lengths)
+    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+
+
+def _agrees(kernel: Ragged, device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether a kernel gives what `attend` gives for two images of 5 tokens and one of 3."""
+    batches = ((2, 5), (1, 3))
+    # Values of its own making: the global generator is not ours to advance.
+    values = torch.sin(torch.arange(3 * 2 * 13 * width, device=device) * 0.7).view(3, 1, 2, 13, width).to(dtype)
+    found = []
+    try:
+        for packed in (Packed(batches, kernel, _bounds(batches, device)), Packed(batches, None, None)):
+            inputs = values.clone().requires_grad_()
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                q, k, v = inputs.unbind(0)
+                out = attend_packed(q, k, v, packed)
+                out.float().square().sum().backward()
+            assert inputs.grad is not None
+            found.append((out.detach().float(), inputs.grad.float()))
+    except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
+        return False  # not in this version, not for this device, dtype or width
+    return all(bool((a - b).abs().max() <= 0.05 * b.abs().max()) for a, b in zip(*found, strict=True))
 
 
 def prefix_mask(lengths: Tensor, patches: int, prefix_tokens: int) -> Tensor:

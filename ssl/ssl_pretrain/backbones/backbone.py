@@ -2,6 +2,7 @@
 (h, w) grid, D channels of the encoder, P prefix tokens (CLS and registers), L = P + N."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,6 +69,12 @@ class Backbone(nn.Module, ABC):
             the drop-path rate is above 0.
         Raises UnsupportedByBackbone for an option the backbone lacks.
         """
+
+    def together(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
+        """The Features of several batches of images, each (images, options of `forward`), of unlike sizes: the crops of
+        multi-crop. Nothing of one batch enters another's (batch norm's statistics are of one). Default: one after
+        another; a backbone may do at once what its layers do alike for all."""
+        return [self(images, **options) for images, options in batches]
 
     @abstractmethod
     def layer_of(self, parameter: str) -> int:

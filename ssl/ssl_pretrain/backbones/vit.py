@@ -2,19 +2,20 @@
 registers, layer scale, SwiGLU, query-key norm, drop path, rotary positions, decayed shortcuts.
 
 Shapes: B images, C channels, H x W pixels, p patch side, N patches on an (h, w) grid in raster order, K of them kept, P
-prefix tokens (CLS, then registers), L = P + N or P + K tokens, D width, d width of a head. Parameters have the names of
-the released ViTs (MAE, DINO, DINOv2), registers are `reg_tokens`.
+prefix tokens (CLS, then registers), L = P + N or P + K tokens, D width, d width of a head, T tokens of several batches of
+images. Parameters have the names of the released ViTs (MAE, DINO, DINOv2), registers are `reg_tokens`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .attention import attend, prefix_mask
+from .attention import Packed, attend, attend_packed, prefix_mask
 from .backbone import Backbone, Features
 from .positions import resize_table, rope_angles, rotate, sincos_table
 
@@ -66,13 +67,16 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None, causal: bool, rope: Rope | None) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D)."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None, causal: bool, rope: Rope | None, packed: Packed | None = None
+    ) -> Tensor:
+        """Tokens (B, L, D) to (B, L, D), or (1, T, D) to (1, T, D) of `packed` batches, without mask and causality."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, d)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        x = attend(q.to(v.dtype), k.to(v.dtype), v, mask, causal)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        x = attend(q, k, v, mask, causal) if packed is None else attend_packed(q, k, v, packed)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -161,21 +165,22 @@ class Block(nn.Module):
         causal: bool = False,
         rope: Rope | None = None,
         branches: Tensor | None = None,
+        packed: Packed | None = None,
     ) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D).
+        """Tokens (B, L, D) to (B, L, D), or (1, T, D) to (1, T, D) of `packed` batches.
 
-        mask, causal: as `attend` takes them. rope: each broadcastable to (B, heads, L, d / 2). branches: (B, 2) factors
-        on each sample's two branches (drop path).
+        mask, causal: as `attend` takes them. rope: each broadcastable to (B, heads, L, d / 2). branches: (B, 1, 2) or
+        (1, T, 2) factors on the two branches of each sample or token (drop path).
         """
-        y = self.ls1(self.attn(x if self.post_norm else self.norm1(x), mask, causal, rope))
+        y = self.ls1(self.attn(x if self.post_norm else self.norm1(x), mask, causal, rope, packed))
         if branches is not None:
-            y = y * branches[:, 0, None, None]
+            y = y * branches[..., :1]
         x = torch.add(y, x, alpha=self.shortcut)
         if self.post_norm:
             x = self.norm1(x)
         y = self.ls2(self.mlp(x if self.post_norm else self.norm2(x)))
         if branches is not None:
-            y = y * branches[:, 1, None, None]
+            y = y * branches[..., 1:]
         x = torch.add(y, x, alpha=self.shortcut)
         return self.norm2(x) if self.post_norm else x
 
@@ -288,11 +293,60 @@ class ViT(Backbone):
         Raises UserError for images of other channels or of a size the patch does not divide and for blocks there are
         not, ValueError for an attention it does not know, RuntimeError where drop path lacks its noise.
         """
+        x, grid = self._embedded(images, keep, replace)
+        mask, causal = self._mask(attention, prefix_length, x.shape[1])
+        factors = self._drop_path(drop)
+        x, outputs = self._through(
+            x, blocks, mask, causal, self._rope(grid, keep, x.device), None if factors is None else factors[:, None]
+        )
+        return self._features(x, grid, outputs)
+
+    def together(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
+        """See `Backbone.together`. The tokens of all batches are one row for norms, matrices and MLPs, and apart for
+        attention only: half the kernels of two forwards, and with shared parameters (FSDP) half the gathering."""
+        asked = [options.get("blocks", ()) for _, options in batches]
+        plain = all(not options.keys() - {"keep", "replace", "blocks", "drop"} for _, options in batches)
+        if len(batches) < 2 or not plain or len(set(asked)) > 1:
+            return super().together(batches)
+
+        rows, grids, ropes, factors = [], [], [], []
+        for images, options in batches:
+            x, grid = self._embedded(images, options.get("keep"), options.get("replace"))
+            rows.append(x)
+            grids.append(grid)
+            ropes.append(self._rope(grid, options.get("keep"), x.device))
+            factors.append(self._drop_path(options.get("drop")))
+        device, head = rows[0].device, self.dim // self.config.heads
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else rows[0].dtype
+        packed = Packed.of([(len(x), x.shape[1]) for x in rows], device, dtype, head)
+
+        def by_token(each: Sequence[Tensor]) -> Tensor:
+            """What (B or 1, L or 1, ...) each batch has, for all tokens: (1, T, ...)."""
+            shaped = zip(each, packed.batches, strict=True)
+            return torch.cat([part.expand(*shape, *part.shape[2:]).flatten(0, 1) for part, shape in shaped])[None]
+
+        rope = None
+        if self.config.positions == "rope":
+            cosines, sines = zip(*(pair for pair in ropes if pair is not None), strict=True)
+            cos, sin = (by_token([part[:, 0] for part in parts]) for parts in (cosines, sines))
+            rope = cos[:, None], sin[:, None]
+        dropped = [part[:, None] for part in factors if part is not None]
+        x, outputs = self._through(
+            by_token(rows), asked[0], None, False, rope, by_token(dropped) if dropped else None, packed
+        )
+        parts = zip(*(whole[0].split(packed.sizes) for whole in (x, *outputs)), packed.batches, grids, strict=True)
+        return [
+            self._features(part.unflatten(0, shape), grid, tuple(each.unflatten(0, shape) for each in of_blocks))
+            for part, *of_blocks, shape, grid in parts
+        ]
+
+    def _embedded(
+        self, images: Tensor, keep: Tensor | None, replace: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """The tokens (B, L, D) that enter the first block, and the grid."""
         if images.shape[1] != self.in_chans:
             raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
         grid = self._grid(images.shape[2], images.shape[3])
-        wanted = [self._block(i) for i in blocks]
-
         x = self.patch_embed(images, keep)
         if self.config.norms == "patches":
             x = self.norm_pre(x)
@@ -302,19 +356,34 @@ class ViT(Backbone):
                 masked = masked.gather(1, keep)
             x = torch.where(masked[:, :, None], token.to(x.dtype), x)
         x = self._positioned(x, grid, keep)
-        if self.config.norms == "post":
-            x = self.norm_pre(x)
+        return (self.norm_pre(x) if self.config.norms == "post" else x), grid
 
-        mask, causal = self._mask(attention, prefix_length, x.shape[1])
-        rope = self._rope(grid, keep, x.device)
-        factors = self._drop_path(drop)
+    def _through(
+        self,
+        x: Tensor,
+        wanted: tuple[int, ...],
+        mask: Tensor | None,
+        causal: bool,
+        rope: Rope | None,
+        factors: Tensor | None,
+        packed: Packed | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Tokens (B, L, D) or (1, T, D) behind the blocks and the final norm, and behind the wanted blocks without it;
+        `factors` (B, 1, 2 * depth) or (1, T, 2 * depth) of drop path."""
+        indices = [self._block(i) for i in wanted]
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
-            x = block(x, mask, causal, rope, None if factors is None else factors[:, 2 * i : 2 * i + 2])
-            if i in wanted:
+            branches = None if factors is None else factors[..., 2 * i : 2 * i + 2]
+            x = (
+                block(x, mask, causal, rope, branches)
+                if packed is None
+                else block(x, None, False, rope, branches, packed)
+            )
+            if i in indices:
                 outputs[i] = x
-        x = self.norm(x)
+        return self.norm(x), tuple(outputs[i] for i in indices)
 
+    def _features(self, x: Tensor, grid: tuple[int, int], outputs: tuple[Tensor, ...]) -> Features:
         prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
         cls = prefix[:, 0] if self.config.cls else None
         return Features(
@@ -323,7 +392,7 @@ class ViT(Backbone):
             grid=grid,
             pooled=cls if cls is not None and self.config.pool == "cls" else patches.mean(1),
             prefix=prefix if self.prefix_tokens else None,
-            blocks=tuple(outputs[i] for i in wanted),
+            blocks=outputs,
         )
 
     def layer_of(self, parameter: str) -> int:

@@ -60,11 +60,11 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, teacher: Tensor, temperature: float, crossed: bool) -> Tensor:
         probabilities, each = _empty(logits), logits.new_zeros(logits.shape[1])
         for images in _few(logits):
-            for view, met, count in _met(teacher[:, images], len(logits), crossed):
-                scaled, p = logits[view, images] / temperature, probabilities[view, images]
+            for views, met, count in _met(teacher[:, images], logits, crossed):
+                scaled, p = logits[views, images] / temperature, probabilities[views, images]
                 torch.softmax(scaled, -1, out=p)
                 partition = scaled.amax(-1) - p.amax(-1).log_()
-                each[images] += count * partition - scaled.mul_(met).sum(-1)
+                each[images].add_(partition.sum(0), alpha=count).sub_(scaled.mul_(met).sum((0, -1)))
         ctx.save_for_backward(probabilities, teacher)
         ctx.temperature, ctx.crossed = temperature, crossed
         return each
@@ -76,20 +76,24 @@ class _CrossEntropy(torch.autograd.Function):
         weights = by_each[:, None] / ctx.temperature
         for images in _few(probabilities):
             weight = weights[images]
-            for view, met, count in _met(teacher[:, images] * -weight, len(probabilities), ctx.crossed):
-                p = probabilities[view, images]
+            for views, met, count in _met(teacher[:, images] * -weight, probabilities, ctx.crossed):
+                p = probabilities[views, images]
                 torch.addcmul(met, p, weight, value=count, out=p)
         return probabilities, None, None, None
 
 
-def _met(teacher: Tensor, students: int, crossed: bool) -> Iterator[tuple[int, Tensor, int]]:
-    """Each of the student's views with what it meets: the sum (B, K) of so many views of the teacher (T, B, K)."""
-    if not crossed:
-        yield from ((view, teacher[view], 1) for view in range(students))
+def _met(teacher: Tensor, table: Tensor, crossed: bool) -> Iterator[tuple[slice, Tensor, int]]:
+    """Views of the student's table (S, B, K) with what all of them meet: the sum (B, K) of so many views of the teacher
+    (T, B, K); B here the images that are worked on together."""
+    (t, b, k), s = teacher.shape, len(table)
+    total = teacher.sum(0) if crossed else None
+    for view in range(t):
+        yield slice(view, view + 1), teacher[view] if total is None else total - teacher[view], t - 1 if crossed else 1
+    if total is None:
         return
-    total, t = teacher.sum(0), len(teacher)
-    for view in range(students):
-        yield (view, total - teacher[view], t - 1) if view < t else (view, total, t)
+    together = max(1, CACHED // (b * k)) if table.device.type == "cpu" else s
+    for first in range(t, s, together):
+        yield slice(first, min(first + together, s)), total, t
 
 
 def _few(table: Tensor) -> list[slice]:

@@ -1,5 +1,6 @@
 """Several views of each image through one encoder. Shapes: V views, B images."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,11 +15,23 @@ def encode(encoder: Backbone, views: Tensor, step: Step, **options: Any) -> Feat
 
     Draws the noise of drop path where the encoder wants it; `options` go to the encoder.
     """
+    images, options = _rows(encoder, views, step, options)
+    return encoder(images, **options)
+
+
+def encode_crops(encoder: Backbone, crops: Sequence[Tensor], step: Step, **options: Any) -> list[Features]:
+    """What `encode` gives for each of `crops`, views of one size, each a batch of its own; `options` are for the first of
+    them."""
+    return encoder.together([_rows(encoder, views, step, {} if i else options) for i, views in enumerate(crops)])
+
+
+def _rows(encoder: Backbone, views: Tensor, step: Step, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Views of one size as a batch of images, and what the encoder is to be told with them."""
     count = views.shape[0] if views.ndim == 5 else 1
     if encoder.training and "drop_path" in encoder.supports and encoder.config.drop_path > 0:
         noise = step.rand(count, 2 * encoder.depth)  # (B, V, 2 * depth)
-        options["drop"] = noise.transpose(0, 1).flatten(0, 1)
-    return encoder(views.flatten(0, 1) if views.ndim == 5 else views, **options)
+        options = options | {"drop": noise.transpose(0, 1).flatten(0, 1)}
+    return views.flatten(0, 1) if views.ndim == 5 else views, options
 
 
 def by_image(rows: Tensor, views: int) -> Tensor:

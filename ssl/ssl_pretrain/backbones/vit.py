@@ -145,7 +145,10 @@ class Block(nn.Module):
         norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
-        self.shortcut, self.post_norm = shortcut, post_norm
+        self.post_norm = post_norm
+        # A tensor, not a number: a compiler would make each block of another factor anew.
+        self.shortcut: Tensor | None
+        self.register_buffer("shortcut", None if shortcut == 1 else torch.tensor(float(shortcut)), persistent=False)
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_eps=norm_eps)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
@@ -175,14 +178,18 @@ class Block(nn.Module):
         y = self.ls1(self.attn(x if self.post_norm else self.norm1(x), mask, causal, rope, packed))
         if branches is not None:
             y = y * branches[..., :1]
-        x = torch.add(y, x, alpha=self.shortcut)
+        x = self._joined(y, x)
         if self.post_norm:
             x = self.norm1(x)
         y = self.ls2(self.mlp(x if self.post_norm else self.norm2(x)))
         if branches is not None:
             y = y * branches[..., 1:]
-        x = torch.add(y, x, alpha=self.shortcut)
+        x = self._joined(y, x)
         return self.norm2(x) if self.post_norm else x
+
+    def _joined(self, y: Tensor, x: Tensor) -> Tensor:
+        """A branch and the shortcut."""
+        return y + x if self.shortcut is None else torch.addcmul(y, x, self.shortcut.to(x.dtype))
 
 
 @final

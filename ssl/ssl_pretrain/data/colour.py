@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory import empty
 from .views import (
     BLUR_SIGMA,
     FACTORS,
@@ -41,18 +42,19 @@ def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, .
     raw: uint8 (..., H, W, C) on the device; params: float32 (..., P) on the CPU, with the same leading sizes; mean,
     std: C numbers each, of pixels in [0, 1]. Returns float32 (..., C, H, W), coloured by `apply` and normalised.
     """
-    pixels = raw.movedim(-1, -3)
-    out = torch.empty(pixels.shape, dtype=torch.float32, device=raw.device).copy_(pixels)
-    shape = (len(mean), 1, 1)
+    rows, pixels = params.reshape(-1, params.shape[-1]), raw.reshape(-1, *raw.shape[-3:]).movedim(-1, -3)
+    out = empty(*pixels.shape, dtype=torch.float32, device=raw.device)
+    shape, tinted = (len(mean), 1, 1), coloured(spec)
     centre = torch.tensor(mean, dtype=torch.float32).view(shape)
     scale = 1 / torch.tensor(std, dtype=torch.float32).view(shape)
     bias = (-centre * scale).to(raw.device, non_blocking=True)
-    if coloured(spec):
-        flat, rows = out.view(-1, *out.shape[-3:]).div_(255), params.reshape(-1, params.shape[-1])
-        for part in parts(flat):
-            flat[part] = apply(flat[part], rows[part], spec)
-        return torch.addcmul(bias, out, scale.to(raw.device, non_blocking=True), out=out)
-    return torch.addcmul(bias, out, (scale / 255).to(raw.device, non_blocking=True), out=out)
+    scale = (scale if tinted else scale / 255).to(raw.device, non_blocking=True)
+    for part in parts(out):
+        planes = out[part].copy_(pixels[part])
+        if tinted:
+            planes = apply(planes.div_(255), rows[part], spec)
+        torch.addcmul(bias, planes, scale, out=out[part])
+    return out.view(*raw.shape[:-3], *out.shape[1:])
 
 
 def parts(images: Tensor) -> list[slice]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory import empty
 from . import colour
 from .views import BLUR_SIGMA, FACTORS, GRAYSCALE, JITTER, NOISE_SIGMA, ORDER, SOLARIZE, ViewSpec
 
@@ -30,7 +31,7 @@ def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, .
     scale, shift = 1 / np.array(std), -np.array(mean) / np.array(std)
     matrix, by_mean = matrix * scale[:, None] / 255, by_mean * scale[:, None] / 255
     low, high = shift, shift + scale  # where 0 and 1 are after normalisation
-    out = torch.empty(len(flat), 3, *flat.shape[1:3], dtype=torch.float32, device=raw.device)
+    out = empty(len(flat), 3, *flat.shape[1:3], dtype=torch.float32, device=raw.device)
     weights, by_means, shifts = (_on(each, raw.device) for each in (matrix, by_mean, shift[:, None]))
     for part in colour.parts(flat):
         planes = out[part].copy_(flat[part].movedim(-1, 1)).flatten(2)

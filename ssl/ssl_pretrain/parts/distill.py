@@ -3,9 +3,7 @@
 Shapes: B images, S student views, T teacher views (the first T of the student's), K prototypes.
 """
 
-import mmap
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backbones.backbone import Features
 from ..errors import UserError
+from ..memory import empty
 
 CACHED = 2**18  # values of one view that are worked on together, so that a few such tables stay in a CPU's cache
 
@@ -58,7 +57,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, teacher: Tensor, temperature: float, crossed: bool) -> Tensor:
-        probabilities, each = _empty(logits), logits.new_zeros(logits.shape[1])
+        probabilities = empty(*logits.shape, dtype=logits.dtype, device=logits.device)
+        each = logits.new_zeros(logits.shape[1])
         for images in _few(logits):
             for views, met, count in _met(teacher[:, images], logits, crossed):
                 scaled, p = logits[views, images] / temperature, probabilities[views, images]
@@ -101,18 +101,6 @@ def _few(table: Tensor) -> list[slice]:
     _, b, k = table.shape
     few = max(1, CACHED // k) if table.device.type == "cpu" else b
     return [slice(i, min(i + few, b)) for i in range(0, b, few)]
-
-
-def _empty(like: Tensor) -> Tensor:
-    """An uninitialised table of that shape. malloc maps what is this large anew each time, and on a CPU the faults of its
-    4-KiB pages take as long as the loss: huge pages are asked for, where the system has them."""
-    size = like.numel() * like.element_size()
-    if like.device.type != "cpu" or size < 2**25 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
 
 
 def warmed_up(start: float, end: float, share: float, progress: float) -> float:

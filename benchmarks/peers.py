@@ -31,8 +31,7 @@ from losses import peer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_pretrain import backbones, pretext
-from ssl_pretrain.parts import distill
+from ssl_pretrain import backbones, memory, pretext
 from ssl_pretrain.pretext import Batch, Step
 
 OURS, LIGHTLY, STABLE, HF = "ssl-pretrain", "lightly", "stable-pretraining", "transformers"
@@ -149,7 +148,7 @@ ROWS: dict[str, Callable[[str, int, list[str], str], dict[str, Run]]] = {"mae": 
 
 def counts(names: list[str], variants: list[str]) -> None:
     """Kernels and waits of a step, as an accelerator would see them: where a CPU's cache does not cut tables up."""
-    distill.CACHED = 2**40
+    memory.CACHED = 2**40
     print("| step | | kernels | of the peer's | host waits |\n| --- | --- | --- | --- | --- |")
     for name in names:
         total: dict[str, int] = {}
@@ -168,7 +167,7 @@ def speeds(names: list[str], variants: list[str], options: argparse.Namespace) -
     """Images a CPU-second of one thread, in turns."""
     torch.set_num_threads(1)
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    print("| step | | images a CPU-second | ours over it | share of the matrix product's rate |")
+    print("| step | | images a CPU-second | its time over ours | share of the matrix product's rate |")
     print("| --- | --- | --- | --- | --- |")
     for name in names:
         torch.manual_seed(0)
@@ -190,7 +189,7 @@ def speeds(names: list[str], variants: list[str], options: argparse.Namespace) -
             print(f"| {name} | {who} | {options.images / seconds:.2f} | {ratio:.2f} | {share} |", flush=True)
 
 
-def memory(names: list[str], variants: list[str], options: argparse.Namespace) -> None:
+def peaks(names: list[str], variants: list[str], options: argparse.Namespace) -> None:
     """Peak of a process that does two steps, each variant in its own, beyond what it has before them."""
     print("| step | | MB beyond the model | over ours |\n| --- | --- | --- | --- |")
     for name in names:
@@ -233,7 +232,7 @@ def main() -> None:
     elif options.count:
         counts(options.rows, variants)
     elif options.memory:
-        memory(options.rows, variants, options)
+        peaks(options.rows, variants, options)
     else:
         speeds(options.rows, variants, options)
 

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from ssl_pretrain import memory
 from ssl_pretrain.backbones.backbone import Features
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.parts import distill
 from ssl_pretrain.parts.distill import class_token, cross_entropy_of_pairs, cross_entropy_of_patches
+from ssl_pretrain.parts.heads import Prototypes
 
 COUNTED = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
 
@@ -72,7 +74,7 @@ def plain_pairs(student: torch.Tensor, teacher: torch.Tensor, temperature: float
 
 @pytest.mark.parametrize("cached", [1, 22, 10**6], ids=["one image", "two images", "all"])
 def test_pairs_have_the_gradient_of_autograd_for_any_weights(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "CACHED", cached)
+    monkeypatch.setattr(memory, "CACHED", cached)
     generator = torch.Generator().manual_seed(1)
     student = (3 * torch.randn(5, 7, 11, generator=generator, dtype=torch.float64)).requires_grad_()
     teacher = torch.randn(3, 7, 11, generator=generator, dtype=torch.float64).mul(4).softmax(-1)
@@ -129,3 +131,28 @@ def test_bfloat16_and_autocast_are_computed_in_float32(loss: str) -> None:
     expected, wanted = both(student.float())
     torch.testing.assert_close(each, expected, rtol=0, atol=0)
     torch.testing.assert_close(grad, wanted.bfloat16(), rtol=0, atol=0)
+
+
+def test_prototypes_are_a_linear_map_of_unit_rows_and_so_is_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x = Prototypes(6, 50).double(), torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(3, 4, 50, dtype=torch.float64)
+
+    def plain() -> Tensor:
+        rows = layer.weight / layer.weight.square().sum(1, keepdim=True).sqrt()
+        return (x / x.square().sum(-1, keepdim=True).sqrt()) @ rows.T
+
+    expected = torch.autograd.grad(plain(), (x, layer.weight), g)
+    for cached in (2**18, 40):  # all rows together, and six of them
+        monkeypatch.setattr(memory, "CACHED", cached)
+        assert torch.allclose(layer(x), plain(), atol=1e-12)
+        for one, other in zip(torch.autograd.grad(layer(x), (x, layer.weight), g), expected, strict=True):
+            assert torch.allclose(one, other, atol=1e-12)
+    frozen = torch.autograd.grad(layer(x, frozen=True), (x, layer.weight), g)
+    assert torch.allclose(frozen[0], expected[0], atol=1e-12)
+    assert not frozen[1].any()
+    with torch.no_grad():
+        layer.weight[7] = 0  # a row without direction stays without one, and its gradient is finite
+    out = layer(x)
+    assert not out[..., 7].any()
+    assert torch.autograd.grad(out, layer.weight, g)[0].isfinite().all()

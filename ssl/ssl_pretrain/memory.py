@@ -1,4 +1,4 @@
-"""Memory for tables so large that asking the system for it takes as long as filling them."""
+"""Tables so large that their way to memory and back, or asking the system for them, takes longer than what is computed."""
 
 import mmap
 from contextlib import suppress
@@ -6,6 +6,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+CACHED = 2**18  # values that are worked on together, so that a few tables of them stay in a CPU's cache
 LARGE = 2**25  # bytes: what malloc gives back to the system as soon as it is free
 
 
@@ -20,3 +21,9 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def in_cache(rows: int, width: int, device: torch.device) -> list[slice]:
+    """The rows of a table a few at a time: on a CPU as many as its cache holds, elsewhere all."""
+    few = max(1, CACHED // width) if device.type == "cpu" else rows
+    return [slice(i, min(i + few, rows)) for i in range(0, rows, few)]

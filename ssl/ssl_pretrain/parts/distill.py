@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import memory
 from ..backbones.backbone import Features
 from ..errors import UserError
-from ..memory import empty
-
-CACHED = 2**18  # values of one view that are worked on together, so that a few such tables stay in a CPU's cache
 
 
 def cross_entropy_of_pairs(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -57,7 +55,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, teacher: Tensor, temperature: float, crossed: bool) -> Tensor:
-        probabilities = empty(*logits.shape, dtype=logits.dtype, device=logits.device)
+        probabilities = memory.empty(*logits.shape, dtype=logits.dtype, device=logits.device)
         each = logits.new_zeros(logits.shape[1])
         for images in _few(logits):
             for views, met, count in _met(teacher[:, images], logits, crossed):
@@ -91,16 +89,14 @@ def _met(teacher: Tensor, table: Tensor, crossed: bool) -> Iterator[tuple[slice,
         yield slice(view, view + 1), teacher[view] if total is None else total - teacher[view], t - 1 if crossed else 1
     if total is None:
         return
-    together = max(1, CACHED // (b * k)) if table.device.type == "cpu" else s
+    together = max(1, memory.CACHED // (b * k)) if table.device.type == "cpu" else s
     for first in range(t, s, together):
         yield slice(first, min(first + together, s)), total, t
 
 
 def _few(table: Tensor) -> list[slice]:
-    """The images of a table (S, B, K) a few at a time: on a CPU as many as its cache holds with all they meet, else all."""
-    _, b, k = table.shape
-    few = max(1, CACHED // k) if table.device.type == "cpu" else b
-    return [slice(i, min(i + few, b)) for i in range(0, b, few)]
+    """The images of a table (S, B, K) a few at a time."""
+    return memory.in_cache(table.shape[1], table.shape[2], table.device)
 
 
 def warmed_up(start: float, end: float, share: float, progress: float) -> float:

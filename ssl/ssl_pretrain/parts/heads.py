@@ -4,12 +4,14 @@ Shapes: B vectors, D in, K out.
 """
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from .. import memory
 from .norm import BatchNorm1d
 
 
@@ -51,7 +53,7 @@ class Prototypes(nn.Module):
         """(..., D) of any length to similarities (..., K) in [-1, 1]; `frozen`: the directions get gradients of zero."""
         weight = self.weight.detach() + 0 * self.weight if frozen else self.weight
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 cosines over a temperature of 0.04 are off by 0.1
-            return F.linear(unit(x), unit(weight))
+            return F.linear(unit(x), _UnitRows.apply(weight.to(torch.promote_types(weight.dtype, torch.float32))))
 
 
 class PrototypeHead(nn.Module):
@@ -75,3 +77,28 @@ class PrototypeHead(nn.Module):
 def unit(x: Tensor) -> Tensor:
     """Vectors (..., D) scaled to length 1, float32 (or wider)."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+class _UnitRows(torch.autograd.Function):
+    """`unit` of a table (K, D) of many rows, in one pass over it forward and one backward, where autograd makes nine."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> Tensor:
+        directions = memory.empty(*table.shape, dtype=table.dtype, device=table.device)
+        inverse = torch.linalg.vector_norm(table, dim=1, keepdim=True).clamp_min_(1e-12).reciprocal_()
+        torch.mul(table, inverse, out=directions)
+        ctx.save_for_backward(directions, inverse)
+        return directions
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # d unit(w) / dw takes away what lies along w: (g - <g, u> u) / |w|
+        directions, inverse = ctx.saved_tensors
+        out = memory.empty(*directions.shape, dtype=directions.dtype, device=directions.device)
+        count, width = directions.shape
+        for rows in memory.in_cache(count, width, directions.device):
+            u, g = directions[rows], gradient[rows]
+            along = (u * g).sum(1, keepdim=True)
+            torch.addcmul(g, u, along, value=-1, out=out[rows]).mul_(inverse[rows])
+        return out

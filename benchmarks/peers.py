@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_pretrain import backbones, memory, pretext
+from ssl_pretrain.data.views import fitted
 from ssl_pretrain.pretext import Batch, Step
 
 OURS, LIGHTLY, STABLE, HF = "ssl-pretrain", "lightly", "stable-pretraining", "transformers"
@@ -46,7 +47,7 @@ def ours(name: str, encoder: str, images: int, precision: str, **knobs: Any) -> 
     method = kind(backbones.build(encoder, image_size=(224, 224), **options), kind.Config(**knobs))
     method.prepare(images)
     views = {}
-    for spec in kind.views(method.config, (224, 224)):
+    for spec in fitted(kind.views(method.config, (224, 224)), (224, 224), method.encoder.stride):
         shape = (images, 3, *spec.size) if spec.count == 1 else (spec.count, images, 3, *spec.size)
         views[spec.name] = torch.randn(shape)
     batch = Batch(views=views, index=torch.arange(images), labels=None)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ssl_pretrain import memory
 from ssl_pretrain.parts.sinkhorn import sinkhorn
 
 EPSILON = 0.05
@@ -71,6 +72,19 @@ def test_rows_that_do_not_count_are_as_if_absent() -> None:
     found = sinkhorn(torch.where(counted[:, None], logits, 100.0), EPSILON, counted=counted)
     torch.testing.assert_close(found[counted], sinkhorn(logits[counted], EPSILON), rtol=1e-5, atol=1e-7)
     assert not found[~counted].any()
+
+
+def test_where_no_row_counts_all_are_zero() -> None:
+    found = sinkhorn(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), EPSILON, 3, torch.zeros(3).bool())
+    assert not found.any()
+
+
+def test_worked_on_a_few_rows_at_a_time_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(23, 17, generator=torch.Generator().manual_seed(0))
+    counted = torch.arange(23) % 4 > 0
+    whole = sinkhorn(logits, EPSILON, 3, counted)
+    monkeypatch.setattr(memory, "CACHED", 2 * 17)
+    torch.testing.assert_close(sinkhorn(logits, EPSILON, 3, counted), whole, rtol=1e-5, atol=1e-8)
 
 
 def test_it_carries_no_gradient() -> None:

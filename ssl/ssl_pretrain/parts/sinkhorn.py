@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..distributed import all_reduce_
+
+NOTHING = -1e30  # below every logit, and yet a number: minus infinity less itself is none
 
 
 @torch.no_grad()
@@ -12,15 +15,36 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, counted: T
     "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", 2020, section 3.1).
 
     logits: (B, K) of any size; `temperature` is the paper's epsilon. counted: (B,) bool, rows that take part; the others
-    (padding) come out as zeros. Works on logarithms, so nothing overflows, and no shift changes the result.
+    (padding) come out as zeros. No shift changes the result, and nothing overflows: what the columns are divided by is
+    kept as its logarithm, one number each, and the table is read, never written.
     """
-    x = logits.float() / temperature
-    if counted is not None:
-        x = x.masked_fill(~counted[:, None], -torch.inf)
-    for _ in range(iterations):
-        top = all_reduce_(x.max(dim=0).values, "max")
-        x = x - (all_reduce_((x - top).exp().sum(0)).log() + top)
-        x = x - torch.logsumexp(x, dim=1, keepdim=True)
-        if counted is not None:  # -inf less -inf
-            x = x.masked_fill(~counted[:, None], -torch.inf)
-    return x.exp()
+    count, width = logits.shape
+    few = memory.in_cache(count, width, logits.device)
+    weights = torch.ones(count, device=logits.device) if counted is None else counted.float()
+
+    def scaled(rows: slice, less: Tensor) -> Tensor:
+        return torch.add(-less, logits[rows].float(), alpha=1 / temperature)
+
+    # The first division of the columns, whose sums may be anything.
+    absent = weights.log()[:, None]  # minus infinity for rows that do not count
+    top = torch.full((width,), NOTHING, device=logits.device)
+    total = torch.zeros_like(top)
+    for rows in few:
+        x = scaled(rows, -absent[rows])
+        higher = torch.maximum(top, x.amax(0))
+        total.mul_((top - higher).exp_()).add_(x.sub_(higher).exp_().sum(0))
+        top = higher
+    highest = all_reduce_(top.clone(), "max")
+    columns = all_reduce_(total.mul_((top - highest).exp_())).log_().add_(highest)
+
+    # From now on a column has a sum of one before the rows are divided, by K at most: what follows is never too small.
+    for _ in range(iterations - 1):
+        sums = torch.zeros_like(columns)
+        for rows in few:
+            sums.addmv_(torch.softmax(scaled(rows, columns), dim=1).T, weights[rows])
+        columns += all_reduce_(sums).log_()
+
+    found = memory.empty(count, width, dtype=torch.float32, device=logits.device)
+    for rows in few:
+        torch.softmax(scaled(rows, columns), dim=1, out=found[rows])
+    return found if counted is None else found.masked_fill_(~counted[:, None], 0)

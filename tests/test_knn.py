@@ -38,7 +38,10 @@ def test_neighbours_are_those_of_scikit_learn(k: int, tile: tuple[int, int]) -> 
     similarity, index = nearest(torch.from_numpy(queries), bank, k, tile=tile)
     oracle = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(unit(bank))
     distance, wanted = oracle.kneighbors(unit(queries))
-    np.testing.assert_array_equal(index.numpy(), wanted)
+    # In another order only where float32 cannot tell two neighbours apart.
+    exact = np.take_along_axis(unit(queries) @ unit(bank).T, index.numpy(), 1)
+    np.testing.assert_allclose(exact, 1 - distance, atol=2e-7)
+    assert (index.numpy() != wanted).mean() < 1e-3
     np.testing.assert_allclose(similarity.numpy(), 1 - distance, atol=2e-6)
     assert (similarity.dtype, index.dtype) == (torch.float32, torch.int64)
 

@@ -71,6 +71,7 @@ def lloyd(rows: Tensor, centres: Tensor, max_iterations: int, least: float) -> C
     k = len(centres)
     squares = rows.square().sum(1)
     assigned = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
+    sums = torch.zeros(k, rows.shape[1], dtype=torch.float64, device=rows.device)
     iteration = 0
     while iteration < max_iterations:
         before, (assigned, distance) = assigned, _assign(rows, squares, centres)
@@ -83,10 +84,12 @@ def lloyd(rows: Tensor, centres: Tensor, max_iterations: int, least: float) -> C
             far = int(distance.argmax())
             counts[assigned[far]] -= 1
             counts[empty], assigned[far] = 1, empty
-        sums = torch.zeros(k, rows.shape[1], dtype=torch.float64, device=rows.device)
-        for start in range(0, len(rows), CHUNK):
-            part = slice(start, start + CHUNK)
-            sums.index_add_(0, assigned[part], rows[part].double())
+        # After the first iterations few rows change their cluster; the sums, in float64, take those over.
+        for part in (assigned != before).nonzero()[:, 0].split(CHUNK):
+            moving = rows[part].double()
+            sums.index_add_(0, assigned[part], moving)
+            if iteration > 1:
+                sums.index_add_(0, before[part], moving, alpha=-1)
         moved = (sums / counts[:, None]).to(rows.dtype)
         shift = float((moved - centres).square().sum())
         centres = moved

@@ -4,8 +4,8 @@ A mask is an image file of class numbers, one a pixel: a palette's indices or gr
 
     X.jpg beside X.seg.png, X.mask.png or X.png
     images/.../X.jpg and masks/.../X.png, in any place of the path; the words are those of IMAGE_TREES and MASK_TREES,
-    so that ADE20K (images, annotations), VOC (JPEGImages, SegmentationClass) and DAVIS (JPEGImages, Annotations) are
-    read as they come
+    so that ADE20K (images, annotations), VOC (JPEGImages, SegmentationClass), DAVIS (JPEGImages, Annotations) and
+    Cityscapes (leftImg8bit, gtFine; labelTrainIds where they are, else labelIds) are read as they come
 
 Splits are folders named train (training), val (validation), test, the same words in the names of tar shards, or VOC's
 lists ImageSets/Segmentation/*.txt. Shapes: an image and its mask are H x W pixels.
@@ -29,9 +29,17 @@ from ssl_pretrain.data.decode import BadImage, Picture
 from ssl_pretrain.data.source import Source
 from ssl_pretrain.errors import UserError, nearest
 
-IMAGE_TREES = frozenset({"images", "image", "imgs", "img", "jpegimages"})
-MASK_TREES = frozenset({"masks", "mask", "annotations", "annotation", "labels", "label", "segmentationclass"})
-MASK_ENDINGS = (".seg", ".mask")  # before the extension
+IMAGE_TREES = frozenset({"images", "image", "imgs", "img", "jpegimages", "leftimg8bit"})
+MASK_TREES = frozenset({"masks", "mask", "annotations", "annotation", "labels", "label", "segmentationclass", "gtfine"})
+IMAGE_ENDING = (
+    "_leftimg8bit"  # before the extension, like those of masks; of the last two, which come in this order, the
+)
+MASK_ENDINGS = (
+    ".seg",
+    ".mask",
+    "_gtfine_labelids",
+    "_gtfine_labeltrainids",
+)  # latter counts where a mask is there twice
 SPLIT_ALIASES = {"training": "train", "testing": "test"}
 LISTS = "imagesets/segmentation/"
 LAYOUTS = (
@@ -186,6 +194,8 @@ def find(data: str) -> Found:
             del folders[tree]
         if ending := next((e for e in MASK_ENDINGS if stem.lower().endswith(e)), None):
             stem, is_mask = stem[: -len(ending)], True
+        elif stem.lower().endswith(IMAGE_ENDING):
+            stem = stem[: -len(IMAGE_ENDING)]
         key = "/".join(folders), stem
         if is_mask:
             masks[key] = name

@@ -432,6 +432,20 @@ def test_voc_and_davis_are_read_as_they_come(tmp_path: Path) -> None:
     assert videos.folders() == {"480p/bear": [0, 1, 2], "480p/dog": [3, 4, 5]}
 
 
+def test_cityscapes_is_read_as_it_comes(tmp_path: Path) -> None:
+    for split, city, numbers in (("train", "aachen", (1, 2)), ("val", "ulm", (3,))):
+        for n in numbers:
+            name = f"{split}/{city}/{city}_{n:06d}_000019"
+            for kind in ("color", "instanceIds", "labelIds", "labelTrainIds"):
+                write(tmp_path, f"leftImg8bit/{name}_leftImg8bit.png", f"gtFine/{name}_gtFine_{kind}.png", n)
+    (tmp_path / "gtFine/val/ulm/ulm_000003_000019_gtFine_labelTrainIds.png").unlink()
+    found = _masks.find(str(tmp_path))
+    assert found.splits == ["train", "val"]
+    assert [pair.mask.rpartition("_")[2] for pair in found.pairs] == ["labelTrainIds.png"] * 2 + ["labelIds.png"]
+    assert [pair.image.rpartition("_")[2] for pair in found.pairs] == ["leftImg8bit.png"] * 3
+    assert not found.alone
+
+
 def test_shards_named_after_splits(tmp_path: Path) -> None:
     for i, split in enumerate(("train", "train", "val")):
         write(tmp_path / "data" / f"d-{split}-00{i}", f"{i}.jpg", f"{i}.png", i)

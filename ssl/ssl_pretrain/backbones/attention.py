@@ -123,7 +123,7 @@ def _agrees(kernel: Ragged, device: torch.device, dtype: torch.dtype, width: int
                 out.float().square().sum().backward()
             assert inputs.grad is not None
             found.append((out.detach().float(), inputs.grad.float()))
-    except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
+    except (ImportError, RuntimeError, ValueError, TypeError, AttributeError):
         return False  # not in this version, not for this device, dtype or width
     return all(bool((a - b).abs().max() <= 0.05 * b.abs().max()) for a, b in zip(*found, strict=True))
 

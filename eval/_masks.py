@@ -31,15 +31,9 @@ from ssl_pretrain.errors import UserError, nearest
 
 IMAGE_TREES = frozenset({"images", "image", "imgs", "img", "jpegimages", "leftimg8bit"})
 MASK_TREES = frozenset({"masks", "mask", "annotations", "annotation", "labels", "label", "segmentationclass", "gtfine"})
-IMAGE_ENDING = (
-    "_leftimg8bit"  # before the extension, like those of masks; of the last two, which come in this order, the
-)
-MASK_ENDINGS = (
-    ".seg",
-    ".mask",
-    "_gtfine_labelids",
-    "_gtfine_labeltrainids",
-)  # latter counts where a mask is there twice
+# Before the extension. Where a mask is there with both of the last two endings, the latter counts: it is read later.
+IMAGE_ENDING = "_leftimg8bit"
+MASK_ENDINGS = (".seg", ".mask", "_gtfine_labelids", "_gtfine_labeltrainids")
 SPLIT_ALIASES = {"training": "train", "testing": "test"}
 LISTS = "imagesets/segmentation/"
 LAYOUTS = (

@@ -107,6 +107,8 @@ def test_a_kernel_is_taken_only_where_it_is_right(monkeypatch: pytest.MonkeyPatc
     assert takes(absent, one_by_one) is one_by_one
     assert takes(off, absent) is None
     assert takes(off, one_by_one) is one_by_one
+    with torch.inference_mode():
+        assert takes(one_by_one, absent) is one_by_one
     assert torch.equal(state, torch.get_rng_state())
     monkeypatch.undo()
     ragged_kernel.cache_clear()

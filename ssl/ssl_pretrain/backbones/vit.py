@@ -381,11 +381,7 @@ class ViT(Backbone):
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             branches = None if factors is None else factors[..., 2 * i : 2 * i + 2]
-            x = (
-                block(x, mask, causal, rope, branches)
-                if packed is None
-                else block(x, None, False, rope, branches, packed)
-            )
+            x = block(x, mask, causal, rope, branches, packed)
             if i in indices:
                 outputs[i] = x
         return self.norm(x), tuple(outputs[i] for i in indices)

@@ -15,7 +15,7 @@ from ssl_pretrain.backbones.positions import sincos_table
 from ssl_pretrain.backbones.vit import Mlp
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.parts.patches import normalise, patchify, unpatchify
+from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -102,7 +102,7 @@ class AIM(Method):
         predicted, prefixes = self.predict(images, step)
         target = patchify(images, self.encoder.stride).float()
         if self.config.norm_pix:
-            target, _, _ = normalise(target)
+            target = normalise(target)
         errors = (predicted.float() - target[:, 1:]).square().mean(-1)  # (B, N - 1): of patches 1 to N - 1
         patches = target.shape[1]
         wanted = torch.arange(1, patches, device=images.device) >= prefixes[step.rows, None]
@@ -144,7 +144,7 @@ class AIM(Method):
         patches = patchify(images, self.encoder.stride).float()
         predicted = predicted.float()
         if self.config.norm_pix:
-            _, mean, deviation = normalise(patches[:, 1:])
+            mean, deviation = moments(patches[:, 1:])
             predicted = predicted * deviation + mean
         grid = tuple(size // side for size, side in zip(images.shape[-2:], self.encoder.stride, strict=True))
         painted = torch.cat([patches[:, :1], predicted], dim=1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_pretrain.backbones.backbone import Backbone
@@ -18,7 +19,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.init import xavier_
 from ssl_pretrain.parts.masks import put, random_masking, rows
-from ssl_pretrain.parts.patches import normalise, patchify, unpatchify
+from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
 
@@ -105,10 +106,11 @@ class MAE(Method):
         predicted, masked, _, _ = self.reconstruct(images, step)
         target = rows(patchify(images, self.encoder.stride), masked).float()
         if self.config.norm_pix:
-            target, _, _ = normalise(target)
+            target = normalise(target)
         # Every image has the same number of masked patches: the mean over all is the paper's sum(loss * mask) / sum(mask).
-        per_sample = (predicted.float() - target).square().mean(dim=(1, 2))
-        return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
+        predicted = predicted.float()
+        per_sample = F.mse_loss(predicted.detach(), target, reduction="none").mean(dim=(1, 2))
+        return Losses(total=F.mse_loss(predicted, target), per_sample=per_sample)
 
     def reconstruct(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Predictions (B, M, F) for the masked patches, their indices (B, M), the kept ones' (B, K), and the grid."""
@@ -121,16 +123,15 @@ class MAE(Method):
         positions = self.decoder_pos_embed
         if grid != self.grid:
             positions = sincos_table(grid, self.config.decoder_dim)[None].to(images.device)
-        # A class token takes part in the decoder's attention, without a position.
-        prefix = [] if seen.cls is None else [seen.cls[:, None]]
-        tokens = self.decoder_embed(torch.cat([*prefix, seen.patches], dim=1) if prefix else seen.patches)
-        *prefix, tokens = tokens.split([*(1 for _ in prefix), keep.shape[1]], dim=1)
+        # Prefix tokens take part in the decoder's attention, without a position.
+        tokens = self.decoder_embed(seen.patches if seen.tokens is None else seen.tokens)
+        prefix, tokens = tokens.split([tokens.shape[1] - keep.shape[1], keep.shape[1]], dim=1)
         x = self.mask_token.to(tokens.dtype).expand(len(images), patches, -1)
         x = put(x, keep, tokens) + positions.to(tokens.dtype)
-        x = torch.cat([*prefix, x], dim=1) if prefix else x
+        x = torch.cat([prefix, x], dim=1) if prefix.shape[1] else x
         for block in self.decoder_blocks:
             x = block(x)
-        x = rows(x, masked + len(prefix))
+        x = rows(x, masked + prefix.shape[1])
         return self.decoder_pred(self.decoder_norm(x)), masked, keep, grid
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
@@ -151,7 +152,7 @@ class MAE(Method):
         patches = patchify(images, self.encoder.stride).float()
         predicted = predicted.float()
         if self.config.norm_pix:
-            _, mean, deviation = normalise(rows(patches, masked))
+            mean, deviation = moments(rows(patches, masked))
             predicted = predicted * deviation + mean
         hidden = put(patches, masked, torch.zeros_like(predicted))
         painted = put(patches, masked, predicted)

@@ -20,7 +20,7 @@ from ssl_pretrain.backbones.vit import Mlp
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.masks import put, rows
-from ssl_pretrain.parts.patches import normalise, patchify, unpatchify
+from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -134,7 +134,7 @@ class SemAIM(Method):
         predicted = self.predict(images, order, step)
         target = patchify(self.blurred(images), self.encoder.stride)
         if self.config.norm_pix:
-            target, _, _ = normalise(target)
+            target = normalise(target)
         per_sample = (predicted.float() - rows(target, order[:, 1:])).square().mean(dim=(1, 2))
         return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
 
@@ -201,7 +201,7 @@ class SemAIM(Method):
         predicted = self.predict(images, order, step).float()
         target = patchify(self.blurred(images), self.encoder.stride)
         if self.config.norm_pix:
-            _, mean, deviation = normalise(rows(target, order[:, 1:]))
+            mean, deviation = moments(rows(target, order[:, 1:]))
             predicted = predicted * deviation + mean
         grid = self._grid((images.shape[-2], images.shape[-1]))
         early = torch.linspace(1, -1, order.shape[1], device=images.device).expand_as(order)

@@ -25,6 +25,7 @@ class Features:
     pooled: Tensor  # (B, D): one vector an image, as the encoder's config defines it
     prefix: Tensor | None = None  # (B, P, D): CLS first if there is one, then registers; None without any
     blocks: tuple[Tensor, ...] = ()  # (B, L, D) (prefix first) of each block asked for, before the final norm
+    tokens: Tensor | None = None  # (B, L, D): prefix and patches as the one row they are; None without a prefix
 
 
 class Backbone(nn.Module, ABC):

@@ -47,12 +47,10 @@ class PatchEmbed(nn.Module):
         """
         p = self.proj.kernel_size[0]
         patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p)
-        if keep is None:
-            patches = patches.flatten(1, 2)
-        else:
-            w = patches.shape[2]
-            patches = patches[torch.arange(len(keep), device=keep.device)[:, None], keep // w, keep % w]
-        return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+        patches = patches.flatten(3).flatten(1, 2)
+        if keep is not None:
+            patches = torch.gather(patches, 1, keep[:, :, None].expand(-1, -1, patches.shape[2]))
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -396,6 +394,7 @@ class ViT(Backbone):
             pooled=cls if cls is not None and self.config.pool == "cls" else patches.mean(1),
             prefix=prefix if self.prefix_tokens else None,
             blocks=outputs,
+            tokens=x if self.prefix_tokens else None,
         )
 
     def layer_of(self, parameter: str) -> int:

@@ -1,7 +1,10 @@
 """Images as rows of patches. Shapes: B images, C channels, H x W pixels, p patch side(s), N = (H/p)(W/p) patches in raster
 order, F = p * p * C values a patch."""
 
+import torch.nn.functional as F
 from torch import Tensor
+
+EPS = 1e-6  # added to a patch's variance
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -20,10 +23,16 @@ def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h * p, w * q)
 
 
-def normalise(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch to mean 0 and variance 1 over its F values, the variance unbiased (MAE, section 4, "reconstruction
-    target"). Returns (normalised (B, N, F), mean (B, N, 1), standard deviation (B, N, 1)), float32."""
+def normalise(patches: Tensor) -> Tensor:
+    """Each patch (B, N, F) to mean 0 and variance 1 over its F values, float32, the variance unbiased (MAE, section 4,
+    "reconstruction target")."""
+    values = patches.shape[-1]
+    # A layer norm is one pass over the patches, and divides by the biased deviation.
+    biased = (values - 1) / values
+    return F.layer_norm(patches.float(), (values,), eps=EPS * biased) * biased**0.5
+
+
+def moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation (B, N, 1) float32 by which `normalise` moves and scales patches (B, N, F)."""
     patches = patches.float()
-    mean = patches.mean(-1, keepdim=True)
-    deviation = (patches.var(-1, keepdim=True, unbiased=True) + 1e-6).sqrt()
-    return (patches - mean) / deviation, mean, deviation
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True, unbiased=True) + EPS).sqrt()

@@ -28,7 +28,9 @@ def commands(page: Path) -> list[str]:
     """Lines of code blocks (indented or fenced) that are one of our commands, continuation lines joined."""
     text = re.sub(r" *\\\n\s*", " ", page.read_text())
     lines = re.findall(
-        r"^(?:    )?((?:.*&& )?(?:ssl-pretrain|ssl-eval|ssl-data|python benchmarks/)[^|`\n]*)$", text, re.MULTILINE
+        r"^(?:    )?((?:.*&& )?(?:ssl-pretrain|ssl-eval|ssl-data|ssl-report|python benchmarks/)[^|`\n]*)$",
+        text,
+        re.MULTILINE,
     )
     return [line.split("&& ")[-1].strip() for line in lines]
 
@@ -110,8 +112,8 @@ def run(line: str, desk: Path) -> None:
         argv += ["--out", str(desk / "run" / str(abs(hash(line))))] if "--out" not in words else []
         if "--help" not in words and "--data" in words:
             argv += small(words)
-    elif words[0] == "ssl-data":
-        argv = [sys.executable, "-m", "ssl_pretrain.launch.data", *words[1:]]
+    elif words[0] in ("ssl-data", "ssl-report"):
+        argv = [sys.executable, "-m", f"ssl_pretrain.launch.{words[0][4:]}", *words[1:]]
     elif program:
         argv = [sys.executable, "-m", "ssl_pretrain.launch.evaluate", *words[1:], *SHRINK[program]]
     else:

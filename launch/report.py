@@ -1,0 +1,260 @@
+"""The command `ssl-report`: one or several runs as a page of curves, scores and pictures that needs nothing else."""
+
+import base64
+import html
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_pretrain import flags
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.files import write_text
+
+from . import chart
+from .table import cells_of
+
+PROG = "ssl-report"
+USAGE = f"""usage: {PROG} RUN [RUN ...] [flags]
+
+Write a page of a run's curves, scores, warnings and pictures, or of several runs over one another: loss and every other
+number of metrics.jsonl, what the evaluators found, in which settings the runs differ, and the last pictures of each. RUN is
+the --out of ssl-pretrain; of a run that is still going, it is what it is so far.
+
+{PROG} --help shows all flags. Exit codes: 0 done, 2 a mistake in the command, 1 anything else."""
+NOT_DRAWN = ("step", "time", "epoch", "skipped", "bad_images")
+LISTED = 20  # warnings and bad images that are shown of a run
+STYLE = """body{font:14px sans-serif;margin:2em;max-width:1100px}table{border-collapse:collapse;margin:.5em 0}
+th,td{border:1px solid #999;padding:.25em .6em;text-align:left}svg{background:#fff}svg text{font:11px sans-serif}
+.grid{stroke:#ddd}polyline{fill:none;stroke-width:1.5}figure{display:inline-block;margin:0 1em 1em 0}
+figcaption{font-weight:bold}img{max-width:100%;image-rendering:pixelated}i{display:inline-block;width:2em;height:0;
+border-top:3px solid;vertical-align:middle}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The page."""
+
+    out: Path | None = None
+    """File to write (default: report.html in the first run's folder)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds."""
+
+    name: str
+    folder: Path
+    manifest: dict[str, Any]
+    config: dict[str, str]
+    lines: list[dict[str, Any]]
+    warnings: list[str]
+    bad_images: list[dict[str, Any]]
+    results: list[tuple[str, dict[str, Any]]]  # path within the folder, and what its results.json holds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, having said everything there is to say."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(argv)
+    except UserError as mistake:
+        print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
+        return 2
+    except OSError as problem:
+        print(f"{PROG}: {problem.filename or 'the page'}: {problem.strerror or problem}", file=sys.stderr)
+        return 1
+
+
+def _main(argv: list[str]) -> int:
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    folders, words = argv[:count], argv[count:]
+    if not folders and not {"-h", "--help"} & set(words):
+        print(USAGE, file=sys.stderr)
+        return 2
+    (options,) = flags.parse([Options], words, {}, prog=f"{PROG} RUN [RUN ...]", description=USAGE.split("\n\n")[1])
+    runs = [read(Path(folder), name) for folder, name in zip(folders, _names(folders), strict=True)]
+    out: Path = options.out or runs[0].folder / "report.html"
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    write_text(out, page(runs))
+    print(f"written: {out}")
+    return 0
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """What to call runs: their folders' own names, or paths from where these part."""
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise UserError("a run stands there twice")
+    if len({path.name for path in paths}) == len(paths):
+        return [path.name for path in paths]
+    common = os.path.commonpath(paths)
+    return [os.path.relpath(path, common) for path in paths]
+
+
+# ---- Reading.
+
+
+def read(folder: Path, name: str) -> Run:
+    """A run's folder. Raises UserError for one that is none."""
+    if not (folder / "metrics.jsonl").is_file():
+        found = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
+        inside = f"; there are runs in it: {', '.join(found[:5])}" if found else ""
+        what = "is no run: it has no metrics.jsonl" if folder.is_dir() else "is not there"
+        raise UserError(f"{folder} {what}{inside}. Name the --out of an ssl-pretrain")
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except (FileNotFoundError, ValueError, yaml.YAMLError) as problem:
+        raise UserError(f"{folder} is no whole run: {' '.join(str(problem).split())}") from None
+    results = []
+    for path in sorted(folder.rglob("results.json")):
+        result = _json(path.read_text())
+        if result is not None and "evaluator" in result:
+            results.append((str(path.parent.relative_to(folder)), result))
+    warnings = folder / "warnings.log"
+    return Run(
+        name,
+        folder,
+        manifest,
+        {key: json.dumps(value) for key, value in config.items()},
+        _lines(folder / "metrics.jsonl"),
+        warnings.read_text().splitlines() if warnings.exists() else [],
+        _lines(folder / "bad_images.jsonl"),
+        results,
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file; one that is just being written is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in map(_json, lines) if line is not None]
+
+
+def _json(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def pictures(folder: Path) -> list[tuple[str, int, bytes]]:
+    """The last pictures that a run logged: what they show from top to bottom, the step, PNG bytes."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of purged steps, which resuming makes
+    from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+
+    if not (folder / "tensorboard").is_dir():
+        return []
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={IMAGES: 1})
+    events.Reload()
+    last: dict[str, Any] = {tag: events.Images(tag)[-1] for tag in events.Tags()[IMAGES]}
+    return [(tag, picture.step, picture.encoded_image_string) for tag, picture in last.items()]
+
+
+# ---- Writing.
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page of those runs, HTML."""
+    title = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
+    parts = [f"<h1>{html.escape(title)}</h1>", _summary(runs), _differences(runs), "<h2>Curves</h2>"]
+    for name in _drawn(runs):
+        svg = chart.draw([(i, curve(run, name)) for i, run in enumerate(runs)])
+        if svg:
+            parts.append(f"<figure><figcaption>{html.escape(name)}</figcaption>{svg}</figure>")
+    parts.append(_scores(runs))
+    for run in runs:
+        notes = [*run.warnings[-LISTED:], *(f"{bad['name']}: {bad['reason']}" for bad in run.bad_images[:LISTED])]
+        if notes:
+            items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+            parts.append(f"<h2>Warnings and unreadable images: {html.escape(run.name)}</h2><ul>{items}</ul>")
+        for tag, step, png in pictures(run.folder):
+            text = f"{run.name}, step {step:,}: {tag}"
+            data = base64.b64encode(png).decode()
+            parts.append(
+                f'<h2>{html.escape(text)}</h2><img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+            )
+    head = f'<!doctype html>\n<meta charset="utf-8"><title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n'
+    return head + "\n".join(part for part in parts if part) + "\n"
+
+
+def curve(run: Run, name: str) -> list[tuple[float, float | None]]:
+    """The (step, value) of one number of a run; None where it was not finite."""
+    points = [(line["step"], line[name]) for line in run.lines if name in line and "step" in line]
+    return [(step, y if isinstance(y, int | float) and math.isfinite(y) else None) for step, y in points]
+
+
+def _drawn(runs: Sequence[Run]) -> list[str]:
+    """The names of all numbers that were logged, the loss first."""
+    names = dict.fromkeys(name for run in runs for line in run.lines for name in line if name not in NOT_DRAWN)
+    return sorted(names, key=lambda name: name != "loss")
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    heads = ["run", "method", "encoder", "images", "state", "step", "loss", "images/s", "skipped steps", "bad images"]
+    rows = []
+    for i, run in enumerate(runs):
+        last: dict[str, Any] = next((line for line in reversed(run.lines) if "loss" in line), {})
+        speeds = sorted(line["images_per_s"] for line in run.lines if "images_per_s" in line)
+        step = last.get("step", 0)
+        ink, dashes = chart.colour(i)
+        key = f'<i style="border-color:{ink};border-top-style:{"dashed" if dashes else "solid"}"></i> '
+        cells = [
+            json.loads(run.config.get("method", '""')),
+            json.loads(run.config.get("encoder", '""')),
+            f"{run.manifest.get('data', {}).get('images', 0):,}",
+            run.manifest.get("state", ""),
+            f"{step:,} of {run.manifest['steps']:,}" if run.manifest.get("steps") else f"{step:,}",
+            "not finite" if last.get("loss", 0) is None else f"{last['loss']:.4f}" if last else "",
+            f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "",
+            str(last.get("skipped", "")),
+            str(len(run.bad_images)),
+        ]
+        rows.append([key + html.escape(run.name), *(html.escape(str(cell)) for cell in cells)])
+    return _table(heads, rows)
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    """The settings in which the runs are not alike."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key != "out")
+    unlike = [key for key in keys if len({run.config.get(key) for run in runs}) > 1]
+    if not unlike:
+        return ""
+    rows = [[html.escape(run.name), *(html.escape(run.config.get(key, "")) for key in unlike)] for run in runs]
+    return "<h2>Settings that differ</h2>" + _table(["run", *unlike], rows)
+
+
+def _scores(runs: Sequence[Run]) -> str:
+    """What evaluators found, with their intervals and baselines."""
+    rows = []
+    for run in runs:
+        for path, result in run.results:
+            for cell in cells_of(
+                run.name, str(result["protocol"].get("data", "")), result["evaluator"], result, path, None
+            ):
+                if cell.value is not None:
+                    between = "{:.2f} to {:.2f}".format(*cell.interval) if cell.interval else ""
+                    what = [cell.encoder, cell.evaluator, cell.data, cell.metric, f"{cell.value:.2f}", between, path]
+                    rows.append([html.escape(text) for text in what])
+    heads = ["encoder", "evaluator", "data", "metric", "value", "95 % interval", "in"]
+    return "<h2>Scores</h2>" + _table(heads, rows) if rows else ""
+
+
+def _table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML already."""
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from ssl_pretrain import flags
 from ssl_pretrain.errors import UserError, nearest
 
+from .answer import answer
+
 PROG = "ssl-data"
 VERBS = {
     "check": "read every image: which cannot be, which are twice there, which sizes there are",
@@ -69,18 +71,7 @@ class Pack:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, having said everything there is to say."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _main(argv)
-    except UserError as mistake:
-        print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
-        return 2
-    except OSError as problem:
-        print(f"{PROG}: {problem.filename or 'the result'} cannot be written: {problem.strerror}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted", file=sys.stderr)
-        return 1
+    return answer(PROG, _main, argv)
 
 
 def _main(argv: list[str]) -> int:

@@ -9,6 +9,8 @@ from typing import Literal
 from ssl_pretrain import flags
 from ssl_pretrain.errors import UserError, nearest
 
+from .answer import answer
+
 PROG = "ssl-export"
 VERBS = ("import",)
 USAGE = f"""usage: {PROG} import FILE --out DIR [flags]
@@ -44,15 +46,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, having said everything there is to say."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _main(argv)
-    except UserError as mistake:
-        print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
-        return 2
-    except OSError as problem:
-        print(f"{PROG}: cannot write the export: {problem.strerror or problem}", file=sys.stderr)
-        return 1
+    return answer(PROG, _main, argv)
 
 
 def _main(argv: list[str]) -> int:

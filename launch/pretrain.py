@@ -185,6 +185,7 @@ def _finish(run: Run, out: Path) -> None:
     if score is not None:
         _tell(f"  ssl-eval linear --encoder {out}{data}")
         _tell(f"  ssl-eval knn --encoder {out}{data}")
+    _tell(f"  ssl-report {out}")
     _tell(f"  tensorboard --logdir {out / 'tensorboard'}")
 
 

@@ -19,6 +19,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.files import write_text
 
 from . import chart
+from .answer import answer
 from .table import cells_of
 
 PROG = "ssl-report"
@@ -62,15 +63,7 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, having said everything there is to say."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _main(argv)
-    except UserError as mistake:
-        print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
-        return 2
-    except OSError as problem:
-        print(f"{PROG}: {problem.filename or 'the page'}: {problem.strerror or problem}", file=sys.stderr)
-        return 1
+    return answer(PROG, _main, argv)
 
 
 def _main(argv: list[str]) -> int:

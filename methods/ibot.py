@@ -49,6 +49,7 @@ class IBOT(Method):
         encoder={"drop_path": 0.1, "pool": "cls"},
         small={
             "lr": 2e-3,
+            "warmup_steps": 15,
             "drop_path": 0.0,
             "prototypes": 128,
             "hidden_dim": 512,

@@ -37,6 +37,7 @@ class LeJEPA(WholeBatchMethod):
         encoder={"pool": "cls"},
         small={
             "lr": 2e-3,
+            "warmup_steps": 20,
             "global_scale": (0.2, 1.0),
             "local_views": 0,
             "hidden_dim": 512,

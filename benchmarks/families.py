@@ -4,16 +4,26 @@
 
 The encoders are those that `benchmarks/methods.py --out runs/methods` trained with seed 0. So that two cores do it in half
 an hour, the data are parts of the whole: CIFAR-10's first images, two training shards of Imagenette and one of its
-validation shards. What it runs is one `ssl-eval suite`; the list is written to suite.yaml beside the table.
+validation shards. What it runs is `ssl-eval suite`; each list is written to suite.yaml beside its table. `targets` has
+suites of its own, for its table of attributes and numbers is one data set's (made here: what the classes have in common,
+and the mean brightness of the image), and so has `segment`, which wants masks (CamVid's first 60 training and 40 test
+images).
 """
 
 import argparse
+import csv
 import subprocess
 import sys
+import tarfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pyarrow import parquet
+
+from ssl_pretrain.data.decode import decode
+from ssl_pretrain.data.source import open_source
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FAMILIES = {
@@ -36,7 +46,23 @@ EVALUATORS = {
     "retrieval": {"queries": 1000},
     "robust": {"test-images": 500, "severities": [3]},
     "diagnose": {"images": 2000, "view-images": 200},
+    "embed": {},
 }
+# Which classes have what, for `targets`
+ATTRIBUTES = {
+    "cifar10": {
+        "animal": ("bird", "cat", "deer", "dog", "frog", "horse"),
+        "flies": ("airplane", "bird"),
+        "wheels": ("automobile", "truck"),
+    },
+    "imagenette": {  # its shards number the classes: tench 0, English springer 1, ..., parachute 9
+        "animal": ("0", "1"),
+        "machine": ("2", "3", "6", "7"),
+        "sky": ("4", "9"),
+    },
+}
+SEGMENT = {"task": ["linear"], "ignore-label": [11], "image-size": [96, 128], "steps": 500}
+SCENES = {"train": 60, "test": 40}
 
 
 def cifar(train: int, test: int, folder: Path) -> Path:
@@ -58,8 +84,55 @@ def imagenette(folder: Path) -> Path:
     return folder
 
 
+def camvid(folder: Path) -> Path:
+    """The first images and masks of two splits."""
+    if not folder.exists():
+        taken: Counter[str] = Counter()
+        with tarfile.open(SHARED / "camvid320" / "camvid320.tar") as archive:
+            members = [member for member in archive if member.name.split("/")[0] in SCENES]
+            for member in sorted(members, key=lambda member: member.name):
+                split = member.name.split("/")[0]
+                taken[split] += 1
+                if taken[split] <= 2 * SCENES[split]:  # the image and its mask, which follow one another
+                    archive.extract(member, folder, filter="data")
+    return folder
+
+
+def attributes(name: str, data: Path, splits: tuple[str, str], file: Path) -> Path:
+    """The table of `targets`: a line an image, what its class has, and its mean brightness."""
+    has = ATTRIBUTES[name]
+    with open(file, "w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["file", "split", *has, "brightness"])
+        for split, called in zip(splits, ("train", "test"), strict=True):
+            source = open_source(str(data), split)
+            assert source.labels is not None
+            assert source.classes is not None
+            for i in range(len(source)):
+                label = source.classes[source.labels[i]]
+                values = [int(label in classes) for classes in has.values()]
+                writer.writerow(
+                    [
+                        source.name(i).removeprefix(f"{data}/"),
+                        called,
+                        *values,
+                        f"{decode(source[i], 1).mean() / 255:.6f}",
+                    ]
+                )
+    return file
+
+
+def suite(out: Path, asked: dict[str, Any]) -> int:
+    """Run one list; returns its exit code."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "suite.yaml"
+    file.write_text(yaml.safe_dump(asked, sort_keys=False))
+    argv = ["-m", "ssl_pretrain.launch.evaluate", "suite", "--list", str(file), "--out", str(out)]
+    return subprocess.run([sys.executable, *argv], check=False).returncode
+
+
 def main() -> None:
-    """Make the parts, write the list, run the suite."""
+    """Make the parts, write the lists, run the suites."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", required=True, type=Path, help="folder of benchmarks/methods.py")
     parser.add_argument("--out", required=True, type=Path)
@@ -67,28 +140,29 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=2000, help="and to be right about (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
-    asked = {
-        "encoders": {f"{name} ({family})": str(options.runs / f"{name}-0") for family, name in FAMILIES.items()},
-        "data": {
-            "cifar10": str(cifar(options.train, options.test, options.out / "cifar10").resolve()),
-            "imagenette": {"data": str(imagenette(options.out / "imagenette").resolve()), "test-split": "val"},
-        },
-        "evaluators": EVALUATORS,
-        "options": {"workers": options.workers},
-    }
-    file = options.out / "suite.yaml"
-    file.write_text(yaml.safe_dump(asked, sort_keys=False))
-    argv = [
-        sys.executable,
-        "-m",
-        "ssl_pretrain.launch.evaluate",
-        "suite",
-        "--list",
-        str(file),
-        "--out",
-        str(options.out),
-    ]
-    sys.exit(subprocess.run(argv, check=False).returncode)
+    out: Path = options.out
+    encoders = {f"{name} ({family})": str(options.runs / f"{name}-0") for family, name in FAMILIES.items()}
+    common = {"workers": options.workers}
+    small = cifar(options.train, options.test, out / "cifar10").resolve()
+    photographs = imagenette(out / "imagenette").resolve()
+    data = {"cifar10": str(small), "imagenette": {"data": str(photographs), "test-split": "val"}}
+    codes = [suite(out, {"encoders": encoders, "data": data, "evaluators": EVALUATORS, "options": common})]
+    for name, splits in (("cifar10", ("train", "test")), ("imagenette", ("train", "val"))):
+        table = attributes(name, small if name == "cifar10" else photographs, splits, out / f"{name}.csv").resolve()
+        same = {
+            "evaluator": "targets",
+            "targets": str(table),
+            "baselines": False,
+        }  # of 3,072 raw pixels they take minutes
+        wanted = {"map": {**same, "columns": [*ATTRIBUTES[name]]}, "r2": {**same, "columns": ["brightness"]}}
+        asked = {"encoders": encoders, "data": {name: data[name]}, "evaluators": wanted, "options": common}
+        codes.append(suite(out / f"targets-{name}", asked))
+    scenes = {"camvid": str(camvid(out / "scenes").resolve())}
+    wanted = {"segment": SEGMENT}
+    codes.append(
+        suite(out / "segment", {"encoders": encoders, "data": scenes, "evaluators": wanted, "options": common})
+    )
+    sys.exit(max(codes))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, losses
@@ -148,50 +149,71 @@ def test_a_resumed_run_has_the_bits_of_the_undisturbed_one(
     assert exported(torch.zeros(1, 3, *SIZE)).pooled.shape == (1, exported.backbone.dim)
 
 
+# What half a minute of one core is enough for, where it is not 150 steps of 128 images at a peak rate of 2e-3
+LEARNING: dict[str, dict[str, object]] = {
+    "mae": {"steps": 200},
+    "aim": {"steps": 200, "norm_pix": True},
+    "barlow": {"steps": 300, "lr": 1e-3},
+    "byol": {"steps": 300, "lr": 1e-3},
+    "dino": {"steps": 300, "lr": 1e-3},
+    "dinov2": {"steps": 300, "lr": 1e-3},
+    "ijepa": {"steps": 300, "lr": 1e-3},
+}
+# They need longer than a test may take to leave the untrained encoder behind on photographs: benchmarks/methods.py
+# measures that, and the built-in images show that they learn (docs/results.md).
+TOO_SLOW = ("ibot", "npid")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("mae", 400), ("simclr", 200)])
-def test_it_learns_on_real_images(name: str, steps: int, shared_data: Path, tmp_path: Path, pretrain: Callable) -> None:
-    """A small encoder of CIFAR-10 images, after a minute: the nearest neighbours of all 5,017 images among each other
-    share their class clearly more often than with the untrained encoder (one standard error is about 0.7 points).
-
-    Of the other methods benchmarks/methods.py measures it: they need longer to show it than a test may take.
-    """
-    data = shared_data / "cifar10_lossless5k"
-    small = {
-        flag: v for flag, v in pretext.load(name).recipe.small.items() if flag not in ("pool", "steps", "patch_size")
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in TOO_SLOW])
+def test_it_learns_on_real_images(name: str, shared_data: Path, tmp_path: Path, pretrain: Callable) -> None:
+    """A small encoder, half a minute on 4,000 CIFAR-10 images: of the 10,000 test images the nearest neighbours of clearly
+    more (three standard errors, counted over the images on which the two differ) share their class than with the untrained
+    encoder."""
+    small = pretext.load(name).recipe.small
+    left_out = ("pool", "patch_size", "warmup_steps", "optimizer")
+    knobs = {
+        **{knob: value for knob, value in small.items() if knob not in left_out},
+        **{"optimizer": "adamw", "steps": 150, "lr": 2e-3, "warmup_steps": 20, "batch_size": 128, "aug": "fast"},
+        **{
+            "encoder": "vit_micro",
+            "dim": 64,
+            "heads": 2,
+            "depth": 2,
+            "image_size": 32,
+            "patch_size": 8,
+            "pool": "mean",
+        },
+        **{"workers": 0, "monitor_every": 0, "picture_every": 0, "log_every": 50},
+        **LEARNING.get(name, {}),
     }
-    argv = ["--method", name, "--data", data, "--out", tmp_path / "run", "--steps", steps, "--lr", "2e-3"]
-    argv += ["--encoder", "vit_micro", "--dim", 64, "--heads", 2, "--depth", 2, "--image-size", 32, "--patch-size", 8]
-    argv += [
-        "--batch-size",
-        128,
-        "--workers",
-        0,
-        "--monitor-every",
-        0,
-        "--picture-every",
-        0,
-        "--pool",
-        "mean",
-        "--no-score",
-    ]
-    for knob, value in small.items():
-        if knob != "lr":
-            argv += ["--" + knob.replace("_", "-"), *(value if isinstance(value, tuple) else [value])]
+    argv = ["--method", name, "--data", shared_data / "cifar10_lossless5k", "--out", tmp_path / "run", "--no-score"]
+    for knob, value in knobs.items():
+        flag = knob.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            argv += [f"--{flag}", *(value if isinstance(value, tuple) else [value])]
     pretrain(*argv)
-    trained = encoder.load(tmp_path / "run")
-    untrained = encoder.random_like(trained, seed=0)
-    assert neighbours_agree(trained, data) > neighbours_agree(untrained, data) + 2
+    model = encoder.load(tmp_path / "run")
+    trained, untrained = (
+        neighbours_agree(each, shared_data / "cifar10") for each in (model, encoder.random_like(model, seed=0))
+    )
+    more, fewer = int((trained & ~untrained).sum()), int((untrained & ~trained).sum())
+    print(f"{name}: {100 * trained.mean():.1f} and {100 * untrained.mean():.1f} %, {more} more and {fewer} fewer")
+    assert (more - fewer) / (more + fewer) ** 0.5 > 3
 
 
-def neighbours_agree(model: encoder.Encoder, data: Path) -> float:
-    """Share in percent of the images whose 20 nearest others (cosine) vote for their class."""
-    found = extract(model, open_source(str(data), None), ("pooled",), cache=False)
-    x = torch.nn.functional.normalize(torch.as_tensor(found.features["pooled"]), dim=1)
-    labels = torch.as_tensor(found.labels)
-    similar = (x @ x.T).fill_diagonal_(-1)
-    votes = torch.nn.functional.one_hot(labels[similar.topk(20).indices], 10).sum(1)
-    return 100 * float((votes.argmax(1) == labels).float().mean())
+def neighbours_agree(model: encoder.Encoder, data: Path) -> np.ndarray:
+    """Whether the 20 nearest others (cosine) of each test image vote for its class, (10000,) bool."""
+    found = extract(model, open_source(str(data), "test"), ("pooled",), cache=False)
+    x = found.features["pooled"] / np.linalg.norm(found.features["pooled"], axis=1, keepdims=True)
+    similar = x @ x.T
+    np.fill_diagonal(similar, -1)
+    nearest = np.argpartition(-similar, 20, axis=1)[:, :20]
+    votes = np.zeros((len(x), 10))
+    np.add.at(votes, (np.arange(len(x))[:, None], found.labels[nearest]), 1)
+    return votes.argmax(1) == found.labels
 
 
 def test_draws_on_the_host_go_on_where_the_step_stands() -> None:

@@ -416,3 +416,13 @@ def test_small_views_are_brought_to_what_the_encoder_divides() -> None:
     assert [s.size for s in fitted(specs, (224, 160), (14, 14))] == [(224, 160), (98, 70), (14, 14)]
     odd = (ViewSpec(name="image", size=(30, 30)),)
     assert fitted(odd, (30, 30), (16, 16)) == odd  # the run's own size is the user's to choose: the encoder will say
+
+
+def test_a_blur_does_not_depend_on_what_else_is_in_the_batch() -> None:
+    """Batches are cut differently by ranks and micro-batches, and the widest kernel of a batch is its largest sigma's."""
+    spec = ViewSpec(name="v", size=(24, 20), blur=1.0)
+    images = torch.rand(5, 3, 24, 20, generator=torch.Generator().manual_seed(3))
+    params = np.stack([row(sigma=sigma) for sigma in (0.1, 0.4, 0.77, 1.3, 2.0)])
+    together = colour.apply(images.clone(), params, spec)
+    for i in range(5):
+        assert torch.equal(colour.apply(images[i : i + 1].clone(), params[i : i + 1], spec)[0], together[i])

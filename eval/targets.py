@@ -64,6 +64,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
 
     scale = float(np.sqrt(train.features[feature].var(0).mean())) or 1.0
     rows, others = train.features[feature] / scale, test.features[feature] / scale
+    turn = _Turn(rows, others, task) if table.labels.any() else None
     tried: list[dict[str, Any]] = []
     scores: dict[str, float | None] = {}
     predicted = np.full(asked.shape, np.nan)
@@ -72,12 +73,17 @@ def evaluate(task: Task, config: Config) -> Outcome:
         what = known[there, t]
         _check(name, what, bool(table.labels[t]), len(np.flatnonzero(np.isfinite(asked[:, t]))))
         fit, held = _hold_out(what, bool(table.labels[t]), config.held_out, task.seed, name)
-        found = _predict(task, rows[there[fit]], what[fit], rows[there[held]], PENALTIES, bool(table.labels[t]))
+        if turn is not None and table.labels[t]:
+            found = turn.odds(there[fit], what[fit], PENALTIES, there[held])
+        else:
+            found = _numbers(task, rows[there[fit]], what[fit], rows[there[held]], PENALTIES)
         by_penalty = [_loss(each, what[held], bool(table.labels[t])) for each in found]
         best = int(np.argmin(by_penalty))
-        (predicted[:, t],) = _predict(
-            task, rows[there], what, others, PENALTIES[best : best + 1], bool(table.labels[t])
-        )
+        chosen = PENALTIES[best : best + 1]
+        if turn is not None and table.labels[t]:
+            (predicted[:, t],) = turn.odds(there, what, chosen, None)
+        else:
+            (predicted[:, t],) = _numbers(task, rows[there], what, others, chosen)
         scores[name] = _score(predicted[:, t], asked[:, t], bool(table.labels[t]))
         tried.append({
             "target": name,
@@ -176,19 +182,33 @@ def _hold_out(values: np.ndarray, label: bool, share: float, seed: int, name: st
     return np.setdiff1d(np.arange(len(values)), chosen), chosen
 
 
-def _predict(
-    task: Task, rows: np.ndarray, values: np.ndarray, others: np.ndarray, penalties: tuple[float, ...], label: bool
+class _Turn:
+    """Features in the axes of the training images' covariance, found once: logistic regression goes along any axes, and
+    these serve the images of every label."""
+
+    def __init__(self, rows: np.ndarray, others: np.ndarray, task: Task) -> None:
+        self.rotation = Rotation(rows, device=task.device)
+        self.rows, self.others = self.rotation(rows).double(), self.rotation(others).double()
+
+    def odds(
+        self, fit: np.ndarray, values: np.ndarray, penalties: tuple[float, ...], asked: np.ndarray | None
+    ) -> list[np.ndarray]:
+        """For each penalty the log-odds (m,) float64 of the training images `asked`, or of all test images, by the fit to
+        the training images `fit` (n,) with values (n,) of 0 and 1."""
+        known = torch.from_numpy(values.astype(np.int64)).to(self.rows.device)
+        there = self.others if asked is None else self.rows[asked]
+        fits = {each.penalty: each for each in path(self.rows[fit], known, 2, penalties, self.rotation.variance)}
+        odds = (there @ fits[p].weight.T + fits[p].bias for p in penalties)
+        return [(each[:, 1] - each[:, 0]).cpu().numpy() for each in odds]
+
+
+def _numbers(
+    task: Task, rows: np.ndarray, values: np.ndarray, others: np.ndarray, penalties: tuple[float, ...]
 ) -> list[np.ndarray]:
-    """For each penalty the prediction (m,) float64 for `others` (m, F) by the fit to rows (n, F): the log-odds of a label,
-    or the number."""
+    """For each penalty the prediction (m,) float64 for `others` (m, F) by the fit to rows (n, F) with values (n,)."""
+    # The rows are turned into the axes of their covariance, so the normal equations are diagonal (Hoerl & Kennard, 1970).
     rotation = Rotation(rows, device=task.device)
     turned, there = rotation(rows).double(), rotation(others).double()
-    if label:
-        known = torch.from_numpy(values.astype(np.int64)).to(task.device)
-        found = {fit.penalty: fit for fit in path(turned, known, 2, penalties, rotation.variance)}
-        odds = (there @ found[p].weight.T + found[p].bias for p in penalties)
-        return [(each[:, 1] - each[:, 0]).cpu().numpy() for each in odds]
-    # The rows are turned into the axes of their covariance, so the normal equations are diagonal (Hoerl & Kennard, 1970).
     numbers = torch.from_numpy(values).to(task.device)
     mean = numbers.mean()
     moment = turned.T @ (numbers - mean) / len(turned)

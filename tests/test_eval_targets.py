@@ -40,8 +40,11 @@ def test_models_against_scikit_learn() -> None:
     numbers = rows @ rng.normal(size=7) + rng.normal(size=80) + 5
     labels = (numbers > 4).astype(float)
     penalties = (1e-3, 0.1)
-    ridge = targets._predict(task, rows, numbers, others, penalties, False)
-    odds = targets._predict(task, rows, labels, others, penalties, True)
+    ridge = targets._numbers(task, rows, numbers, others, penalties)
+    more = np.concatenate(
+        [rng.normal(size=(20, 7)) + 3, rows]
+    )  # the axes are of images that this label does not know, too
+    odds = targets._Turn(more, others, task).odds(np.arange(20, 100), labels, penalties, None)
     for i, penalty in enumerate(penalties):
         wanted = Ridge(alpha=penalty * 80).fit(rows, numbers).predict(others)
         np.testing.assert_allclose(ridge[i], wanted, rtol=1e-8)

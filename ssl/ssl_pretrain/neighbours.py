@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 TILE = (4096, 4096)  # rows of queries and of the bank that meet at once: 64 MiB of similarities
 CPU_TILE = (512, 8192)  # 16 MiB, which stay in the cache between the product and the search: 5 % faster (AMD EPYC)
@@ -97,10 +96,11 @@ def vote(
 def _unit(rows: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
     """Rows (n, D) as unit vectors, float32, on the device; a row of zeros stays zero."""
     loaded = rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, np.float32))
-    unit = normalize(loaded.to(device, torch.float32), dim=1)
-    if not unit.isfinite().all():
-        raise ValueError("features to compare hold values that are not finite")
-    return unit
+    loaded = loaded.to(device, torch.float32)
+    norm = torch.linalg.vector_norm(loaded, dim=1, keepdim=True)
+    if not norm.isfinite().all():  # one number a row tells it of all of them
+        raise ValueError("features to compare hold values that are not finite, or too large to square")
+    return loaded / norm.clamp_min(1e-12)
 
 
 def _merge(best: Tensor, index: Tensor, similarity: Tensor, start: int) -> None:

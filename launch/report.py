@@ -1,6 +1,7 @@
 """The command `ssl-report`: one or several runs as a page of curves, scores and pictures that needs nothing else."""
 
 import base64
+import contextlib
 import html
 import json
 import logging
@@ -16,7 +17,7 @@ import yaml
 
 from ssl_pretrain import flags
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.files import write_text
+from ssl_pretrain.files import read_lines, write_text
 
 from . import chart
 from .answer import answer
@@ -110,34 +111,21 @@ def read(folder: Path, name: str) -> Run:
         raise UserError(f"{folder} is no whole run: {' '.join(str(problem).split())}") from None
     results = []
     for path in sorted(folder.rglob("results.json")):
-        result = _json(path.read_text())
-        if result is not None and "evaluator" in result:
-            results.append((str(path.parent.relative_to(folder)), result))
+        with contextlib.suppress(ValueError):  # somebody else's file of that name
+            result = json.loads(path.read_text())
+            if isinstance(result, dict) and "evaluator" in result:
+                results.append((str(path.parent.relative_to(folder)), result))
     warnings = folder / "warnings.log"
     return Run(
         name,
         folder,
         manifest,
         {key: json.dumps(value) for key, value in config.items()},
-        _lines(folder / "metrics.jsonl"),
+        read_lines(folder / "metrics.jsonl"),
         warnings.read_text().splitlines() if warnings.exists() else [],
-        _lines(folder / "bad_images.jsonl"),
+        read_lines(folder / "bad_images.jsonl"),
         results,
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file; one that is just being written is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in map(_json, lines) if line is not None]
-
-
-def _json(text: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def pictures(folder: Path) -> list[tuple[str, int, bytes]]:

@@ -1,7 +1,10 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and those that grow by lines."""
 
+import contextlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def sync(folder: Path) -> None:
@@ -25,3 +28,13 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file, none where it is not there; a line cut off by a killed process, or still being
+    written, is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from .files import write_text
+from .files import read_lines, write_text
 
 
 class Report:
@@ -24,12 +24,12 @@ class Report:
 
     def __init__(self, out: Path, *, step: int, steps: int, silent: bool = False) -> None:
         self.out, self.steps, self.silent = out, steps, silent
-        self.bad_images = _read_lines(out / "bad_images.jsonl")
+        self.bad_images = read_lines(out / "bad_images.jsonl")
         self._bad_known = {line["index"] for line in self.bad_images}
         if silent:
             return
         self.console = Console(stderr=True, soft_wrap=True)
-        kept = [line for line in _read_lines(out / "metrics.jsonl") if line.get("step", 0) <= step]
+        kept = [line for line in read_lines(out / "metrics.jsonl") if line.get("step", 0) <= step]
         write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = open(out / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run is)
         from torch.utils.tensorboard import SummaryWriter  # a second to import; only this process needs it
@@ -106,7 +106,7 @@ class Report:
 
     def merge_bad_images(self) -> int:
         """List each bad image once, whichever processes met it; returns how many there are. For one process."""
-        merged = {line["index"]: line for line in _read_lines(self.out / "bad_images.jsonl")}
+        merged = {line["index"]: line for line in read_lines(self.out / "bad_images.jsonl")}
         if merged:
             lines = [json.dumps(merged[index]) + "\n" for index in sorted(merged)]
             write_text(self.out / "bad_images.jsonl", "".join(lines))
@@ -133,17 +133,6 @@ class Report:
         for close in (self._metrics.close, self._board.close):
             with contextlib.suppress(OSError):
                 close()
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file; a line cut off by a killed process is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
 
 
 def _duration(seconds: float) -> str:

@@ -189,6 +189,8 @@ def fsync(file):
     real(file)
 os.fsync = fsync
 print("problem", save(2, 2.0), flush=True)
+dist.barrier()
+dist.destroy_process_group()  # as distributed.world does: gloo's threads must not outlive what they use
 """
 
 

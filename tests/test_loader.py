@@ -468,6 +468,45 @@ def test_workers_end_when_their_parent_is_killed(started: subprocess.Popen):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
+def test_workers_that_start_after_their_parent_was_killed_end_too(good: Files):
+    """On a busy machine a worker may come to its first line after that; torch's own watch takes the new parent, which
+    never ends, for the old one."""
+    script = f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from test_loader import BIG, Files, Share, batches
+        from torch.utils.data._utils import signal_handling
+
+        before = signal_handling._set_worker_signal_handlers
+
+        def late():
+            print("started", flush=True)
+            time.sleep(3)
+            before()
+
+        signal_handling._set_worker_signal_handlers = late
+        next(batches(Files(Path({str(good.folder)!r}), 50), (BIG,), Share(8), seed=0, channels=3, start_step=0,
+                     stop_step=1000, workers=2, policy="fail"))
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == [b"started\n"] * 2
+        workers = children(process.pid)
+        assert len(workers) == 2
+        process.kill()
+        process.wait()
+        assert until(lambda: not any(alive(pid) for pid in workers))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
 @pytest.mark.parametrize("started", [1], indirect=True)
 def test_signals_to_the_whole_job_are_the_main_processes_business(started: subprocess.Popen):
     workers = children(started.pid)

@@ -9,12 +9,16 @@ Shapes: B images of this process's micro-batch, H x W pixels of a view, C channe
 """
 
 import contextlib
+import ctypes
+import os
 import shutil
 import signal
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import add
 from typing import Any, Literal, final
 
@@ -38,6 +42,7 @@ Failure = tuple[int, str, str]  # index in the source, its name, why it could no
 _ATTEMPTS = 100  # bad samples in a row before the data, not a file, is what is wrong
 _PREFETCH = 3  # micro-batches each worker makes ahead
 _SHARED_MEMORY = "/dev/shm"
+_PR_SET_PDEATHSIG = 1  # prctl(2): the signal this process gets when the thread that started it ends
 # What terminals and clusters send to every process of a job: for the main process to act on, which then ends its
 # workers
 _NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -356,7 +361,7 @@ def _made(maker: _Maker, numbers: range, workers: int, pin: bool, rows: int) -> 
             sampler=numbers,
             num_workers=workers,
             prefetch_factor=_PREFETCH,
-            worker_init_fn=_settle_worker,
+            worker_init_fn=partial(_settle_worker, os.getpid()),
             pin_memory=pin,
             generator=torch.Generator(),  # it draws a seed for its workers, which use none; not from the global state
             multiprocessing_context="fork",
@@ -393,7 +398,13 @@ def _quiet_start() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _settle_worker(number: int) -> None:
+def _settle_worker(parent: int, number: int) -> None:
+    # DataLoader's own watch remembers whoever is the parent at that time, so a worker that comes to it after its parent
+    # was killed would wait for ever. The kernel ends this one at once; what had happened before is asked.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        os._exit(1)
     for each in _NOT_FOR_WORKERS:
         signal.signal(each, signal.SIG_IGN)
     signal.signal(signal.SIGBUS, signal.SIG_DFL)  # torch's handler would print; the main process says it better

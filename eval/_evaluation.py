@@ -75,7 +75,8 @@ def run(
     perhaps IMAGES, what it takes in the place of labelled images to train and to test on: a single set of images,
     labelled or not, that is the "test" split or "everything"; or images with "masks", that its `open_data(name,
     train_split, test_split, config) -> Data` opens.
-    SHARED says that an evaluator begins with `Task.features` or `Task.single`, where others can help.
+    SHARED says that others can help an evaluator: with `Task.features` or `Task.single`, which they leave by `Helped`, and
+    with what it extracts before that if `task.helps`.
     progress: for what encoder is at work ("" for the one asked for), the function that is told how far it is.
     Raises UserError for whatever the user must change.
     """

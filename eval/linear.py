@@ -47,6 +47,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
                "probe_batch_size": 1024, "augment": True},
     "ijepa": {"layers": (1, 4), "poolings": ("mean",), "norm": "batch", "lrs": (0.01,), "epochs": 28.0, "nesterov": True,
               "weight_decay": 5e-4, "schedule": "step", "probe_batch_size": 1024, "augment": True, "select": "test"},
+    "msn": {"layers": (1,), "poolings": ("cls",), "norm": "l2", "lrs": (0.1,), "epochs": 100.0, "nesterov": True,
+            "probe_batch_size": 16384, "augment": True},
     "lejepa": {"layers": (2,), "poolings": ("cls",), "norm": "layer", "optimizer": "adamw", "lrs": (1e-4, 1e-3, 1e-2),
                "weight_decay": 1e-6, "epochs": 100.0, "augment": True},
 }  # fmt: skip

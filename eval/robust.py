@@ -8,11 +8,13 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, final
 
 import numpy as np
 import torch
 
+from ssl_pretrain import placement
 from ssl_pretrain.data import corruptions
 from ssl_pretrain.data.decode import decode
 from ssl_pretrain.data.source import Source
@@ -20,7 +22,7 @@ from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.data.views import resize_and_crop
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.features import Tap, extract, vectors
+from ssl_pretrain.features import Extracted, Progress, Tap, extract, vectors
 from ssl_pretrain.logreg import Rotation, path
 from ssl_pretrain.neighbours import nearest, vote
 from ssl_pretrain.randomness import numpy_generator
@@ -31,6 +33,7 @@ from ._results import Outcome, classification
 from ._task import Images, Side, Task
 from .linear import hold_out
 
+SHARED = True
 CHUNK = 4096  # rows scored at a time
 CALIBRATED_ON = 10_000  # held-out images at most that the temperature is fitted on
 VOTE_TEMPERATURE = 0.07  # of the neighbours' weights, as in `ssl-eval knn`
@@ -144,6 +147,10 @@ def evaluate(task: Task, config: Config) -> Outcome:
     tap, wanted = _check(task, config)
     test_images, chosen = _drawn(task, config.test_images)
     drawn = dataclasses.replace(task, data=dataclasses.replace(task.data, test=test_images))
+    sizes, refused = _sizes(task, config, tap)
+    conditions = list(_conditions(task, config, test_images.source, wanted, sizes))
+    if task.helps:
+        _help(task, conditions, tap)
     train, test = drawn.features([tap])
     fit, held = _hold_out(train.labels, config, task.seed)
     how: dict[str, Any]
@@ -156,11 +163,15 @@ def evaluate(task: Task, config: Config) -> Outcome:
 
     clean = score(test.features[tap])
     ranked = torch.from_numpy(clean).sort(dim=1, descending=True, stable=True).indices[:, :5].numpy()
-    sizes, refused = _sizes(task, config, tap, train.features[tap].shape[1])
-    conditions = list(_conditions(task, config, test_images.source, wanted, sizes))
     right, rows = [], []
     for number, condition in enumerate(conditions):
-        scores = score(_features(task, condition, tap, test, number, len(conditions)))
+        told = partial(_tell, task, number, len(conditions))
+        found = _features(task, condition, tap, told)
+        if not np.array_equal(found.index, test.index):
+            raise UserError(
+                f"{task.data.name}: other images could be read a moment ago: see that they stay, and start again"
+            )
+        scores = score(found.features[tap])
         right.append(scores.argmax(1) == test.labels)
         rows.append({
             "kind": condition.kind,
@@ -350,10 +361,16 @@ def _prepared(encoder: Encoder, resize: int, crop: tuple[int, int]) -> Encoder:
 
 
 @torch.inference_mode()
-def _sizes(task: Task, config: Config, tap: str, width: int) -> tuple[list[tuple[int, int]], dict[str, str]]:
+def _sizes(task: Task, config: Config, tap: str) -> tuple[list[tuple[int, int]], dict[str, str]]:
     """The input sizes that the encoder takes, and of those it does not, why."""
     crop, stride = task.encoder.preprocessing.crop, task.encoder.backbone.stride
-    taken, refused = [], {}
+    task.encoder.to(task.device).eval()
+
+    def floats(size: tuple[int, ...]) -> int:
+        blank = torch.zeros(1, task.encoder.preprocessing.channels, *size, device=task.device)
+        return vectors(task.encoder, blank, [Tap.parse(tap)])[tap].shape[1]
+
+    width, taken, refused = floats(crop), [], {}
     for share in config.input_sizes:
         height, breadth = (
             max(step, round(side * share / step) * step) for side, step in zip(crop, stride, strict=True)
@@ -361,9 +378,8 @@ def _sizes(task: Task, config: Config, tap: str, width: int) -> tuple[list[tuple
         size = height, breadth
         if size in taken or size == tuple(crop):
             continue
-        blank = torch.zeros(1, task.encoder.preprocessing.channels, *size, device=task.device)
         try:
-            found = vectors(task.encoder, blank, [Tap.parse(tap)])[tap].shape[1]
+            found = floats(size)
         except (UserError, RuntimeError, ValueError, TypeError, AssertionError) as problem:
             refused[f"{height} x {breadth}"] = str(problem).split("\n")[0]
             continue
@@ -374,10 +390,9 @@ def _sizes(task: Task, config: Config, tap: str, width: int) -> tuple[list[tuple
     return taken, refused
 
 
-def _features(task: Task, condition: Condition, tap: str, test: Side, number: int, count: int) -> np.ndarray:
-    """The feature (m, F) of the test images under a condition. Raises UserError where other images can be read than
-    before."""
-    found = extract(
+def _features(task: Task, condition: Condition, tap: str, progress: Progress | None = None) -> Extracted:
+    """The feature (m, F) of the test images under a condition."""
+    return extract(
         condition.encoder,
         condition.source,
         [tap],
@@ -386,13 +401,21 @@ def _features(task: Task, condition: Condition, tap: str, test: Side, number: in
         device=task.device,
         precision=task.precision,
         cache=task.cache,
-        progress=lambda done, total: task.report("corrupted and resized images", number * total + done, count * total),
+        progress=progress,
     )
-    if not np.array_equal(found.index, test.index):
-        raise UserError(
-            f"{task.data.name}: other images could be read a moment ago: see that they stay, and start again"
-        )
-    return found.features[tap]
+
+
+def _tell(task: Task, number: int, count: int, done: int, total: int) -> None:
+    task.report("corrupted and resized images", number * total + done, count * total)
+
+
+def _help(task: Task, conditions: list[Condition], tap: str) -> None:
+    """Extract for the process that evaluates. Each of the others begins at another condition and comes past all: what is
+    there already costs nothing, and what somebody is at is shared."""
+    place = placement.find()
+    first = len(conditions) * place.rank // place.size
+    for condition in conditions[first:] + conditions[:first]:
+        _features(task, condition, tap)
 
 
 # ---- What was found out.

@@ -18,7 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from ssl_pretrain.eval import robust
 from ssl_pretrain.eval._calibration import best_temperature, calibration, log_softmax, reliability
 from ssl_pretrain.eval._intervals import wilson
-from ssl_pretrain.eval._task import Task
+from ssl_pretrain.eval._task import Helped, Task
 from ssl_pretrain.eval.linear import hold_out
 from ssl_pretrain.launch.evaluate import main
 from test_features import small_encoder
@@ -26,6 +26,7 @@ from test_knn import Arrays, noisy_classes, task_of
 
 from ssl_pretrain import encoder as exported
 from ssl_pretrain.data.corruptions import FAMILIES, NAMES, corrupt
+from ssl_pretrain.data.source import Source
 from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.data.views import resize_and_crop
 from ssl_pretrain.errors import UserError
@@ -261,7 +262,7 @@ def test_the_cache_tells_conditions_apart(task: Task) -> None:
     assert harder["conditions"][:1] == wanted["conditions"][1:2]
     other = robust._altered(task.data.test.source, task.encoder.preprocessing, robust.Corrupted("impulse_noise", 2, 1))
     uncut = robust._prepared(task.encoder, 8, (8, 8))
-    found = robust._features(kept, robust.Condition("", "", 2, uncut, other), "pooled", kept.single(["pooled"]), 0, 1)
+    found = robust._features(kept, robust.Condition("", "", 2, uncut, other), "pooled").features["pooled"]
     np.testing.assert_allclose(found, pixels(np.stack([other[i] for i in range(150)])), atol=1e-5)
 
 
@@ -281,8 +282,7 @@ def test_inputs_of_other_sizes_where_the_encoder_takes_them(task: Task) -> None:
     with torch.inference_mode():
         wanted = vit.encoder(vit.encoder.normalise(torch.from_numpy(np.stack(images)))).pooled.numpy()
     conditions = robust._conditions(vit, config, vit.data.test.source, (), [(24, 24)])
-    side = vit.single(["pooled"])
-    found = robust._features(vit, list(conditions)[-1], "pooled", side, 0, 1)
+    found = robust._features(vit, list(conditions)[-1], "pooled").features["pooled"]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
     raw = robust.evaluate(task, FEW)
@@ -298,7 +298,7 @@ def test_a_crop_of_the_input_out_of_a_larger_image_is_corrupted_after_it(task: T
     condition = next(iter(robust._conditions(wide, config, wide.data.test.source, ("jpeg_compression",), [])))
     seen = []
     hook = wide.encoder.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    robust._features(wide, condition, "pooled", wide.single(["pooled"]), 0, 1)
+    robust._features(wide, condition, "pooled")
     hook.remove()
     images = [resize_and_crop(image, 20, (16, 16)) for image in wide.data.test.source.images]
     rng = np.random.default_rng(0)  # a JPEG takes nothing of it
@@ -378,6 +378,32 @@ def test_a_part_of_the_test_images_keeps_its_numbers_where_some_are_unlabelled(t
     assert robust.evaluate(some, replace(FEW, test_images=30)).protocol["test"]["unlabelled"] == 1
 
 
+def test_a_process_that_helps_leaves_nothing_to_extract(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = robust.evaluate(task, FEW)
+    kept = replace(task, cache=True)
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_RANK", 1)):
+        monkeypatch.setenv(name, str(value))
+    asked: list[str] = []
+    real = robust.extract
+
+    def extract(encoder: object, source: Source, *rest: object, **more: object) -> object:
+        asked.append(source.description)
+        return real(encoder, source, *rest, **more)
+
+    monkeypatch.setattr(robust, "extract", extract)
+    with pytest.raises(Helped):
+        robust.evaluate(replace(kept, helps=True), FEW)
+    helped = list(asked)
+    asked.clear()
+    passes: list[int] = []
+    hook = task.encoder.backbone.register_forward_pre_hook(lambda module, given: passes.append(len(given[0])))
+    found = robust.evaluate(kept, FEW)
+    hook.remove()
+    assert helped == asked[5:] + asked[:5]  # the second of two begins half way
+    assert set(passes) == {1}  # blank images, to learn what sizes the encoder takes
+    assert (found.metrics, found.all) == (alone.metrics, alone.all)
+
+
 # ---- The command.
 
 
@@ -435,6 +461,18 @@ def test_the_command(evaluate: Evaluate, animals: Path, tmp_path: Path) -> None:
     assert main(argv) == 0
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert (again["metrics"], again["protocol"], again["all"]) == (metrics, protocol, found["all"])
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(evaluate: Evaluate, animals: Path, tmp_path: Path) -> None:
+    exported.save(tmp_path / "untrained", small_encoder())
+    same = ("robust", "--encoder", tmp_path / "untrained", "--data", animals, "--severities", 4, "--workers", 0)
+    evaluate(*same, "--no-cache", "--out", tmp_path / "one")
+    done = evaluate(*same, "--nproc", 2, "--out", tmp_path / "two")
+    assert done.stdout.count("headline:") == 1
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    for part in ("metrics", "protocol", "all", "baselines"):
+        assert one[part] == two[part]
 
 
 def test_all_images_and_the_broken_one(animals: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

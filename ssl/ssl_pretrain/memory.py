@@ -1,25 +1,38 @@
 """Tables so large that their way to memory and back, or asking the system for them, takes longer than what is computed."""
 
 import mmap
+import sys
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 CACHED = 2**18  # values that are worked on together, so that a few tables of them stay in a CPU's cache
+_HELD_HERE = 3  # references to memory that no table holds: of the list, of who looks through it, of getrefcount
 LARGE = 2**25  # bytes: what malloc gives back to the system as soon as it is free
+
+
+_mapped: list[mmap.mmap] = []  # what `empty` asked the system for, in use or not
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised contiguous table. malloc maps what is this large anew each time, and on a CPU the faults of its
-    4-KiB pages take as long as a pass over it: huge pages are asked for, where the system has them."""
+    pages take longer than a pass over it: huge pages are asked for, where the system has them, and the memory of a table
+    that nobody holds any more is used again for the next one of its size (and given back where that has another)."""
     like = torch.empty(shape, dtype=dtype, device="meta")
     size = like.numel() * like.element_size()
     if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    idle = [memory for memory in _mapped if sys.getrefcount(memory) == _HELD_HERE]
+    memory = next((memory for memory in idle if len(memory) == size), None)
+    if memory is None:
+        for memory in idle:
+            _mapped.remove(memory)
+        del idle
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        _mapped.append(memory)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 

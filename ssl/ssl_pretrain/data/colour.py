@@ -97,7 +97,7 @@ def apply(images: Tensor, params: np.ndarray, spec: ViewSpec) -> Tensor:
         images = _changed(images, rows, lambda chosen: _luma(chosen).expand(-1, 3, -1, -1).contiguous())
     rows = np.flatnonzero(params[:, BLUR_SIGMA] > 0)
     if rows.size:
-        images = _changed(images, rows, lambda chosen: _blur(chosen, params[rows, BLUR_SIGMA], spec.blur_sigma[1]))
+        images = _changed(images, rows, lambda chosen: blur(chosen, params[rows, BLUR_SIGMA], spec.blur_sigma[1]))
     rows = np.flatnonzero(params[:, SOLARIZE] > 0)
     if rows.size:
         threshold = spec.solarize_threshold
@@ -180,7 +180,7 @@ def _hue(images: Tensor, factor: Tensor) -> Tensor:
     return images
 
 
-def _blur(images: Tensor, sigma: np.ndarray, largest: float) -> Tensor:
+def blur(images: Tensor, sigma: np.ndarray, largest: float) -> Tensor:
     """Gaussian blur with one sigma an image, as a weighted sum of shifted images: rows, then columns."""
     device = images.device
     for dim in (2, 3):

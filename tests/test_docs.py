@@ -116,6 +116,8 @@ def run(line: str, desk: Path) -> None:
         argv = [sys.executable, "-m", f"ssl_pretrain.launch.{words[0][4:]}", *words[1:]]
     elif program:
         argv = [sys.executable, "-m", "ssl_pretrain.launch.evaluate", *words[1:], *SHRINK[program]]
+        if words[1] == "linear" and "../shared" in line:
+            argv += ["--steps", "1"]
     else:
         argv = [sys.executable, *words[1:], "--help"]
     done = subprocess.run(argv, cwd=desk, capture_output=True, text=True, env=os.environ, check=False)

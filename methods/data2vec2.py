@@ -58,7 +58,7 @@ class Data2Vec2(Method):
         clip_grad=4.0,
         warmup=50 / 375,
         encoder={"positions": "sincos"},
-        small={"lr": 1e-3, "masks": 4, "decoder_depth": 2, "momentum": 0.98, "momentum_end": 0.998, "steps": 150},
+        small={"lr": 1e-3, "masks": 4, "decoder_depth": 2, "momentum": 0.98, "momentum_end": 0.998, "steps": 100},
     )
 
     @dataclass(frozen=True, kw_only=True)

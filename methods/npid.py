@@ -6,7 +6,7 @@ bank. Shapes: B images of this process, M images of the data set, D encoder widt
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 @final
 class NPID(WholeBatchMethod):
-    """Tell each image from m others of the bank by noise-contrastive estimation (section 3.2).
+    """Tell each image from m others of the bank by noise-contrastive estimation (section 3.2), or from all of them by the
+    exact softmax (section 3.1).
 
     Defaults are the paper's and its release's (sections 3 and 4.2): momentum SGD, learning rate 0.03 with 256 images, 4,096
     negatives, temperature 0.07. Raises UserError for knobs out of range.
@@ -41,7 +42,7 @@ class NPID(WholeBatchMethod):
         decay="all",
         warmup=0.0,
         encoder={"pool": "cls"},
-        small={"optimizer": "adamw", "lr": 1e-3, "negatives": 1024, "warmup_steps": 20, "steps": 250},
+        small={"optimizer": "adamw", "lr": 1e-3, "negatives": 1024, "warmup_steps": 20, "steps": 130},
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,9 @@ class NPID(WholeBatchMethod):
         """Width of the embeddings; the bank holds one for each image of the data."""
         negatives: int = 4096
         """Images of the bank that each image is told from, drawn anew each time."""
+        loss: Literal["nce", "softmax"] = "nce"
+        """nce: noise-contrastive estimation with that many negatives; softmax: exact, over the whole bank, for data of up
+        to some hundred thousand images."""
         temperature: float = 0.07
         """Temperature of the similarities."""
         bank_momentum: float = 0.5
@@ -88,8 +92,21 @@ class NPID(WholeBatchMethod):
         return {"embedding": unit(self.projector(pooled)), "index": batch.index}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
-        """The NCE loss (eqs. 5 to 7) and the proximal term (eq. 8). The first step estimates Z, from its whole batch."""
+        """The NCE loss (eqs. 5 to 7) or the softmax's (eqs. 2 and 3), and the proximal term (eq. 8)."""
         v, index = embedded["embedding"], embedded["index"]
+        nce = self.config.loss == "nce"
+        contrast, normaliser = self._nce(v, index, step) if nce else (self._softmax(v, index), self.normaliser)
+        proximal = (v - self.bank[index]).square().sum(1)
+        each = contrast + self.config.proximal * proximal
+        return Losses(
+            total=each.mean(),
+            terms={"contrast": contrast.mean().detach(), "proximal": proximal.mean().detach()},
+            per_sample=each.detach(),
+            carry={"index": index, "embedding": v.detach(), "normaliser": normaliser[None]},
+        )
+
+    def _nce(self, v: Tensor, index: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The loss of each image (B,), and Z, which the first step estimates, from its whole batch."""
         count, m = len(self.bank), self.config.negatives
         others = (step.rand(m) * count).long().clamp_max(count - 1)  # (B, m), uniform; itself is not left out
         bank = self.bank[torch.cat([index[:, None], others], dim=1)]  # (B, 1 + m, K)
@@ -98,15 +115,11 @@ class NPID(WholeBatchMethod):
         normaliser = torch.where(self.normaliser > 0, self.normaliser, first)
         # h = P / (P + m / M) with P = exp(logit) / Z, so its log-odds are these
         odds = logits - torch.log(normaliser) - math.log(m / count)
-        contrast = F.softplus(-odds[:, 0]) + F.softplus(odds[:, 1:]).sum(1)
-        proximal = (v - bank[:, 0]).square().sum(1)
-        each = contrast + self.config.proximal * proximal
-        return Losses(
-            total=each.mean(),
-            terms={"contrast": contrast.mean().detach(), "proximal": proximal.mean().detach()},
-            per_sample=each.detach(),
-            carry={"index": index, "embedding": v.detach(), "normaliser": normaliser[None]},
-        )
+        return F.softplus(-odds[:, 0]) + F.softplus(odds[:, 1:]).sum(1), normaliser
+
+    def _softmax(self, v: Tensor, index: Tensor) -> Tensor:
+        """The loss of each image (B,): which of all M it is."""
+        return F.cross_entropy(v @ self.bank.T / self.config.temperature, index, reduction="none")
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
@@ -121,11 +134,12 @@ class NPID(WholeBatchMethod):
         self.normaliser.copy_(torch.where(step.ok, step.carried["normaliser"].mean(), self.normaliser))
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
-        """The loss where every image is as like all others as itself: h = 1 / (1 + m)."""
+        """The loss where every image is as like all others as itself: h = 1 / (1 + m), or 1 of M."""
         m = self.config.negatives
+        softmax = self.config.loss == "softmax"
         return {
             "contrast": (
-                math.log(1 + m) + m * math.log1p(1 / m),
+                math.log(len(self.bank)) if softmax else math.log(1 + m) + m * math.log1p(1 / m),
                 "no image is told from the others, all similarities are equal",
             )
         }

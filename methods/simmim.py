@@ -37,7 +37,7 @@ class SimMIM(Method):
         weight_decay=0.05,
         clip_grad=5.0,
         warmup=10 / 100,
-        small={"lr": 1e-3, "steps": 200},
+        small={"lr": 2e-3, "steps": 150},
     )
 
     @dataclass(frozen=True, kw_only=True)

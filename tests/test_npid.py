@@ -63,6 +63,33 @@ def test_loss_gradient_and_normaliser(proximal: float) -> None:
         assert x.grad[row, column].item() == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=1e-4, abs=1e-8)
 
 
+@pytest.mark.parametrize("proximal", [0.0, 3.0])
+def test_the_softmax_is_over_the_whole_bank(proximal: float) -> None:
+    built = build("npid")
+    method = NPID(built.encoder, NPID.Config(embedding_dim=16, loss="softmax", proximal=proximal, temperature=0.2))
+    method.prepare(BATCH)
+    method.double()
+    v = torch.nn.functional.normalize(
+        torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    )
+    index = torch.arange(16).flip(0)
+    x = v.clone().requires_grad_()
+    losses = method.loss({"embedding": x, "index": index}, step())
+    bank, rows, gradient = method.bank.numpy(), [], []
+    for i, own in enumerate(index.tolist()):  # eqs. 2 and 3: the probability of being image `own`, and its gradient
+        p = np.exp(bank @ v[i].numpy() / 0.2)
+        p /= p.sum()
+        rows.append(-math.log(p[own]) + proximal * ((v[i].numpy() - bank[own]) ** 2).sum())
+        gradient.append((p @ bank - bank[own]) / 0.2 + 2 * proximal * (v[i].numpy() - bank[own]))
+    np.testing.assert_allclose(losses.per_sample.numpy(), rows, rtol=1e-9)  # type: ignore[union-attr]
+    assert losses.total.item() == pytest.approx(np.mean(rows))
+    losses.total.backward()
+    assert x.grad is not None
+    np.testing.assert_allclose(x.grad.numpy(), np.array(gradient) / 16, rtol=1e-6, atol=1e-12)
+    after_step(method, step(), losses.carry)
+    assert float(method.normaliser) == 0  # there is none to estimate
+
+
 def test_the_normaliser_is_estimated_once() -> None:
     method = build("npid")
     images = batch(method, slice(0, 16))
@@ -101,8 +128,10 @@ def test_a_step_that_is_not_finite_leaves_bank_and_normaliser() -> None:
     assert float(method.normaliser) == 0
 
 
-def test_equal_similarities_give_the_collapsed_value() -> None:
-    method = build("npid")
+@pytest.mark.parametrize("loss", ["nce", "softmax"])
+def test_equal_similarities_give_the_collapsed_value(loss: str) -> None:
+    method = NPID(build("npid").encoder, NPID.Config(embedding_dim=16, negatives=8, loss=loss))
+    method.prepare(BATCH)
     method.bank[:] = torch.nn.functional.normalize(torch.ones(16), dim=0)
     v = torch.nn.functional.normalize(torch.ones(16, 16))
     losses = method.loss({"embedding": v, "index": torch.arange(16)}, step())

@@ -64,7 +64,7 @@ class SemAIM(Method):
         weight_decay=0.05,
         warmup=40 / 800,
         encoder={"positions": "sincos", "cls": False, "pool": "mean"},
-        small={"lr": 1e-3, "decoder_dim": 128, "decoder_depth": 2, "decoder_heads": 4, "steps": 150},
+        small={"lr": 1e-3, "decoder_dim": 128, "decoder_depth": 2, "decoder_heads": 4, "norm_pix": False, "steps": 70},
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -153,6 +153,7 @@ def test_a_resumed_run_has_the_bits_of_the_undisturbed_one(
 LEARNING: dict[str, dict[str, object]] = {
     "mae": {"steps": 200},
     "aim": {"steps": 200, "norm_pix": True},
+    "semaim": {"norm_pix": True},
     "barlow": {"steps": 300, "lr": 1e-3},
     "byol": {"steps": 300, "lr": 1e-3},
     "dino": {"steps": 300, "lr": 1e-3},

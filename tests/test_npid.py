@@ -35,16 +35,18 @@ def drawn(noise: int = 1) -> np.ndarray:
     return (step(noise).rand(8) * BATCH).long().numpy()
 
 
+def given(**settings: object) -> tuple[NPID, torch.Tensor, torch.Tensor]:
+    """A method in float64 with such knobs, unit embeddings (16, 16), and the images that they are of."""
+    config = NPID.Config(embedding_dim=16, negatives=8, **settings)  # type: ignore[arg-type]
+    method = NPID(build("npid").encoder, config)
+    method.prepare(BATCH)
+    v = torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return method.double(), torch.nn.functional.normalize(v), torch.arange(16).flip(0)
+
+
 @pytest.mark.parametrize("proximal", [0.0, 3.0])
 def test_loss_gradient_and_normaliser(proximal: float) -> None:
-    built = build("npid")
-    method = NPID(built.encoder, NPID.Config(embedding_dim=16, negatives=8, proximal=proximal)).double()
-    method.prepare(BATCH)
-    method.double()
-    v = torch.nn.functional.normalize(
-        torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    )
-    index = torch.arange(16).flip(0)
+    method, v, index = given(proximal=proximal)
     x = v.clone().requires_grad_()
     losses = method.loss({"embedding": x, "index": index}, step())
     bank, others = method.bank.numpy(), drawn()
@@ -65,14 +67,7 @@ def test_loss_gradient_and_normaliser(proximal: float) -> None:
 
 @pytest.mark.parametrize("proximal", [0.0, 3.0])
 def test_the_softmax_is_over_the_whole_bank(proximal: float) -> None:
-    built = build("npid")
-    method = NPID(built.encoder, NPID.Config(embedding_dim=16, loss="softmax", proximal=proximal, temperature=0.2))
-    method.prepare(BATCH)
-    method.double()
-    v = torch.nn.functional.normalize(
-        torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    )
-    index = torch.arange(16).flip(0)
+    method, v, index = given(loss="softmax", proximal=proximal, temperature=0.2)
     x = v.clone().requires_grad_()
     losses = method.loss({"embedding": x, "index": index}, step())
     bank, rows, gradient = method.bank.numpy(), [], []
@@ -130,8 +125,7 @@ def test_a_step_that_is_not_finite_leaves_bank_and_normaliser() -> None:
 
 @pytest.mark.parametrize("loss", ["nce", "softmax"])
 def test_equal_similarities_give_the_collapsed_value(loss: str) -> None:
-    method = NPID(build("npid").encoder, NPID.Config(embedding_dim=16, negatives=8, loss=loss))
-    method.prepare(BATCH)
+    method = given(loss=loss)[0].float()
     method.bank[:] = torch.nn.functional.normalize(torch.ones(16), dim=0)
     v = torch.nn.functional.normalize(torch.ones(16, 16))
     losses = method.loss({"embedding": v, "index": torch.arange(16)}, step())

@@ -3,15 +3,20 @@
 import mmap
 import sys
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
 CACHED = 2**18  # values that are worked on together, so that a few tables of them stay in a CPU's cache
-_HELD_HERE = 3  # references to memory that no table holds: of the list, of who looks through it, of getrefcount
 LARGE = 2**25  # bytes: what malloc gives back to the system as soon as it is free
 
 
+def _references(held: list[Any]) -> list[int]:
+    return [sys.getrefcount(each) for each in held]
+
+
+_NOBODYS = _references([object()])[0]  # of what only the list holds: Pythons differ in what counting itself adds
 _mapped: list[mmap.mmap] = []  # what `empty` asked the system for, in use or not
 
 
@@ -23,7 +28,7 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     size = like.numel() * like.element_size()
     if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    idle = [memory for memory in _mapped if sys.getrefcount(memory) == _HELD_HERE]
+    idle = [memory for memory, count in zip(_mapped, _references(_mapped), strict=True) if count == _NOBODYS]
     memory = next((memory for memory in idle if len(memory) == size), None)
     if memory is None:
         for memory in idle:

@@ -28,6 +28,7 @@ DATA = ROOT.parent / "shared" / "data" / "cifar10"
 RECIPES = ROOT / "recipes"
 BATCH = 64
 COMMON = ["--encoder", "vit_micro", "--image-size", 32, "--patch-size", 8, "--batch-size", BATCH, "--workers", 0]
+COMMON += ["--precision", "fp32"]  # the same arithmetic on every machine
 COMMON += ["--checkpoint-every", 100000, "--monitor-every", 0, "--picture-every", 0, "--val-images", 0, "--no-score"]
 PROBE = ["--lrs", 0.005, 0.02, 0.1, 0.5, "--layers", 1, "--steps", 1000]
 

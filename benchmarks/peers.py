@@ -1,6 +1,6 @@
 """A training step against the same step of other libraries: kernels, host waits, images a CPU-second, peak memory.
 
-    python benchmarks/peers.py --count                      kernels and waits of a DINO 2 + 8 and an MAE step, ViT-S/16
+    python benchmarks/peers.py --count --rows mae dino      kernels and waits of a DINO 2 + 8 and an MAE step, ViT-S/16
     python benchmarks/peers.py --rows mae --rounds 5        images a CPU-second on one thread, ViT-Ti/16, float32
     python benchmarks/peers.py --rows mae --precision bf16  ours in bfloat16 against the others' float32
     python benchmarks/peers.py --memory                     the peak of a process that does two steps
@@ -144,7 +144,75 @@ def dino(encoder: str, images: int, wanted: list[str], precision: str) -> dict[s
     return runs
 
 
-ROWS: dict[str, Callable[[str, int, list[str], str], dict[str, Run]]] = {"mae": mae, "dino": dino}
+def ijepa(encoder: str, images: int, wanted: list[str], precision: str) -> dict[str, Run]:
+    """I-JEPA: 4 target blocks, predictor of 12 blocks of 384 channels, with the teacher and its step"""
+    x = torch.randn(images, 3, 224, 224)
+    dim = SIZES[encoder][0]
+    runs: dict[str, Run] = {}
+    if OURS in wanted:
+        runs[OURS] = ours("ijepa", encoder, images, precision)
+    if STABLE in wanted and (kind := peer("stable_pretraining.methods.ijepa", "IJEPA")):
+        stable = kind(timm_vit(encoder), predictor_embed_dim=384, predictor_depth=12).train()
+
+        def step() -> Tensor:
+            stable.encoder.update_teacher()
+            return stable(x).loss
+
+        runs[STABLE] = backward(step, stable)
+    if LIGHTLY in wanted and (masked := peer("lightly.models.modules", "MaskedVisionTransformerTIMM")):
+        update = peer("lightly.models.utils", "update_momentum")
+        student = masked(vit=timm_vit(encoder, class_token=False, global_pool="avg"))
+        teacher = copy.deepcopy(student).requires_grad_(False)
+        predictor = peer("lightly.models.modules.ijepa_timm", "IJEPAPredictorTIMM")(
+            num_patches=196, depth=12, mlp_dim=dim, predictor_embed_dim=384, num_heads=12
+        )
+        collate = peer("lightly.data.ijepa_collate", "IJEPAMaskCollator")(input_size=(224, 224), patch_size=16, npred=4)
+        gather = peer("lightly.models.utils", "apply_masks")
+
+        def lightly() -> Tensor:
+            update(student, teacher, m=0.996)
+            _, context, targets = collate([(0,)] * images)
+            with torch.no_grad():
+                wanted = torch.nn.functional.layer_norm(teacher.encode(images=x), (dim,))
+                wanted = gather(wanted, targets)
+            seen = student.encode(images=x, idx_keep=context[0])
+            return torch.nn.functional.smooth_l1_loss(predictor(seen, context, targets), wanted)
+
+        runs[LIGHTLY] = backward(lightly, student, predictor)
+    return runs
+
+
+def lejepa(encoder: str, images: int, wanted: list[str], precision: str) -> dict[str, Run]:
+    """LeJEPA: 2 views of 224 and 6 of 96 pixels, projector of 2,048, 2,048 and 64, 1,024 directions"""
+    dim = SIZES[encoder][0]
+    runs: dict[str, Run] = {}
+    if OURS in wanted:
+        runs[OURS] = ours("lejepa", encoder, images, precision, local_ratio=96 / 224)
+    large, small = (torch.randn(count * images, 3, side, side) for count, side in ((2, 224), (6, 96)))
+
+    def projector() -> Any:
+        return peer("torchvision.ops", "MLP")(dim, [2048, 2048, 64], norm_layer=torch.nn.BatchNorm1d)
+
+    if LIGHTLY in wanted and (kind := peer("lightly.loss.lejepa_loss", "LeJEPALoss")):
+        net, head, loss = timm_vit(encoder, dynamic_img_size=True), projector(), kind()
+
+        def lightly() -> Tensor:
+            found = head(torch.cat([net(large), net(small)]))
+            big, little = found[: len(large)], found[len(large) :]
+            return loss(global_proj=big.unflatten(0, (2, -1)), local_proj=little.unflatten(0, (6, -1)))
+
+        runs[LIGHTLY] = backward(lightly, net, head)
+    if STABLE in wanted and (kind := peer("stable_pretraining.methods.lejepa", "LeJEPA")):
+        stable = kind(f"{encoder}_patch16_224", projector=projector(), lamb=0.05, drop_path_rate=0.0).train()
+        runs[STABLE] = backward(
+            lambda: stable(global_views=list(large.chunk(2)), local_views=list(small.chunk(6))).loss, stable
+        )
+    return runs
+
+
+ROWS: dict[str, Callable[[str, int, list[str], str], dict[str, Run]]] = {
+    "mae": mae, "dino": dino, "ijepa": ijepa, "lejepa": lejepa,
+}  # fmt: skip
 
 
 def counts(names: list[str], variants: list[str]) -> None:

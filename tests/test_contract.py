@@ -184,7 +184,7 @@ def test_it_learns_on_real_images(name: str, shared_data: Path, tmp_path: Path, 
             "patch_size": 8,
             "pool": "mean",
         },
-        **{"workers": 0, "monitor_every": 0, "picture_every": 0, "log_every": 50},
+        **{"workers": 0, "monitor_every": 0, "picture_every": 0, "log_every": 50, "precision": "fp32"},
         **LEARNING.get(name, {}),
     }
     argv = ["--method", name, "--data", shared_data / "cifar10_lossless5k", "--out", tmp_path / "run", "--no-score"]

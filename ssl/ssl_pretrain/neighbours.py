@@ -2,7 +2,7 @@
 bank, D channels, K neighbours, C classes; a tile is a (q, n) block of the similarities, the only part that ever
 exists; M of its elements may be among the best."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def nearest(
         return out
 
     if sketched is None:
-        sketched = on_cpu and _multiplies_in_bfloat16() and k * FEWEST <= len(bank)
+        sketched = on_cpu and torch.cpu._is_avx512_bf16_supported() and k * FEWEST <= len(bank)
     # Any centre is right. The mean leaves least to round; of some rows, for a bank may be larger than the memory.
     centre = _unit(bank[:: max(1, len(bank) // 1024)], where).mean(0)
     for start in range(0, len(bank), tile[1]):
@@ -141,12 +141,6 @@ def _unit(rows: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
     if not norm.isfinite().all():  # one number a row tells it of all of them
         raise ValueError("features to compare hold values that are not finite, or too large to square")
     return loaded / norm.clamp_min(1e-12)
-
-
-def _multiplies_in_bfloat16() -> bool:
-    """Whether this CPU has instructions for products in bfloat16: others imitate them, slower than float32."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that is allowed
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def _maxima(tile: Tensor) -> Tensor:

@@ -91,7 +91,8 @@ def sigreg(vectors: Tensor, directions: Tensor) -> Tensor:
     with torch.autocast(vectors.device.type, enabled=False):
         along = directions.to(wide) / directions.to(wide).norm(dim=0)
         # clouds side by side, for a column has nothing to do with another: (N, V * S)
-        x = (clouds.transpose(0, 1).to(wide) @ along).flatten(1)
+        # One matrix: of three dimensions torch makes N products of V rows each, which takes twice as long as all the rest.
+        x = (clouds.transpose(0, 1).to(wide).flatten(0, 1) @ along).view(clouds.shape[1], -1)
         cos, sin = mean(_CharacteristicFunction.apply(x, END / (KNOTS - 1), KNOTS))  # (K, V * S) each
         normal, weights = _knots(x.device, wide)
         statistic = weights @ ((cos - normal[:, None]).square() + sin.square())

@@ -120,7 +120,9 @@ def test_two_ranks_and_two_micro_batches_give_the_loss_and_gradients_of_one(name
         torch.testing.assert_close(other["loss"], one["loss"], rtol=1e-5, atol=1e-6)
         assert other["gradients"].keys() == one["gradients"].keys()
         for n, gradient in one["gradients"].items():
-            torch.testing.assert_close(other["gradients"][n], gradient, rtol=1e-3, atol=1e-6)
+            # A sum of large terms that cancel carries their rounding: measured by the tensor's largest, too.
+            rounding = 1e-6 + 1e-5 * float(gradient.abs().max())
+            torch.testing.assert_close(other["gradients"][n], gradient, rtol=1e-3, atol=rounding)
         for n, value in one["state"].items():
             torch.testing.assert_close(other["state"][n], value, rtol=1e-4, atol=1e-6)
 

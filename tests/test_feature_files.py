@@ -148,6 +148,23 @@ def test_blocks_of_the_dead_are_free_and_rows_without_an_image_are_packed(
     one.leave()
 
 
+def test_who_comes_when_the_pass_has_just_been_finished_finds_nothing_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    one, late = (Pass(tmp_path, "key", {"x": 2}, 8) for _ in range(2))
+    for images in one.claim():
+        filled(one, images)
+        one.done(images, [])
+    assert not late.gone
+    one.finish(lambda files, bad: None)
+    assert list(late.claim()) == []
+    assert late.whole
+    late.finish(lambda *_: pytest.fail("it was finished already"))
+    for job in (one, late):
+        job.leave()
+
+
 def test_a_pass_that_was_left_while_packing_begins_anew_and_old_ones_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

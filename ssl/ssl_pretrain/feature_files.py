@@ -53,7 +53,7 @@ class Pass:
             self.number, self._mine = _sign_in(self.folder)
             self.marks = np.memmap(self.folder / "marks", mode="r+", dtype=np.uint8, shape=(self.blocks,))
             self.marks[self.marks == self.number] = FREE  # of a dead process that had our number
-        self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in widths}
+            self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in widths}
 
     def _begin(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -78,7 +78,11 @@ class Pass:
             block = self._next()
 
     def _next(self) -> int | None:
-        with _locked(self.folder / "marks.lock"):
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(_locked(self.folder / "marks.lock"))
+            except FileNotFoundError:  # somebody else has just finished the pass
+                return None
             gone: dict[int, bool] = {}
             for block, mark in enumerate(self.marks.tolist()):
                 if mark not in (FREE, DONE, self.number) and mark not in gone:

@@ -17,7 +17,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.norm import BatchNorm1d
-from ssl_pretrain.parts.views import asymmetric_views, encode_crops
+from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -85,8 +85,8 @@ class BarlowTwins(WholeBatchMethod):
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of the two views: "first" and "second", each (B, D)."""
         names = ("first", "second")
-        seen = encode_crops(self.encoder, [batch.views[name] for name in names], step)
-        return {name: features.pooled for name, features in zip(names, seen, strict=True)}
+        seen = encode_pooled(self.encoder, [batch.views[name] for name in names], step)
+        return dict(zip(names, seen, strict=True))
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """`loss_scale` * ("invariance" + `redundancy_weight` * "redundancy"), the sums of squares on and off the diagonal

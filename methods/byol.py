@@ -16,7 +16,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp, unit
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
-from ssl_pretrain.parts.views import asymmetric_views, encode_crops
+from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -85,9 +85,9 @@ class BYOL(WholeBatchMethod):
         """Both views' vectors (B, 2, D) by the online encoder, "online", and by the target's, "target"."""
         # As two batches: where an encoder has batch norm, its statistics are of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
-        online = [features.pooled for features in encode_crops(self.encoder, views, step)]
+        online = encode_pooled(self.encoder, views, step)
         with torch.no_grad():
-            target = [features.pooled for features in encode_crops(self.teacher.backbone, views, step)]
+            target = encode_pooled(self.teacher.backbone, views, step)
         return {"online": torch.stack(online, dim=1), "target": torch.stack(target, dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:

@@ -19,7 +19,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.distill import cross_entropy_of_pairs, warmed_up
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
-from ssl_pretrain.parts.views import encode, encode_crops, multi_crop
+from ssl_pretrain.parts.views import encode_pooled, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
 
@@ -120,10 +120,11 @@ class DINO(Method):
         """The mean cross-entropy over the pairs of a teacher's view and another view of the student (eq. 3)."""
         views = torch.stack([batch.views["global1"], batch.views["global2"]])
         crops = [views, batch.views["local"]] if self.config.local_views else [views]
-        vectors = torch.cat([features.pooled for features in encode_crops(self.encoder, crops, step)])
+        vectors = torch.cat(encode_pooled(self.encoder, crops, step))
         student = self.head(vectors, frozen=step.progress < self.config.freeze_prototypes)
         with torch.no_grad():
-            teacher = self.teacher["head"](encode(self.teacher.backbone, views, step).pooled).to(self.centre.dtype)
+            (vectors,) = encode_pooled(self.teacher.backbone, [views], step)
+            teacher = self.teacher["head"](vectors).to(self.centre.dtype)
         b = len(batch.index)
         each, entropy = cross_entropy_of_pairs(
             student.unflatten(0, (-1, b)),

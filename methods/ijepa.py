@@ -167,10 +167,12 @@ class IJEPA(Method):
         seen = self.predictor_embed(encode(self.encoder, images, step, keep=context).patches)
         seen = seen + F.embedding(context, positions).to(seen.dtype)
         asked = (self.mask_token + F.embedding(targets.flatten(0, 1), positions)).to(seen.dtype)  # (B * T, M, E)
-        x = torch.cat([seen.repeat_interleave(t, dim=0), asked], dim=1)
-        for block in self.predictor_blocks:
+        x = torch.cat([asked, seen.repeat_interleave(t, dim=0)], dim=1)
+        *others, last = self.predictor_blocks
+        for block in others:
             x = block(x)
-        return self.predictor_proj(self.predictor_norm(x[:, -m:])).unflatten(0, (b, t))
+        x = last(x, first=m)  # what it says of the context is not looked at
+        return self.predictor_proj(self.predictor_norm(x)).unflatten(0, (b, t))
 
     @torch.no_grad()
     def targets(self, images: Tensor, step: Step) -> Tensor:

@@ -16,7 +16,7 @@ from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.sigreg import sigreg, sigreg_of_a_point
-from ssl_pretrain.parts.views import by_image, crop_size, encode_crops
+from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -94,8 +94,8 @@ class LeJEPA(WholeBatchMethod):
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of all views: "pooled" (B, V, D), global ones first."""
         counts = {"global": self.config.global_views, "local": self.config.local_views}
-        seen = encode_crops(self.encoder, [batch.views[name] for name, count in counts.items() if count], step)
-        each = [by_image(f.pooled, count) for f, count in zip(seen, filter(None, counts.values()), strict=True)]
+        seen = encode_pooled(self.encoder, [batch.views[name] for name, count in counts.items() if count], step)
+        each = [by_image(pooled, count) for pooled, count in zip(seen, filter(None, counts.values()), strict=True)]
         return {"pooled": torch.cat(each, dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:

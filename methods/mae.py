@@ -70,6 +70,8 @@ class MAE(Method):
             raise UserError(
                 f"--decoder-dim {config.decoder_dim} must be a multiple of 4 and of --decoder-heads {config.decoder_heads}"
             )
+        if config.decoder_depth < 1:
+            raise UserError(f"--decoder-depth is {config.decoder_depth}; it must be at least 1")
         (h, w), (p, q) = encoder.image_size, encoder.stride
         self.grid = (h // p, w // q)
         if self.kept(self.grid[0] * self.grid[1]) < 1:
@@ -126,12 +128,15 @@ class MAE(Method):
         # Prefix tokens take part in the decoder's attention, without a position.
         tokens = self.decoder_embed(seen.patches if seen.tokens is None else seen.tokens)
         prefix, tokens = tokens.split([tokens.shape[1] - keep.shape[1], keep.shape[1]], dim=1)
-        x = self.mask_token.to(tokens.dtype).expand(len(images), patches, -1)
-        x = put(x, keep, tokens) + positions.to(tokens.dtype)
-        x = torch.cat([prefix, x], dim=1) if prefix.shape[1] else x
-        for block in self.decoder_blocks:
+        tokens = tokens + F.embedding(keep, positions[0]).to(tokens.dtype)
+        asked = (self.mask_token + F.embedding(masked, positions[0])).to(tokens.dtype)
+        # In any order, for only positions tell places apart; the masked ones first, where the last block can be asked for
+        # them alone.
+        x = torch.cat([asked, prefix, tokens], dim=1)
+        *others, last = self.decoder_blocks
+        for block in others:
             x = block(x)
-        x = rows(x, masked + prefix.shape[1])
+        x = last(x, first=masked.shape[1])
         return self.decoder_pred(self.decoder_norm(x)), masked, keep, grid
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:

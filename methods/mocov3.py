@@ -20,7 +20,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp, unit
 from ssl_pretrain.parts.init import xavier_
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
-from ssl_pretrain.parts.views import asymmetric_views, encode_crops
+from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -99,9 +99,9 @@ class MoCoV3(WholeBatchMethod):
         """Both views' vectors (B, 2, D) by the query encoder, "query", and by the momentum encoder, "key"."""
         # As two batches: where an encoder has batch norm, its statistics are of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
-        query = [features.pooled for features in encode_crops(self.encoder, views, step)]
+        query = encode_pooled(self.encoder, views, step)
         with torch.no_grad():
-            key = [features.pooled for features in encode_crops(self.teacher.backbone, views, step)]
+            key = encode_pooled(self.teacher.backbone, views, step)
         return {"query": torch.stack(query, dim=1), "key": torch.stack(key, dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:

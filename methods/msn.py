@@ -22,7 +22,7 @@ from ssl_pretrain.parts.heads import Prototypes, mlp
 from ssl_pretrain.parts.masks import random_masking
 from ssl_pretrain.parts.sinkhorn import sinkhorn
 from ssl_pretrain.parts.teacher import Parts, follow_, follower
-from ssl_pretrain.parts.views import by_image, crop_size, encode, encode_crops, jitter
+from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -149,10 +149,10 @@ class MSN(WholeBatchMethod):
             patches = (height // p) * (width // q)
             options["keep"], _ = random_masking(step.rand(patches), self.kept(patches))
         count = self.config.local_views
-        seen = encode_crops(self.encoder, [view, batch.views["local"]] if count else [view], step, **options)
-        anchors = [by_image(f.pooled, views) for f, views in zip(seen, (1, count), strict=False)]
+        seen = encode_pooled(self.encoder, [view, batch.views["local"]] if count else [view], step, **options)
+        anchors = [by_image(pooled, views) for pooled, views in zip(seen, (1, count), strict=False)]
         with torch.no_grad():
-            target = encode(self.teacher.backbone, batch.views["target"], step).pooled
+            (target,) = encode_pooled(self.teacher.backbone, [batch.views["target"]], step)
         return {"anchors": torch.cat(anchors, dim=1), "target": target}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:

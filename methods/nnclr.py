@@ -19,7 +19,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.fifo import Queue
 from ssl_pretrain.parts.heads import mlp, unit
-from ssl_pretrain.parts.views import asymmetric_views, encode_crops
+from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -95,7 +95,7 @@ class NNCLR(WholeBatchMethod):
         """The encoder's vectors of both views: "pooled" (B, 2, D)."""
         # As two batches: where an encoder has batch norm, its statistics are of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
-        return {"pooled": torch.stack([features.pooled for features in encode_crops(self.encoder, views, step)], dim=1)}
+        return {"pooled": torch.stack(encode_pooled(self.encoder, views, step), dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """InfoNCE of each view's neighbours with the other's predictions, the mean of both directions (eq. 3)."""

@@ -17,7 +17,7 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import unit
-from ssl_pretrain.parts.views import encode
+from ssl_pretrain.parts.views import encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -88,7 +88,7 @@ class NPID(WholeBatchMethod):
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Unit embeddings "embedding" (B, K) and the sample ids "index" (B,)."""
-        pooled = encode(self.encoder, batch.views["image"], step).pooled
+        (pooled,) = encode_pooled(self.encoder, [batch.views["image"]], step)
         return {"embedding": unit(self.projector(pooled)), "index": batch.index}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:

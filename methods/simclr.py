@@ -14,7 +14,7 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.parts.contrast import contrast
 from ssl_pretrain.parts.heads import mlp
-from ssl_pretrain.parts.views import by_image, encode, jitter
+from ssl_pretrain.parts.views import by_image, encode_pooled, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -84,7 +84,8 @@ class SimCLR(WholeBatchMethod):
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of both views: "pooled" (B, 2, D)."""
-        return {"pooled": by_image(encode(self.encoder, batch.views["view"], step).pooled, 2)}
+        (pooled,) = encode_pooled(self.encoder, [batch.views["view"]], step)
+        return {"pooled": by_image(pooled, 2)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """The mean over both views of all images (eq. 1); `per_sample` is each image's."""

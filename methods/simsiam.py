@@ -13,7 +13,7 @@ from torch import Tensor
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.parts.heads import mlp, unit
-from ssl_pretrain.parts.views import encode_crops, jitter
+from ssl_pretrain.parts.views import encode_pooled, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -88,8 +88,7 @@ class SimSiam(WholeBatchMethod):
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of both views: "pooled" (B, 2, D)."""
         # As two batches: where an encoder has batch norm, its statistics are of one view, as in the paper.
-        seen = encode_crops(self.encoder, batch.views["view"].unbind(0), step)
-        return {"pooled": torch.stack([features.pooled for features in seen], dim=1)}
+        return {"pooled": torch.stack(encode_pooled(self.encoder, batch.views["view"].unbind(0), step), dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """The negative cosine similarity of prediction and stopped projection, the mean of both directions (eq. 4)."""

@@ -14,7 +14,7 @@ from torch import nn
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.parts.views import encode
+from ssl_pretrain.parts.views import encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
 
@@ -66,7 +66,8 @@ class Supervised(Method):
             raise UserError(
                 "--method supervised needs labels, and these images have none: put them into a folder a class"
             )
-        logits = self.head(encode(self.encoder, batch.views["image"], step).pooled).float()
+        (pooled,) = encode_pooled(self.encoder, [batch.views["image"]], step)
+        logits = self.head(pooled).float()
         known = labels >= 0
         # A label beyond the classes would read past the logits' end, on a GPU as a crash much later: NaN names it instead.
         inside = labels < self.config.classes

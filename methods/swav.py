@@ -20,7 +20,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.distill import cross_entropy_of_pairs
 from ssl_pretrain.parts.heads import Prototypes, mlp, unit
 from ssl_pretrain.parts.sinkhorn import sinkhorn
-from ssl_pretrain.parts.views import by_image, crop_size, encode_crops, jitter
+from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -130,8 +130,8 @@ class SwAV(WholeBatchMethod):
         """The encoder's vectors of all views: "pooled" (B, V, D), global ones first."""
         count = self.config.local_views
         crops = [batch.views[name] for name in (("global", "local") if count else ("global",))]
-        seen = encode_crops(self.encoder, crops, step)
-        each = [by_image(f.pooled, views) for f, views in zip(seen, (2, count), strict=False)]
+        seen = encode_pooled(self.encoder, crops, step)
+        each = [by_image(pooled, views) for pooled, views in zip(seen, (2, count), strict=False)]
         return {"pooled": torch.cat(each, dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:

@@ -17,7 +17,7 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.heads import mlp
-from ssl_pretrain.parts.views import asymmetric_views, encode_crops
+from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 EPSILON = 1e-4  # under the root of the standard deviation (section 4.1, eq. 2)
@@ -85,8 +85,8 @@ class VICReg(WholeBatchMethod):
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of the two views: "first" and "second", each (B, D)."""
         names = ("first", "second")
-        seen = encode_crops(self.encoder, [batch.views[name] for name in names], step)
-        return {name: features.pooled for name, features in zip(names, seen, strict=True)}
+        seen = encode_pooled(self.encoder, [batch.views[name] for name in names], step)
+        return dict(zip(names, seen, strict=True))
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """The weighted sum of "invariance", "variance" (the mean of both views') and "covariance" (the sum of both)."""

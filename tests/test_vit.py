@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from oracles import import_timm, import_transformers, to_transformers
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_pretrain import backbones
 from ssl_pretrain.backbones.backbone import Features, UnsupportedByBackbone
-from ssl_pretrain.backbones.vit import PatchEmbed, ViT
+from ssl_pretrain.backbones.vit import Block, PatchEmbed, ViT
 from ssl_pretrain.errors import UserError
 
 SIZE, DIM, DEPTH, HEADS = (32, 48), 64, 3, 4  # a grid of 4 x 6 patches of 8 pixels
@@ -623,6 +624,57 @@ def test_batches_together_give_what_each_gives_alone(options: dict[str, Any], bl
             close(a, b, 1e-9)
 
 
+POOLED: list[dict[str, Any]] = [
+    {},
+    {"positions": "rope", "qk_norm": True, "registers": 2},
+    {"drop_path": 0.4, "shortcut_decay": 0.5, "norms": "post", "layer_scale": 0.3},
+]
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("options", POOLED, ids=str)
+def test_asked_for_the_class_token_alone_it_gives_the_same_for_less(options: dict[str, Any], together: bool) -> None:
+    model = vit(pool="cls", **options).double().train()
+    crops = [images(2).double(), images(3, (16, 24), seed=1).double()]
+    how = [{"drop": torch.rand(len(x), 2 * DEPTH, generator=torch.Generator().manual_seed(9))} for x in crops]
+
+    def run(pooled_only: bool) -> tuple[list[Tensor], list[Tensor], int]:
+        batches = [(x, each | {"pooled_only": pooled_only}) for x, each in zip(crops, how, strict=True)]
+        with FlopCounterMode(display=False) as count:
+            found = model.together(batches) if together else [model(x, **each) for x, each in batches]
+            pooled = [features.pooled for features in found]
+            gradients = torch.autograd.grad(sum(x.sin().sum() for x in pooled), list(model.parameters()))
+        return pooled, list(gradients), count.get_total_flops()
+
+    (some, of_some, fewer), (whole, of_whole, more) = run(True), run(False)
+    for one, other in zip([*some, *of_some], [*whole, *of_whole], strict=True):
+        close(one, other, 1e-10)
+    assert fewer < more * (1 - 0.6 / DEPTH)  # of the last block, nine twelfths of the matrix products
+
+
+def test_where_more_than_the_class_token_is_needed_it_is_there() -> None:
+    x = images()
+    with torch.no_grad():
+        by_cls, by_mean = vit(pool="cls"), vit(pool="mean")
+        assert torch.equal(by_mean(x, pooled_only=True).pooled, by_mean(x).pooled)
+        assert by_cls(x, pooled_only=True, blocks=(-1,)).blocks[0].shape == (2, PATCHES + 1, DIM)
+        assert torch.equal(by_cls(x, pooled_only=True, attention="causal").cls, by_cls(x, attention="causal").cls)
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_a_block_asked_for_some_tokens_gives_those_of_all(post_norm: bool) -> None:
+    block = Block(DIM, 2, post_norm=post_norm, qk_norm=True, layer_scale=0.5, shortcut=0.7).double()
+    x, branches = draw(3, 9, DIM).double().requires_grad_(), draw(3, 1, 2, seed=1).double()
+    angles = draw(1, 1, 9, DIM // 4, seed=2).double()
+    same: dict[str, Any] = {"rope": (angles.cos(), angles.sin()), "branches": branches}
+    some, whole = block(x, first=4, **same), block(x, **same)[:, :4]
+    close(some, whole, 1e-12)
+    g = draw(*whole.shape, seed=3).double()
+    wanted = [x, *block.parameters()]
+    for one, other in zip(torch.autograd.grad(some, wanted, g), torch.autograd.grad(whole, wanted, g), strict=True):
+        close(one, other, 1e-10)
+
+
 def test_batches_with_masked_attention_together_are_done_one_by_one() -> None:
     model = vit()
     batches: list[tuple[Tensor, dict[str, Any]]] = [(images(2), {"attention": "causal"}), (images(3, (16, 24)), {})]
@@ -639,11 +691,13 @@ def test_it_is_one_graph_for_the_compiler() -> None:
     close(found.blocks[0], expected.blocks[0])
 
 
-def test_batches_together_are_one_graph_for_the_compiler() -> None:
-    model = vit(positions="rope")
+@pytest.mark.parametrize("pooled_only", [False, True])
+def test_batches_together_are_one_graph_for_the_compiler(pooled_only: bool) -> None:
+    model = vit(positions="rope", pool="cls")
 
     def together(large: Tensor, small: Tensor) -> list[Tensor]:
-        return [features.pooled for features in model.together([(large, {}), (small, {})])]
+        asked = {"pooled_only": pooled_only}
+        return [features.pooled for features in model.together([(large, asked), (small, asked)])]
 
     crops = images(), images(3, (16, 24))
     compiled = torch.compile(together, backend="aot_eager", fullgraph=True)

@@ -49,27 +49,30 @@ class Packed:
         return cls(tuple(batches), kernel, None if kernel is None else _bounds(batches, device))
 
     @property
-    def sizes(self) -> list[int]:
-        """Tokens of each batch."""
-        return [images * length for images, length in self.batches]
-
-    @property
     def runs(self) -> list[tuple[int, int]]:
         """(B, L) of the batches, neighbours of one length taken together."""
         grouped = itertools.groupby(self.batches, key=lambda batch: batch[1])
         return [(sum(images for images, _ in each), length) for length, each in grouped]
 
+    def of_each(self, x: Tensor, first: int) -> Tensor:
+        """Of tokens (1, T, D), the first of each image: (1, T', D)."""
+        parts = x.squeeze(0).split([images * length for images, length in self.runs])
+        kept = [part.unflatten(0, run)[:, :first].flatten(0, 1) for part, run in zip(parts, self.runs, strict=True)]
+        return torch.cat(kept)[None]
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
-    """`attend` within each image of q, k, v (1, h, T, d) of one dtype. Returns (1, h, T, d) of that dtype."""
-    if packed.kernel is not None and packed.bounds is not None:
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed, first: int | None = None) -> Tensor:
+    """`attend` within each image of q, k, v (1, h, T, d) of one dtype. Returns (1, h, T, d) of that dtype, or (1, h, T', d)
+    of the `first` queries of each image."""
+    if packed.kernel is not None and packed.bounds is not None and first is None:
         lengths = [length for images, length in packed.batches for _ in range(images)]
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
         return packed.kernel(q, k, v, packed.bounds, lengths).transpose(0, 1)[None]
     found = []
     sizes = [images * length for images, length in packed.runs]
     for run, *parts in zip(packed.runs, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
-        out = attend(*(part.squeeze(0).unflatten(1, run).transpose(0, 1) for part in parts))  # (B, h, L, d)
+        of_q, of_k, of_v = (part.squeeze(0).unflatten(1, run).transpose(0, 1) for part in parts)  # (B, h, L, d)
+        out = attend(of_q if first is None else of_q[:, :, :first], of_k, of_v)
         found.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(found).transpose(0, 1)[None]
 

@@ -33,8 +33,8 @@ class Backbone(nn.Module, ABC):
 
     Attributes every backbone sets: `config` (its frozen dataclass), `image_size` (H, W), `in_chans`, `dim` (D, width
     of every feature), `depth` (number of blocks or stages), `stride` (pixels a patch side (h, w)), `supports`
-    (frozenset of words among "keep", "replace", "attention", "blocks", "drop_path"). Whatever a forward computes with
-    is in `state_dict()`.
+    (frozenset of words among "keep", "replace", "attention", "blocks", "drop_path", "pooled_only"). Whatever a forward
+    computes with is in `state_dict()`.
     """
 
     config: Any
@@ -68,7 +68,8 @@ class Backbone(nn.Module, ABC):
         blocks: which blocks' outputs to return in `Features.blocks`; negative counts from the end.
         drop: (B, 2 * depth) uniform noise for drop path, drawn by the method from `Step.rand`; needed in training when
             the drop-path rate is above 0.
-        Raises UnsupportedByBackbone for an option the backbone lacks.
+        Raises UnsupportedByBackbone for an option the backbone lacks. One that supports "pooled_only" takes that option,
+        too: True says that nothing but `Features.pooled` will be looked at, and the rest may be missing.
         """
 
     def together(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:

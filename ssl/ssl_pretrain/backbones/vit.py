@@ -66,15 +66,24 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, causal: bool, rope: Rope | None, packed: Packed | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        rope: Rope | None,
+        packed: Packed | None = None,
+        first: int | None = None,
     ) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D), or (1, T, D) to (1, T, D) of `packed` batches, without mask and causality."""
+        """See `Block.forward`."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, d)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        x = attend(q, k, v, mask, causal) if packed is None else attend_packed(q, k, v, packed)
+        if packed is not None:
+            x = attend_packed(q, k, v, packed, first)
+        else:
+            x = attend(q if first is None else q[:, :, :first], k, v, mask, causal)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -167,13 +176,20 @@ class Block(nn.Module):
         rope: Rope | None = None,
         branches: Tensor | None = None,
         packed: Packed | None = None,
+        first: int | None = None,
     ) -> Tensor:
         """Tokens (B, L, D) to (B, L, D), or (1, T, D) to (1, T, D) of `packed` batches.
 
-        mask, causal: as `attend` takes them. rope: each broadcastable to (B, heads, L, d / 2). branches: (B, 1, 2) or
-        (1, T, 2) factors on the two branches of each sample or token (drop path).
+        mask, causal: as `attend` takes them, neither with `packed` or `first`. rope: each broadcastable to (B, heads, L,
+        d / 2). branches: (B, 1, 2) or (1, T, 2) factors on the two branches of each sample or token (drop path). first:
+        how many of an image's tokens are asked for, L' (by default all), so that the output is (B, L', D) or (1, T', D);
+        the others are seen by these and cost no more than that.
         """
-        y = self.ls1(self.attn(x if self.post_norm else self.norm1(x), mask, causal, rope, packed))
+        y = self.ls1(self.attn(x if self.post_norm else self.norm1(x), mask, causal, rope, packed, first))
+        if first is not None:
+            if branches is not None and packed is not None:
+                branches = packed.of_each(branches, first)
+            x = x[:, :first] if packed is None else packed.of_each(x, first)
         if branches is not None:
             y = y * branches[..., :1]
         x = self._joined(y, x)
@@ -235,7 +251,7 @@ class ViT(Backbone):
         norm_eps: float | None = None
         """Epsilon of every layer norm (none: 1e-6; DINOv3's is 1e-5)."""
 
-    supports = frozenset({"keep", "replace", "attention", "blocks", "drop_path"})
+    supports = frozenset({"keep", "replace", "attention", "blocks", "drop_path", "pooled_only"})
 
     def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
         super().__init__()
@@ -291,6 +307,7 @@ class ViT(Backbone):
         prefix_length: Tensor | None = None,
         blocks: tuple[int, ...] = (),
         drop: Tensor | None = None,
+        pooled_only: bool = False,
     ) -> Features:
         """See `Backbone.forward`. With `keep`, the tokens that masks, causality and prefix lengths speak of are the
         kept ones in the order asked for; the mask of `replace` stays one of all N patches.
@@ -301,8 +318,10 @@ class ViT(Backbone):
         x, grid = self._embedded(images, keep, replace)
         mask, causal = self._mask(attention, prefix_length, x.shape[1])
         factors = self._drop_path(drop)
+        rope = self._rope(grid, keep, x.device)
+        first = None if mask is not None or causal else self._first(pooled_only, blocks)
         x, outputs = self._through(
-            x, blocks, mask, causal, self._rope(grid, keep, x.device), None if factors is None else factors[:, None]
+            x, blocks, mask, causal, rope, None if factors is None else factors[:, None], first=first
         )
         return self._features(x, grid, outputs)
 
@@ -310,7 +329,9 @@ class ViT(Backbone):
         """See `Backbone.together`. The tokens of all batches are one row for norms, matrices and MLPs, and apart for
         attention only: half the kernels of two forwards, and with shared parameters (FSDP) half the gathering."""
         asked = [options.get("blocks", ()) for _, options in batches]
-        plain = all(not options.keys() - {"keep", "replace", "blocks", "drop"} for _, options in batches)
+        wanted = [options.get("pooled_only", False) for _, options in batches]
+        known = {"keep", "replace", "blocks", "drop", "pooled_only"}
+        plain = all(not options.keys() - known for _, options in batches)
         if len(batches) < 2 or not plain or len(set(asked)) > 1:
             return super().together(batches)
 
@@ -336,10 +357,13 @@ class ViT(Backbone):
             cos, sin = (by_token([part[:, 0] for part in parts]) for parts in (cosines, sines))
             rope = cos[:, None], sin[:, None]
         dropped = [part[:, None] for part in factors if part is not None]
+        first = self._first(all(wanted), asked[0])
         x, outputs = self._through(
-            by_token(rows), asked[0], None, False, rope, by_token(dropped) if dropped else None, packed
+            by_token(rows), asked[0], None, False, rope, by_token(dropped) if dropped else None, packed, first
         )
-        parts = zip(*(whole[0].split(packed.sizes) for whole in (x, *outputs)), packed.batches, grids, strict=True)
+        shapes = packed.batches if first is None else tuple((images, 1) for images, _ in packed.batches)
+        sizes = [images * length for images, length in shapes]
+        parts = zip(*(whole[0].split(sizes) for whole in (x, *outputs)), shapes, grids, strict=True)
         return [
             self._features(part.unflatten(0, shape), grid, tuple(each.unflatten(0, shape) for each in of_blocks))
             for part, *of_blocks, shape, grid in parts
@@ -372,17 +396,23 @@ class ViT(Backbone):
         rope: Rope | None,
         factors: Tensor | None,
         packed: Packed | None = None,
+        first: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Tokens (B, L, D) or (1, T, D) behind the blocks and the final norm, and behind the wanted blocks without it;
-        `factors` (B, 1, 2 * depth) or (1, T, 2 * depth) of drop path."""
+        """Tokens (B, L, D) or (1, T, D) behind the blocks and the final norm, an image's `first` ones where it says so,
+        and behind the wanted blocks without it; `factors` (B, 1, 2 * depth) or (1, T, 2 * depth) of drop path."""
         indices = [self._block(i) for i in wanted]
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             branches = None if factors is None else factors[..., 2 * i : 2 * i + 2]
-            x = block(x, mask, causal, rope, branches, packed)
+            x = block(x, mask, causal, rope, branches, packed, first if i == self.depth - 1 else None)
             if i in indices:
                 outputs[i] = x
         return self.norm(x), tuple(outputs[i] for i in indices)
+
+    def _first(self, pooled_only: bool, blocks: tuple[int, ...]) -> int | None:
+        """How many tokens the last block is asked for: the class token where it is all that will be looked at."""
+        pools_one = self.config.cls and self.config.pool == "cls"
+        return 1 if pooled_only and pools_one and not blocks else None
 
     def _features(self, x: Tensor, grid: tuple[int, int], outputs: tuple[Tensor, ...]) -> Features:
         prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]

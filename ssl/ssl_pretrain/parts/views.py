@@ -25,6 +25,14 @@ def encode_crops(encoder: Backbone, crops: Sequence[Tensor], step: Step, **optio
     return encoder.together([_rows(encoder, views, step, {} if i else options) for i, views in enumerate(crops)])
 
 
+def encode_pooled(encoder: Backbone, crops: Sequence[Tensor], step: Step, **options: Any) -> list[Tensor]:
+    """The pooled vectors alone that `encode_crops` gives, each (V * B, D): an encoder that can leaves out what only the
+    rest of the features would need."""
+    less = {"pooled_only": True} if "pooled_only" in encoder.supports else {}
+    batches = [_rows(encoder, views, step, less if i else less | options) for i, views in enumerate(crops)]
+    return [features.pooled for features in encoder.together(batches)]
+
+
 def _rows(encoder: Backbone, views: Tensor, step: Step, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Views of one size as a batch of images, and what the encoder is to be told with them."""
     count = views.shape[0] if views.ndim == 5 else 1

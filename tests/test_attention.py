@@ -40,7 +40,11 @@ MASK = prefix_mask(torch.tensor([2, 5]), 7, 2)
     ids=["full", "causal", "a mask each", "one mask"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_attend_and_its_gradients_equal_the_formula(dtype: torch.dtype, causal: bool, mask: Tensor | None) -> None:
+@pytest.mark.parametrize("products", [False, True])
+def test_attend_and_its_gradients_equal_the_formula(
+    dtype: torch.dtype, causal: bool, mask: Tensor | None, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_file, "BF16_PRODUCTS", products)
     q, k, v, g = (draw(2, 3, 9, 8, seed=i).to(dtype) for i in range(4))
     see = np.ones((2, 1, 9, 9), bool) if mask is None else np.broadcast_to(mask.numpy(), (2, 1, 9, 9))
     see = np.tril(see) if causal else see
@@ -143,8 +147,10 @@ def test_kernels_are_called_as_torch_and_xformers_document_them(monkeypatch: pyt
         assert torch.equal(kernel(q, k, v, bounds, lengths), expected)
 
 
-def test_the_softmax_is_float32_in_bfloat16_and_under_autocast() -> None:
+@pytest.mark.parametrize("products", [False, True])
+def test_the_softmax_is_float32_in_bfloat16_and_under_autocast(products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores that bfloat16 cannot tell apart (64 and 64.2) still weigh differently."""
+    monkeypatch.setattr(attention_file, "BF16_PRODUCTS", products)
     q = torch.tensor([8.0, 0.0]).bfloat16().view(1, 1, 1, 2)
     k = torch.tensor([[11.25, 0.0], [11.3125, 0.0]]).bfloat16().view(1, 1, 2, 2)
     v = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).bfloat16().view(1, 1, 2, 2)
@@ -154,6 +160,27 @@ def test_the_softmax_is_float32_in_bfloat16_and_under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             found = attend(q, k, v)
         np.testing.assert_allclose(found.float().numpy().ravel(), weights, rtol=4e-3)
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_by_bfloat16_products_little_more_is_lost_than_by_rounding_the_inputs(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64 of what was not rounded: at most 2.5 times the error of a float32 softmax of the rounded inputs."""
+    exact = [(spread * draw(2, 3, 50, 32, seed=i)).double().requires_grad_() for i in range(3)]
+    g = draw(2, 3, 50, 32, seed=3)
+    whole = F.scaled_dot_product_attention(*exact)
+    wanted = [whole, *torch.autograd.grad(whole, exact, g.double())]
+    lost = []
+    for products in (False, True):
+        monkeypatch.setattr(attention_file, "BF16_PRODUCTS", products)
+        inputs = [x.detach().bfloat16().requires_grad_() for x in exact]
+        out = attend(*inputs)
+        found = [out, *torch.autograd.grad(out, inputs, g.bfloat16())]
+        lost.append([float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(found, wanted, strict=True)])
+    for one, other in zip(*lost, strict=True):
+        assert one < other < 2.5 * one
+    assert max(lost[1]) < 0.05
 
 
 def test_who_sees_whom_in_prefix_attention() -> None:

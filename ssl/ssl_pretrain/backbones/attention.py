@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BF16_PRODUCTS = torch.cpu._is_avx512_bf16_supported()
+PLAIN = 2**18  # scores of a head: beyond, that they are all kept for the backward pass costs too much memory
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v (Vaswani et al., 2017, eq. 1).
@@ -23,11 +26,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         # The CPU's kernels for half precision, above all their backward, are several times slower than float32 ones
-        # with the conversions to and fro (docs/design.md).
+        # with the conversions to and fro, and where there are bfloat16 products, plain ones are faster than both
+        # (docs/design.md).
         with torch.autocast("cpu", enabled=False):
+            plain = mask is None and not causal and q.shape[2] * k.shape[2] <= PLAIN
+            if BF16_PRODUCTS and q.dtype == torch.bfloat16 and plain:
+                return _in_products(q, k, v)
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
         return out.to(v.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def _in_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` as two products of matrices and a softmax between; scores and weights are kept in q's dtype."""
+    heads, scale = q.shape[:2], q.shape[3] ** -0.5
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    # What all keys have in common is the same in all scores of a query, and is nothing to the softmax: without it the
+    # scores are small, and rounding them takes little. Its gradient is zero.
+    k = k - k.detach().mean(1, keepdim=True)
+    scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+    return (torch.softmax(scores, dim=-1) @ v).unflatten(0, heads)
 
 
 # A kernel for sequences of unlike lengths: q, k, v (T, h, d), the bounds (sequences + 1,) int32, the lengths one by one.

@@ -138,13 +138,25 @@ def test_kernels_are_called_as_torch_and_xformers_document_them(monkeypatch: pyt
     torches, ops, fmha = (types.ModuleType(name) for name in ("varlen", "xformers.ops", "xformers.ops.fmha"))
     torches.varlen_attn = varlen_attn  # type: ignore[attr-defined]
     ops.memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
-    fmha.BlockDiagonalMask = types.SimpleNamespace(from_seqlens=list)  # type: ignore[attr-defined]
+    made: list[list[int]] = []
+
+    def from_seqlens(lengths: list[int]) -> list[int]:
+        made.append(lengths)
+        return lengths
+
+    fmha.BlockDiagonalMask = types.SimpleNamespace(from_seqlens=from_seqlens)  # type: ignore[attr-defined]
     for name, module in (("torch.nn.attention.varlen", torches), ("xformers.ops", ops), ("xformers.ops.fmha", fmha)):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     expected = one_by_one(q, k, v, bounds, lengths)
-    for kernel in (attention_file._varlen, attention_file._xformers):
+    attention_file._block_diagonal.cache_clear()
+    for kernel in (attention_file._varlen, attention_file._xformers, attention_file._xformers):
         assert torch.equal(kernel(q, k, v, bounds, lengths), expected)
+    assert made == [lengths]  # once for all blocks and steps
+    with torch.inference_mode():
+        attention_file._xformers(q, k, v, bounds, lengths)
+    assert made == [lengths, lengths]
+    attention_file._block_diagonal.cache_clear()
 
 
 @pytest.mark.parametrize("products", [False, True])

@@ -8,6 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,10 +124,18 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: list[int])
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: list[int]) -> Tensor:
     from xformers.ops import memory_efficient_attention
+
+    mask = _block_diagonal(tuple(lengths), q.device, torch.is_inference_mode_enabled())
+    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+
+
+@functools.lru_cache(maxsize=16)
+def _block_diagonal(lengths: tuple[int, ...], device: torch.device, inference: bool) -> Any:
+    """xformers' mask that keeps sequences of these lengths apart. Kept, for every block of every step needs the same one and
+    it moves its bounds to the device once; tensors made in inference mode are of no use outside of it."""
     from xformers.ops.fmha import BlockDiagonalMask
 
-    mask = BlockDiagonalMask.from_seqlens(lengths)
-    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+    return BlockDiagonalMask.from_seqlens(list(lengths))
 
 
 def _agrees(kernel: Ragged, device: torch.device, dtype: torch.dtype, width: int) -> bool:

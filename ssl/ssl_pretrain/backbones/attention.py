@@ -131,8 +131,8 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: list[int
 
 @functools.lru_cache(maxsize=16)
 def _block_diagonal(lengths: tuple[int, ...], device: torch.device, inference: bool) -> Any:
-    """xformers' mask that keeps sequences of these lengths apart. Kept, for every block of every step needs the same one and
-    it moves its bounds to the device once; tensors made in inference mode are of no use outside of it."""
+    """xformers' mask that keeps sequences of these lengths apart. Kept, for every block of every step needs the same one,
+    and it moves its bounds to the device once; tensors made in inference mode are of no use outside of it."""
     from xformers.ops.fmha import BlockDiagonalMask
 
     return BlockDiagonalMask.from_seqlens(list(lengths))

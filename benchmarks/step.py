@@ -2,9 +2,11 @@
 
     python benchmarks/step.py [--encoder vit_tiny] [--image-size 224] [--batch-size 32] [--steps 12] [--rounds 3]
     python benchmarks/step.py --encoder vit_micro --image-size 32 --patch-size 8 --batch-size 2 --decoder 16 1 --steps 300
+    python benchmarks/step.py --data ../shared/data/natural --batch-size 16
 
 The second shows what a step of the loop costs beside the model: milliseconds, with a model that takes next to none.
-Each variant runs in a process of its own, in turn, on the same ready batch; the medians' ratio is what counts.
+Each variant runs in a process of its own, in turn, on the same ready batch; the medians' ratio is what counts. With
+`--data` the loop reads images, decodes and crops them, by as many workers as it chooses.
 """
 
 import argparse
@@ -64,7 +66,7 @@ def bare(arguments: argparse.Namespace) -> float:
 
 
 def loop(arguments: argparse.Namespace) -> float:
-    """The same through `ssl_pretrain.train`, its loader replaced by one ready uint8 batch."""
+    """The same through `ssl_pretrain.train`, its loader replaced by one ready uint8 batch unless there are data."""
     import numpy as np
     import torch
     from ssl_pretrain.methods.mae import MAE
@@ -91,7 +93,14 @@ def loop(arguments: argparse.Namespace) -> float:
             stamps.append(time.perf_counter())
             yield raw
 
-    train.batches = ready
+    read = train.batches
+
+    def stamped(*given: Any, **named: Any) -> Iterator[RawBatch]:
+        for each in read(*given, **named):
+            stamps.append(time.perf_counter())
+            yield each
+
+    train.batches = ready if arguments.data is None else stamped
     options = backbones.config_class(arguments.encoder)(
         **{**backbones.defaults(arguments.encoder), **MAE.recipe.encoder, "patch_size": arguments.patch_size}
     )
@@ -106,6 +115,7 @@ def loop(arguments: argparse.Namespace) -> float:
             precision="fp32",
             monitor_every=0,
             picture_every=0,
+            **({} if arguments.data is None else {"data": arguments.data}),
         )
         train.train(run, knobs(arguments), options)
     times = [after - before for before, after in itertools.pairwise(stamps)]
@@ -121,6 +131,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--decoder", type=int, nargs=2, metavar=("DIM", "DEPTH"), help="(default: the paper's)")
+    parser.add_argument("--data", help="images for the loop to read (default: one ready batch)")
     parser.add_argument("--variant", choices=["bare", "loop"])
     arguments = parser.parse_args()
     if arguments.variant:

@@ -221,6 +221,30 @@ def test_the_deadline_leaves_a_short_job_three_quarters_of_its_time(monkeypatch:
     assert requeue.deadline(120) is None
 
 
+LATE = """
+import os, sys, time
+from ssl_pretrain.launch.pretrain import main
+from ssl_pretrain.signals import StopRequest
+with StopRequest(time.time() + (1000 if os.environ["RANK"] == "0" else 0)):
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_time_limit_that_another_process_is_first_to_see_is_called_so(photos: Path, tmp_path: Path) -> None:
+    same = [*TINY, "--method", "mae", "--data", photos, "--out", tmp_path / "run", "--steps", 500, "--workers", 0]
+    place = {"SSL_PRETRAIN_RENDEZVOUS": (tmp_path / "meet").as_uri(), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE, *map(str, same)],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.wait(timeout=120)
+    assert manifest.read(tmp_path / "run")["state"] == "stopped: the time limit at step 0"
+
+
 def fake_slurm(folder: Path, facts: str) -> str:
     """A PATH with a scontrol that answers `facts` and notes what it is asked for in `asked`."""
     script = folder / "scontrol"

@@ -68,6 +68,7 @@ def test_the_command_accumulates_a_whole_batch_loss_without_changing_it(
         argv = ["--method", "simclr", "--data", photos, "--out", out, "--steps", 3, "--log-every", 1, "--workers", 0]
         argv += ["--encoder", "vit_micro", "--image-size", 32, "--patch-size", 8, "--depth", 2, "--batch-size", 16]
         argv += ["--hidden-dim", 64, "--accumulate", parts, "--optimizer", "adamw", "--lr", "1e-3"]
+        argv += ["--precision", "fp32"]
         pretrain(*argv)
         curves.append(losses(out))
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)

@@ -48,7 +48,7 @@ from .randomness import key, numpy_generator
 from .report import Report
 from .schedule import cosine, learning_rate
 from .score import KnnScore
-from .signals import StopRequest
+from .signals import TIME_LIMIT, StopRequest
 from .watch import Watch
 
 
@@ -216,9 +216,10 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     with closing(loader), Watch(out, here, run.stall_after, report.warn) as watch:
         while step_number < steps:
             # -- what the processes have to agree on, in one exchange
-            stopping, writing = distributed.any_of(stop.signal is not None, writer.busy)
+            asked_to = stop.signal
+            stopping, late, writing = distributed.any_of(asked_to is not None, asked_to == TIME_LIMIT, writer.busy)
             if stopping:
-                stopped = stop.signal or "a signal to another process"
+                stopped = asked_to or (TIME_LIMIT if late else "a signal to another process")
                 break
             if not writing:
                 settle()

@@ -6,7 +6,7 @@ where they say which images each operation touches, so nothing here waits for th
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -46,17 +46,24 @@ def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, .
     """
     rows, pixels = params.reshape(-1, params.shape[-1]), raw.reshape(-1, *raw.shape[-3:]).movedim(-1, -3)
     out = empty(*pixels.shape, dtype=torch.float32, device=raw.device)
-    shape, tinted = (len(mean), 1, 1), coloured(spec)
-    centre = torch.tensor(mean, dtype=torch.float32).view(shape)
-    scale = 1 / torch.tensor(std, dtype=torch.float32).view(shape)
-    bias = (-centre * scale).to(raw.device, non_blocking=True)
-    scale = (scale if tinted else scale / 255).to(raw.device, non_blocking=True)
+    tinted = coloured(spec)
+    scale, bias = _normalisation(mean, std, 1 if tinted else 255, raw.device)
     for part in parts(out):
         planes = out[part].copy_(pixels[part])
         if tinted:
             planes = apply(planes.div_(255), rows[part], spec)
         torch.addcmul(bias, planes, scale, out=out[part])
     return out.view(*raw.shape[:-3], *out.shape[1:])
+
+
+@lru_cache(maxsize=64)
+def _normalisation(
+    mean: tuple[float, ...], std: tuple[float, ...], white: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Factor and summand (C, 1, 1) of values up to `white`; kept, for every batch needs the same ones."""
+    centre, deviation = (torch.tensor(each, dtype=torch.float32).view(-1, 1, 1) for each in (mean, std))
+    scale = 1 / deviation
+    return (scale / white).to(device, non_blocking=True), (-centre * scale).to(device, non_blocking=True)
 
 
 def parts(images: Tensor, cached: int = CACHED) -> list[slice]:

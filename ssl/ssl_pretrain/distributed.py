@@ -16,6 +16,10 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+
+# What torch would import later by itself. Its functions take the process group that stands at that moment as their default
+# and so keep it, threads and all, until the interpreter ends, which may abort then. Here there is no group yet.
+import torch.distributed.nn
 from torch import Tensor, nn
 
 from . import placement, rendezvous
@@ -75,6 +79,9 @@ def world(timeout: timedelta | None = None) -> Iterator[World]:
     finally:
         _cpu_group.cache_clear()
         dist.destroy_process_group()
+        if device.type == "cpu":
+            # Caches of FSDP2 keep gloo's threads. Time for them to release what they moved while there is an interpreter.
+            time.sleep(0.05)
 
 
 def _patience() -> timedelta:

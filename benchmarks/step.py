@@ -6,10 +6,12 @@
 
 The second shows what a step of the loop costs beside the model: milliseconds, with a model that takes next to none.
 Each variant runs in a process of its own, in turn, on the same ready batch; the medians' ratio is what counts. With
-`--data` the loop reads images, decodes and crops them, by as many workers as it chooses.
+`--data` the loop reads images, decodes and crops them, by as many workers as it chooses. Where Lightning is installed, its
+Trainer takes the same steps as the bare ones, without logger, checkpoints and progress bar.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import resource
@@ -122,6 +124,44 @@ def loop(arguments: argparse.Namespace) -> float:
     return count / statistics.median(times[len(times) // 2 :])
 
 
+def lightning(arguments: argparse.Namespace) -> float:
+    """The bare step through Lightning's Trainer: nothing looked at, nothing logged, nothing kept."""
+    import logging
+
+    import torch
+    from losses import peer
+
+    from ssl_pretrain.pretext import Batch, Step
+
+    base, trainer_kind = peer("lightning", "LightningModule"), peer("lightning", "Trainer")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    method = model(arguments)
+    size, count = arguments.image_size, arguments.batch_size
+    batch = Batch(views={"image": torch.randn(count, 3, size, size)}, index=torch.arange(count))
+    stamps = []
+
+    class Module(base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.method = method
+
+        def training_step(self, _: Any, number: int) -> Any:
+            stamps.append(time.perf_counter())
+            where = {"rows": slice(0, count), "batch_size": count, "device": torch.device("cpu")}
+            return self.method(batch, Step(step=number, total=arguments.steps, noise=number, **where)).total
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+    trainer = trainer_kind(
+        **{"accelerator": "cpu", "max_steps": arguments.steps, "logger": False, "enable_checkpointing": False},
+        **{"enable_progress_bar": False, "enable_model_summary": False},
+    )
+    trainer.fit(Module(), torch.utils.data.DataLoader(range(arguments.steps), batch_size=None))
+    times = [after - before for before, after in itertools.pairwise(stamps)]
+    return count / statistics.median(times[len(times) // 2 :])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--encoder", default="vit_tiny")
@@ -132,13 +172,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--decoder", type=int, nargs=2, metavar=("DIM", "DEPTH"), help="(default: the paper's)")
     parser.add_argument("--data", help="images for the loop to read (default: one ready batch)")
-    parser.add_argument("--variant", choices=["bare", "loop"])
+    parser.add_argument("--variant", choices=["bare", "loop", "lightning"])
     arguments = parser.parse_args()
     if arguments.variant:
-        speed = {"bare": bare, "loop": loop}[arguments.variant](arguments)
+        speed = {"bare": bare, "loop": loop, "lightning": lightning}[arguments.variant](arguments)
         print(json.dumps({"speed": speed, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
         return
-    found: dict[str, list[dict[str, float]]] = {"bare": [], "loop": []}
+    variants = ["bare", "loop", *(["lightning"] if importlib.util.find_spec("lightning") else [])]
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     for _ in range(arguments.rounds):
         for variant, results in found.items():
             argv = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
@@ -150,10 +191,12 @@ def main() -> None:
     print(
         f"MAE {arguments.encoder}/{arguments.patch_size} at {arguments.image_size}, batch {arguments.batch_size}, fp32"
     )
+    milliseconds = {variant: 1e3 * arguments.batch_size / m["speed"] for variant, m in median.items()}
     for variant, m in median.items():
-        print(f"{variant:5}  {m['speed']:8.1f} images/s  peak {m['memory']:7.0f} MiB")
-    milliseconds = [1e3 * arguments.batch_size / m["speed"] for m in median.values()]
-    print(f"a step: bare {milliseconds[0]:.2f} ms, loop {milliseconds[1]:.2f} ms")
+        print(
+            f"{variant:9}  {m['speed']:8.1f} images/s  a step {milliseconds[variant]:8.2f} ms "
+            f"({milliseconds[variant] - milliseconds['bare']:+.2f})  peak {m['memory']:7.0f} MiB"
+        )
     print(f"loop / bare: speed {median['loop']['speed'] / median['bare']['speed']:.3f}, "
           f"memory {median['loop']['memory'] / median['bare']['memory']:.3f}")  # fmt: skip
 

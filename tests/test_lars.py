@@ -23,7 +23,9 @@ def test_three_steps_with_trust_ratio_decay_and_momentum_but_none_of_them_for_bi
         g, h = rng.normal(size=(4, 3)), rng.normal(size=3)
         w.grad, b.grad = torch.tensor(g), torch.tensor(h)
         optim.set_rates(optimizer, lr=0.5, weight_decay=0.01)
-        optim.step_if(optimizer, torch.tensor(number != 1))  # the second is not finite: as if it had not been
+        optim.step_unless(
+            torch.tensor(float(number == 1)), optimizer
+        )  # the second is not finite: as if it had not been
         if number == 1:
             continue
         g = g + 0.01 * w0
@@ -39,11 +41,11 @@ def test_a_step_with_nan_leaves_no_trace_and_zero_weights_can_leave_zero() -> No
     optimizer = optim.build("lars", groups(w, b), (0.9, 0.999))
     optim.set_rates(optimizer, lr=0.1, weight_decay=0.0)
     w.grad, b.grad = torch.full((2, 2), float("nan")), torch.full((2,), float("nan"))
-    optim.step_if(optimizer, torch.tensor(False))
+    optim.step_unless(torch.tensor(1.0), optimizer)
     assert torch.equal(w.detach(), torch.zeros(2, 2))
     assert torch.equal(b.detach(), torch.ones(2))
     w.grad, b.grad = torch.ones(2, 2), torch.ones(2)
-    optim.step_if(optimizer, torch.tensor(True))
+    optim.step_unless(torch.tensor(0.0), optimizer)
     assert torch.equal(w.detach(), torch.full((2, 2), -0.1))
 
 
@@ -51,7 +53,7 @@ def test_its_state_goes_through_a_checkpoint() -> None:
     w, b = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
     optimizer = optim.build("lars", groups(w, b), (0.9, 0.999))
     w.grad, b.grad = torch.ones(2, 2), torch.ones(2)
-    optim.step_if(optimizer, torch.tensor(True))
+    optim.step_unless(torch.tensor(0.0), optimizer)
     state = optim.state_by_name(optimizer)
     assert set(state) == {"w/momentum_buffer", "b/momentum_buffer"}
     other = optim.build("lars", groups(w, b), (0.9, 0.999))

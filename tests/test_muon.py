@@ -34,11 +34,11 @@ def test_matrices_get_muon_the_rest_adamw_and_a_bad_step_neither() -> None:
         optim.set_rates(both, 0.01, 0.1)
         if number == 2:
             w.grad, b.grad = torch.full_like(w, float("nan")), torch.full_like(b, float("nan"))
-            optim.step_if(both, torch.tensor(False))
+            optim.step_unless(torch.tensor(1.0), both)
             continue
         for p, grad in zip((w, b, w1, b1), grads * 2, strict=True):
             p.grad = grad.clone()
-        optim.step_if(both, torch.tensor(True))
+        optim.step_unless(torch.tensor(0.0), both)
         muon.step()
         adamw.step()
     torch.testing.assert_close(w, w1)

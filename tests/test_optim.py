@@ -95,7 +95,7 @@ def test_adamw_against_numpy() -> None:
             v[:] = 0.95 * v + 0.05 * g**2
             values[n] = values[n] * (1 - rate * decay) - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
         optim.set_rates(optimizer, lr, wd)
-        optim.step_if(optimizer, torch.tensor(True))
+        optim.step_unless(torch.tensor(0.0), optimizer)
     for n, p in layer.named_parameters():
         np.testing.assert_allclose(p.detach().numpy(), values[n], rtol=1e-5, atol=1e-6)
 
@@ -110,17 +110,17 @@ def test_a_skipped_step_changes_nothing_not_even_the_moments(kind: str) -> None:
             p.grad = torch.full_like(p, value)
 
     give(1.0)
-    optim.step_if(optimizer, torch.tensor(True))
+    optim.step_unless(torch.tensor(0.0), optimizer)
     before = {n: p.detach().clone() for n, p in layer.named_parameters()}
     state = {n: v.clone() for n, v in optim.state_by_name(optimizer).items()}
     give(float("nan"))
-    optim.step_if(optimizer, torch.tensor(False))
+    optim.step_unless(torch.tensor(1.0), optimizer)
     for n, p in layer.named_parameters():
         assert torch.equal(p, before[n])
     for n, v in optim.state_by_name(optimizer).items():
         assert torch.equal(v, state[n]), n
     give(1.0)
-    optim.step_if(optimizer, torch.tensor(True))
+    optim.step_unless(torch.tensor(0.0), optimizer)
     assert not torch.equal(layer.weight, before["weight"])
 
 
@@ -131,7 +131,7 @@ def test_state_by_name_continues_bit_for_bit(kind: str) -> None:
             optim.set_rates(optimizer, 0.1, 0.1)
             for p in layer.parameters():
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t))
-            optim.step_if(optimizer, torch.tensor(True))
+            optim.step_unless(torch.tensor(0.0), optimizer)
 
     whole, optimizer = small(kind)
     run(whole, optimizer, range(6))

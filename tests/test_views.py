@@ -3,12 +3,12 @@
 import colorsys
 import importlib
 import math
-from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from oracles import import_torchvision
 from PIL import Image
 from scipy.ndimage import convolve1d
 from scipy.stats import chi2, kstest
@@ -55,15 +55,10 @@ def rngs(count: int) -> list[np.random.Generator]:
 
 
 @pytest.fixture(scope="module")
-def torchvision() -> Iterator[ModuleType]:
-    """torchvision.transforms.v2.functional; on a CPU build of torch its operators must be declared first."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    pytest.importorskip("torchvision", reason="torchvision is not installed")
-    yield importlib.import_module("torchvision.transforms.v2.functional")
-    del library
+def torchvision() -> ModuleType:
+    """torchvision.transforms.v2.functional."""
+    import_torchvision()
+    return importlib.import_module("torchvision.transforms.v2.functional")
 
 
 # ---- the crop

@@ -87,11 +87,12 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
-def step_if(optimizer: torch.optim.Optimizer, ok: Tensor) -> None:
-    """Step where `ok` (bool, (), on the parameters' device) is true, else change nothing; the host does not wait."""
+def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Step where `bad` (float32, (), on the parameters' device) is 0, change nothing where it is 1; the host does not
+    wait."""
     # The fused kernels read these two attributes; they were made for the gradient scaler of float16.
     optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.found_inf = torch.logical_not(ok).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = bad  # type: ignore[attr-defined]
     optimizer.step()
 
 

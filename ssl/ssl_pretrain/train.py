@@ -205,8 +205,8 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     monitor = CollapseMonitor(method.collapsed(batch_size))
     knn = KnnScore.of(run) if run.knn_every and here.first else None
     loader = _stream(plan, start, source, share, run, here)
-    pending: list[Tensor] = []  # one row a step since the last log: finite?, gradient norm, loss, its terms
-    finite_samples: list[tuple[int, Tensor, Tensor]] = []  # step, sample ids, which of their losses are finite
+    pending: list[Tensor] = []  # one row a step since the last log: not finite?, gradient norm, loss, its terms
+    sample_losses: list[tuple[int, Tensor, Tensor]] = []  # step, sample ids, their losses
     names: list[str] = []
     bad_in_a_row = 0
     step_number = start
@@ -244,8 +244,8 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                 seen, raw = next(loader)
                 watch.at(step_number, "the step")
                 waited += time.perf_counter() - began
-                for bad in raw.failures:
-                    report.bad_image(*bad)
+                for failure in raw.failures:
+                    report.bad_image(*failure)
                 batch = to_batch(raw, seen, *normalisation, here.device)
                 step = _step(run, step_number, share.rows(micro), here)
                 last = micro == accumulate - 1
@@ -261,25 +261,24 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                         losses = wrapped(batch, step)
                     (losses.total / accumulate).backward()
                 results.append((batch.index, losses))
-            values = torch.stack([torch.stack([each.total.detach(), *each.terms.values()]) for _, each in results])
-            values = values.mean(0)
-            for index, each in results:
-                if each.per_sample is not None:
-                    finite_samples.append((step_number, index, torch.isfinite(each.per_sample)))
+            values = [torch.stack([each.total.detach(), *each.terms.values()]) for _, each in results]
+            mean = values[0] if len(values) == 1 else torch.stack(values).mean(0)
+            sample_losses += [
+                (step_number, index, each.per_sample) for index, each in results if each.per_sample is not None
+            ]
             shards.take_gradients()
             norms = optim.gradient_norms(parameters, shards.total)
             norm = norms.norm()
             # A step is taken by all processes or by none, and only if everything in it is finite.
-            bad_flag = (~(torch.isfinite(values[0]) & torch.isfinite(norm))).float()
-            ok = distributed.all_reduce_(bad_flag, "max") == 0
+            bad = distributed.all_reduce_(torch.isfinite(mean[0] + norm).logical_not_().float(), "max")
             if run.clip_grad is not None:
                 optim.clip_(parameters, run.clip_grad, norms, each=run.clip_each)
-            optim.step_if(optimizer, ok)
-            step.ok = ok
+            optim.step_unless(bad, optimizer)
+            step.ok = bad == 0
             step.carried = {name: torch.cat([each.carry[name] for _, each in results]) for name in losses.carry}
             method.after_step(step)
             optimizer.zero_grad(set_to_none=True)
-            pending.append(torch.cat([torch.stack([ok.float(), norm]), values]))
+            pending.append(torch.cat([torch.stack([bad, norm]), mean]))
             names = list(losses.terms)
             step_number += 1
 
@@ -290,14 +289,19 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                 table[:, 2:] = distributed.all_reduce_(table[:, 2:].contiguous()) / here.size
                 table = table.cpu()
                 pending.clear()
-                good = table[:, 0] == 1
+                good = table[:, 0] == 0
                 if not bool(good.all()):
                     bad_steps = [step_number - len(table) + i for i in range(len(table)) if not good[i]]
                     skipped += len(bad_steps)
-                    suspects = [i for n, index, fine in finite_samples if n in bad_steps for i in index[~fine].tolist()]
+                    suspects = [
+                        i
+                        for n, index, each in sample_losses
+                        if n in bad_steps
+                        for i in index[~each.isfinite()].tolist()
+                    ]
                     suspects = sorted({i for found in distributed.from_all(suspects) for i in found})
                     report.warn(_bad_step_text(run, bad_steps, table[~good], names, source, suspects))
-                finite_samples.clear()
+                sample_losses.clear()
                 trailing = len(table) if not bool(good.any()) else int(good.flip(0).float().argmax())
                 bad_in_a_row = trailing + (bad_in_a_row if trailing == len(table) else 0)
                 if bad_in_a_row >= run.bad_steps:

@@ -5,14 +5,14 @@ Shapes: B images, (h, w) grid of patches, N = h * w, D channels, d channels of o
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.backbones.backbone import Features
-from ssl_pretrain.backbones.positions import rope_angles, rotate
+from ssl_pretrain.backbones.positions import Offsets, rope_angles, rotate
 from ssl_pretrain.backbones.vit import ViT
 from ssl_pretrain.encoder import Encoder
 from ssl_pretrain.errors import UserError
@@ -67,7 +67,11 @@ def attention(encoder: Encoder, run: Callable[[], Any]) -> Tensor:
     if backbone.config.positions == "rope":  # prefix tokens, CLS among them, are not rotated
         angles = rope_angles(features.grid, k.shape[3], k.device)
         k = torch.cat([k[:, :, :prefix], rotate(k[:, :, prefix:], angles.cos(), angles.sin())], dim=2)
-    weights = (q[:, :, :1] @ k.mT / k.shape[3] ** 0.5).softmax(3)
+    scores = q[:, :, :1] @ k.mT / k.shape[3] ** 0.5
+    if backbone.config.positions == "relative":
+        offsets = Offsets.of(backbone.grid, features.grid, prefix, device=k.device)
+        scores = scores + offsets.scores(cast(Tensor, last.relative_position_bias_table))[:, :, :1]
+    weights = scores.softmax(3)
     return weights[:, :, 0, prefix:].mean(1).unflatten(1, features.grid)
 
 

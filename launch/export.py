@@ -15,7 +15,7 @@ PROG = "ssl-export"
 VERBS = ("import",)
 USAGE = f"""usage: {PROG} import FILE --out DIR [flags]
 
-Read a published checkpoint (MAE, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3, AIM, data2vec 2.0, or what timm and
+Read a published checkpoint (MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3, AIM, data2vec 2.0, or what timm and
 transformers make of them) into our ViT and write it as an export, which every command here takes.
 
 {PROG} import --help shows all flags. Exit codes: 0 done, 2 a mistake in the command, 1 anything else."""

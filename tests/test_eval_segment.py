@@ -21,6 +21,7 @@ from ssl_pretrain.eval._task import Task
 from ssl_pretrain.launch.evaluate import main
 from test_features import small_encoder
 
+from ssl_pretrain.backbones.positions import Offsets
 from ssl_pretrain.encoder import Encoder, save
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import pixel_encoder
@@ -280,12 +281,17 @@ def test_the_principal_component_has_a_border_that_scores_low() -> None:
         assert found[2:4, 2:5].mean() > found.mean()
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": "rope", "registers": 2, "qk_norm": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"positions": "rope", "registers": 2, "qk_norm": True}, {"positions": "relative", "registers": 1}]
+)
 def test_attention_is_that_of_the_last_block(options: dict[str, Any]) -> None:
     encoder = small_encoder(patch_size=4, **options)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    block = encoder.backbone.blocks[-1]
+    block, scores = encoder.backbone.blocks[-1], None
     with torch.no_grad():
+        if options.get("positions") == "relative":
+            block.attn.relative_position_bias_table.copy_(torch.randn(52, block.attn.heads))
+            scores = Offsets.of((4, 4), (4, 4), 2).scores(block.attn.relative_position_bias_table)
         found = _foreground.attention(encoder, lambda: encoder(images))
         before = block.norm1(encoder(images, blocks=(-2,)).blocks[0])
         # With values that say which token they are of, attention is its own output.
@@ -297,13 +303,13 @@ def test_attention_is_that_of_the_last_block(options: dict[str, Any]) -> None:
             values = torch.zeros(2, block.attn.heads, length, width)
             for token in range(start, min(start + width, length)):
                 values[:, :, token, token - start] = 1
-            heads.append(attended(block.attn, before, values, rope))
+            heads.append(attended(block.attn, before, values, rope, scores))
         weights = torch.cat(heads, 3)[:, :, 0, prefix:length].mean(1)
     torch.testing.assert_close(found, weights.unflatten(1, (4, 4)))
     assert not any(module._forward_hooks for module in encoder.modules())
 
 
-def attended(attention: Any, x: torch.Tensor, values: torch.Tensor, rope: Any) -> torch.Tensor:
+def attended(attention: Any, x: torch.Tensor, values: torch.Tensor, rope: Any, scores: Any) -> torch.Tensor:
     """(B, heads, L, d) that the block's own attention gives for other values."""
     from ssl_pretrain.backbones import vit
 
@@ -311,7 +317,7 @@ def attended(attention: Any, x: torch.Tensor, values: torch.Tensor, rope: Any) -
     q, k = attention.q_norm(q), attention.k_norm(k)
     if rope is not None:
         q, k = vit.rotate(q, *rope), vit.rotate(k, *rope)
-    return vit.attend(q, k, values)
+    return vit.attend(q, k, values, scores)
 
 
 # ---- Videos.

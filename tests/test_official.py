@@ -127,6 +127,67 @@ def test_dino_has_a_teacher_and_a_student_and_settings(tmp_path: Path) -> None:
         read(file, heads=4, part="tutor")
 
 
+def timm_beit(**options: Any) -> Any:
+    """timm's BEiT of this test's sizes, its last norm on every token."""
+    kind = import_timm().models.beit.Beit
+    sizes = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": DIM, "depth": 3, "num_heads": 4, "num_classes": 0}
+    return scatter(kind(**{**sizes, "global_pool": "token", "use_abs_pos_emb": False, "init_values": 0.1, **options}))
+
+
+BESIDE_BEIT = {"mask_token": torch.zeros(1, 1, DIM), "lm_head.weight": torch.zeros(8, DIM)}
+
+
+def test_beit_with_one_table_for_all_blocks(tmp_path: Path) -> None:
+    model = timm_beit(use_shared_rel_pos_bias=True)
+    index = {"rel_pos_bias.relative_position_index": torch.zeros(37, 37, dtype=torch.int64)}
+    encoder = read(saved({"model": model.state_dict() | BESIDE_BEIT | index}, tmp_path))
+    check(encoder, tokens(model), 1)
+    assert (encoder.lineage["method"], encoder.backbone.config.positions) == ("beit", "relative")
+    assert encoder.lineage["left_out"] == ["lm_head.weight", "mask_token", "rel_pos_bias.relative_position_index"]
+    assert encoder.backbone.config.pool == "mean"
+    assert (encoder.preprocessing.mean, encoder.preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
+
+
+def test_beit_v2_with_a_table_a_block_and_layers_of_pretraining(tmp_path: Path) -> None:
+    model = timm_beit(use_rel_pos_bias=True)
+    extra = {f"cls_pt_layers.0.{n}": v for n, v in model.blocks[0].state_dict().items()}
+    file = saved({"model": model.state_dict() | BESIDE_BEIT | extra}, tmp_path)
+    encoder = read(file)
+    check(encoder, tokens(model), 1)
+    assert encoder.preprocessing.mean == (0.485, 0.456, 0.406)
+    exported.save(tmp_path / "export", encoder)
+    check(exported.load(tmp_path / "export"), tokens(model), 1)
+
+
+def test_beit_for_another_size(tmp_path: Path) -> None:
+    """Each offset's score is that of the same part of the image on the grid it was trained on."""
+    model = timm_beit(use_rel_pos_bias=True)
+    encoder = read(saved(model.state_dict(), tmp_path), image_size=(64, 32))
+    name = "blocks.1.attn.relative_position_bias_table"
+    table = model.state_dict()[name].double().numpy()
+    rows, columns = cubic_weights(11, 15, 15 / 11), cubic_weights(11, 7, 7 / 11)
+    expected = np.einsum("iy,jx,yxh->ijh", rows, columns, table[:121].reshape(11, 11, 4)).reshape(105, 4)
+    found = encoder.backbone.state_dict()[name].numpy()
+    np.testing.assert_allclose(found[:105], expected, atol=1e-5)
+    np.testing.assert_array_equal(found[105:], table[121:].astype(np.float32))
+    # and an encoder of the trained size makes the same of an image of another
+    images = torch.randn(2, 3, 64, 32)
+    with torch.inference_mode():
+        whole = read(saved(model.state_dict(), tmp_path))
+        torch.testing.assert_close(whole(images).patches, encoder(images).patches)
+
+
+def test_beit_that_was_fine_tuned_is_refused(tmp_path: Path) -> None:
+    model = timm_beit(use_rel_pos_bias=True, global_pool="avg")
+    with pytest.raises(UserError, match=r"BEiT's norm behind the mean of the patches.*take the original model"):
+        read(saved(model.state_dict(), tmp_path))
+    weights = timm_beit(use_rel_pos_bias=True).state_dict()
+    for i in range(3):
+        weights[f"blocks.{i}.attn.relative_position_bias_table"] = torch.zeros(30, 4)
+    with pytest.raises(UserError, match="tables of 30 relative positions, which are no square grid's"):
+        read(saved(weights, tmp_path))
+
+
 def test_ibot_with_layer_scale(tmp_path: Path) -> None:
     model = timm_vit(init_values=0.1)
     weights = {
@@ -312,6 +373,8 @@ KINDS = [
     ("Dinov2", {**SIZES, "mlp_ratio": 4}, 1),
     ("Dinov2", {**SIZES, "mlp_ratio": 4, "use_swiglu_ffn": True}, 1),
     ("Dinov2WithRegisters", {**SIZES, "mlp_ratio": 4, "num_register_tokens": 2}, 3),
+    ("Beit", {**SIZES, "use_relative_position_bias": True, "use_mean_pooling": False}, 1),
+    ("Beit", {**SIZES, "use_shared_relative_position_bias": True, "use_mean_pooling": False}, 1),
     ("DINOv3ViT", {**SIZES, "num_register_tokens": 2}, 3),
     ("DINOv3ViT", {**SIZES, "num_register_tokens": 2, "use_gated_mlp": True, "hidden_act": "silu"}, 3),
 ]
@@ -431,7 +494,10 @@ CHANGES: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
         lambda w: w.update({"norm.bias": torch.zeros(3)}),
         r"1 of another shape: norm\.bias \(3,\) instead of \(64,\)$",
     ),
-    (lambda w: w.update({"blocks.0.attn.relative_position_bias_table": torch.zeros(2, 2)}), "BEiT's relative position"),
+    (
+        lambda w: w.update({"blocks.0.attn.relative_position_bias_table": torch.zeros(124, 4)}),
+        r"1 missing: blocks\.1\.attn\.relative_position_bias_table; 1 unknown: pos_embed$",
+    ),
     (lambda w: w.update({"patch_embed.proj.weight": torch.zeros(DIM, 3, 2, 8, 8)}), "patches of video"),
     (lambda w: w.update({"pos_embed": torch.zeros(1, 32, DIM)}), "position table of 32 rows"),
     (lambda w: w.pop("patch_embed.proj.weight"), "no patch embedding of a layout known here"),

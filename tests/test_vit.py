@@ -102,7 +102,7 @@ def test_a_described_encoder_is_built_again() -> None:
         ({"name": "backbone"}, "unknown encoder"),
         ({"patchsize": 8}, "vit_micro has no option 'patchsize'; did you mean patch_size"),
         ({"depth": "3"}, "depth: '3' is not a whole number"),
-        ({"positions": "learnt"}, "'learnt' is not one of learned, sincos, rope; did you mean learned"),
+        ({"positions": "learnt"}, "'learnt' is not one of learned, sincos, rope, relative; did you mean learned"),
         ({"image_size": (33, 50)}, r"33 x 50 .* patches of 8 x 8: take --image-size 32 48 or another --patch-size"),
         ({"image_size": (3, 48)}, "take --image-size 8 48"),
         ({"heads": 5}, "--heads 5 must divide --dim 64; 4 does"),
@@ -303,8 +303,8 @@ def plain_forward(
         patches = patches[0].flatten(1).T.clone()
         if masked is not None:
             patches[masked[image]] = token
-        t = (patches + state["pos_embed"][0, 1:])[chosen]
-        t = torch.cat([state["cls_token"][0] + state["pos_embed"][0, :1], state["reg_tokens"][0], t])
+        absolute = state.get("pos_embed", torch.zeros(1, PATCHES + 1, DIM))[0]
+        t = torch.cat([state["cls_token"][0] + absolute[:1], state["reg_tokens"][0], (patches + absolute[1:])[chosen]])
         for i in range(DEPTH):
             w = {n.removeprefix(f"blocks.{i}."): v for n, v in state.items() if n.startswith(f"blocks.{i}.")}
             alpha = 1 + (model.config.shortcut_decay - 1) * i / (DEPTH - 1)
@@ -313,7 +313,10 @@ def plain_forward(
             heads = []
             for h in range(HEADS):
                 part = slice(h * DIM // HEADS, (h + 1) * DIM // HEADS)
-                heads.append(((q[:, part] @ k[:, part].T) / (DIM // HEADS) ** 0.5).softmax(1) @ v[:, part])
+                scores = (q[:, part] @ k[:, part].T) / (DIM // HEADS) ** 0.5
+                if "attn.relative_position_bias_table" in w:
+                    scores = scores + relative_scores(w["attn.relative_position_bias_table"][:, h], chosen)
+                heads.append(scores.softmax(1) @ v[:, part])
             t = alpha * t + torch.cat(heads, 1) @ w["attn.proj.weight"].T + w["attn.proj.bias"]
             y = F.layer_norm(t, (DIM,), w["norm2.weight"], w["norm2.bias"], 1e-6)
             y = F.gelu(y @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"])
@@ -322,7 +325,21 @@ def plain_forward(
     return torch.stack(results)
 
 
-@pytest.mark.parametrize("positions", ["learned", "sincos"])
+def relative_scores(table: Tensor, chosen: list[int]) -> Tensor:
+    """What a head's table of relative positions on a 4 x 6 grid adds, pair by pair: 7 x 11 offsets, then the three of the
+    three prefix tokens."""
+    places = [None, None, None, *[(patch // 6, patch % 6) for patch in chosen]]
+    scores = torch.zeros(len(places), len(places))
+    for i, query in enumerate(places):
+        for j, key in enumerate(places):
+            if query is not None and key is not None:
+                scores[i, j] = table[:77].reshape(7, 11)[query[0] - key[0] + 3, query[1] - key[1] + 5]
+            else:
+                scores[i, j] = table[77 if key is not None else 78 if query is not None else 79]
+    return scores
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos", "relative"])
 def test_keep_and_replace_equal_a_plain_forward(positions: str) -> None:
     model, x = vit(registers=2, positions=positions), images()
     keep = torch.tensor([[20, 3, 7, 11, 0], [1, 2, 23, 5, 6]])
@@ -349,7 +366,7 @@ def test_shortcuts_decay_linearly_in_depth_on_both_branches(decay: float) -> Non
         assert not torch.allclose(tokens(model(x)), tokens(vit(registers=1)(x)), atol=1e-2)
 
 
-@pytest.mark.parametrize("positions", ["learned", "sincos", "rope"])
+@pytest.mark.parametrize("positions", ["learned", "sincos", "rope", "relative"])
 def test_keeping_all_patches_in_another_order_permutes_the_output(positions: str) -> None:
     model, x = vit(positions=positions, cls=False, registers=1), images()
     order = torch.stack([torch.randperm(PATCHES, generator=torch.Generator().manual_seed(i)) for i in range(2)])
@@ -375,7 +392,11 @@ def changed_from(x: Tensor, patch: int) -> Tensor:
     return torch.where(later, grid, x)
 
 
-@pytest.mark.parametrize("options", [{"cls": False}, {"registers": 2}, {"positions": "rope", "cls": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"cls": False}, {"registers": 2}, {"positions": "rope", "cls": False}, {"positions": "relative"}],
+    ids=str,
+)
 def test_causal_attention_leaks_nothing_from_later_patches(options: dict[str, Any]) -> None:
     model, x, at = vit(**options), images(), 10
     with torch.no_grad():
@@ -389,8 +410,9 @@ def test_causal_attention_leaks_nothing_from_later_patches(options: dict[str, An
         assert not torch.allclose(model(first, attention="causal").patches[:, -1], found.patches[:, -1], atol=1e-4)
 
 
-def test_prefix_attention_sees_the_whole_prefix_and_nothing_later() -> None:
-    model, x = vit(registers=1), images()
+@pytest.mark.parametrize("positions", ["learned", "relative"])
+def test_prefix_attention_sees_the_whole_prefix_and_nothing_later(positions: str) -> None:
+    model, x = vit(registers=1, positions=positions), images()
     lengths = torch.tensor([4, 10])
     with torch.no_grad():
         found = model(x, attention="prefix", prefix_length=lengths)
@@ -468,6 +490,7 @@ def test_the_same_grid_uses_the_table_itself_and_its_gradient_reaches_every_row(
         {},
         {"cls": False, "positions": "sincos"},
         {"registers": 3, "positions": "rope"},
+        {"positions": "relative"},
         {"layer_scale": 1e-2, "swiglu": True, "qk_norm": True},
         {"pool": "cls", "drop_path": 0.3, "shortcut_decay": 0.7},
     ],
@@ -546,7 +569,9 @@ def test_drop_path_without_noise_says_where_it_comes_from() -> None:
     vit().train()(images())  # without drop path none is needed
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": "rope", "cls": False, "qk_norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"positions": "rope", "cls": False, "qk_norm": True}, {"positions": "relative"}], ids=str
+)
 def test_bfloat16_autocast_is_close_to_float32_and_keeps_the_stream_float32(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = backbones.build("vit_micro", image_size=SIZE, patch_size=8, **options)
@@ -582,6 +607,7 @@ TOGETHER: list[dict[str, Any]] = [
     {"positions": "rope", "qk_norm": True, "cls": False},
     {"registers": 2, "layer_scale": 0.3, "swiglu": True, "norms": "patches"},
     {"drop_path": 0.4, "shortcut_decay": 0.5, "norms": "post"},
+    {"positions": "relative"},
 ]
 
 
@@ -628,6 +654,7 @@ POOLED: list[dict[str, Any]] = [
     {},
     {"positions": "rope", "qk_norm": True, "registers": 2},
     {"drop_path": 0.4, "shortcut_decay": 0.5, "norms": "post", "layer_scale": 0.3},
+    {"positions": "relative", "registers": 1},
 ]
 
 
@@ -682,8 +709,9 @@ def test_batches_with_masked_attention_together_are_done_one_by_one() -> None:
         assert torch.equal(one.patches, model(x, **how).patches)
 
 
-def test_it_is_one_graph_for_the_compiler() -> None:
-    model, x = vit(registers=1, positions="rope", drop_path=0.2).train(), images()
+@pytest.mark.parametrize("positions", ["rope", "relative"])
+def test_it_is_one_graph_for_the_compiler(positions: str) -> None:
+    model, x = vit(registers=1, positions=positions, drop_path=0.2).train(), images()
     keep, drop = torch.tensor([[0, 5, 9], [3, 4, 8]]), torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # traces as any backend does, compiles nothing
     found, expected = compiled(x, keep=keep, drop=drop, blocks=(0,)), model(x, keep=keep, drop=drop, blocks=(0,))

@@ -1,5 +1,5 @@
-"""Checkpoints as their authors published them, read into our ViT: MAE, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3, AIM,
-data2vec 2.0, and what timm and transformers make of them.
+"""Checkpoints as their authors published them, read into our ViT: MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3,
+AIM, data2vec 2.0, and what timm and transformers make of them.
 
 Shapes: D channels, N patches on a square (h, h) grid in raster order, P prefix tokens, p patch side.
 
@@ -20,19 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backbones
-from .backbones.positions import ROPE_BASE, resize_table, sincos_table
+from .backbones.positions import ROPE_BASE, Offsets, resize_offsets, resize_table, sincos_table
 from .encoder import Encoder, Preprocessing
 from .errors import UserError, nearest
 from .weights import SHOWN, difference, flat, read_file
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of every layout here
-LAYOUTS = ("mae", "ijepa", "dino", "ibot", "dinov2", "dinov3", "mocov3", "aim", "data2vec2", "transformers")
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of every layout here but BEiT's
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # BEiT's; BEiT v2 has ImageNet's again
+LAYOUTS = ("mae", "beit", "ijepa", "dino", "ibot", "dinov2", "dinov3", "mocov3", "aim", "data2vec2", "transformers")
 
 # The weight of the patch embedding, by which a layout is known.
 COMMON = "patch_embed.proj.weight"
 AIM = "preprocessor.patchifier.proj.weight"
 DATA2VEC = "modality_encoders.IMAGE.local_encoder.proj.weight"
 TRANSFORMERS = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight")
+TABLE = "relative_position_bias_table"  # BEiT's, one a block or one for all
 # Where a file has several encoders, the one that its authors evaluate: the first of these in the part's name.
 PREFERRED = (
     "target_encoder",
@@ -49,7 +51,7 @@ PREFERRED = (
 BESIDE = re.compile(
     r"(mask_token$|masked_embed$|head\.|head_drop|fc\.|decoder|predictor|lm_head|pooler\.|classifier\.|local_cls_norm\."
     r"|rope_embed\.|rope_embeddings\.|embeddings\.mask_token$|modality_encoders\.IMAGE\.decoder|_ema\.|dino_head|ibot_head"
-    r"|recon_proj|cls_proj|regression_head)"
+    r"|recon_proj|cls_proj|regression_head|cls_pt_layers\.)"
 )
 WRAPPED = re.compile(r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")  # what torch puts into names
 RENAMED = {
@@ -86,6 +88,8 @@ RENAMED = {
         (r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\2."),
         (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
         (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+        (r"\.lambda_([12])$", r".ls\1.gamma"),
+        (r"\.(attention\.(attention\.)?)?relative_position_bias\." + TABLE, ".attn." + TABLE),
         (r"\.intermediate\.dense\.", ".mlp.fc1."),
         (r"\.output\.dense\.", ".mlp.fc2."),
         (r"\.mlp\.gate_proj\.", ".mlp.gate."),
@@ -122,7 +126,7 @@ def read(
     prefix, anchor = _part(everything, part, file)
     inside = {name.removeprefix(prefix): value for name, value in everything.items() if name.startswith(prefix)}
     _refuse_other_architectures(inside, anchor, file)
-    extra = [name for name in inside if BESIDE.match(name) or name.endswith(".bias_mask")]
+    extra = [n for n in inside if BESIDE.match(n) or n.endswith((".bias_mask", "relative_position_index"))]
     renamed = _renamed({name: value for name, value in inside.items() if name not in extra}, anchor)
     weights = _in_our_form(renamed, inside, anchor)
 
@@ -146,7 +150,8 @@ def read(
     stated = transformers_preprocessing(file.parent) if anchor in TRANSFORMERS else None
     if stated is not None:
         lineage["preprocessing"] = "as transformers' preprocessor_config.json states"
-    preprocessing = stated or Preprocessing.for_size(size, *IMAGENET)
+    first_beit = layout == "beit" and not any(name.startswith("cls_pt_layers.") for name in inside)
+    preprocessing = stated or Preprocessing.for_size(size, *(HALF if first_beit else IMAGENET))
     return Encoder(backbone, _name(options), preprocessing, lineage).eval()
 
 
@@ -214,8 +219,8 @@ def _part(weights: Mapping[str, Tensor], wanted: str | None, file: Path) -> tupl
 def _refuse_other_architectures(inside: Mapping[str, Tensor], anchor: str, file: Path) -> None:
     """Raise UserError, in words, for what our ViT is not."""
     patch = inside[anchor]
-    if any("relative_position" in name for name in inside):
-        what = "BEiT's relative position biases, which are in its attention"
+    if any("relative_position" in name for name in inside) and any("fc_norm." in name for name in inside):
+        what = "BEiT's norm behind the mean of the patches (fc_norm), which its fine-tuned models have"
         remedy = ": take the original model, hf:FOLDER or timm:beit_base_patch16_224,checkpoint=FILE"
     elif patch.ndim == 5:
         what, remedy = "patches of video (a 3-D patch embedding)", ""
@@ -232,6 +237,8 @@ def _layout(weights: Mapping[str, Tensor], inside: Mapping[str, Tensor], prefix:
     """The method whose layout it is; among those that only training tells apart, the oldest."""
     if anchor != COMMON:
         return {AIM: "aim", DATA2VEC: "data2vec2"}.get(anchor, "transformers")
+    if any(name.endswith(TABLE) for name in weights):
+        return "beit"
     if "pos_embed" not in weights:
         return "dinov3"
     if "cls_token" not in weights:
@@ -270,6 +277,9 @@ def _renamed(inside: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:
 
 def _in_our_form(weights: dict[str, Tensor], inside: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:
     """Matrices that others keep apart, put together; biases that others lack, zero; tables in our shape."""
+    for name in [name for name in weights if name.endswith(TABLE) and not name.startswith("blocks.")]:
+        shared = weights.pop(name)  # as BEiT's own fine-tuning does with it
+        weights |= {f"blocks.{i}.attn.{TABLE}": shared.clone() for i in _blocks(weights)}
     for i in _blocks(weights):
         attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
         _fuse_attention(weights, attn)
@@ -340,7 +350,9 @@ def _architecture(weights: Mapping[str, Tensor], layout: str, heads: int, beside
     tokens = int("cls_token" in weights)
     table = weights.get("pos_embed")
     positions = "learned"
-    if layout == "aim" and table is None:
+    if f"blocks.0.attn.{TABLE}" in weights:
+        positions = "relative"
+    elif layout == "aim" and table is None:
         positions = "sincos"
     elif table is None:
         positions = "rope"
@@ -358,7 +370,7 @@ def _architecture(weights: Mapping[str, Tensor], layout: str, heads: int, beside
         "cls": bool(tokens),
         "registers": weights["reg_tokens"].shape[1] if "reg_tokens" in weights else 0,
         "positions": positions,
-        "pool": "cls" if tokens and layout != "data2vec2" else "mean",
+        "pool": "cls" if tokens and layout != "data2vec2" and positions != "relative" else "mean",
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in weights else None,
@@ -370,8 +382,10 @@ def _architecture(weights: Mapping[str, Tensor], layout: str, heads: int, beside
 def _heads(
     weights: Mapping[str, Tensor], inside: Mapping[str, Tensor], layout: str, beside: Mapping[str, Any], file: Path
 ) -> int:
-    """The number of attention heads of the published model: no weight betrays it, but for rotary positions."""
+    """The number of attention heads of the published model: no weight betrays it, but for rotary and relative positions."""
     dim = weights["patch_embed.proj.weight"].shape[0]
+    if (scores := weights.get(f"blocks.0.attn.{TABLE}")) is not None:
+        return scores.shape[1]
     if "num_attention_heads" in beside:
         return int(beside["num_attention_heads"])
     periods = inside.get("rope_embed.periods")
@@ -401,7 +415,11 @@ def _image_size(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The grid of the position table in the file, and the image size (height, width) it is wanted for."""
     patch, table = options["patch_size"], weights.get("pos_embed")
-    if table is None:
+    if (scores := weights.get(f"blocks.0.attn.{TABLE}")) is not None:
+        side = (_side(len(scores) - Offsets.count((1, 1), int(options["cls"])) + 1) + 1) // 2
+        if Offsets.count((side, side), int(options["cls"])) != len(scores):
+            raise UserError(f"{file} has tables of {len(scores)} relative positions, which are no square grid's")
+    elif table is None:
         side = 224 // patch
     else:
         side = _side(table.shape[1] - int(options["cls"]))
@@ -425,6 +443,9 @@ def _positions(
     patch, tokens = options["patch_size"], int(options["cls"])
     grid = size[0] // patch, size[1] // patch
     table = weights.get("pos_embed")
+    if options["positions"] == "relative":
+        for name in [name for name in weights if name.endswith(TABLE)]:
+            weights[name] = resize_offsets(weights[name], native, grid)
     if table is None:
         if options["positions"] == "sincos":
             weights["pos_embed"] = F.pad(sincos_table(grid, options["dim"])[None], (0, 0, tokens, 0))

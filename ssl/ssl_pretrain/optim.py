@@ -53,7 +53,7 @@ def parameter_groups(
         if id(parameter) in inside:
             scale = layer_decay ** (method.encoder.depth + 1 - method.encoder.layer_of(inside[id(parameter)]))
         decay = decays(name, parameter, rule)
-        matrix = parameter.ndim == 2 and id(parameter) in inside
+        matrix = parameter.ndim == 2 and id(parameter) in inside and not name.endswith("relative_position_bias_table")
         fresh: dict[str, Any] = {"params": [], "names": [], "decays": decay, "lr_scale": scale, "matrices": matrix}
         group = groups.setdefault((decay, scale, matrix), {**fresh, "weight_decay": 0.0})
         group["params"].append(part(parameter))

@@ -21,9 +21,9 @@ PLAIN = 2**18  # scores of a head: beyond, that they are all kept for the backwa
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v (Vaswani et al., 2017, eq. 1).
 
-    q, k, v: (B, h, L, d) of one dtype. mask: bool, broadcastable to (B, h, L, L), True where a query (row) may see a
-    key (column); every row needs one. causal: a token sees itself and earlier ones; not together with `mask`.
-    Returns (B, h, L, d) of that dtype.
+    q, k, v: (B, h, L, d) of one dtype. mask: broadcastable to (B, h, L, L); bool, True where a query (row) may see a key
+    (column), every row needs one; or float, what is added to the scaled scores. causal: a token sees itself and earlier
+    ones; not together with `mask`. Returns (B, h, L, d) of that dtype.
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         # The CPU's kernels for half precision, above all their backward, are several times slower than float32 ones
@@ -35,6 +35,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
                 return _in_products(q, k, v)
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
         return out.to(v.dtype)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 

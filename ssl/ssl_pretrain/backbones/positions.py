@@ -1,7 +1,10 @@
-"""Where a patch is: fixed sine-cosine tables, resizing of tables to another grid, rotary positions.
+"""Where a patch is: fixed sine-cosine tables, resizing of tables to another grid, rotary positions, relative positions.
 
-Shapes: (h, w) grid of patches, N = h * w in raster order, D channels, d channels of an attention head, L tokens.
+Shapes: (h, w) grid of patches, N = h * w in raster order, D channels, d channels of an attention head, B images, P prefix
+tokens, L tokens (P + N, or P + those of N that are kept).
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -72,3 +75,61 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     given; in float32, returned in the dtype of x."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Where each key is, seen from each query, for a learned score of every offset (BEiT: Bao et al., 2022, in the form of
+    its released tables).
+
+    A table (R, heads) has a row for each offset (query less key) of two patches of its grid, rows of the image before
+    columns: R = (2h - 1)(2w - 1). With prefix tokens, which are nowhere, three more: of a prefix token that looks at a
+    patch, of a patch that looks at a prefix token, of two prefix tokens.
+    """
+
+    rows: Tensor  # (1 or B, L, L) int64, of the table of `grid`
+    trained: tuple[int, int]  # the grid that the tables are for
+    grid: tuple[int, int]
+
+    @staticmethod
+    def count(grid: tuple[int, int], prefix: int) -> int:
+        """R, the rows of a table for this grid."""
+        return (2 * grid[0] - 1) * (2 * grid[1] - 1) + (3 if prefix else 0)
+
+    @classmethod
+    def of(
+        cls,
+        trained: tuple[int, int],
+        grid: tuple[int, int],
+        prefix: int,
+        keep: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Offsets":
+        """Of images of `grid` patches behind `prefix` tokens; keep: (B, K) int64, the patches that are there."""
+        (h, w), patch = grid, torch.arange(grid[0] * grid[1], device=device)
+        row, column = patch // w, patch % w
+        down, right = row[:, None] - row, column[:, None] - column
+        between = (down + h - 1) * (2 * w - 1) + right + w - 1  # (N, N)
+        first = cls.count(grid, 0)
+        rows = torch.full((prefix + len(patch), prefix + len(patch)), first + 2, device=device)
+        rows[:prefix, prefix:] = first
+        rows[prefix:, :prefix] = first + 1
+        rows[prefix:, prefix:] = between
+        if keep is None:
+            return cls(rows[None], trained, grid)
+        there = torch.cat([torch.arange(prefix, device=device).expand(len(keep), -1), keep + prefix], dim=1)
+        return cls(rows[there[:, :, None], there[:, None, :]], trained, grid)
+
+    def scores(self, table: Tensor) -> Tensor:
+        """What a table (R, heads) of the trained grid adds to the scores of queries and keys: (1 or B, heads, L, L)."""
+        return F.embedding(self.rows, resize_offsets(table, self.trained, self.grid)).movedim(-1, 1)
+
+
+def resize_offsets(table: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """A table (R, heads) of relative positions (`Offsets`) of one grid for another, as `resize_table`: an offset is the
+    same part of the image before and after. What is said of prefix tokens stays."""
+    if to == grid:
+        return table
+    count = Offsets.count(grid, 0)
+    sides, new = ((2 * h - 1, 2 * w - 1) for h, w in (grid, to))
+    return torch.cat([resize_table(table[None, :count], sides, new)[0], table[count:]])

@@ -1,5 +1,5 @@
 """The vision transformer (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021) with what later papers added:
-registers, layer scale, SwiGLU, query-key norm, drop path, rotary positions, decayed shortcuts.
+registers, layer scale, SwiGLU, query-key norm, drop path, rotary and relative positions, decayed shortcuts.
 
 Shapes: B images, C channels, H x W pixels, p patch side, N patches on an (h, w) grid in raster order, K of them kept, P
 prefix tokens (CLS, then registers), L = P + N or P + K tokens, D width, d width of a head, T tokens of several batches of
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .attention import Packed, attend, attend_packed, prefix_mask
 from .backbone import Backbone, Features
-from .positions import resize_table, rope_angles, rotate, sincos_table
+from .positions import Offsets, resize_offsets, resize_table, rope_angles, rotate, sincos_table
 
 SIZES = {
     "vit_micro": {"dim": 128, "depth": 4, "heads": 4},
@@ -55,14 +55,17 @@ class PatchEmbed(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention with one matrix for queries, keys and values; `qk_norm` normalises the queries and keys
-    of each head (Dehghani et al., 2023, section 2)."""
+    of each head (Dehghani et al., 2023, section 2), `offsets` is the size of its table of relative positions (0: none)."""
 
-    def __init__(self, dim: int, heads: int, *, qkv_bias: bool, qk_norm: bool, norm_eps: float = NORM_EPS) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, qkv_bias: bool, qk_norm: bool, norm_eps: float = NORM_EPS, offsets: int = 0
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, heads)) if offsets else None
         self.proj = nn.Linear(dim, dim)
 
     def forward(
@@ -73,6 +76,7 @@ class Attention(nn.Module):
         rope: Rope | None,
         packed: Packed | None = None,
         first: int | None = None,
+        offsets: Offsets | None = None,
     ) -> Tensor:
         """See `Block.forward`."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, d)
@@ -80,6 +84,12 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
+        if self.relative_position_bias_table is not None:
+            if offsets is None:
+                raise ValueError("relative positions need `offsets`")
+            scores = offsets.scores(self.relative_position_bias_table)
+            scores = scores if first is None else scores[:, :, :first]
+            mask = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         if packed is not None:
             x = attend_packed(q, k, v, packed, first)
         else:
@@ -150,6 +160,7 @@ class Block(nn.Module):
         shortcut: float = 1.0,
         post_norm: bool = False,
         norm_eps: float = NORM_EPS,
+        offsets: int = 0,
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
@@ -157,7 +168,7 @@ class Block(nn.Module):
         self.shortcut: Tensor | None
         self.register_buffer("shortcut", None if shortcut == 1 else torch.tensor(float(shortcut)), persistent=False)
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_eps=norm_eps)
+        self.attn = Attention(dim, heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_eps=norm_eps, offsets=offsets)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = (SwiGLU if swiglu else Mlp)(dim, int(dim * mlp_ratio))
@@ -177,15 +188,17 @@ class Block(nn.Module):
         branches: Tensor | None = None,
         packed: Packed | None = None,
         first: int | None = None,
+        offsets: Offsets | None = None,
     ) -> Tensor:
         """Tokens (B, L, D) to (B, L, D), or (1, T, D) to (1, T, D) of `packed` batches.
 
-        mask, causal: as `attend` takes them, neither with `packed` or `first`. rope: each broadcastable to (B, heads, L,
-        d / 2). branches: (B, 1, 2) or (1, T, 2) factors on the two branches of each sample or token (drop path). first:
-        how many of an image's tokens are asked for, L' (by default all), so that the output is (B, L', D) or (1, T', D);
-        the others are seen by these and cost no more than that.
+        mask, causal: as `attend` takes them, bool, neither with `packed` or `first`. rope: each broadcastable to (B,
+        heads, L, d / 2). branches: (B, 1, 2) or (1, T, 2) factors on the two branches of each sample or token (drop
+        path). first: how many of an image's tokens are asked for, L' (by default all), so that the output is (B, L', D)
+        or (1, T', D); the others are seen by these and cost no more than that. offsets: for a block with relative
+        positions, neither with `causal` nor `packed`.
         """
-        y = self.ls1(self.attn(x if self.post_norm else self.norm1(x), mask, causal, rope, packed, first))
+        y = self.ls1(self.attn(x if self.post_norm else self.norm1(x), mask, causal, rope, packed, first, offsets))
         if first is not None:
             if branches is not None and packed is not None:
                 branches = packed.of_each(branches, first)
@@ -231,8 +244,9 @@ class ViT(Backbone):
         """Have a class token."""
         registers: int = 0
         """Number of register tokens (Darcet et al. 2024)."""
-        positions: Literal["learned", "sincos", "rope"] = "learned"
-        """Positions: a learned table, fixed sine-cosine (MAE), or axial rotary (DINOv3)."""
+        positions: Literal["learned", "sincos", "rope", "relative"] = "learned"
+        """Positions: a learned table, fixed sine-cosine (MAE), axial rotary (DINOv3), or a learned score of every offset in
+        each block's attention (relative, as BEiT)."""
         pool: Literal["cls", "mean"] = "mean"
         """What stands for the whole image: the class token, or the mean of the patches."""
         qkv_bias: bool = True
@@ -291,6 +305,7 @@ class ViT(Backbone):
                 shortcut=1 + (config.shortcut_decay - 1) * i * share,
                 post_norm=post,
                 norm_eps=eps,
+                offsets=Offsets.count(self.grid, self.prefix_tokens) if config.positions == "relative" else 0,
             )
             for i in range(config.depth)
         )
@@ -320,8 +335,13 @@ class ViT(Backbone):
         factors = self._drop_path(drop)
         rope = self._rope(grid, keep, x.device)
         first = None if mask is not None or causal else self._first(pooled_only, blocks)
+        offsets = None
+        if self.config.positions == "relative":
+            offsets = Offsets.of(self.grid, grid, self.prefix_tokens, keep, x.device)
+            if causal:  # the kernels take that or scores to add
+                mask, causal = torch.ones(1, 1, *2 * x.shape[1:2], dtype=torch.bool, device=x.device).tril(), False
         x, outputs = self._through(
-            x, blocks, mask, causal, rope, None if factors is None else factors[:, None], first=first
+            x, blocks, mask, causal, rope, None if factors is None else factors[:, None], None, first, offsets
         )
         return self._features(x, grid, outputs)
 
@@ -331,7 +351,7 @@ class ViT(Backbone):
         asked = [options.get("blocks", ()) for _, options in batches]
         wanted = [options.get("pooled_only", False) for _, options in batches]
         known = {"keep", "replace", "blocks", "drop", "pooled_only"}
-        plain = all(not options.keys() - known for _, options in batches)
+        plain = self.config.positions != "relative" and all(not options.keys() - known for _, options in batches)
         if len(batches) < 2 or not plain or len(set(asked)) > 1:
             return super().together(batches)
 
@@ -397,6 +417,7 @@ class ViT(Backbone):
         factors: Tensor | None,
         packed: Packed | None = None,
         first: int | None = None,
+        offsets: Offsets | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Tokens (B, L, D) or (1, T, D) behind the blocks and the final norm, an image's `first` ones where it says so,
         and behind the wanted blocks without it; `factors` (B, 1, 2 * depth) or (1, T, 2 * depth) of drop path."""
@@ -404,7 +425,7 @@ class ViT(Backbone):
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             branches = None if factors is None else factors[..., 2 * i : 2 * i + 2]
-            x = block(x, mask, causal, rope, branches, packed, first if i == self.depth - 1 else None)
+            x = block(x, mask, causal, rope, branches, packed, first if i == self.depth - 1 else None, offsets)
             if i in indices:
                 outputs[i] = x
         return self.norm(x), tuple(outputs[i] for i in indices)
@@ -436,12 +457,19 @@ class ViT(Backbone):
         return {**dict.fromkeys(stem, 0), "norm": self.depth + 1}[part]
 
     def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
-        """See `Backbone.adapt`: the position table is resized to this encoder's grid."""
-        if "pos_embed" not in weights or image_size == self.image_size:
+        """See `Backbone.adapt`: tables of positions are resized to this encoder's grid."""
+        if image_size == self.image_size:
             return weights
-        tokens, table = int(self.config.cls), weights["pos_embed"]
-        resized = resize_table(table[:, tokens:], self._grid(*image_size), self.grid)
-        return weights | {"pos_embed": torch.cat([table[:, :tokens], resized], dim=1)}
+        of, tokens = self._grid(*image_size), int(self.config.cls)
+        adapted = {
+            name: resize_offsets(table, of, self.grid)
+            for name, table in weights.items()
+            if name.endswith("relative_position_bias_table")
+        }
+        if (table := weights.get("pos_embed")) is not None:
+            resized = resize_table(table[:, tokens:], of, self.grid)
+            adapted["pos_embed"] = torch.cat([table[:, :tokens], resized], dim=1)
+        return weights | adapted
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """The grid (h, w) of patches of an image of height x width pixels."""

@@ -17,8 +17,8 @@ class Toy(Method):
     class Config:
         pass
 
-    def __init__(self) -> None:
-        encoder = backbones.build("vit_micro", image_size=(16, 16), patch_size=8, depth=2)
+    def __init__(self, **options: Any) -> None:
+        encoder = backbones.build("vit_micro", image_size=(16, 16), patch_size=8, depth=2, **options)
         super().__init__(encoder, self.Config())
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 8))
         self.head = nn.Linear(128, 8)
@@ -49,6 +49,12 @@ def test_mae_rule_decays_matrices_and_tokens_but_no_vector_and_no_bias() -> None
     assert "frozen" not in found
     trainable = {name for name, p in Toy().named_parameters() if p.requires_grad}
     assert set(found) == trainable  # every one, once
+
+
+def test_matrices_are_the_encoders_and_no_tables() -> None:
+    groups = optim.parameter_groups(Toy(positions="relative"), rule="no_1d")
+    matrices = [name.split(".", 3)[-1] for group in groups if group["matrices"] for name in group["names"]]
+    assert sorted(set(matrices)) == ["attn.proj.weight", "attn.qkv.weight", "mlp.fc1.weight", "mlp.fc2.weight"]
 
 
 def test_other_rules() -> None:

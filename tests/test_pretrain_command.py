@@ -26,15 +26,17 @@ def test_help_is_quick_and_does_not_import_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     best = min(_seconds([sys.executable, "-c", code]) for _ in range(3))
-    assert best < 0.5, f"--help took {best:.2f} s"
+    assert best < 0.5, f"--help took {best:.2f} CPU-seconds"
 
 
 def _seconds(argv: list[str]) -> float:
-    began = time.perf_counter()
+    """CPU time, for others may be at work on this machine."""
+    before = os.times()
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    after = os.times()
     assert "--batch-size" in done.stdout
     assert "mae" in done.stdout
-    return time.perf_counter() - began
+    return after.children_user - before.children_user + after.children_system - before.children_system
 
 
 def test_help_of_a_method_shows_its_knobs_and_the_encoders_with_defaults(pretrain: Callable) -> None:

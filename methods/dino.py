@@ -45,15 +45,16 @@ class DINO(Method):
         warmup=0.1,
         encoder={"drop_path": 0.1, "pool": "cls"},
         small={
-            "lr": 2e-3,
+            "lr": 5e-4,
+            "batch_size": 32,
             "drop_path": 0.0,
             "prototypes": 128,
             "hidden_dim": 512,
             "local_views": 2,
             "blur": 0.0,
-            "momentum": 0.9,
+            "momentum": 0.97,
             "patch_size": 8,
-            "steps": 150,
+            "steps": 600,
         },
     )
 

@@ -35,7 +35,8 @@ class SimCLR(WholeBatchMethod):
         encoder={"pool": "cls"},
         small={
             "optimizer": "adamw",
-            "lr": 1e-3,
+            "lr": 5e-4,
+            "temperature": 0.2,
             "blur": 0.0,
             "crop_scale": (0.2, 1.0),
             "hidden_dim": 512,

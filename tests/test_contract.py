@@ -158,7 +158,7 @@ LEARNING: dict[str, dict[str, object]] = {
     "semaim": {"norm_pix": True},
     "barlow": {"steps": 300, "lr": 1e-3},
     "byol": {"steps": 300, "lr": 1e-3},
-    "dino": {"steps": 300, "lr": 1e-3},
+    "dino": {"steps": 300, "lr": 1e-3, "momentum": 0.9},
     "simsiam": {"steps": 250, "lr": 1e-3},
     # These need more steps than the others to leave the untrained encoder behind, and get them from smaller batches.
     "dinov2": {"batch_size": 32, "steps": 600, "lr": 5e-4, "momentum": 0.99, "pool": "cls"},

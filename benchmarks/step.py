@@ -184,7 +184,9 @@ def main() -> None:
         for variant, results in found.items():
             argv = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
             said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-            results.append(json.loads(said.strip().splitlines()[-1]))
+            results.append(
+                json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+            )  # plugins speak, too
     median = {
         v: {k: statistics.median(r[k] for r in results) for k in ("speed", "memory")} for v, results in found.items()
     }

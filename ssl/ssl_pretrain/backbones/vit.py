@@ -339,7 +339,7 @@ class ViT(Backbone):
         if self.config.positions == "relative":
             offsets = Offsets.of(self.grid, grid, self.prefix_tokens, keep, x.device)
             if causal:  # the kernels take that or scores to add
-                mask, causal = torch.ones(1, 1, *2 * x.shape[1:2], dtype=torch.bool, device=x.device).tril(), False
+                mask, causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril(), False
         x, outputs = self._through(
             x, blocks, mask, causal, rope, None if factors is None else factors[:, None], None, first, offsets
         )
@@ -347,7 +347,8 @@ class ViT(Backbone):
 
     def together(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
         """See `Backbone.together`. The tokens of all batches are one row for norms, matrices and MLPs, and apart for
-        attention only: half the kernels of two forwards, and with shared parameters (FSDP) half the gathering."""
+        attention only: half the kernels of two forwards, and with shared parameters (FSDP) half the gathering. Masked
+        attention and relative positions go one after another: a packed row has no place for scores to add."""
         asked = [options.get("blocks", ()) for _, options in batches]
         wanted = [options.get("pooled_only", False) for _, options in batches]
         known = {"keep", "replace", "blocks", "drop", "pooled_only"}

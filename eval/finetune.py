@@ -290,7 +290,9 @@ def prepare(backbone: Backbone, config: Config, generator: torch.Generator) -> N
     """Let gradients reach what the scope trains and nothing else, and set the drop path."""
     names = trained(backbone, config.scope)
     if "drop_path" in backbone.supports:
-        backbone.config = replace(backbone.config, drop_path=config.drop_path)
+        # How an encoder's pretraining dropped is not how a protocol of fine-tuning does.
+        others = {n: False for n in ("drop_path_uniform", "drop_rows") if hasattr(backbone.config, n)}
+        backbone.config = replace(backbone.config, drop_path=config.drop_path, **others)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name in names and config.scope != "lora")
     if config.scope == "lora":

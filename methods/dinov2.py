@@ -50,7 +50,7 @@ class DINOv2(WholeBatchMethod):
         final_lr=1e-6,
         clip_grad=3.0,
         warmup=0.1,
-        encoder={"drop_path": 0.3, "layer_scale": 1e-5, "pool": "cls"},
+        encoder={"drop_path": 0.3, "drop_path_uniform": True, "layer_scale": 1e-5, "pool": "cls"},
         small={
             "lr": 1e-3,
             "drop_path": 0.0,

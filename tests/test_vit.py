@@ -551,8 +551,7 @@ def test_drop_path_drops_each_samples_branches_and_keeps_the_expectation() -> No
         assert torch.equal(found, again)
 
         many = torch.rand(20000, 2 * DEPTH, generator=torch.Generator().manual_seed(0))
-        factors = model._drop_path(many)
-        assert factors is not None
+        (factors,), _ = model._drop_path([many])
         np.testing.assert_allclose(factors.mean(0).numpy(), 1, atol=0.03)
         np.testing.assert_allclose((factors == 0).float().mean(0).numpy(), rates, atol=0.02)
 
@@ -607,6 +606,8 @@ TOGETHER: list[dict[str, Any]] = [
     {"positions": "rope", "qk_norm": True, "cls": False},
     {"registers": 2, "layer_scale": 0.3, "swiglu": True, "norms": "patches"},
     {"drop_path": 0.4, "shortcut_decay": 0.5, "norms": "post"},
+    {"drop_path": 0.4, "drop_rows": True, "positions": "rope", "registers": 1},
+    {"drop_path": 0.4, "drop_rows": True, "drop_path_uniform": True, "shortcut_decay": 0.5, "norms": "post"},
     {"positions": "relative"},
 ]
 

@@ -30,7 +30,7 @@ FORMAT = 1  # of config.json; a reader refuses a newer one
 SHOWN = 10  # names listed in a message of each kind of mismatch
 # Options that may differ between an export and the encoder its weights start (--init-from): they give no weight another
 # meaning. All others must agree, heads for instance, which no shape would betray.
-FREE = frozenset({"drop_path", "pool"})
+FREE = frozenset({"drop_path", "drop_path_uniform", "drop_rows", "pool"})
 
 
 @dataclass(frozen=True)

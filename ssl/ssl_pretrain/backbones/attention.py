@@ -69,6 +69,11 @@ class Packed:
         kernel = ragged_kernel(device, dtype, width) if device.type == "cuda" else None
         return cls(tuple(batches), kernel, None if kernel is None else _bounds(batches, device))
 
+    def like(self, batches: Sequence[tuple[int, int]]) -> "Packed":
+        """Other batches, for the same kernel."""
+        bounds = None if self.bounds is None else _bounds(batches, self.bounds.device)
+        return Packed(tuple(batches), self.kernel, bounds)
+
     @property
     def runs(self) -> list[tuple[int, int]]:
         """(B, L) of the batches, neighbours of one length taken together."""

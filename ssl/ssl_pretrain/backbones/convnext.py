@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .backbone import Backbone, Features
+from .drop_path import drop_factors, given
 from .vit import NORM_EPS, Mlp
 
 SIZES = {
@@ -169,13 +170,8 @@ class ConvNeXt(Backbone):
         probability, else 1 / (1 - probability); None where nothing is dropped."""
         if not self.training or self.config.drop_path == 0:
             return None
-        if drop is None:
-            raise RuntimeError(
-                f"drop path needs noise in training: pass drop=step.rand({2 * self.depth}), the Step.rand of the "
-                f"method's step, so that every rank and a continued run draw the same"
-            )
-        rates = torch.linspace(0, self.config.drop_path, self.depth, device=drop.device)
-        return (drop[:, ::2] >= rates) / (1 - rates)
+        noise = given(drop, self.depth)[:, ::2]
+        return drop_factors(noise, torch.linspace(0, self.config.drop_path, self.depth, device=noise.device))
 
 
 def _validate(config: ConvNeXt.Config, in_chans: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .attention import Packed, attend, attend_packed, prefix_mask
 from .backbone import Backbone, Features
+from .drop_path import ROWS_ABOVE, Kept, drop_factors, given, kept_samples, kept_tokens
 from .positions import Offsets, resize_offsets, resize_table, rope_angles, rotate, sincos_table
 
 SIZES = {
@@ -189,6 +190,7 @@ class Block(nn.Module):
         packed: Packed | None = None,
         first: int | None = None,
         offsets: Offsets | None = None,
+        kept: tuple[Kept, Kept] | None = None,
     ) -> Tensor:
         """Tokens (B, L, D) to (B, L, D), or (1, T, D) to (1, T, D) of `packed` batches.
 
@@ -196,26 +198,36 @@ class Block(nn.Module):
         heads, L, d / 2). branches: (B, 1, 2) or (1, T, 2) factors on the two branches of each sample or token (drop
         path). first: how many of an image's tokens are asked for, L' (by default all), so that the output is (B, L', D)
         or (1, T', D); the others are seen by these and cost no more than that. offsets: for a block with relative
-        positions, neither with `causal` nor `packed`.
+        positions, neither with `causal` nor `packed`. kept: the samples that each branch is computed for, in place of
+        `branches`; not with both `packed` and `first`.
         """
-        y = self.ls1(self.attn(x if self.post_norm else self.norm1(x), mask, causal, rope, packed, first, offsets))
+        seen, (by_attention, by_mlp) = x, kept or (None, None)
+        if by_attention is not None:
+            seen, packed = by_attention.of(x), by_attention.packed
+            mask, rope = by_attention.of_mask(mask), by_attention.of_rope(rope)
+            offsets = by_attention.of_offsets(offsets)
+        seen = seen if self.post_norm else self.norm1(seen)
+        y = self.ls1(self.attn(seen, mask, causal, rope, packed, first, offsets))
         if first is not None:
             if branches is not None and packed is not None:
                 branches = packed.of_each(branches, first)
             x = x[:, :first] if packed is None else packed.of_each(x, first)
         if branches is not None:
             y = y * branches[..., :1]
-        x = self._joined(y, x)
+        x = self._joined(y, x, by_attention)
         if self.post_norm:
             x = self.norm1(x)
-        y = self.ls2(self.mlp(x if self.post_norm else self.norm2(x)))
+        seen = x if by_mlp is None else by_mlp.of(x)
+        y = self.ls2(self.mlp(seen if self.post_norm else self.norm2(seen)))
         if branches is not None:
             y = y * branches[..., 1:]
-        x = self._joined(y, x)
+        x = self._joined(y, x, by_mlp)
         return self.norm2(x) if self.post_norm else x
 
-    def _joined(self, y: Tensor, x: Tensor) -> Tensor:
+    def _joined(self, y: Tensor, x: Tensor, kept: Kept | None) -> Tensor:
         """A branch and the shortcut."""
+        if kept is not None:
+            return kept.added(x if self.shortcut is None else x * self.shortcut.to(x.dtype), y)
         return y + x if self.shortcut is None else torch.addcmul(y, x, self.shortcut.to(x.dtype))
 
 
@@ -257,6 +269,11 @@ class ViT(Backbone):
         """Initial value of LayerScale; none: no LayerScale."""
         drop_path: float = 0.0
         """Stochastic depth: probability at the last block, rising linearly from 0 at the first."""
+        drop_path_uniform: bool = False
+        """The same drop path at all blocks (DINOv2), not a rising one."""
+        drop_rows: bool = False
+        """Where drop path is above 0.1, compute a branch only for the samples that keep it (DINOv2): less time and
+        memory, the same mean. A fixed share of every 32 samples is kept."""
         shortcut_decay: float = 1.0
         """Factor on the identity shortcuts at the last block, linear from 1 at the first."""
         norms: Literal["patches", "post"] | None = None
@@ -332,7 +349,7 @@ class ViT(Backbone):
         """
         x, grid = self._embedded(images, keep, replace)
         mask, causal = self._mask(attention, prefix_length, x.shape[1])
-        factors = self._drop_path(drop)
+        factors, kept = self._drop_path([drop])
         rope = self._rope(grid, keep, x.device)
         first = None if mask is not None or causal else self._first(pooled_only, blocks)
         offsets = None
@@ -340,9 +357,8 @@ class ViT(Backbone):
             offsets = Offsets.of(self.grid, grid, self.prefix_tokens, keep, x.device)
             if causal:  # the kernels take that or scores to add
                 mask, causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril(), False
-        x, outputs = self._through(
-            x, blocks, mask, causal, rope, None if factors is None else factors[:, None], None, first, offsets
-        )
+        of_each = factors[0][:, None] if factors else None
+        x, outputs = self._through(x, blocks, mask, causal, rope, of_each, kept, None, first, offsets)
         return self._features(x, grid, outputs)
 
     def together(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
@@ -356,13 +372,12 @@ class ViT(Backbone):
         if len(batches) < 2 or not plain or len(set(asked)) > 1:
             return super().together(batches)
 
-        rows, grids, ropes, factors = [], [], [], []
+        rows, grids, ropes = [], [], []
         for images, options in batches:
             x, grid = self._embedded(images, options.get("keep"), options.get("replace"))
             rows.append(x)
             grids.append(grid)
             ropes.append(self._rope(grid, options.get("keep"), x.device))
-            factors.append(self._drop_path(options.get("drop")))
         device, head = rows[0].device, self.dim // self.config.heads
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else rows[0].dtype
         packed = Packed.of([(len(x), x.shape[1]) for x in rows], device, dtype, head)
@@ -377,11 +392,11 @@ class ViT(Backbone):
             cosines, sines = zip(*(pair for pair in ropes if pair is not None), strict=True)
             cos, sin = (by_token([part[:, 0] for part in parts]) for parts in (cosines, sines))
             rope = cos[:, None], sin[:, None]
-        dropped = [part[:, None] for part in factors if part is not None]
-        first = self._first(all(wanted), asked[0])
-        x, outputs = self._through(
-            by_token(rows), asked[0], None, False, rope, by_token(dropped) if dropped else None, packed, first
-        )
+        factors, kept = self._drop_path([options.get("drop") for _, options in batches], packed)
+        of_each = by_token([part[:, None] for part in factors]) if factors else None
+        # Kept tokens of a row have no first ones: the last block is then computed for all tokens of fewer images.
+        first = None if kept else self._first(all(wanted), asked[0])
+        x, outputs = self._through(by_token(rows), asked[0], None, False, rope, of_each, kept, packed, first)
         shapes = packed.batches if first is None else tuple((images, 1) for images, _ in packed.batches)
         sizes = [images * length for images, length in shapes]
         parts = zip(*(whole[0].split(sizes) for whole in (x, *outputs)), shapes, grids, strict=True)
@@ -416,17 +431,21 @@ class ViT(Backbone):
         causal: bool,
         rope: Rope | None,
         factors: Tensor | None,
+        kept: Sequence[tuple[Kept, Kept]],
         packed: Packed | None = None,
         first: int | None = None,
         offsets: Offsets | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Tokens (B, L, D) or (1, T, D) behind the blocks and the final norm, an image's `first` ones where it says so,
-        and behind the wanted blocks without it; `factors` (B, 1, 2 * depth) or (1, T, 2 * depth) of drop path."""
+        and behind the wanted blocks without it. Drop path: `factors` (B, 1, 2 n) or (1, T, 2 n) of the first n blocks or
+        None, and who is `kept` by the branches of the last ones."""
         indices = [self._block(i) for i in wanted]
         outputs: dict[int, Tensor] = {}
+        by_rows = self.depth - len(kept)  # the first block that computes kept samples only
         for i, block in enumerate(self.blocks):
-            branches = None if factors is None else factors[..., 2 * i : 2 * i + 2]
-            x = block(x, mask, causal, rope, branches, packed, first if i == self.depth - 1 else None, offsets)
+            branches = None if factors is None or i >= by_rows else factors[..., 2 * i : 2 * i + 2]
+            pair = kept[i - by_rows] if i >= by_rows else None
+            x = block(x, mask, causal, rope, branches, packed, first if i == self.depth - 1 else None, offsets, pair)
             if i in indices:
                 outputs[i] = x
         return self.norm(x), tuple(outputs[i] for i in indices)
@@ -525,18 +544,29 @@ class ViT(Backbone):
         angles = F.pad(angles, (0, 0, self.prefix_tokens, 0))[:, None]
         return angles.cos(), angles.sin()
 
-    def _drop_path(self, drop: Tensor | None) -> Tensor | None:
-        """Factors (B, 2 * depth) on each sample's branches (stochastic depth, Huang et al., 2016): 0 with the branch's
-        probability, else 1 / (1 - probability); None where nothing is dropped."""
-        if not self.training or self.config.drop_path == 0:
-            return None
-        if drop is None:
-            raise RuntimeError(
-                f"drop path needs noise in training: pass drop=step.rand({2 * self.depth}), the Step.rand of the "
-                f"method's step, so that every rank and a continued run draw the same"
-            )
-        rates = torch.linspace(0, self.config.drop_path, self.depth, device=drop.device).repeat_interleave(2)
-        return (drop >= rates) / (1 - rates)
+    def _drop_path(
+        self, drops: Sequence[Tensor | None], packed: Packed | None = None
+    ) -> tuple[list[Tensor], list[tuple[Kept, Kept]]]:
+        """What drop path leaves of the branches, of one batch's noise (B, 2 * depth), or of each packed one's: factors
+        (B, 2 n) of each batch on the branches of the first n blocks, and which samples (or packed tokens) the branches of
+        each later block are computed for. Nothing where nothing is dropped."""
+        top = self.config.drop_path
+        if not self.training or top == 0:
+            return [], []
+        noises = [given(drop, self.depth) for drop in drops]
+        bottom = top if self.config.drop_path_uniform else 0.0
+        steps = max(self.depth - 1, 1)
+        rates = [bottom + (top - bottom) * i / steps for i in range(self.depth) for _ in range(2)]
+        by_rows = next((i for i, rate in enumerate(rates) if self.config.drop_rows and rate > ROWS_ABOVE), len(rates))
+        factors = []
+        if by_rows:
+            at = torch.linspace(bottom, top, self.depth, device=noises[0].device).repeat_interleave(2)
+            factors = [drop_factors(noise[:, :by_rows], at[:by_rows]) for noise in noises]
+        later, of_later = [noise[:, by_rows:] for noise in noises], rates[by_rows:]
+        if not of_later:
+            return factors, []
+        each = kept_samples(later[0], of_later) if packed is None else kept_tokens(later, packed, of_later)
+        return factors, list(zip(each[::2], each[1::2], strict=True))
 
 
 def _validate(config: ViT.Config, in_chans: int) -> None:

@@ -67,11 +67,13 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, model in models.items():
             times[name].append(step(model))
-    print(f"{options.encoder}, {options.images} images x (2 + 8) crops, drop path {options.rate}, {options.precision}, {device}")
+    what = f"{options.encoder}, {options.images} images x (2 + 8) crops, drop path {options.rate}"
+    print(f"{what}, {options.precision}, {device}")
     medians = {name: statistics.median(each) for name, each in times.items()}
     for name, seconds in medians.items():
         time_of, memory_of = seconds / medians["nothing"], memory[name] / memory["nothing"]
-        print(f"{name:8s} {1000 * seconds:8.0f} ms  {time_of:.2f} of the time  {memory[name] / 2**20:7.0f} MiB  {memory_of:.2f}")
+        mib = memory[name] / 2**20
+        print(f"{name:8s} {1000 * seconds:8.0f} ms  {time_of:.2f} of the time  {mib:7.0f} MiB  {memory_of:.2f}")
 
 
 if __name__ == "__main__":

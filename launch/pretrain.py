@@ -1,5 +1,6 @@
 """The command `ssl-pretrain`."""
 
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
         with StopRequest() if placement.in_slurm_step() else nullcontext():
             return _main(argv, placed)
     except UserError as mistake:
-        print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
+        if not mistake.told:
+            print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
@@ -46,6 +48,8 @@ def _main(argv: list[str], placed: bool) -> int:
     if not placed:
         out = (run.out or Path("runs/grid")) if launch.grid else config.folder(run)
         code = elsewhere("pretrain", argv, launch, out, _read)
+        if code == 1 and launch.launcher == "local" and not launch.grid:
+            _ended_without_a_word(out)
         if code is not None:
             return code
 
@@ -64,17 +68,21 @@ def _main(argv: list[str], placed: bool) -> int:
     starts = manifest.starts(out)
 
     def failed(why: str) -> None:
-        # A run that did not begin leaves the folder, which may be another run's, as it is. The disk may be full.
-        if len(manifest.starts(out)) > len(starts):
+        # A run that did not begin leaves the folder, which may be another run's, as it is, unless this is the job that was
+        # requeued to continue what is there. The disk may be full.
+        if len(manifest.starts(out)) > len(starts) or requeue.restarted():
             with suppress(OSError):
                 manifest.end(out, f"failed: {why}")
 
     try:
         with StopRequest(requeue.deadline(launch.stop_before)) if in_job else nullcontext():
             outcome = train(run, knobs, options)
-    except UserError:
+    except UserError as mistake:
+        if place.rank == 0:
+            failed(str(mistake))
         raise
     except rendezvous.MissingProcess as problem:
+        failed(str(problem))
         print(f"{PROG}: {problem}", file=sys.stderr)
         return 1
     except Diverged as problem:
@@ -134,6 +142,11 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     """
     method, encoder, file, data = (flags.word(argv, name) for name in ("--method", "--encoder", "--config", "--data"))
     written = config.read_yaml(Path(file)) if file else {}
+    for name in ("method", "data", "encoder"):  # they are looked at before the rest is
+        try:
+            flags.check(written.get(name, ""), str)
+        except ValueError as problem:
+            raise UserError(f"{name}: {problem}") from None
     method, data = method or written.get("method"), data or written.get("data", "fractals")
     if method is None and (method := grid.first(argv, "method")) is not None:
         argv = ["--method", method, *argv]
@@ -143,12 +156,10 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
         raise AssertionError("a run without a method was accepted")
     if method not in plugins.names("ssl_pretrain.methods"):
         raise UserError(f"unknown method {method!r}{nearest(method, plugins.names('ssl_pretrain.methods'))}")
-    if data.split(":")[0] != "fractals" and not Path(data).exists():
-        there = [path.name for path in Path(data).parent.iterdir()] if Path(data).parent.is_dir() else []
-        hint = nearest(Path(data).name, there) if there else ""
-        if hint.startswith("; known"):  # a folder's whole listing is no help
-            hint = f"; no name like it in {Path(data).parent.resolve()}"
-        raise UserError(f"--data {data} does not exist{hint}")
+    from ssl_pretrain.data.source import missing  # NumPy: not for --help alone
+
+    if (nothing := missing(data)) is not None:
+        raise UserError(f"--data: {nothing}")
 
     from ssl_pretrain import backbones, pretext
 
@@ -187,6 +198,16 @@ def _finish(run: Run, out: Path) -> None:
         _tell(f"  ssl-eval knn --encoder {out}{data}")
     _tell(f"  ssl-report {out}")
     _tell(f"  tensorboard --logdir {out / 'tensorboard'}")
+
+
+def _ended_without_a_word(out: Path) -> None:
+    """Say in the manifest that the run's processes are gone, where none of them could."""
+    from ssl_pretrain import manifest
+
+    if manifest.read(out).get("state") == "running":
+        with suppress(OSError):
+            manifest.end(out, "failed: a process was killed; the same command continues from the last checkpoint")
+            shutil.rmtree(out / "heartbeats", ignore_errors=True)
 
 
 def _tell(text: str) -> None:

@@ -1,15 +1,20 @@
 """Several processes of one command on this machine (`--nproc N`)."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from ssl_pretrain.rendezvous import RENDEZVOUS
 from ssl_pretrain.signals import STOPPING
+
+GRACE = 20.0  # seconds for the others to find out who is gone, and to say so
+PR_SET_PDEATHSIG = 1
 
 
 def run_local(module: str, argv: list[str], count: int) -> int:
@@ -27,6 +32,8 @@ def run_local(module: str, argv: list[str], count: int) -> int:
             subprocess.Popen(
                 [sys.executable, "-m", module, *argv],
                 env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                # There are no other threads here that could hold a lock.
+                preexec_fn=partial(_end_with, os.getpid()) if sys.platform == "linux" else None,  # noqa: PLW1509
             )
             for rank in range(count)
         ]
@@ -45,13 +52,21 @@ def run_local(module: str, argv: list[str], count: int) -> int:
                 signal.signal(number, handler)
 
 
+def _end_with(parent: int) -> None:
+    """In a child: let the kernel say SIGTERM when the parent is gone, so that a command that was killed leaves no processes
+    which train on; they save and end."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _wait(children: list[subprocess.Popen]) -> int:
-    """Wait for all; when one fails, give the others a few seconds to say why themselves, then end them."""
+    """Wait for all; when one fails, give the others time to say why themselves, then end them."""
     while True:
         codes = [child.poll() for child in children]
         failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0, 75)]
         if failed:
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + GRACE
             while time.monotonic() < deadline and any(child.poll() is None for child in children):
                 time.sleep(0.1)
             for child in children:

@@ -65,9 +65,18 @@ def crashed(out: Path, place: Place, before: list[int], limit: int) -> str | Non
     return _requeue(out, "lost a process", limit)
 
 
+def restarted() -> bool:
+    """Whether this is a job that Slurm has started before."""
+    return placement.in_slurm_step() and _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def _requeue(out: Path, why: str, limit: int) -> str:
     """Ask Slurm to requeue this job; returns what came of it, which the manifest says too."""
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    restarts = _restarts()
     job = placement.slurm_job() or ""
     facts = next(iter(placement.job_facts(job)), {})
     asking = False

@@ -1,6 +1,7 @@
 """What is looked at before a run of several processes."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from conftest import TINY
 from ssl_pretrain import preflight
 from ssl_pretrain.preflight import Facts
 
-VERSIONS = dict.fromkeys(("ssl-pretrain", "torch", "numpy", "pillow", "safetensors", "simplejpeg", "python"), "1.0")
+VERSIONS = dict.fromkeys((*preflight.SAME, *preflight.TOLD, *preflight.BUILT), "1.0")
 GOOD = [Facts(r, f"n{r // 2}", "CPU", 8, VERSIONS, True, 2**34, None, None) for r in range(4)]
 
 
@@ -48,6 +49,34 @@ def test_what_had_better_agree_is_a_warning() -> None:
     (text,) = preflight.disagreements(everybody)
     assert text == "pillow is not the same everywhere: 1.0 on rank 0, 1, 3; not installed on rank 2"
     assert f"warning: {text}" in preflight.table(everybody, Path("runs"), 0.1)
+
+
+def test_another_checkout_or_another_gpu_is_a_warning() -> None:
+    for facts in ({"versions": {**VERSIONS, "commit": "abc"}}, {"device": "NVIDIA H100"}):
+        everybody = [dataclasses.replace(f, device="NVIDIA H200") for f in GOOD]
+        everybody[1] = dataclasses.replace(everybody[1], **facts)
+        assert preflight._problems(everybody, Path("runs")) == []
+        (text,) = preflight.disagreements(everybody)
+        assert text.endswith("on rank 1") or "on rank 1;" in text
+
+
+def test_many_processes_are_a_line_a_machine() -> None:
+    many = [dataclasses.replace(GOOD[0], rank=r, host=f"n{r // 8}") for r in range(64)]
+    lines = preflight.table(many, Path("runs"), 0.1).splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["0-7", "8-15", "16-23"]
+    assert len(lines) == 1 + 8 + 1
+    assert lines[-1].startswith("64 process(es) on 8 machine(s)")
+
+
+@pytest.mark.slow
+def test_a_run_of_several_processes_begins_with_the_table(photos: Path, tmp_path: Path, pretrain: Callable) -> None:
+    out = tmp_path / "run"
+    done = pretrain("--method", "mae", "--data", photos, "--out", out, "--steps", 1, "--nproc", 2, *TINY)
+    said = done.stderr
+    assert re.search(r"^0 .*GiB free, writes \d+ MiB/s$", said, re.MULTILINE)
+    assert re.search(r"^2 process\(es\) on 1 machine\(s\) found one another.*; (\d+\.\d) s$", said, re.MULTILINE)
+    (launch,) = json.loads((out / "manifest.json").read_text())["launches"]
+    assert len(launch["hosts"]) == 2
 
 
 @pytest.mark.slow

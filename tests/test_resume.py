@@ -236,6 +236,9 @@ def test_a_killed_rank_ends_the_others_with_a_message(photos: Path, tmp_path: Pa
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "process 1 of 2 was killed (SIGKILL)" in said
+    state = json.loads((out / "manifest.json").read_text())["state"]
+    assert state.startswith("failed: "), state
+    assert "rank 1 on" in state
     kept = checkpoint.newest(out / "checkpoints")
     assert kept
     # the same command goes on from there
@@ -248,3 +251,86 @@ def test_a_killed_rank_ends_the_others_with_a_message(photos: Path, tmp_path: Pa
     assert process.returncode == 75, said
     assert f"continuing from step {kept}" in said
     assert list(losses(out)) == list(range(1, max(losses(out)) + 1))
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_rank_that_trains_on(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = command("pretrain", "--method", "mae", "--data", photos, "--out", out, "--steps", 100_000, "--log-every", 1,
+                   "--nproc", 2, *TINY)  # fmt: skip
+    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    wait_for(process, out, 5)
+    ranks = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert max(losses(out)) == checkpoint.newest(out / "checkpoints")  # they saved
+
+
+@pytest.mark.parametrize("place", ["files.write_text", "Report", "manifest.begin", "CollapseMonitor"])
+def test_what_a_run_leaves_that_was_killed_before_it_began_is_no_obstacle(
+    place: str, photos: Path, tmp_path: Path, pretrain_here: Callable
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".preflight-1c10").touch()
+    (out / ".config.yaml.123").touch()
+    argv = list(map(str, ("--method", "mae", "--data", photos, "--out", out, "--steps", 2, "--workers", 0, *TINY)))
+    code = f"""
+import os, ssl_pretrain.train as train
+from ssl_pretrain.launch.pretrain import main
+train.{place} = lambda *_, **__: os._exit(137)
+main({argv})
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 137
+    pretrain_here(*argv)
+    assert list(losses(out)) == [2]
+
+
+def test_two_runs_do_not_share_a_folder(photos: Path, tmp_path: Path, pretrain: Callable) -> None:
+    out = tmp_path / "run"
+    same = ("--method", "mae", "--data", photos, "--out", out, "--steps", 100_000, "--workers", 0, *TINY)
+    process = subprocess.Popen(command("pretrain", *same, "--log-every", 1), stderr=subprocess.DEVNULL)
+    try:
+        wait_for(process, out, 3)
+        done = pretrain(*same, code=2)
+        assert f"another process trains in {out}" in done.stderr
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_mistake_of_several_processes_is_said_once(photos: Path, tmp_path: Path, pretrain: Callable) -> None:
+    out = tmp_path / "run"
+    same = ("--method", "mae", "--data", photos, "--out", out, "--steps", 2, "--nproc", 2, "--workers", 0, *TINY)
+    pretrain(*same)
+    done = pretrain(*same, "--lr", 0.5, code=2)
+    assert done.stderr.count("with other settings") == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert json.loads((out / "manifest.json").read_text())["state"] == "finished"
+    done = pretrain(*same[:4], "--out", tmp_path / "new", *same[6:], "--val-images", 1, code=2)
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "--val-images is 1" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_bad_images_of_all_processes_are_counted_in_the_metrics(
+    photos: Path, tmp_path: Path, pretrain: Callable
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, photo in enumerate(sorted(photos.rglob("*.*"))[:48]):
+        (data / photo.name).write_bytes(b"no picture" if i % 8 == 0 else photo.read_bytes())
+    out = tmp_path / "run"
+    pretrain("--method", "mae", "--data", data, "--out", out, "--epochs", 2, "--nproc", 2, "--log-every", 1, *TINY)
+    listed = [json.loads(line)["index"] for line in (out / "bad_images.jsonl").read_text().splitlines()]
+    assert len(listed) == len(set(listed)) == 6
+    counts = [m["bad_images"] for m in metrics(out) if "bad_images" in m]
+    assert counts[-1] == 6
+    assert counts == sorted(counts)

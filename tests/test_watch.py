@@ -80,9 +80,9 @@ def test_progress_is_no_stall(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def beat(folder: Path, rank: int, step: int, doing: str) -> None:
+def beat(folder: Path, rank: int, step: int, doing: str, waits: int) -> None:
     folder.mkdir(exist_ok=True)
-    text = {"host": f"n{rank}", "pid": 1, "step": step, "doing": doing}
+    text = {"host": f"n{rank}", "pid": 1, "step": step, "doing": doing, "waits": waits}
     aside = folder / f"{rank}.aside"
     aside.write_text(json.dumps(text))
     aside.replace(folder / f"rank-{rank:05d}.json")  # whole, as a process does it
@@ -91,22 +91,69 @@ def beat(folder: Path, rank: int, step: int, doing: str) -> None:
 @pytest.mark.parametrize(
     ("others", "late"),
     [
-        ({1: (9, "the step"), 2: (8, "the step")}, "Late: rank 2 on n2: step 8, the step."),
-        ({1: (9, "waiting for images"), 2: (9, "the step")}, "Late: rank 1 on n1: step 9, waiting for images."),
-        ({1: (9, "the step"), 2: (9, "the step")}, "Late: nobody, all wait in the same step."),
-        ({1: (9, "the step")}, "Late: rank 2 on an unknown host: not heard of"),
+        ({1: (9, "the step", 2), 2: (8, "the step", 0)}, "Late: rank 2 on n2: step 8, the step."),
+        ({1: (9, "waiting for images", 0), 2: (9, "the step", 2)}, "Late: rank 1 on n1: step 9, waiting for images."),
+        ({1: (9, "the step", 1), 2: (9, "the step", 2)}, "Late: rank 1 on n1: step 9, the step."),
+        ({1: (9, "the step", 2), 2: (9, "the step", 2)}, "Late: nobody, all wait for one another."),
+        ({1: (9, "the step", 2)}, "Late: rank 2 on an unknown host: not heard of"),
     ],
 )
-def test_who_is_late(others: dict, late: str, tmp_path: Path) -> None:
+def test_who_is_late(others: dict, late: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_waits", lambda: watch.EXCHANGE)
     said: list[str] = []
     with Watch(tmp_path, World(0, 3, 0, 1, torch.device("cpu")), 0.3, said.append) as watched:
         watched.at(9, "the step")
         end = time.monotonic() + 10
         while not said and time.monotonic() < end:
-            for rank, (step, doing) in others.items():
-                beat(tmp_path / "heartbeats", rank, step, doing)
+            for rank, there in others.items():
+                beat(tmp_path / "heartbeats", rank, *there)
             time.sleep(0.02)
     assert late in said[0]
+
+
+SLEEPS = {
+    "in a reduction": "distributed.all_reduce_(torch.ones(3))",
+    "in the agreement": "distributed.any_of(True)",
+    "in a method's gathering": "distributed.gather(torch.ones(2, 3, requires_grad=True)).sum().backward()",
+    "in backward": "loss.backward()",
+    "in a barrier": "distributed.barrier()",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", SLEEPS)
+def test_of_two_processes_the_one_that_sleeps_is_late(place: str, tmp_path: Path) -> None:
+    code = f"""
+import os, time, torch
+from pathlib import Path
+from torch.nn.parallel import DistributedDataParallel
+from ssl_pretrain import distributed, watch
+watch.BEAT, watch.SILENT = 0.1, 5.0
+said = []
+with distributed.world() as here:
+    model = DistributedDataParallel(torch.nn.Linear(3, 1))
+    loss = model(torch.ones(2, 3)).sum()
+    with watch.Watch(Path({str(tmp_path)!r}), here, 1.0, said.append) as watched:
+        watched.at(7, "the step")
+        if here.rank == 1:
+            time.sleep(2.5)
+        {SLEEPS[place]}
+print(here.rank, said)
+"""
+    place_of = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SSL_PRETRAIN_RENDEZVOUS": (tmp_path / "meet").as_uri()}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **place_of, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert "no progress for" in said[0]
+    assert "Late: rank 1 on" in said[0]
+    assert "rank 0 on" not in said[0]
+    assert sorted(path.name for path in (tmp_path / "stalls").iterdir()) == ["rank-00000.txt", "rank-00001.txt"]
 
 
 @pytest.mark.slow

@@ -87,6 +87,12 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
 
+    def follow(self, work: Callable[[], None]) -> None:
+        """Do `work` behind the back of training, too, once the checkpoint has its name: `wait` waits for it, and `problem`
+        says why it failed."""
+        self._thread = threading.Thread(target=self._try, args=(work,), name="checkpoint", daemon=True)
+        self._thread.start()
+
     def publish(self, *, keep_last: int | None = None, keep_every: int | None = None) -> None:
         """Give the checkpoint its name, where every process has written its part; then prune the older ones.
 
@@ -112,6 +118,8 @@ class Writer:
             sync(self.folder)
         except Exception as problem:
             self.problem = problem
+            if isinstance(problem, OSError) and problem.errno is not None:  # a full disk does not say where it is full
+                self.problem = OSError(problem.errno, problem.strerror or str(problem), str(final))
             shutil.rmtree(aside, ignore_errors=True)
             return
         if keep_last is not None:
@@ -132,10 +140,13 @@ class Writer:
     def _work(
         self, step: int, copies: dict[str, Tensor], facts: dict[str, Any], then: Callable[[], None] | None
     ) -> None:
+        self._try(lambda: self._write(self._aside(step), copies, facts))
+        if then is not None and self.problem is None:
+            self._try(then)
+
+    def _try(self, work: Callable[[], None]) -> None:
         try:
-            self._write(self._aside(step), copies, facts)
-            if then is not None:
-                then()
+            work()
         except Exception as problem:  # told by the thread that can end the run
             self.problem = problem
 
@@ -171,8 +182,13 @@ def steps(folder: Path) -> list[int]:
 def newest(folder: Path) -> int | None:
     """The step of the newest whole checkpoint, None without any. For one process of the run.
 
-    A damaged one is set aside (renamed to .damaged-...), named in a warning line, and the one before it is taken.
+    A damaged one is set aside (renamed to .damaged-...), named in a warning line, and the one before it is taken. One
+    whose writing was broken off is removed, and named too.
     """
+    for begun in sorted(folder.glob(".writing-*")):
+        shutil.rmtree(begun, ignore_errors=True)
+        step = int(begun.name.rsplit("-", 1)[1])
+        print(f"warning: the checkpoint of step {step} was not written to its end; it is removed", flush=True)
     for step in reversed(steps(folder)):
         path = folder / f"step-{step:08d}"
         problem = damage(path)
@@ -203,6 +219,11 @@ def read(folder: Path, step: int, into: Mapping[str, Mapping[str, Tensor]]) -> d
     dcp.load(flat, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     said = json.loads((path / "checkpoint.json").read_text())
     return {name: value for name, value in said.items() if name not in ("files", "step")}
+
+
+def read_some(folder: Path, step: int, into: dict[str, Tensor]) -> None:
+    """Put some of the tensors of a checkpoint, by "part/name", into those of `into`, whole ones, by this process alone."""
+    dcp.load(into, storage_reader=HuggingFaceStorageReader(str(folder / f"step-{step:08d}")), no_dist=True)
 
 
 def load(folder: Path, step: int) -> dict[str, Any]:

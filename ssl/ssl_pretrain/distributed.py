@@ -8,11 +8,11 @@ import functools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from . import placement, rendezvous
 from .errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,27 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_all(work: Callable[[], T]) -> T:
+    """What `work` gives on each process, the first before the others; a UserError of one is raised on all, and told by
+    the first."""
+    value: T | None = None
+    mine: UserError | None = None
+    for turn in (rank() == 0, rank() != 0):
+        if turn:
+            try:
+                value = work()
+            except UserError as problem:
+                mine = problem
+        found = [text for text in from_all(None if mine is None else str(mine)) if text is not None]
+        if found:
+            mistake = mine or UserError(found[0])
+            mistake.args, mistake.told = (found[0],), rank() != 0
+            raise mistake
+        if not dist.is_initialized():
+            break
+    return cast(T, value)
 
 
 def from_all(value: Any) -> list[Any]:

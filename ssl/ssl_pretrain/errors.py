@@ -5,7 +5,12 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """The user's mistake. The message says what is wrong, where, and what would be right."""
+    """The user's mistake. The message says what is wrong, where, and what would be right.
+
+    told: whether another process says it, so that this one need not.
+    """
+
+    told = False
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

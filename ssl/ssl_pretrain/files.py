@@ -1,8 +1,11 @@
 """Files that are there whole or not at all, and those that grow by lines."""
 
 import contextlib
+import fcntl
 import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,30 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def held(folder: Path, patience: float) -> Iterator[None]:
+    """Have a folder for oneself: others who ask for it wait. It is free again when this is left, or the process gone.
+
+    Raises BlockingIOError where another process still has it after `patience` seconds. Some network file systems know no
+    such locks: there everybody gets it.
+    """
+    descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + patience
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -30,13 +30,15 @@ def starts(out: Path) -> list[int]:
     return [launch["step"] for launch in read(out).get("launches", [])]
 
 
-def begin(out: Path, *, here: World, step: int, data: dict[str, Any]) -> None:
-    """Note a start (or restart) at `step`: the command, versions, commit and hardware; the state becomes "running"."""
+def begin(out: Path, *, here: World, step: int, data: dict[str, Any], hosts: list[str]) -> None:
+    """Note a start (or restart) at `step`: the command, versions, commit and hardware (`hosts` in the order of ranks, none
+    for one process); the state becomes "running"."""
     launch = {
         "time": _now(),
         "step": step,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "processes": here.size,
+        "hosts": hosts or [platform.node()],
         "device": torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else _processor(),
         "cores": cores(),
         "python": platform.python_version(),
@@ -44,7 +46,7 @@ def begin(out: Path, *, here: World, step: int, data: dict[str, Any]) -> None:
             name: importlib.metadata.version(name)
             for name in ("ssl-pretrain", "torch", "numpy", "pillow", "safetensors")
         },
-        "commit": _commit(),
+        "commit": commit(),
     }
     before = read(out)
     manifest = {**before, "state": "running", "data": data, "launches": [*before.get("launches", []), launch]}
@@ -76,7 +78,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the source tree this runs from, with "+" where it has changes; None for an installed package."""
     folder = os.path.dirname(os.path.abspath(__file__))
     try:

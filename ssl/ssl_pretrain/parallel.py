@@ -145,6 +145,11 @@ def gathered(method: nn.Module) -> Iterator[None]:
         sharded.reshard()
 
 
+def name_of(part: nn.Module, whole: nn.Module) -> str | None:
+    """What the names of a part's tensors begin with in the whole's state ("encoder."); None where it is no part of it."""
+    return next((f"{name}." if name else "" for name, each in whole.named_modules() if each is part), None)
+
+
 @torch.no_grad()
 def copy_whole(source: nn.Module, target: nn.Module | None) -> None:
     """Copy every parameter and buffer of `source`, gathered where it is sharded (all processes must call this then), to

@@ -3,6 +3,7 @@ run folder? In a second at the start of every such run; with more to see as `ssl
 """
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
@@ -17,11 +18,15 @@ import torch
 from . import distributed
 from .distributed import World, cores
 from .errors import UserError
+from .manifest import commit
 
+BRIEF = 16  # MiB written at the start of a run
 SAME = ("ssl-pretrain", "torch", "numpy")  # versions that must agree: with others the processes compute other things
 TOLD = ("pillow", "safetensors", "simplejpeg")  # versions that had better agree
+BUILT = ("python", "cuda", "commit")  # and what else had better
 VISIBLE = 3.0  # seconds that a file may take to be seen on another machine
-TRIAL = 64  # MiB written to measure the run folder
+LINES = 32  # processes that get a line each
+TRIAL = 64  # MiB written to measure the run folder, where nothing but that is asked for
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,10 @@ class Facts:
     trouble: str | None  # why it cannot be written
 
 
-def check(here: World, out: Path, *, measure: bool = False) -> list[Facts]:
+def check(here: World, out: Path, *, trial: int = BRIEF) -> list[Facts]:
     """Every process's facts, on every process. All must call it; `out` exists.
+
+    trial: MiB that one process of each machine writes to the run folder, to measure it.
 
     Raises UserError, on all of them, where the run could not work: other versions of the program, CPUs beside GPUs, a run
     folder that not all see, a sum over the processes that comes out wrong.
@@ -50,13 +57,14 @@ def check(here: World, out: Path, *, measure: bool = False) -> list[Facts]:
         token.touch()
     distributed.barrier()
     sees = _appears(token)
-    speed, trouble = _write_speed(out) if measure and sees and here.local_rank == 0 else (None, None)
+    speed, trouble = _write_speed(out, trial) if sees and here.local_rank == 0 else (None, None)
     facts = Facts(
         rank=here.rank,
         host=socket.gethostname(),
         device=torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "CPU",
         cores=cores(),
-        versions={name: _version(name) for name in (*SAME, *TOLD)} | {"python": platform.python_version()},
+        versions={name: _version(name) for name in (*SAME, *TOLD)}
+        | {"python": platform.python_version(), "cuda": str(torch.version.cuda), "commit": str(commit())},
         sees=sees,
         free=shutil.disk_usage(out).free if out.exists() else 0,
         speed=speed,
@@ -70,11 +78,14 @@ def check(here: World, out: Path, *, measure: bool = False) -> list[Facts]:
     distributed.barrier()
     if here.first:
         token.unlink(missing_ok=True)
-    problems = _problems(everybody, out)
+    # A run that cannot write the trial may go on with what it has, and stops with a message where it must write.
+    problems = _problems(everybody, out, writes=trial == TRIAL)
     if wrong:
         problems.append(f"the sum over {here.size} processes came out wrong on rank {_some(wrong)}")
     if problems:
-        raise UserError("; ".join(problems))
+        mistake = UserError("; ".join(problems))
+        mistake.told = not here.first
+        raise mistake
     return everybody
 
 
@@ -86,28 +97,29 @@ def alone(out: Path) -> str:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise UserError(f"--out {out} cannot be made: {problem.strerror}") from None
-        everybody = check(here, out, measure=True)
+        everybody = check(here, out, trial=TRIAL)
         return table(everybody, out, time.monotonic() - began)
 
 
 def disagreements(everybody: list[Facts]) -> list[str]:
     """What had better be the same everywhere and is not, a sentence each."""
-    return [
-        f"{name} is not the same everywhere: {said}"
-        for name in (*TOLD, "python")
-        if (said := _differing({f.rank: f.versions[name] for f in everybody}))
-    ]
+    values = {name: {f.rank: f.versions[name] for f in everybody} for name in (*TOLD, *BUILT)}
+    values["the device"] = {f.rank: f.device for f in everybody}
+    return [f"{name} is not the same everywhere: {said}" for name, each in values.items() if (said := _differing(each))]
 
 
 def table(everybody: list[Facts], out: Path, seconds: float) -> str:
-    """The facts for a person to read, a line a process."""
+    """The facts for a person to read: a line a process, or a line a machine where there are many."""
     rows = [("rank", "host", "device", "cores", "torch", "ssl-pretrain", "run folder")]
-    for f in everybody:
+    lines_of = [(str(f.rank), f) for f in everybody]
+    if len(everybody) > LINES:
+        machines = [list(each) for _, each in itertools.groupby(everybody, key=lambda f: f.host)]
+        lines_of = [(f"{each[0].rank}-{each[-1].rank}", each[0]) for each in machines]
+    for ranks, f in lines_of:
         speed = "" if f.speed is None else f", writes {f.speed / 2**20:.0f} MiB/s"
+        speed = speed if f.trouble is None else f", cannot be written: {f.trouble}"
         folder = f"{f.free / 2**30:.1f} GiB free{speed}"
-        rows.append(
-            (str(f.rank), f.host, f.device, str(f.cores), f.versions["torch"], f.versions["ssl-pretrain"], folder)
-        )
+        rows.append((ranks, f.host, f.device, str(f.cores), f.versions["torch"], f.versions["ssl-pretrain"], folder))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"warning: {text}" for text in disagreements(everybody)]
@@ -118,7 +130,7 @@ def table(everybody: list[Facts], out: Path, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _problems(everybody: list[Facts], out: Path) -> list[str]:
+def _problems(everybody: list[Facts], out: Path, *, writes: bool = True) -> list[str]:
     found = []
     for name in SAME:
         if said := _differing({f.rank: f.versions[name] for f in everybody}):
@@ -126,7 +138,7 @@ def _problems(everybody: list[Facts], out: Path) -> list[str]:
     kinds = {f.rank: "CPU" if f.device == "CPU" else "GPU" for f in everybody}
     if said := _differing(kinds):
         found.append(f"some processes have a GPU and some have not ({said})")
-    found += [f"{out} cannot be written on {f.host}: {f.trouble}" for f in everybody if f.trouble]
+    found += [f"{out} cannot be written on {f.host}: {f.trouble}" for f in everybody if f.trouble and writes]
     blind = [f for f in everybody if not f.sees]
     if blind:
         hosts = ", ".join(sorted({f.host for f in blind}))
@@ -166,18 +178,18 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _write_speed(out: Path) -> tuple[float | None, str | None]:
+def _write_speed(out: Path, trial: int) -> tuple[float | None, str | None]:
     """Bytes a second, to the disk; or what prevents it."""
     file = out / f".preflight-{socket.gethostname()}"
     block = os.urandom(1 << 20)
     began = time.monotonic()
     try:
         with open(file, "wb") as opened:
-            for _ in range(TRIAL):
+            for _ in range(trial):
                 opened.write(block)
             opened.flush()
             os.fsync(opened.fileno())
-        return TRIAL * len(block) / (time.monotonic() - began), None
+        return trial * len(block) / (time.monotonic() - began), None
     except OSError as problem:
         return None, problem.strerror or str(problem)
     finally:

@@ -26,6 +26,7 @@ class Report:
         self.out, self.steps, self.silent = out, steps, silent
         self.bad_images = read_lines(out / "bad_images.jsonl")
         self._bad_known = {line["index"] for line in self.bad_images}
+        self._bad_size = 0  # of the list when it was last read
         if silent:
             return
         self.console = Console(stderr=True, soft_wrap=True)
@@ -103,6 +104,15 @@ class Report:
             os.write(descriptor, line.encode())
         finally:
             os.close(descriptor)
+
+    def count_bad_images(self) -> int:
+        """How many unreadable images the run has met, whichever process did."""
+        listed = self.out / "bad_images.jsonl"
+        size = listed.stat().st_size if listed.exists() else 0
+        if size != self._bad_size:
+            self._bad_size = size
+            self._bad_known |= {line["index"] for line in read_lines(listed)}
+        return len(self._bad_known)
 
     def merge_bad_images(self) -> int:
         """List each bad image once, whichever processes met it; returns how many there are. For one process."""

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,8 @@ from .score import KnnScore
 from .signals import TIME_LIMIT, StopRequest
 from .watch import Watch
 
+UNDER_WAY = 15.0  # seconds that a run is waited for which has the folder and may be about to end
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -72,20 +74,19 @@ def train(run: Run, knobs: Any, options: Any) -> Outcome:
 
     Raises UserError for a user's mistake, OSError where the run folder cannot be written (a full disk), Diverged.
     """
-    with distributed.world() as here, StopRequest() as stop:
-        return _train(run, knobs, options, here, stop)
+    with distributed.world() as here, StopRequest() as stop, ExitStack() as held:
+        return _train(run, knobs, options, here, stop, held)
 
 
-def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest) -> Outcome:
+def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest, held: ExitStack) -> Outcome:
     kind = pretext.load(asked.method)
 
     # ---- Data. The first process opens it first, so that an index is built once.
-    if here.first:
-        source, held_out = _open_data(asked)
-    distributed.barrier()
-    if not here.first:
-        source, held_out = _open_data(asked)
-    run = config.resolve(asked, kind.recipe, len(source), _precision(asked, here.device))
+    def opened() -> tuple[Source, Source | None, Resolved]:
+        source, held_out = _open_data(asked, here)
+        return source, held_out, config.resolve(asked, kind.recipe, len(source), _precision(asked, here.device))
+
+    source, held_out, run = distributed.on_all(opened)
     steps, batch_size, accumulate, out = run.steps, run.batch_size, run.accumulate, run.out
     share = Share(batch_size, accumulate, here.rank, here.size)
     normalisation = (run.mean, run.std)
@@ -93,8 +94,12 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     # ---- Where to start: this run's own checkpoint, or step 0 with random weights or another encoder's.
     record = config.plain(run, knobs, options)
     folder = out / "checkpoints"
-    start = distributed.from_first(_find_start(run, record, source, folder) if here.first else None)
+    start = distributed.from_first(
+        distributed.on_all(lambda: _find_start(run, record, source, folder, held) if here.first else 0)
+    )
+    began = time.monotonic()
     everybody = preflight.check(here, out) if here.size > 1 else []
+    met = preflight.table(everybody, out, time.monotonic() - began) if everybody else ""
 
     # ---- Model. Its random weights are a function of the seed alone.
     torch.manual_seed(key(run.seed, "init"))
@@ -135,15 +140,16 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
         into = {"method": method.state_dict(), "optimizer": shards.entries(state, method)}
         skipped = checkpoint.read(folder, start, into)["skipped"]
         optim.load_state_by_name(optimizer, state)
+    if here.first:  # before anything else, for this makes the folder a run's
+        files.write_text(out / "config.yaml", yaml.safe_dump(record, sort_keys=False))
     report = Report(out, step=start, steps=steps, silent=not here.first)
     if here.first:
-        files.write_text(out / "config.yaml", yaml.safe_dump(record, sort_keys=False))
         data_facts = {"path": run.data, "images": len(source), "fingerprint": source.fingerprint}
-        manifest.begin(out, here=here, step=start, data=data_facts)
+        manifest.begin(out, here=here, step=start, data=data_facts, hosts=[facts.host for facts in everybody])
         trained = _millions([p for p in method.parameters() if p.requires_grad])
         report.say(f"{source.description}; {run.encoder} with {trained} trained parameters; {out}")
-        for text in preflight.disagreements(everybody):
-            report.warn(text)
+        if met:
+            report.say(met)
         if start:
             report.say(f"continuing from step {start} of {steps}")
     autocast = torch.autocast(here.device.type, torch.bfloat16, enabled=run.precision == "bf16")
@@ -151,25 +157,40 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     # ---- Saving. Training waits only while the state is copied; it is written behind its back, then named.
     writer = checkpoint.Writer(folder, sharded=parallel.is_sharded(method))
 
-    begun = False  # whether a checkpoint is on its way, on all processes alike
+    begun, exporting = (
+        False,
+        False,
+    )  # whether a checkpoint, or an export from one, is on its way, on all processes alike
+    within = parallel.name_of(method.exported(), method)
+    from_files = False  # whether the export of what is begun comes from the checkpoint's files
+    lineage: dict[str, Any] = {}
+    blocked = 0.0  # seconds that training waited for saving, since the last log
     copy: Encoder | None = None
 
-    def copied() -> Encoder | None:
-        """The encoder as it is now, whole and in host memory, whatever training does to the original; for the first
-        process, but all must ask."""
+    def made() -> Encoder | None:
+        """Where the first process puts a copy of the encoder, whole and in host memory."""
         nonlocal copy
         if here.first and copy is None:
             copy = Encoder(encoder.another(run.encoder, method.exported()), run.encoder, preprocessing, {})
+        return copy
+
+    def copied() -> Encoder | None:
+        """The encoder as it is now, whatever training does to the original; for the first process, but all must ask."""
+        copy = made()
         parallel.copy_whole(method.exported(), None if copy is None else copy.backbone)
         return copy
 
     def save(step: int, *, last: bool = False) -> None:
         """Begin to write a checkpoint and the export of the state after `step` steps; the last one without copying it."""
-        nonlocal begun
-        settle()
+        nonlocal begun, blocked, from_files, lineage
+        settle(wait=True)
+        asked_at = time.perf_counter()
+        # To gather what is sharded would hold up all processes for longer than to copy the parts does.
+        from_files = writer.sharded and not last and within is not None
+        exported = None
         if last and not writer.sharded:
             exported = Encoder(method.exported(), run.encoder, preprocessing, {}) if here.first else None
-        else:
+        elif not from_files:
             exported = copied()
         optimizer_state = shards.entries(optim.state_by_name(optimizer), method)
         lineage = {
@@ -184,22 +205,38 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
         writer.begin(step, {"method": method.state_dict(), "optimizer": optimizer_state, "skipped": skipped}, export,
                      copy=not last)  # fmt: skip
         begun = True
+        blocked += time.perf_counter() - asked_at
         if last:
-            settle()
+            settle(wait=True)
 
-    def settle() -> None:
-        """See a checkpoint that is begun through to its end; raises OSError on all processes where one could not write."""
-        nonlocal begun
-        if not begun:
-            return
-        begun = False
-        writer.wait()
-        (failed,) = distributed.any_of(writer.problem is not None)
-        if not failed:
-            writer.publish(keep_last=run.keep_last, keep_every=run.keep_every)
+    def export_written() -> None:
+        """The export of a sharded run, from the files of its checkpoint."""
+        exported = made()
+        assert exported is not None
+        tensors = {f"method/{within}{name}": tensor for name, tensor in exported.backbone.state_dict().items()}
+        checkpoint.read_some(folder, lineage["step"], tensors)
+        exported.lineage = lineage
+        encoder.save(out / "encoder", exported)
+
+    def settle(*, wait: bool = False) -> None:
+        """See what is begun through, with `wait` to its last end; raises OSError on all processes where one could not
+        write."""
+        nonlocal begun, exporting, blocked
+        while begun or exporting:
+            asked_at = time.perf_counter()
+            writer.wait()
             (failed,) = distributed.any_of(writer.problem is not None)
-        if failed:
-            raise writer.problem or OSError("another process could not write its part of the checkpoint")
+            if begun and not failed:
+                writer.publish(keep_last=run.keep_last, keep_every=run.keep_every)
+                (failed,) = distributed.any_of(writer.problem is not None)
+            exporting, begun = begun and from_files and not failed, False
+            if failed:
+                raise writer.problem or OSError("another process could not write its part of the checkpoint")
+            if exporting and here.first:
+                writer.follow(export_written)
+            blocked += time.perf_counter() - asked_at
+            if not wait:
+                return
 
     # ---- The loop.
     monitor = CollapseMonitor(method.collapsed(batch_size))
@@ -210,7 +247,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
     names: list[str] = []
     bad_in_a_row = 0
     step_number = start
-    waited, since, seen_at = 0.0, time.perf_counter(), start
+    waited, blocked, since, seen_at = 0.0, 0.0, time.perf_counter(), start
     method.train()
     saved, stopped = start, None
     with closing(loader), Watch(out, here, run.stall_after, report.warn) as watch:
@@ -324,15 +361,16 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                     "weight_decay": weight_decay,
                     "images_per_s": speed * batch_size,
                     "data_wait": min(1.0, waited / (now - since)),
+                    "checkpoint_wait": min(1.0, blocked / (now - since)),
                     "epoch": step_number * batch_size / len(source),
                     "skipped": skipped,
-                    "bad_images": len(report.bad_images),
+                    "bad_images": report.count_bad_images(),
                     "time": time.time(),
                 }
                 report.metrics({k: _json_number(v) for k, v in line.items()}, (steps - step_number) / speed)
                 for warning in monitor.losses(line, warm=step_number > max(run.warmup_steps, steps // 20)):
                     report.warn(warning)
-                waited, since, seen_at = 0.0, time.perf_counter(), step_number
+                waited, blocked, since, seen_at = 0.0, 0.0, time.perf_counter(), step_number
             if _due(step_number, run.monitor_every):
                 images = batch.views[seen[0].name]
                 images = images[0] if seen[0].count > 1 else images
@@ -365,7 +403,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest)
                 saved = step_number
 
     # ---- The end: by the last step, or by a signal between two steps.
-    settle()
+    settle(wait=True)
     if saved != step_number or distributed.from_first(not (out / "encoder" / "config.json").exists()):
         save(step_number, last=True)
     bad_images = 0
@@ -401,17 +439,20 @@ def _stream(
                     yield stage.specs, raw
 
 
-def _open_data(run: Run) -> tuple[Source, Source | None]:
-    """The images to train on, and those held out for the validation loss (None where none are wanted)."""
+def _open_data(run: Run, here: World) -> tuple[Source, Source | None]:
+    """The images to train on, and those held out for the validation loss (None where none are wanted): of a split for
+    validation where there is one, else taken out of the training images."""
     split = pretraining_split(run.data)
     source = open_source(run.data, split)
     if run.val_images == 0:
         return source, None
-    others = [name for name in splits(run.data) if name != split]
-    preferred = [name for name in others if name.startswith("val")] or others
-    pool = open_source(run.data, preferred[0]) if preferred else source
-    if not 0 < run.val_images < len(pool):
-        raise UserError(f"--val-images is {run.val_images}; there are {len(pool)} images to hold out from")
+    of_validation = [name for name in splits(run.data) if name != split and name.startswith("val")]
+    pool = open_source(run.data, of_validation[0]) if of_validation else source
+    if not here.size <= run.val_images < len(pool):
+        raise UserError(
+            f"--val-images is {run.val_images}; there are {len(pool)} images to hold out from, and {here.size} process(es) "
+            f"to share them"
+        )
     order = numpy_generator(run.seed, "held out").permutation(len(pool))
     held_out = Subset(pool, order[: run.val_images])
     if pool is source:
@@ -419,16 +460,24 @@ def _open_data(run: Run) -> tuple[Source, Source | None]:
     return source, held_out
 
 
-def _find_start(run: Resolved, record: dict[str, Any], source: Source, folder: Path) -> int:
-    """The step to start from: 0, or that of the newest whole checkpoint. Refuses to continue another run."""
+def _find_start(run: Resolved, record: dict[str, Any], source: Source, folder: Path, held: ExitStack) -> int:
+    """The step to start from: 0, or that of the newest whole checkpoint. Refuses to continue another run, or one that is
+    under way; until `held` is left nobody else can."""
     out = run.out
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(f"--out {out} cannot be made: {problem.strerror}") from None
+    try:
+        held.enter_context(files.held(out, UNDER_WAY))
+    except BlockingIOError:
+        raise UserError(
+            f"another process trains in {out} at this moment: wait for its end, or choose another --out"
+        ) from None
     written = out / "config.yaml"
     if not written.exists():
-        if any(out.iterdir()):
+        # Names with a dot are what a run leaves that was killed before it had begun.
+        if any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"--out {out} holds something else than a run: choose an empty or a new folder")
         return 0
     before = yaml.safe_load(written.read_text())
@@ -462,7 +511,10 @@ def _validate(
     run: Resolved, method: Method, held_out: Source, specs: Any, autocast: Any, here: World, steps: int
 ) -> dict[str, float]:
     """The mean loss over the held-out images, always with the same views and the same noise."""
-    share = Share(min(run.batch_size, len(held_out)) // here.size * here.size, 1, here.rank, here.size)
+    # Batches of one size, no larger than in training, that leave out fewer images than they are.
+    batches_needed = math.ceil(len(held_out) / run.batch_size)
+    each = max(1, len(held_out) // (batches_needed * here.size)) * here.size
+    share = Share(each, 1, here.rank, here.size)
     total, count = torch.zeros((), device=here.device), 0
     method.eval()
     with torch.no_grad():

@@ -8,6 +8,7 @@ import faulthandler
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -18,6 +19,7 @@ from .distributed import World
 
 BEAT = 2.0  # seconds between heartbeats
 SILENT = 5 * BEAT  # a process that has not been heard of for so long is gone, or its machine is
+NAMED = 8  # late processes that a message names
 
 
 class LostProcess(RuntimeError):
@@ -44,13 +46,6 @@ class Watch:
     def at(self, step: int, doing: str) -> None:
         """This process is at `step`, doing that (a few words)."""
         self._where, self._since = (step, doing), time.monotonic()
-
-    def lost(self) -> list[str]:
-        """The processes that are not heard of any more, in words; waits as long as a silence takes to be one."""
-        time.sleep(SILENT + BEAT)
-        return [
-            f"rank {r} on {beat['host']} (at step {beat['step']})" for r, beat in self._all().items() if beat["silent"]
-        ]
 
     def __enter__(self) -> "Watch":
         if self.patience > 0 or self.here.size > 1:
@@ -107,7 +102,7 @@ class Watch:
             return
         self.beats.mkdir(parents=True, exist_ok=True)
         step, doing = self._where
-        text = {"host": socket.gethostname(), "pid": os.getpid(), "step": step, "doing": doing}
+        text = {"host": socket.gethostname(), "pid": os.getpid(), "step": step, "doing": doing, "waits": _waits()}
         aside = self._file(self.here.rank).with_suffix(".tmp")
         aside.write_text(json.dumps(text))
         os.replace(aside, self._file(self.here.rank))
@@ -120,7 +115,7 @@ class Watch:
                 file = self._file(rank)
                 found[rank] = {**json.loads(file.read_text()), "at": file.stat().st_mtime}
             except (OSError, ValueError):
-                found[rank] = {"host": "an unknown host", "step": -1, "doing": "nothing", "at": 0.0}
+                found[rank] = {"host": "an unknown host", "step": -1, "doing": "nothing", "waits": 0, "at": 0.0}
         now = max(beat["at"] for beat in found.values())
         return {
             rank: {**beat, "age": now - beat["at"], "silent": now - beat["at"] > SILENT} for rank, beat in found.items()
@@ -136,22 +131,40 @@ class Watch:
 
     def _text(self, stuck: float) -> str:
         everybody = self._all() if self.here.size > 1 else {}
-        behind = min((beat["step"] for beat in everybody.values() if not beat["silent"]), default=0)
-        # Whoever waits in an exchange waits for somebody: for one of an earlier step, or one that is still doing something
-        # else in the same step.
-        late = {
-            rank: beat
-            for rank, beat in everybody.items()
-            if beat["silent"] or (beat["step"] == behind and (behind < self._where[0] or beat["doing"] != "the step"))
+        heard = {rank: beat for rank, beat in everybody.items() if not beat["silent"]}
+        # Whoever waits in an exchange waits for somebody who is not there: for one that is gone; else for those that do
+        # something else, the furthest behind of them; else for those that are in backward, which may be either.
+        least = min((beat["waits"] for beat in heard.values()), default=EXCHANGE)
+        busy = {rank: beat for rank, beat in heard.items() if beat["waits"] == least < EXCHANGE}
+        behind = min((beat["step"] for beat in busy.values()), default=0)
+        late = {rank: beat for rank, beat in everybody.items() if beat["silent"]} or {
+            rank: beat for rank, beat in busy.items() if beat["step"] == behind
         }
         who = "; ".join(
             f"rank {rank} on {beat['host']}: "
             + (_silence(beat) if beat["silent"] else f"step {beat['step']}, {beat['doing']}")
-            for rank, beat in late.items()
-        )
+            for rank, beat in list(late.items())[:NAMED]
+        ) + (f"; ... ({len(late)} in all)" if len(late) > NAMED else "")
         step, doing = self._where
-        late_text = f" Late: {who or 'nobody, all wait in the same step'}." if everybody else f" This process: {doing}."
+        late_text = f" Late: {who or 'nobody, all wait for one another'}." if everybody else f" This process: {doing}."
         return f"no progress for {stuck:.0f} s after step {step}.{late_text}"
+
+
+COMPUTES, BACKWARD, EXCHANGE = range(3)  # what the main thread may be in
+
+
+def _waits() -> int:
+    """Whether the main thread is in an exchange with others, in a backward pass, which holds some, or in neither."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    found = COMPUTES
+    while frame is not None:
+        place = frame.f_code.co_filename.replace(os.sep, "/")
+        if "torch/distributed/" in place or place.endswith("ssl_pretrain/distributed.py"):
+            return EXCHANGE
+        if frame.f_code.co_name == "_engine_run_backward":
+            found = BACKWARD
+        frame = frame.f_back
+    return found
 
 
 def _silence(beat: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def follow_(teacher: nn.Module, student: nn.Module, momentum: float, ok: Tensor)
     old: list[Tensor] = [t for t, _ in pairs]
     new: list[Tensor] = [s for _, s in pairs]
     weight = (1 - momentum) * ok
-    torch._foreach_lerp_(old, new, [weight.to(t.dtype) for t in old])
+    torch._foreach_lerp_(old, new, [weight.to(t) for t in old])
 
 
 def rising(start: float, progress: float, end: float = 1.0) -> float:

@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,6 +91,7 @@ class _Asked:
 def _read(argv: list[str]) -> _Asked:
     """Read the words of a command. Raises UserError."""
     name = argv[0]
+    _check_continuing(argv)
     evaluator = plugins.load(EVALUATORS, name, "evaluator")  # imports torch: not before the command looks good
     options = importlib.import_module(f"{EVALUATORS}._evaluation").Options
     published = getattr(evaluator, "PROTOCOLS", {})
@@ -98,18 +99,15 @@ def _read(argv: list[str]) -> _Asked:
     if asked is not None and asked not in published:
         hint = nearest(asked, published) if published else "; it has none"
         raise UserError(f"{name} has no protocol {asked!r}{hint}")
-    return _Asked(
-        name,
-        evaluator,
-        *flags.parse(
-            [options, Launch, evaluator.Config],
-            argv[1:],
-            published.get(asked, {}),
-            prog=f"{PROG} {name}",
-            description=(evaluator.__doc__ or name).split("\n\n")[0],
-            epilog=EPILOG,
-        ),
+    what, launch, config = flags.parse(
+        [options, Launch, evaluator.Config],
+        argv[1:],
+        published.get(asked, {}),
+        prog=f"{PROG} {name}",
+        description=(evaluator.__doc__ or name).split("\n\n")[0],
+        epilog=EPILOG,
     )
+    return _Asked(name, evaluator, what, _uninterrupted(launch), config)
 
 
 def _evaluate(asked: _Asked) -> tuple[dict[str, Any], Path]:
@@ -127,12 +125,13 @@ def _suite(argv: list[str], placed: bool) -> int:
 
     def read(argv: list[str]) -> list[Any]:
         description = (suites.__doc__ or "").split("\n\n")[0]
+        _check_continuing(argv)
         return flags.parse([suites.Suite, Launch], argv[1:], {}, prog=f"{PROG} {SUITE}", description=description)
 
     suite, launch = read(argv)
     entries = suites.read(suite.list)
     if not placed:
-        code = elsewhere("evaluate", argv, launch, suite.out, read)
+        code = elsewhere("evaluate", argv, _uninterrupted(launch), suite.out, read)
         if code is not None:
             return code
 
@@ -150,6 +149,20 @@ def _suite(argv: list[str], placed: bool) -> int:
         _read(argv)
 
     return suites.run(entries, suite, check, lambda argv: _evaluate(_read(argv)))
+
+
+def _check_continuing(argv: list[str]) -> None:
+    """Raise UserError for flags that say how a job saves and continues."""
+    for flag in ("--stop-before", "--max-requeues"):
+        if flags.word(argv, flag) is not None:
+            raise UserError(
+                f"{flag} goes with ssl-pretrain: an evaluation cannot save and continue; give it enough --time"
+            )
+
+
+def _uninterrupted(launch: Launch) -> Launch:
+    """The same launch without a signal before the time limit, at which an evaluation could only die."""
+    return replace(launch, stop_before=0)
 
 
 def _helping() -> bool:

@@ -1,10 +1,10 @@
 """Several runs of one command that differ in some flags (`--grid lr=1e-4,3e-4 method=mae,lejepa`), and their table."""
 
-import hashlib
+import contextlib
 import itertools
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +70,6 @@ def pick(spec: str | None, count: int) -> tuple[list[int], int]:
     return sorted(set(runs)) or list(range(count)), limit
 
 
-def file(folder: Path, name: str, points: list[Point]) -> Path:
-    """Where the jobs of a grid read it. Another grid has another file: waiting jobs must find theirs unchanged."""
-    return folder / f"grid-{hashlib.sha256(_text(name, points).encode()).hexdigest()[:12]}.json"
-
-
-def write(folder: Path, name: str, points: list[Point]) -> None:
-    """Keep the grid in its file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file(folder, name, points).write_text(_text(name, points))
-
-
-def read(path: Path) -> tuple[str, list[Point]]:
-    """The command and the runs of a grid."""
-    kept = json.loads(path.read_text())
-    return kept["command"], [Point(**run) for run in kept["runs"]]
-
-
 def table(points: list[Point]) -> str:
     """The runs and how they stand, one line each: number, settings, state, step, last loss or results, folder."""
     rows = [["run", *points[0].settings, "state", "step", "result", "folder"]]
@@ -107,8 +90,12 @@ def table(points: list[Point]) -> str:
     )
 
 
-def _text(name: str, points: list[Point]) -> str:
-    return json.dumps({"command": name, "runs": [asdict(point) for point in points]}, indent=1) + "\n"
+def summarize(points: list[Point]) -> None:
+    """Write the table to `summary.txt` in the folder of the runs' folders."""
+    folder = Path(points[0].out).parent
+    with contextlib.suppress(OSError):  # a full disk must not hide how the run itself has ended
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.txt").write_text(table(points) + "\n")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What each task of a Slurm job runs: a command with its arguments, or the run of a grid that has the task's number.
 
 python -m ssl_pretrain.launch.job pretrain|evaluate ARGUMENTS
-python -m ssl_pretrain.launch.job grid GRID.JSON
+python -m ssl_pretrain.launch.job grid pretrain|evaluate FOLDER FLAG=VALUE,VALUE ... -- ARGUMENTS
 """
 
 import importlib
@@ -21,13 +21,14 @@ def main(argv: list[str]) -> int:
     name, words = argv[0], argv[1:]
     points = None
     if name == "grid":
-        path = Path(words[0])
-        name, points = grid.read(path)
+        name, out, *words = words
+        end = words.index("--")
+        points = grid.expand(tuple(words[:end]), words[end + 1 :], Path(out))
         words = points[int(os.environ["SLURM_ARRAY_TASK_ID"])].argv
     sys.argv = [PROGRAMS[name], *words]  # what the manifest notes as the command
     code = importlib.import_module(f"ssl_pretrain.launch.{name}").main(words, placed=True)
     if points is not None and placement.find().rank == 0:
-        (Path(points[0].out).parent / "summary.txt").write_text(grid.table(points) + "\n")
+        grid.summarize(points)
     return int(code)
 
 

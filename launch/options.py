@@ -47,9 +47,9 @@ class Launch:
     slurm: tuple[str, ...] = ()
     """Slurm: any other option of sbatch, KEY=VALUE, or KEY alone, without its dashes."""
     max_requeues: int = 100
-    """Slurm: times that a job which has to stop may be put back into the queue."""
+    """Slurm, ssl-pretrain only: times that a job which has to stop may be put back into the queue."""
     stop_before: int = 120
-    """Slurm: seconds before the time limit at which the run saves and is requeued."""
+    """Slurm, ssl-pretrain only: seconds before the time limit at which the run saves and is requeued."""
     logs: Path | None = None
     """Slurm: folder of job scripts and logs (default: beside the run's folder, its name with .slurm)."""
     wait: bool = False

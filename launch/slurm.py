@@ -4,6 +4,7 @@ The script starts the command as an ordinary Slurm step, not a pickled function:
 submitted by hand, and no handler of signals stands between Slurm and the run.
 """
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -47,6 +48,12 @@ class Jobs(SlurmExecutor):
         """The job script that runs a shell command in every task."""
         return self._make_submission_file_text(command, "")
 
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        text = super()._make_submission_file_text(command, uid)
+        if self.parameters["signal_delay_s"] == 0:  # submitit always asks for a signal
+            text = re.sub(r"^#SBATCH --signal=.*\n", "", text, flags=re.MULTILINE)
+        return text
+
     def submit_command(self, command: str) -> str:
         """Submit that script; returns the job's number."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +71,8 @@ class Submitted:
 def executor(launch: Launch, folder: Path, name: str, runs: list[int] | None, at_once: int) -> Jobs:
     """Everything the flags say about the job; `runs` are the numbers of an array's tasks, `at_once` of which run at a time.
 
-    Raises UserError for a --slurm word that is no KEY=VALUE or that another flag sets.
+    With `stop_before` 0 Slurm sends no signal before the time limit. Raises UserError for a --slurm word that is no
+    KEY=VALUE or that another flag sets.
     """
     tasks = launch.nproc if isinstance(launch.nproc, int) else launch.gpus_per_node or 1
     more: dict[str, Any] = {
@@ -110,8 +118,9 @@ def executor(launch: Launch, folder: Path, name: str, runs: list[int] | None, at
 
 
 def script(jobs: Jobs, words: list[str]) -> str:
-    """The job script that runs `words` (the command and its arguments) in every task."""
-    return jobs.script(shlex.join(words))
+    """The job script that runs `words` (the command and its arguments) in every task, to be read and submitted by hand."""
+    folder = shlex.quote(str(jobs.folder))  # Slurm makes none, and a job without its log file fails without a word
+    return jobs.script(shlex.join(words)) + f"\n# submitted by hand, it needs the folder of its logs: mkdir -p {folder}"
 
 
 def submit(jobs: Jobs, words: list[str], runs: list[int] | None) -> Submitted:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def elsewhere(
         for number, point in enumerate(points):
             print(f"run {number} of {len(points)}: {_words(point.settings)}", flush=True)
             codes.append(run_local(module, point.argv, count))
+            grid.summarize(points)
             if codes[-1] == 75:
                 break  # stopped by a person, who means all of it
         print(grid.table(points))
@@ -54,17 +56,15 @@ def _submit(name: str, argv: list[str], launch: Launch, out: Path, points: list[
     folder = launch.logs or out.with_name(out.name + ".slurm")
     runs, at_once = grid.pick(launch.array, len(points)) if points else (None, 1)
     if points:
-        words = slurm.command("grid", [str(grid.file(folder.resolve(), name, points))])
+        words = slurm.command("grid", [name, str(out), *launch.grid, "--", *argv])
     else:
         words = slurm.command(name, argv)
     jobs = slurm.executor(launch, folder, out.name, runs, at_once)
     if launch.dry_run:
         print(slurm.script(jobs, words))
         if points:
-            print(grid.table(points))
+            print(textwrap.indent(grid.table(points), "# "))
         return 0
-    if points:
-        grid.write(folder.resolve(), name, points)
     submitted = slurm.submit(jobs, words, runs)
     print(f"job {submitted.job}")
     for log in submitted.logs:

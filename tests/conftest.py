@@ -106,7 +106,9 @@ def picture(seed: int, size: tuple[int, int] = (40, 48)) -> Image.Image:
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The whole lines of a run's metrics.jsonl. The last one of a run at work may be half there."""
+    whole, _, _ = (run / "metrics.jsonl").read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def losses(run: Path) -> dict[int, float]:

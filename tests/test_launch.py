@@ -1,6 +1,8 @@
 """Placement, job scripts, mistakes in launch flags, grids, stop requests and the roll call; no Slurm is needed."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,6 +121,7 @@ def test_a_dry_run_prints_the_whole_script(pretrain: Callable, tmp_path: Path) -
     assert "--open-mode=append" in step
     assert "--cpus-per-task=6" in step  # srun does not inherit it
     assert f"-m ssl_pretrain.launch.job pretrain {' '.join(flags[:3])}" in step
+    assert lines[-1] == f"# submitted by hand, it needs the folder of its logs: mkdir -p {tmp_path}/run.slurm"
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "run.slurm").exists()
 
@@ -150,10 +153,48 @@ def test_an_evaluation_takes_the_same_flags(evaluate: Callable, tmp_path: Path) 
     said = evaluate("knn", "--encoder", "pixels", "--data", "fractals", "--out", tmp_path / "e", *more).stdout
     assert "#SBATCH --partition=p" in said
     assert "-m ssl_pretrain.launch.job evaluate knn --encoder pixels" in said
+    assert "signal" not in said  # an evaluation cannot save and continue: one would only end it early
     done = subprocess.run(command("evaluate", "finetune", "--encoder", "random", "--data", "fractals", "--nproc", 2),
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 2
     assert "finetune is one process" in done.stderr
+
+
+@pytest.mark.parametrize("grid", [[], ["--grid", "k=5,10"]])
+def test_an_evaluation_may_use_all_of_its_time(grid: list[str], evaluate: Callable, tmp_path: Path) -> None:
+    knn = ["knn", "--encoder", "pixels", "--data", "fractals", "--out", tmp_path / "e", "--launcher", "slurm", *grid]
+    said = evaluate(*knn, "--time", 1, "--dry-run").stdout  # less than --stop-before
+    assert "#SBATCH --time=1" in said
+    assert "signal" not in said
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["knn", "--encoder", "pixels", "--data", "fractals", "--stop-before", "60"],
+        ["suite", "--list", "none.yaml", "--max-requeues=1"],
+    ],
+)
+def test_an_evaluation_takes_no_flags_of_continuing(argv: list[str], evaluate: Callable) -> None:
+    said = evaluate(*argv, "--launcher", "slurm", "--time", 30, "--dry-run", code=2).stderr
+    assert re.fullmatch(
+        r"ssl-eval: --(stop-before|max-requeues) goes with ssl-pretrain: .* give it enough --time\n", said
+    )
+
+
+def test_the_script_of_a_grid_holds_all_that_its_jobs_need(evaluate: Callable, tmp_path: Path) -> None:
+    knn = ["knn", "--encoder", "pixels", "--data", "fractals", "--out", tmp_path / "g", "--grid", "k=5,10", "seed=0,1"]
+    script = evaluate(*knn, "--launcher", "slurm", "--time", 30, "--dry-run").stdout
+    assert not list(tmp_path.iterdir())
+    srun = tmp_path / "srun"
+    srun.write_text(f'#!/bin/sh\nwhile [ "$1" != {sys.executable} ]; do shift; done\nexec "$@"\n')
+    srun.chmod(0o755)
+    task = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2"}
+    done = subprocess.run(["bash"], input=script, capture_output=True, text=True, env=task, check=False)
+    assert done.returncode == 0, done.stderr  # the table at its end is no part of it
+    assert json.loads((tmp_path / "g" / "k=10,seed=0" / "results.json").read_text())["protocol"]["k"] == [10]
+    rows = (tmp_path / "g" / "summary.txt").read_text().splitlines()
+    assert [row.split()[3] for row in rows] == ["state", "-", "-", "finished", "-"]
 
 
 def test_a_grid_is_every_combination_with_a_folder_each() -> None:
@@ -192,11 +233,19 @@ def test_a_local_grid_runs_in_turn_and_ends_with_a_table(photos: Path, tmp_path:
     both += ["--data", str(photos), "--steps", "2", "--log-every", "1", "--workers", "0"]
     done = pretrain("--grid", "method=mae,simmim", "--out", tmp_path, *both)
     rows = done.stdout.splitlines()[-3:]
+    assert (tmp_path / "summary.txt").read_text().splitlines() == rows
     assert rows[0].split() == ["run", "method", "state", "step", "result", "folder"]
     for number, method in enumerate(("mae", "simmim")):
         folder = tmp_path / f"method={method}"
         shown = f"{losses(folder)[2]:.4g}"
         assert rows[number + 1].split() == [str(number), method, "finished", "2", "loss", shown, str(folder)]
+
+
+def test_the_lines_of_a_run_at_work_are_read_without_the_last_half(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    assert losses(tmp_path) == {1: 2.5}
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert losses(tmp_path) == {}
 
 
 def test_stop_requests_keep_what_came_before_and_a_deadline() -> None:

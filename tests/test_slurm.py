@@ -270,8 +270,8 @@ def test_no_more_requeues_than_allowed_and_none_of_a_cancelled_job(
 def test_a_grid_is_an_array_with_one_folder_each_and_a_table(lab: dict[str, str], photos: Path, tmp_path: Path) -> None:
     few = [flag if flag != STEPS else 3 for flag in SAME]
     argv = command("pretrain", *few, "--data", photos, "--out", tmp_path / "grid", "--launcher", "slurm", "--time", 5,
-                   "--grid", "lr=1e-3,1e-4", "seed=0,1", "--array", "0,3%1", "--wait")  # fmt: skip
-    done = subprocess.run(argv, capture_output=True, text=True, env=lab, check=False)
+                   "--grid", "lr=1e-3,1e-4", "seed=0,1")  # fmt: skip
+    done = subprocess.run([*argv, "--array", "0,3%1", "--wait"], capture_output=True, text=True, env=lab, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == [
         "lr=1e-3,seed=0",
@@ -283,6 +283,25 @@ def test_a_grid_is_an_array_with_one_folder_each_and_a_table(lab: dict[str, str]
     assert [row.split()[3] for row in rows] == ["state", "finished", "-", "-", "finished"]
     loss = losses(tmp_path / "grid" / "lr=1e-4,seed=1")[3]
     assert f"loss {loss:.4g}" in rows[4]
+    script = subprocess.run(
+        [*argv, "--array", "2", "--dry-run"], capture_output=True, text=True, env=lab, check=True
+    ).stdout
+    subprocess.run(["sbatch", "--wait"], input=script, text=True, env=lab, check=True)  # by hand, of another run
+    rows = (tmp_path / "grid" / "summary.txt").read_text().splitlines()
+    assert [row.split()[3] for row in rows] == ["state", "finished", "-", "finished", "finished"]
+
+
+def test_an_evaluation_in_less_time_than_a_run_needs_for_saving(
+    lab: dict[str, str], undisturbed: Path, tmp_path: Path
+) -> None:
+    argv = command("evaluate", "knn", "--encoder", undisturbed, "--data", "fractals", "--out", tmp_path / "knn",
+                   "--workers", 0, "--launcher", "slurm", "--time", 2, *ONE_NODE, "--wait")  # fmt: skip
+    done = subprocess.run(argv, capture_output=True, text=True, env=lab, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    script = next((tmp_path / "knn.slurm").glob("*submission*.sh"))
+    assert "signal" not in script.read_text()
+    top1 = json.loads((tmp_path / "knn" / "results.json").read_text())["metrics"]["top1"]
+    assert f"{top1:.1f}" in done.stdout
 
 
 def test_a_task_that_does_not_come_is_named(lab: dict[str, str], photos: Path, tmp_path: Path) -> None:

@@ -5,7 +5,11 @@
 # munge's own folders and the names n1, n2, ... in /etc/hosts. Prints the SLURM_CONF to export; down.sh ends it all.
 set -euo pipefail
 lab=${SLURM_LAB:?set SLURM_LAB to an empty folder} nodes=$1 cpus=$2
-host=$(hostname -s) port=${SLURM_LAB_PORT:-17817}
+host=$(hostname -s) slot=$(($$ % 100))
+# Another lab may be at work on this machine. A run listens on a port that follows from its job's number (10000 to 29999):
+# two labs must not count from the same one, and their own ports lie above.
+while ( : <"/dev/tcp/127.0.0.1/$((30000 + 20 * slot))" ) 2>/dev/null; do slot=$(((slot + 1) % 100)); done
+port=$((30000 + 20 * slot))
 mkdir -p "$lab"/{state,spool,log,run}
 
 if ! munge -n >/dev/null 2>&1; then
@@ -29,6 +33,7 @@ SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 SlurmctldPort=$port
+FirstJobId=$((1 + 200 * slot))
 SlurmctldPidFile=$lab/run/slurmctld.pid
 SlurmdPidFile=$lab/run/slurmd-%n.pid
 StateSaveLocation=$lab/state

@@ -1,6 +1,9 @@
-"""What a step costs in communication and memory on many GPUs: a model on paper, checked where it can be.
+"""What a step costs in communication and memory on many GPUs, and what checkpoints and images ask of the storage: a model
+on paper, checked where it can be.
 
     python benchmarks/scaling.py                      # the prediction, as Markdown tables
+    python benchmarks/scaling.py --storage 50 --image-bytes 40000 --checkpoint-every 500    # ... for other inputs
+    python benchmarks/scaling.py --planning 64        # what planning a checkpoint of so many processes takes
     python benchmarks/scaling.py --measure            # bytes and times of a step against what 1, 2 and 4 processes show
     python benchmarks/scaling.py --measure --links 0 4 1    # ... over links of so many Gbit/s each (0: as fast as it goes)
 
@@ -14,18 +17,25 @@ one process sends in a step; times are seconds.
 import argparse
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageReader, SavePlan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ssl_pretrain import backbones
 
 MODELS = {"ViT-L/16": "vit_large", "ViT-H/14": "vit_huge", "ViT-g/14": "vit_giant"}
 PATCH = {"ViT-L/16": 16, "ViT-H/14": 14, "ViT-g/14": 14}
+WORLDS = (8, 64, 256, 1024)  # GPUs that are predicted for
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,17 @@ class Cluster:
     latency: float = 15e-6  # of one hop of a collective
     memory: float = 80e9
     waits: bool = False  # whether a process of a sharded model waits for each exchange, as over gloo it does
+    # The storage, and the ways to it: bytes a second
+    to_host: float = 40e9  # from a GPU to page-locked memory
+    to_pages: float = 5e9  # ... to any other
+    stream: float = 1e9  # one process writes or reads a file
+    sums: float = 6e9  # one core takes the CRC-32 of
+    adapter: float = 25e9 * 0.8  # one machine, 200 Gbit/s
+    storage: float = 100e9  # all machines together
+    operation: float = 0.5e-3  # seconds of opening, renaming or removing a file
+    operations: float = 100e3  # of them a second, for all machines together
+    planning: float = 80e-6  # seconds that laying out one tensor of one process takes the first one (--planning)
+    listing: float = 20e-6  # seconds of reading where one lies (--planning)
 
 
 @dataclass(frozen=True)
@@ -51,18 +72,27 @@ class Model:
     units: int  # blocks that are gathered and reduced one after another
     flops: float  # of one image's forward and backward
     activations: float  # bytes kept of one image for backward
+    tensors: int = 0  # parameters by name
 
 
 def vit(name: str, tokens: float = 1.0) -> Model:
     """A ViT at 224 pixels that sees that share of its tokens (MAE: 0.25)."""
     with torch.device("meta"):
         backbone = backbones.build(MODELS[name], image_size=(224, 224), in_chans=3, patch_size=PATCH[name])
-    parameters = sum(p.numel() for p in backbone.parameters())
+    sizes = [p.numel() for p in backbone.parameters()]
+    parameters = sum(sizes)
     n = tokens * (224 // PATCH[name]) ** 2 + 1
     dim, depth = backbone.dim, backbone.depth
     flops = 3 * (2 * parameters * n + 4 * depth * n * n * dim)  # backward costs two forwards
     # bf16: inputs of norms, QKV, attention's output, the MLP's two widths: 16 values a token and block
-    return Model(parameters, depth + 1, flops, 2 * 16 * n * dim * depth)
+    return Model(parameters, depth + 1, flops, 2 * 16 * n * dim * depth, len(sizes))
+
+
+def mae(name: str) -> Model:
+    """The ViT as MAE trains it: a quarter of the tokens, and a decoder of 8 blocks of 512 that sees all of them."""
+    encoder, n, width, depth = vit(name, 0.25), (224 // PATCH[name]) ** 2 + 1, 512, 8
+    decoder = 3 * (2 * 12 * depth * width**2 * n + 4 * depth * n * n * width)
+    return replace(encoder, flops=encoder.flops + decoder)
 
 
 @dataclass(frozen=True)
@@ -144,7 +174,7 @@ def predict(images: int, cluster: Cluster) -> None:
         print(f"\n{name}: {model.parameters / 1e6:.0f} M parameters, {images} images a GPU, all tokens\n")
         print("| GPUs | | sent a step, GB | exposed, ms | share of the step | memory a GPU, GB |")
         print("| --- | --- | --- | --- | --- | --- |")
-        for world in (8, 64, 256, 1024):
+        for world in WORLDS:
             for how in ("ddp", "fsdp", "hsdp"):
                 c = cost(how, model, images, world, cluster)
                 sent = (c.inside + c.across) / 1e9
@@ -153,6 +183,131 @@ def predict(images: int, cluster: Cluster) -> None:
                     f"| {world} | {how} | {sent:.2f} | {1e3 * c.exposed:.1f} | {100 * c.exposed / c.step:.0f} % | "
                     f"{c.memory / 1e9:.0f}{fits} |"
                 )
+
+
+# ---- The storage: checkpoints as checkpoint.py and train.py write and read them, and the images.
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Of one checkpoint, in seconds but for the bytes."""
+
+    part: float  # bytes that the first process writes, which writes most: its part, and the export
+    blocked: float  # training waits
+    planned: float  # the first process lays out who writes what, behind training's back
+    written: float  # ... and the files are written
+    read: float  # until a run that is started again can go on
+
+
+def saved(how: str, model: Model, world: int, cluster: Cluster) -> Saved:
+    """The prediction for AdamW without a teacher: 12 bytes a parameter, and 4 for the export.
+
+    Training waits while each process copies what it holds (the first one of ddp the export, too), and, some steps later,
+    while the first process names the checkpoint: each part's listing is read and removed, and an older checkpoint's part
+    and folder. The export of what is sharded is read from the files and written after that.
+    """
+    state, export = 12 * model.parameters, 4 * model.parameters
+    machines = max(1, world // cluster.per_machine)
+    parts = 1 if how == "ddp" else world
+    share = {"ddp": 1, "fsdp": world, "hsdp": min(world, cluster.per_machine)}[how]  # processes that hold one copy
+    naming = 4 * parts * cluster.operation
+    part, with_it, later = state / parts, 0 if parts > 1 else export, export if parts > 1 else 0
+    blocked = with_it / cluster.to_pages + state / share / cluster.to_host + naming
+
+    def takes(own: float, machine: float, all_of_them: float) -> float:
+        return max(own / cluster.stream, machine / cluster.adapter, all_of_them / cluster.storage)
+
+    one_machine = state / min(parts, machines) + with_it  # the first process's machine
+    written = takes(part + with_it, one_machine, state + with_it) + 2 * takes(later, later, later)
+
+    # The first process reads everything once to compare sums, up to eight files at once; then each reads what it holds.
+    at_once = min(8, parts)
+    speed = min(at_once * min(cluster.stream, cluster.sums), cluster.adapter, cluster.storage)
+    machine = state if share <= cluster.per_machine else state / machines  # its processes share the file's pages
+    own = max(state / share / cluster.stream, machine / cluster.adapter, machine * machines / cluster.storage)
+    # Every process reads the header of every file, three times, with every part of a parameter and of its moments in it.
+    opening = parts * max(cluster.operation, world / cluster.operations)
+    headers = 3 * (opening + 3 * model.tensors * share * cluster.listing)
+    # Of each parameter: itself, two moments and a count of steps
+    planned = 4 * model.tensors * parts * cluster.planning
+    return Saved(part + export, blocked, planned, written, state / speed + own + headers)
+
+
+def images_a_second(model: Model, cluster: Cluster) -> float:
+    """What one GPU eats where nothing but the model holds it up."""
+    return cluster.flops / model.flops
+
+
+def predict_checkpoints(images: int, every: int, speeds: list[float], cluster: Cluster) -> None:
+    """Print the tables of checkpoints; `speeds`: of the storage as a whole, bytes a second."""
+    heads = [f"{what}, s (GB/s), of {speed / 1e9:g} GB/s" for what in ("written", "read") for speed in speeds]
+    for name in MODELS:
+        model = vit(name)
+        print(f"\n{name}: a checkpoint of {12 * model.parameters / 1e9:.1f} GB every {every} steps, and the export\n")
+        print(f"| GPUs | | training waits, s | share | the first writes, GB | planned, s | {' | '.join(heads)} |")
+        print("| --- | --- | --- | --- | --- | --- |" + " --- |" * len(heads))
+        for world in WORLDS:
+            for how in ("ddp", "fsdp", "hsdp"):
+                period = every * cost(how, model, images, world, cluster).step
+                each = [saved(how, model, world, replace(cluster, storage=speed)) for speed in speeds]
+                one = each[0]
+                late = " (too long)" if one.planned + max(c.written for c in each) > period else ""
+                wrote = [f"{c.written:.1f} ({16 * model.parameters / 1e9 / c.written:.1f})" for c in each]
+                # Once for the sums, then a copy a machine, or one for all
+                copies = 2 if how == "fsdp" else 1 + world / cluster.per_machine
+                took = [f"{c.read:.0f} ({copies * 12 * model.parameters / 1e9 / c.read:.1f})" for c in each]
+                print(
+                    f"| {world} | {how} | {one.blocked:.1f} | {100 * one.blocked / period:.1f} % | {one.part / 1e9:.1f} | "
+                    f"{one.planned:.0f}{late} | {' | '.join(wrote + took)} |"
+                )
+
+
+def planning(processes: int, tensors: int) -> float:
+    """CPU seconds that one tensor of one process takes the first one when torch.distributed.checkpoint plans a checkpoint:
+    what it does with the plans of all between receiving and sending them."""
+    shape = torch.Size([processes, 128])
+
+    def item(name: str, row: int) -> WriteItem:
+        chunk = ChunkStorageMetadata(torch.Size([row, 0]), torch.Size([1, 128]))
+        about = TensorWriteData(chunk, TensorProperties(dtype=torch.float32), shape)
+        return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=about)
+
+    sent = [
+        pickle.dumps(SavePlan([item(f"{i}", row) for i in range(tensors)], planner_data={})) for row in range(processes)
+    ]
+    began = time.process_time()
+    plans, _ = DefaultSavePlanner().create_global_plan([pickle.loads(plan) for plan in sent])
+    for plan in plans:
+        pickle.dumps(plan)
+    return (time.process_time() - began) / (processes * tensors)
+
+
+def listing(processes: int, tensors: int) -> float:
+    """CPU seconds of reading, from the headers of a checkpoint's files, where one part of a tensor lies."""
+    with tempfile.TemporaryDirectory() as folder:
+        for row in range(processes):
+            parts = {f"{i}": torch.zeros(1, 8) for i in range(tensors)}
+            places = {"DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": [row, 0]} for name in parts})}
+            save_file(parts, Path(folder) / f"shard-{row:05d}.safetensors", metadata=places)
+        began = time.process_time()
+        HuggingFaceStorageReader(folder).read_metadata()
+        return (time.process_time() - began) / (processes * tensors)
+
+
+def predict_loading(size: float, decoded: float, cluster: Cluster) -> None:
+    """Print what the images ask for: `size` bytes each on the mean, of which a core makes `decoded` views a second."""
+    print(f"\nImages of {size / 1e3:.0f} KB, {decoded:.0f} views a core-second, one view an image\n")
+    all_of_them = " | ".join(f"GB/s, {world} GPUs" for world in WORLDS)
+    print(f"| | images/s a GPU | cores a GPU | GB/s a machine | {all_of_them} | reads/s, {WORLDS[-1]} GPUs |")
+    print("| --- | --- | --- | --- |" + " --- |" * len(WORLDS) + " --- |")
+    models = {name: vit(name) for name in MODELS} | {f"{name}, MAE": mae(name) for name in MODELS}
+    for name, model in sorted(models.items(), key=lambda pair: -images_a_second(pair[1], cluster)):
+        rate = images_a_second(model, cluster)
+        each = " | ".join(f"{rate * size * world / 1e9:.1f}" for world in WORLDS)
+        machine = cluster.per_machine * rate * size / 1e9
+        print(
+            f"| {name} | {rate:.0f} | {rate / decoded:.1f} | {machine:.2f} | {each} | {rate * WORLDS[-1] / 1e3:.0f} k |"
+        )
 
 
 # ---- The check: real processes over gloo, over links as slow as the shaper makes them. The kernel counts what a process
@@ -313,15 +468,30 @@ def main() -> None:
     parser.add_argument(
         "--links", nargs="+", type=float, default=[0.0], metavar="GBIT", help="a process, to measure over"
     )
+    parser.add_argument(
+        "--storage", nargs="+", type=float, default=[2.0, 20.0], metavar="GB/S", help="what all machines get together"
+    )
+    parser.add_argument("--checkpoint-every", type=int, default=1000, help="steps (default: %(default)s)")
+    parser.add_argument("--image-bytes", type=float, default=110e3, help="of a stored image (default: %(default)s)")
+    parser.add_argument(
+        "--decoded", type=float, default=683.0, help="views a core makes a second (default: %(default)s)"
+    )
+    parser.add_argument("--planning", type=int, metavar="PROCESSES", help="measure the planning of a checkpoint")
     parser.add_argument("--one", nargs=3, metavar=("HOW", "PROCESSES", "IMAGES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         how, world, images = options.one
         print(json.dumps(asdict(run(how, int(world), int(images)))))
+    elif options.planning:
+        print(f"planned in {1e6 * planning(options.planning, 900):.0f} us a tensor and process")
+        print(f"found in {1e6 * listing(options.planning, 900):.0f} us a tensor and process")
     elif options.measure:
         measure(min(options.images, 16), options.links)
     else:
         predict(options.images, Cluster())
+        speeds = [1e9 * speed for speed in options.storage]
+        predict_checkpoints(options.images, options.checkpoint_every, speeds, Cluster())
+        predict_loading(options.image_bytes, options.decoded, Cluster())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import NOT_NEGATIVE, PART, POSITIVE, at_least, within
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.norm import BatchNorm1d
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
@@ -67,12 +67,14 @@ class BarlowTwins(WholeBatchMethod):
         blur: float = 1.0
         """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
 
+        def __post_init__(self) -> None:
+            within(self, at_least(2), "projector_dim")
+            within(self, POSITIVE, "loss_scale")
+            within(self, NOT_NEGATIVE, "redundancy_weight", "blur")
+            within(self, PART, "crop_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        if config.projector_dim < 2:
-            raise UserError(f"--projector-dim is {config.projector_dim}; it must be at least 2")
-        if config.loss_scale <= 0:
-            raise UserError(f"--loss-scale is {config.loss_scale}; it must be above 0")
         width = config.projector_dim
         self.projector = mlp((encoder.dim, width, width, width), last_bias=False)
         self.norm = BatchNorm1d(width, affine=False)

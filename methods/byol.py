@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, SHARE, within
 from ssl_pretrain.parts.heads import mlp, unit
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
@@ -64,10 +64,14 @@ class BYOL(WholeBatchMethod):
         blur: float = 1.0
         """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
 
+        def __post_init__(self) -> None:
+            within(self, SHARE, "momentum")
+            within(self, COUNT, "hidden_dim", "embedding_dim")
+            within(self, NOT_NEGATIVE, "blur")
+            within(self, PART, "crop_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        if not 0 <= config.momentum <= 1:
-            raise UserError(f"--momentum is {config.momentum}; it must lie between 0 and 1")
         # Unlike SimCLR's, the outputs are not normalised (section 3.3); their maps have no bias, as released.
         self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim), last_bias=False)
         self.predictor = mlp((config.embedding_dim, config.hidden_dim, config.embedding_dim), last_bias=False)

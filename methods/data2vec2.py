@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import BELOW_1, COUNT, INSIDE, NOT_NEGATIVE, PART, SHARE, within
 from ssl_pretrain.parts.distill import warmed_up
 from ssl_pretrain.parts.inverse_block_masks import centres, inverse_block_masking
 from ssl_pretrain.parts.masks import put, rows
@@ -90,20 +91,24 @@ class Data2Vec2(Method):
         crop_scale: tuple[float, float] = (0.2, 1.0)
         """Share of the image's area that a crop covers, from and to."""
 
+        def __post_init__(self) -> None:
+            within(self, COUNT, "masks", "mask_block", "top_blocks")
+            within(self, COUNT, "decoder_depth", "decoder_kernel", "decoder_groups")
+            within(self, INSIDE, "mask_ratio")
+            within(self, BELOW_1, "momentum", "momentum_end")
+            within(self, SHARE, "momentum_warmup")
+            within(self, NOT_NEGATIVE, "cls_loss")
+            within(self, PART, "crop_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("data2vec2", "keep", "blocks")
         height, width = (size // side for size, side in zip(encoder.image_size, encoder.stride, strict=True))
-        if not 0 < config.mask_ratio < 1:
-            raise UserError(f"--mask-ratio is {config.mask_ratio}; it must lie between 0 and 1")
         if self.kept(height * width) < 1:
             raise UserError(
                 f"--mask-ratio {config.mask_ratio} leaves none of the {height} x {width} patches: lower it, or raise "
                 f"--image-size"
             )
-        for knob in ("masks", "mask_block", "top_blocks", "decoder_depth", "decoder_kernel", "decoder_groups"):
-            if getattr(config, knob) < 1:
-                raise UserError(f"--{knob.replace('_', '-')} is {getattr(config, knob)}; it must be at least 1")
         if config.decoder_kernel % 2 == 0:
             raise UserError(f"--decoder-kernel {config.decoder_kernel} must be odd, so that every patch has a centre")
         if encoder.dim % config.decoder_groups:
@@ -113,11 +118,6 @@ class Data2Vec2(Method):
             )
         if config.cls_loss and not getattr(encoder.config, "cls", False):
             raise UserError("--cls-loss needs an encoder with a class token: add --cls, or take --cls-loss 0")
-        for knob in ("momentum", "momentum_end"):
-            if not 0 <= getattr(config, knob) < 1:
-                raise UserError(
-                    f"--{knob.replace('_', '-')} is {getattr(config, knob)}; it must be at least 0 and below 1"
-                )
         self.decoder = nn.Sequential(
             *(ConvBlock(encoder.dim, config.decoder_kernel, config.decoder_groups) for _ in range(config.decoder_depth))
         )

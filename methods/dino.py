@@ -15,7 +15,7 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import BELOW_1, COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
 from ssl_pretrain.parts.distill import cross_entropy_of_pairs, warmed_up
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
@@ -94,10 +94,18 @@ class DINO(Method):
         """Factor on the probabilities of blur (1, 0.1 and 0.5 for the two global and the local views); 0 is usual for
         images of 32 pixels."""
 
+        def __post_init__(self) -> None:
+            within(self, at_least(2), "prototypes")
+            within(self, COUNT, "hidden_dim", "bottleneck_dim")
+            within(self, BELOW_1, "momentum")
+            within(self, POSITIVE, "student_temperature", "teacher_temperature", "teacher_temperature_start")
+            within(self, POSITIVE, "local_ratio")
+            within(self, SHARE, "teacher_temperature_warmup", "centre_momentum", "freeze_prototypes")
+            within(self, NOT_NEGATIVE, "local_views", "blur")
+            within(self, PART, "global_scale", "local_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        if not 0 <= config.momentum < 1:
-            raise UserError(f"--momentum is {config.momentum}; it must be at least 0 and below 1")
         self.head = PrototypeHead(encoder.dim, config.hidden_dim, config.bottleneck_dim, config.prototypes)
         self.register_buffer("centre", torch.zeros(config.prototypes))
 

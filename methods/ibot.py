@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import BELOW_1, COUNT, INSIDE, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
 from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed
 from ssl_pretrain.parts.distill import class_token, cross_entropy_of_pairs, cross_entropy_of_patches, warmed_up, wide
 from ssl_pretrain.parts.heads import PrototypeHead
@@ -109,16 +109,21 @@ class IBOT(Method):
         """Factor on the probabilities of blur (1, 0.1 and 0.5 for the two global and the local views); 0 is usual for
         images of 32 pixels."""
 
+        def __post_init__(self) -> None:
+            within(self, at_least(2), "prototypes")
+            within(self, COUNT, "hidden_dim", "bottleneck_dim")
+            within(self, BELOW_1, "momentum")
+            within(self, POSITIVE, "student_temperature", "teacher_temperature", "teacher_patch_temperature")
+            within(self, POSITIVE, "teacher_temperature_start", "local_ratio")
+            within(self, SHARE, "teacher_temperature_warmup", "centre_momentum", "freeze_prototypes")
+            within(self, NOT_NEGATIVE, "class_weight", "patch_weight", "local_views", "blur")
+            within(self, PART, "mask_probability")
+            within(self, INSIDE, "mask_ratio", rising=True)
+            within(self, PART, "global_scale", "local_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("ibot", "replace")
-        if not 0 <= config.momentum < 1:
-            raise UserError(f"--momentum is {config.momentum}; it must be at least 0 and below 1")
-        if not 0 < config.mask_probability <= 1:
-            raise UserError(f"--mask-probability is {config.mask_probability}; it must be above 0 and at most 1")
-        if not 0 < config.mask_ratio[0] <= config.mask_ratio[1] < 1:
-            low, high = config.mask_ratio
-            raise UserError(f"--mask-ratio is {low} {high}; it must be two numbers between 0 and 1, the smaller first")
         self.head = PrototypeHead(encoder.dim, config.hidden_dim, config.bottleneck_dim, config.prototypes)
         self.mask_token = nn.Parameter(torch.zeros(encoder.dim))
         self.register_buffer("class_centre", torch.zeros(config.prototypes))

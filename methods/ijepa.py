@@ -17,6 +17,7 @@ from ssl_pretrain.backbones.positions import sincos_table
 from ssl_pretrain.backbones.vit import Block
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import BELOW_1, COUNT, PART, POSITIVE, within
 from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.multi_block_masks import multi_block_masks
 from ssl_pretrain.parts.teacher import follow_, follower
@@ -82,6 +83,12 @@ class IJEPA(Method):
         crop_scale: tuple[float, float] = (0.3, 1.0)
         """Share of the image's area that a crop covers, from and to."""
 
+        def __post_init__(self) -> None:
+            within(self, COUNT, "targets", "min_keep", "predictor_dim", "predictor_depth", "predictor_heads")
+            within(self, BELOW_1, "momentum")
+            within(self, POSITIVE, "target_aspect", rising=True)
+            within(self, PART, "target_scale", "context_scale", "crop_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("ijepa", "keep")
@@ -91,23 +98,11 @@ class IJEPA(Method):
                 f"ijepa needs a grid of at least 2 x 2 patches to mask blocks of, not {self.grid[0]} x {self.grid[1]}: "
                 f"raise --image-size or lower --patch-size"
             )
-        for knob in ("targets", "min_keep", "predictor_depth"):
-            if getattr(config, knob) < 1:
-                raise UserError(f"--{knob.replace('_', '-')} is {getattr(config, knob)}; it must be at least 1")
-        for knob in ("target_scale", "context_scale"):
-            low, high = getattr(config, knob)
-            if not 0 < low <= high <= 1:
-                raise UserError(f"--{knob.replace('_', '-')} is {low} {high}; it must rise within 0 to 1")
-        if not 0 < config.target_aspect[0] <= config.target_aspect[1]:
-            low, high = config.target_aspect
-            raise UserError(f"--target-aspect is {low} {high}; it must be above 0 and rise")
         width = config.predictor_dim
         if width % config.predictor_heads or width % 4:
             raise UserError(
                 f"--predictor-dim {width} must be a multiple of 4 and of --predictor-heads {config.predictor_heads}"
             )
-        if not 0 <= config.momentum < 1:
-            raise UserError(f"--momentum is {config.momentum}; it must be at least 0 and below 1")
         self.predictor_embed = nn.Linear(encoder.dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.predictor_blocks = nn.ModuleList(

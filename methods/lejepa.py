@@ -14,6 +14,7 @@ from torch import Tensor
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import COUNT, INSIDE, NOT_NEGATIVE, PART, POSITIVE, SHARE, within
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.sigreg import sigreg, sigreg_of_a_point
 from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled
@@ -72,10 +73,16 @@ class LeJEPA(WholeBatchMethod):
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
 
+        def __post_init__(self) -> None:
+            within(self, INSIDE, "sigreg_weight")
+            within(self, COUNT, "slices", "global_views", "hidden_dim", "embedding_dim")
+            within(self, NOT_NEGATIVE, "local_views")
+            within(self, POSITIVE, "local_ratio")
+            within(self, SHARE, "blur")
+            within(self, PART, "global_scale", "local_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        if not 0 < config.sigreg_weight < 1:
-            raise UserError(f"--sigreg-weight is {config.sigreg_weight}; it must lie between 0 and 1")
         if config.global_views < 1 or config.global_views + config.local_views < 2:
             raise UserError("--global-views must be at least 1, and with --local-views there must be two views")
         hidden = config.hidden_dim

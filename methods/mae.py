@@ -17,6 +17,7 @@ from ssl_pretrain.backbones.positions import sincos_table
 from ssl_pretrain.backbones.vit import Block
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import COUNT, INSIDE, PART, within
 from ssl_pretrain.parts.init import xavier_
 from ssl_pretrain.parts.masks import put, random_masking, rows
 from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
@@ -61,17 +62,18 @@ class MAE(Method):
         crop_scale: tuple[float, float] = (0.2, 1.0)
         """Share of the image's area that a crop covers, from and to."""
 
+        def __post_init__(self) -> None:
+            within(self, INSIDE, "mask_ratio")
+            within(self, COUNT, "decoder_dim", "decoder_depth", "decoder_heads")
+            within(self, PART, "crop_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("mae", "keep")
-        if not 0 < config.mask_ratio < 1:
-            raise UserError(f"--mask-ratio is {config.mask_ratio}; it must lie between 0 and 1")
         if config.decoder_dim % config.decoder_heads or config.decoder_dim % 4:
             raise UserError(
                 f"--decoder-dim {config.decoder_dim} must be a multiple of 4 and of --decoder-heads {config.decoder_heads}"
             )
-        if config.decoder_depth < 1:
-            raise UserError(f"--decoder-depth is {config.decoder_depth}; it must be at least 1")
         (h, w), (p, q) = encoder.image_size, encoder.stride
         self.grid = (h // p, w // q)
         if self.kept(self.grid[0] * self.grid[1]) < 1:

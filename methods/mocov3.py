@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, within
 from ssl_pretrain.parts.heads import mlp, unit
 from ssl_pretrain.parts.init import xavier_
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
@@ -70,12 +70,15 @@ class MoCoV3(WholeBatchMethod):
         blur: float = 1.0
         """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
 
+        def __post_init__(self) -> None:
+            within(self, POSITIVE, "temperature")
+            within(self, SHARE, "momentum")
+            within(self, COUNT, "hidden_dim", "embedding_dim")
+            within(self, NOT_NEGATIVE, "blur")
+            within(self, PART, "crop_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        if not 0 <= config.momentum <= 1:
-            raise UserError(f"--momentum is {config.momentum}; it must lie between 0 and 1")
-        if config.temperature <= 0:
-            raise UserError(f"--temperature is {config.temperature}; it must be above 0")
         hidden, width = config.hidden_dim, config.embedding_dim
         self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="plain")
         self.predictor = mlp((width, hidden, width), last_norm="plain")

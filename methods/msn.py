@@ -17,6 +17,7 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import BELOW_1, COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
 from ssl_pretrain.parts.distill import warmed_up
 from ssl_pretrain.parts.heads import Prototypes, mlp
 from ssl_pretrain.parts.masks import random_masking
@@ -95,16 +96,17 @@ class MSN(WholeBatchMethod):
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
 
+        def __post_init__(self) -> None:
+            within(self, at_least(2), "prototypes")
+            within(self, COUNT, "hidden_dim", "embedding_dim")
+            within(self, POSITIVE, "temperature", "sharpening", "local_ratio")
+            within(self, NOT_NEGATIVE, "entropy_weight", "local_views")
+            within(self, BELOW_1, "drop_ratio", "momentum")
+            within(self, SHARE, "blur")
+            within(self, PART, "global_scale", "local_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        if not 0 <= config.drop_ratio < 1:
-            raise UserError(f"--drop-ratio is {config.drop_ratio}; it must be at least 0 and below 1")
-        if not 0 <= config.momentum < 1:
-            raise UserError(f"--momentum is {config.momentum}; it must be at least 0 and below 1")
-        if min(config.temperature, config.sharpening) <= 0:
-            raise UserError(
-                f"--temperature {config.temperature} and --sharpening {config.sharpening} must both be above 0"
-            )
         if config.drop_ratio:
             encoder.require("msn", "keep")
             h, w = (size // side for size, side in zip(encoder.image_size, encoder.stride, strict=True))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import Jitter, ViewSpec
-from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import BELOW_1, COUNT, NOT_NEGATIVE, PART, POSITIVE, within
 from ssl_pretrain.parts.heads import unit
 from ssl_pretrain.parts.views import encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
@@ -66,12 +66,15 @@ class NPID(WholeBatchMethod):
         crop_scale: tuple[float, float] = (0.2, 1.0)
         """Share of the image's area that a crop covers, from and to."""
 
+        def __post_init__(self) -> None:
+            within(self, COUNT, "embedding_dim", "negatives")
+            within(self, POSITIVE, "temperature")
+            within(self, BELOW_1, "bank_momentum")
+            within(self, NOT_NEGATIVE, "proximal")
+            within(self, PART, "crop_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        if config.negatives < 1:
-            raise UserError(f"--negatives is {config.negatives}; it must be at least 1")
-        if not 0 <= config.bank_momentum < 1:
-            raise UserError(f"--bank-momentum is {config.bank_momentum}; it must be at least 0 and below 1")
         self.projector = nn.Linear(encoder.dim, config.embedding_dim)
         # The constant of normalisation (section 3.2, "Z"), estimated in the first step; 0 until then.
         self.register_buffer("normaliser", torch.zeros(()))

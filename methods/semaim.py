@@ -19,6 +19,7 @@ from ssl_pretrain.backbones.positions import sincos_table
 from ssl_pretrain.backbones.vit import Mlp
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import COUNT, PART, POSITIVE, within
 from ssl_pretrain.parts.masks import put, rows
 from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
 from ssl_pretrain.parts.views import encode
@@ -89,6 +90,11 @@ class SemAIM(Method):
         crop_scale: tuple[float, float] = (0.2, 1.0)
         """Share of the image's area that a crop covers, from and to."""
 
+        def __post_init__(self) -> None:
+            within(self, COUNT, "decoder_dim", "decoder_depth", "decoder_heads", "blur_kernel")
+            within(self, POSITIVE, "blur_sigma")
+            within(self, PART, "crop_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("semaim", "keep", "attention")
@@ -100,13 +106,9 @@ class SemAIM(Method):
             raise UserError(
                 f"--decoder-dim {width} must be a multiple of 4 and of --decoder-heads {config.decoder_heads}"
             )
-        if config.decoder_depth < 1:
-            raise UserError(f"--decoder-depth is {config.decoder_depth}; it must be at least 1")
         side = min(encoder.image_size)
         if config.blur_kernel % 2 == 0 or not 1 <= config.blur_kernel < 2 * side:
             raise UserError(f"--blur-kernel is {config.blur_kernel}; it must be odd, from 1 to {2 * side - 1}")
-        if config.blur_sigma <= 0:
-            raise UserError(f"--blur-sigma is {config.blur_sigma}; it must be above 0 (--blur-kernel 1: no blur)")
         self.decoder_embed = nn.Linear(encoder.dim, width)
         self.query_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_blocks = nn.ModuleList(

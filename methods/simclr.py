@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, within
 from ssl_pretrain.parts.contrast import contrast
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.views import by_image, encode_pooled, jitter
@@ -63,6 +64,13 @@ class SimCLR(WholeBatchMethod):
         """Strength of the colour jitter."""
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
+
+        def __post_init__(self) -> None:
+            within(self, POSITIVE, "temperature")
+            within(self, COUNT, "hidden_dim", "embedding_dim")
+            within(self, NOT_NEGATIVE, "colour")
+            within(self, SHARE, "blur")
+            within(self, PART, "crop_scale", rising=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import COUNT, PART, within
 from ssl_pretrain.parts.patches import patchify, unpatchify
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
@@ -52,13 +52,14 @@ class SimMIM(Method):
         crop_scale: tuple[float, float] = (0.67, 1.0)
         """Share of the image's area that a crop covers, from and to."""
 
+        def __post_init__(self) -> None:
+            within(self, COUNT, "mask_unit")
+            within(self, PART, "mask_ratio")
+            within(self, PART, "crop_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("simmim", "replace")
-        if config.mask_unit < 1:
-            raise UserError(f"--mask-unit is {config.mask_unit}; it must be at least 1 pixel")
-        if not 0 < config.mask_ratio <= 1:
-            raise UserError(f"--mask-ratio is {config.mask_ratio}; it must be above 0 and at most 1")
         self.mask_token = nn.Parameter(torch.empty(encoder.dim))
         self.head = nn.Linear(encoder.dim, encoder.stride[0] * encoder.stride[1] * encoder.in_chans)
         nn.init.trunc_normal_(self.mask_token, std=0.02)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.flags import COUNT, PART, SHARE, within
 from ssl_pretrain.parts.heads import mlp, unit
 from ssl_pretrain.parts.views import encode_pooled, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
@@ -61,6 +62,11 @@ class SimSiam(WholeBatchMethod):
         """Share of the image's area that a crop covers, from and to."""
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
+
+        def __post_init__(self) -> None:
+            within(self, COUNT, "hidden_dim", "embedding_dim", "bottleneck_dim")
+            within(self, SHARE, "blur")
+            within(self, PART, "crop_scale", rising=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)

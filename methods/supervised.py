@@ -14,6 +14,7 @@ from torch import nn
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import PART, SHARE, at_least, within
 from ssl_pretrain.parts.views import encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -46,10 +47,13 @@ class Supervised(Method):
         crop_scale: tuple[float, float] = (0.08, 1.0)
         """Share of the image's area that a crop covers, from and to."""
 
+        def __post_init__(self) -> None:
+            within(self, at_least(2), "classes")
+            within(self, SHARE, "label_smoothing")
+            within(self, PART, "crop_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        if config.classes < 2:
-            raise UserError(f"--classes is {config.classes}; it must be at least 2")
         self.head = nn.Linear(encoder.dim, config.classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)

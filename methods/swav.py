@@ -16,7 +16,7 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
 from ssl_pretrain.parts.distill import cross_entropy_of_pairs
 from ssl_pretrain.parts.heads import Prototypes, mlp, unit
 from ssl_pretrain.parts.sinkhorn import sinkhorn
@@ -101,14 +101,16 @@ class SwAV(WholeBatchMethod):
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
 
+        def __post_init__(self) -> None:
+            within(self, at_least(2), "prototypes")
+            within(self, COUNT, "hidden_dim", "embedding_dim", "sinkhorn_iterations")
+            within(self, POSITIVE, "temperature", "epsilon", "local_ratio")
+            within(self, SHARE, "freeze_prototypes", "queue_start", "blur")
+            within(self, NOT_NEGATIVE, "queue", "local_views", "colour")
+            within(self, PART, "global_scale", "local_scale", rising=True)
+
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        for knob, least in (("prototypes", 2), ("sinkhorn_iterations", 1), ("queue", 0), ("local_views", 0)):
-            value = getattr(config, knob)
-            if value < least:
-                raise UserError(f"--{knob.replace('_', '-')} is {value}; it must be at least {least}")
-        if min(config.temperature, config.epsilon) <= 0:
-            raise UserError(f"--temperature {config.temperature} and --epsilon {config.epsilon} must both be above 0")
         self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim))
         self.prototypes = Prototypes(config.embedding_dim, config.prototypes)
         with torch.no_grad():  # of length 1, so that steps of AdamW turn them no faster than the projector's rows

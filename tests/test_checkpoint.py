@@ -97,6 +97,59 @@ def test_training_may_go_on_while_it_is_written(tmp_path: Path) -> None:
     assert read["skipped"] == 3
 
 
+READ = """
+import json, sys, threading
+from pathlib import Path
+import torch
+from ssl_pretrain import checkpoint
+folder = Path(sys.argv[1])
+state = {part: {f"{i}": torch.ones(1 << 19) for i in range(50)} for part in ("method", "avg", "square")}
+checkpoint.save(folder, 1, state)
+(file,) = (folder / "step-00000001").glob("*.safetensors")
+
+def anonymous():  # kB of this process that no file stands behind
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
+
+def grown(work):
+    for tensors in state.values():
+        for tensor in tensors.values():
+            tensor.zero_()
+    over, seen = threading.Event(), []
+    def look():
+        while not over.wait(0.002):
+            seen.append(anonymous())
+    before = anonymous()
+    thread = threading.Thread(target=look)
+    thread.start()
+    work()
+    over.set()
+    thread.join()
+    assert len(seen) > 10
+    assert all(bool((tensor == 1).all()) for tensors in state.values() for tensor in tensors.values())
+    return max(seen) - before
+
+def read():
+    checkpoint.read(folder, 1, state)
+
+def read_beside_the_file():
+    held = file.read_bytes()
+    read()
+
+read()  # what it imports is no part of what it holds
+print(json.dumps([file.stat().st_size / 1024, grown(read), grown(read_beside_the_file)]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read as Linux tells it")
+def test_reading_one_does_not_hold_the_state_twice(tmp_path: Path) -> None:
+    # Memory that is let go goes back to the system at once: holes in glibc's heap would hide what is taken.
+    place = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-c", READ, str(tmp_path)]
+    size, grown, beside = json.loads(subprocess.run(argv, stdout=subprocess.PIPE, check=True, env=place).stdout)
+    assert grown < size / 4
+    assert beside > 0.9 * size  # what is measured is what would be held
+
+
 FULL = """
 import resource, signal, sys
 from pathlib import Path
@@ -164,6 +217,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from ssl_pretrain import checkpoint
 folder, fault, at, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(os.environ["RANK"])
+struck = int(sys.argv[5])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[4], rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
 def state(value):
@@ -182,7 +236,7 @@ assert save(1, 1.0) is None
 real, calls = os.fsync, [0]
 def fsync(file):
     calls[0] += 1
-    if rank == 1 and calls[0] == at:
+    if rank == struck and calls[0] == at:
         if fault == "kill":
             os.kill(os.getpid(), 9)
         raise OSError(28, "No space left on device")
@@ -194,15 +248,12 @@ dist.destroy_process_group()  # as distributed.world does: gloo's threads must n
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("fault", "at"), [("full", 1), ("full", 2), ("kill", 1), ("kill", 2), ("none", 99)])
-def test_a_process_that_fails_while_all_write_their_parts_leaves_the_one_before(
-    fault: str, at: int, tmp_path: Path
-) -> None:
-    folder = tmp_path / "checkpoints"
-    ranks = [
+def two_that_write(folder: Path, fault: str, at: int, struck: int) -> list[subprocess.Popen]:
+    """Two processes that save step 1, then step 2, at whose `at`th sync the fault befalls the process `struck`."""
+    folder.parent.mkdir(exist_ok=True)
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", SHARDED, str(folder), fault, str(at), str(tmp_path / "meet")],
+            [sys.executable, "-c", SHARDED, str(folder), fault, str(at), str(folder.parent / "meet"), str(struck)],
             env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -210,23 +261,64 @@ def test_a_process_that_fails_while_all_write_their_parts_leaves_the_one_before(
         )
         for rank in range(2)
     ]
+
+
+def wait_for_the_killed(ranks: list[subprocess.Popen], struck: int) -> None:
+    ranks[struck].communicate()
+    assert ranks[struck].returncode == -9
+    try:
+        ranks[1 - struck].communicate(timeout=30)
+    except subprocess.TimeoutExpired:  # waits for the other, as it should
+        ranks[1 - struck].kill()
+        ranks[1 - struck].communicate()
+
+
+def assert_whole(folder: Path, step: int) -> None:
+    """The newest checkpoint of `folder` is that of `step`, and holds in one process what two wrote."""
+    assert checkpoint.newest(folder) == step
+    read = checkpoint.load(folder, step)
+    assert torch.equal(read["method"]["w"], torch.full((5, 1000), float(step)))
+    assert torch.equal(read["method"]["queue"], torch.full((7,), float(step)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "at"), [("full", 1), ("full", 2), ("kill", 1), ("kill", 2), ("none", 99)])
+def test_a_process_that_fails_while_all_write_their_parts_leaves_the_one_before(
+    fault: str, at: int, tmp_path: Path
+) -> None:
+    ranks = two_that_write(tmp_path / "checkpoints", fault, at, struck=1)
     if fault == "kill":
-        ranks[1].communicate()
-        assert ranks[1].returncode == -9
-        try:
-            ranks[0].communicate(timeout=30)
-        except subprocess.TimeoutExpired:  # waits for the other, as it should
-            ranks[0].kill()
-            ranks[0].communicate()
+        wait_for_the_killed(ranks, 1)
     else:
         said = [process.communicate()[0] for process in ranks]
         assert [process.returncode for process in ranks] == [0, 0], said
         assert ("No space left" in said[1]) == (fault == "full")
-    expected = 2 if fault == "none" else 1
-    assert checkpoint.newest(folder) == expected
-    read = checkpoint.load(folder, expected)
-    assert torch.equal(read["method"]["w"], torch.full((5, 1000), float(expected)))  # whole again, in one process
-    assert torch.equal(read["method"]["queue"], torch.full((7,), float(expected)))
+    assert_whole(tmp_path / "checkpoints", 2 if fault == "none" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        (1, 1),  # its part
+        (2, 1),  # its listing
+        (3, 1),  # the list of all parts
+        (4, 1),  # the folder, before the rename
+        (5, 2),  # after it
+    ],
+)
+def test_the_first_process_killed_while_all_write_leaves_the_one_before_or_the_new_one(
+    at: int, expected: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    wait_for_the_killed(two_that_write(folder, "kill", at, struck=0), 0)
+    assert_whole(folder, expected)
+    checkpoint.save(
+        folder, 3, {**state(0), "method": {"w": torch.full((5, 1000), 3.0), "queue": torch.full((7,), 3.0)}}
+    )
+    checkpoint.prune(folder, keep_last=1, keep_every=None)
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]  # nothing of the broken one is left
+    assert_whole(folder, 3)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a file system")
@@ -250,3 +342,15 @@ def test_write_text_is_whole_or_absent(tmp_path: Path) -> None:
     files.write_text(tmp_path / "a", "two")
     assert (tmp_path / "a").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_one_whose_writing_was_broken_off_is_named_and_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint.save(tmp_path, 20, {"method": {"w": torch.ones(3)}})
+    (tmp_path / ".writing-00000025").mkdir()
+    (tmp_path / ".writing-00000025" / "shard.safetensors").write_bytes(b"half")
+    checkpoint.clear(tmp_path)
+    assert checkpoint.newest(tmp_path) == 20
+    assert "the checkpoint of step 25 was not written to its end; it is removed" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from one_step import BATCH, after_step, batch, build
+from ssl_pretrain.methods.mae import MAE
 
-from ssl_pretrain import plugins
+from ssl_pretrain import backbones, plugins, train
+from ssl_pretrain.config import Run
 from ssl_pretrain.pretext import Step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -50,6 +52,23 @@ def test_a_step_makes_nobody_wait_and_starts_no_more_kernels_than_before(name: s
     total = sum(count.kernels.values())
     assert total <= KERNELS[name], f"{total} kernels, {KERNELS[name]} before: {count.kernels.most_common(12)}"
     assert total > 0.9 * KERNELS[name], f"{total} kernels, {KERNELS[name]} before: lower the figure"
+
+
+@pytest.mark.parametrize("more", [{}, {"accumulate": 2, "clip_grad": 1.0}], ids=str)
+def test_the_loop_waits_where_it_logs_and_nowhere_else(photos: Path, tmp_path: Path, more: dict) -> None:
+    waits = []
+    for steps in (4, 9):
+        run = Run(
+            method="mae", data=str(photos), out=tmp_path / str(steps), encoder="vit_micro", image_size=(32,), batch_size=8,
+            steps=steps, log_every=100, checkpoint_every=100, monitor_every=0, picture_every=0, workers=0,
+            precision="fp32", **more,
+        )  # fmt: skip
+        options = backbones.config_class("vit_micro")(**{**backbones.defaults("vit_micro"), "patch_size": 8})
+        with Counted() as count:
+            train.train(run, MAE.Config(decoder_dim=32, decoder_depth=1, decoder_heads=2), options)
+        waits.append(len(count.waits))
+    assert waits[0] == waits[1]
+    assert waits[0] > 0  # it logs once
 
 
 def test_the_counter_sees_what_it_is_for() -> None:

@@ -209,8 +209,9 @@ def test_other_image_sizes_than_the_configured_one() -> None:
 
 @pytest.mark.parametrize(
     "knobs",
-    [{"mask_ratio": 0.0}, {"mask_ratio": 0.99}, {"decoder_dim": 30}, {"decoder_heads": 5}, {"decoder_depth": 0}],
-)
+    [{"mask_ratio": 0.0}, {"mask_ratio": 0.99}, {"decoder_dim": 30}, {"decoder_heads": 5}, {"decoder_depth": 0},
+     {"decoder_heads": 0}, {"decoder_dim": 0}],
+)  # fmt: skip
 def test_knobs_that_cannot_be(knobs: dict) -> None:
     with pytest.raises(UserError, match="--"):
         build(**knobs)

@@ -54,7 +54,9 @@ def test_help_of_a_method_shows_its_knobs_and_the_encoders_with_defaults(pretrai
         (["--metod", "mae"], ["--metod", "did you mean --method?"]),
         (["--method", "may"], ["'may'", "did you mean mae?"]),
         (["--method", "mae", "--mask-ration", "0.5"], ["--mask-ration", "did you mean --mask-ratio?"]),
-        (["--method", "mae", "--data", "{photos}/../photoz"], ["photoz", "does not exist"]),
+        (["--method", "mae", "--data", "{photos}/../photoz"], ["--data: there is no {photos}/../photoz"]),
+        (["--method", "mae", "--data", "{empty}/../emqty/a/b"], ["--data: there is no", "did you mean {empty}?"]),
+        (["--method", "mae", "--data", "fractal"], ["--data: there is no fractal: did you mean fractals?"]),
         (["--method", "mae", "--data", "{empty}"], ["{empty}"]),
         (["--method", "mae", "--encoder", "vit_tinny"], ["vit_tinny", "did you mean vit_tiny?"]),
         (["--method", "mae", "--mask-ratio", "1.5"], ["--mask-ratio", "between 0 and 1"]),
@@ -79,6 +81,17 @@ def test_a_mistake_gets_one_message_and_exit_code_2(
     assert len(lines) == 1, done.stderr
     for word in words:
         assert word.format(**names) in lines[0]
+
+
+def test_a_score_on_the_way_needs_labels(
+    photos: Path, photos_in_classes: Path, tmp_path: Path, pretrain: Callable
+) -> None:
+    same = ("--method", "mae", "--steps", 2, "--knn-every", 1, *TINY)
+    done = pretrain(*same, "--data", photos, "--out", tmp_path / "without", code=2)
+    assert "--knn-every 1" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    pretrain(*same, "--data", photos_in_classes, "--out", tmp_path / "with")
+    assert [line["step"] for line in metrics(tmp_path / "with") if "knn/top1" in line] == [1, 2]
 
 
 def test_a_run_leaves_what_the_design_says(photos: Path, tmp_path: Path, pretrain: Callable) -> None:

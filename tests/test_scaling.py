@@ -43,9 +43,78 @@ def test_what_hides_an_exchange() -> None:
     assert scaling.not_hidden("hsdp", model, 1.0, 3.0, waits=True) == 1.0
 
 
+def test_checkpoints_by_hand() -> None:
+    # A billion parameters: 12 GB of state, 4 GB of export; every speed 1 GB/s but the storage's, nothing else takes time
+    room = scaling.Cluster(
+        to_host=1e9, to_pages=1e9, stream=1e9, sums=1e9, adapter=1e9, storage=2e9, inside=1e9, across=1e9,
+        latency=0.0, operation=0.0, operations=float("inf"), planning=0.01, listing=0.0,
+    )  # fmt: skip
+    model = scaling.Model(parameters=10**9, units=10, flops=0.0, activations=0.0, tensors=25)
+    alone = scaling.saved("ddp", model, 16, room)
+    assert alone.part == 16e9
+    assert alone.blocked == 4 + 12  # the export's copy, the state's
+    assert alone.planned == 4 * 25 * 0.01
+    assert alone.written == 16
+    assert alone.read == 12 + 12  # the sums, then a copy for each of two machines, by 1 GB/s each
+    shared = scaling.saved("fsdp", model, 16, room)
+    assert shared.part == 12e9 / 16 + 4e9
+    assert shared.blocked == 12 / 16  # a sixteenth of the state
+    assert shared.planned == 16 * alone.planned
+    assert shared.written == 6 + 4 + 4  # half of the state through an adapter, then the export, read and written
+    assert shared.read == 12 + 6
+    by_machine = scaling.saved("hsdp", model, 16, room)
+    assert by_machine.blocked == 12 / 8
+    assert (by_machine.part, by_machine.written, by_machine.read) == (shared.part, shared.written, 12 + 12)
+
+
+def test_small_files_and_headers_cost_what_they_are_many() -> None:
+    model = scaling.Model(parameters=0, units=10, flops=0.0, activations=0.0)
+    room = scaling.Cluster(latency=0.0, operation=1e-3, operations=1e6)
+    assert scaling.saved("fsdp", model, 64, room).blocked == pytest.approx(4 * 64 * 1e-3)
+    assert scaling.saved("fsdp", model, 64, room).read == pytest.approx(3 * 64 * 1e-3)  # as fast as one asks
+    assert scaling.saved("fsdp", model, 10_000, room).read == pytest.approx(
+        3 * 10_000**2 / 1e6
+    )  # as fast as it answers
+
+
+def test_images_a_second() -> None:
+    cluster = scaling.Cluster()
+    model = scaling.vit("ViT-L/16")
+    assert scaling.images_a_second(model, cluster) == pytest.approx(cluster.flops / (6 * 304e6 * 197), rel=0.1)
+    faster = scaling.images_a_second(scaling.mae("ViT-L/16"), cluster)
+    # A quarter of the tokens, and a decoder a twelfth of the encoder's size that sees all of them: a third of the work
+    assert faster / scaling.images_a_second(model, cluster) == pytest.approx(1 / (1 / 4 + 1 / 12), rel=0.1)
+
+
+def test_where_parts_lie_is_read_by_every_process() -> None:
+    model = scaling.Model(parameters=0, units=10, flops=0.0, activations=0.0, tensors=100)
+    room = scaling.Cluster(operation=0.0, operations=float("inf"), listing=1e-3)
+    assert scaling.saved("fsdp", model, 64, room).read == pytest.approx(3 * 300 * 64 * 1e-3)
+    assert scaling.saved("hsdp", model, 64, room).read == pytest.approx(3 * 300 * 8 * 1e-3)  # each part once
+
+
+def test_planning_is_measured() -> None:
+    assert 1e-6 < scaling.planning(4, 50) < 1e-2
+    assert 1e-6 < scaling.listing(4, 50) < 1e-2
+
+
+def test_every_table_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--storage", "50", "--image-bytes", "40000"])
+    scaling.main()
+    lines = capsys.readouterr().out.splitlines()
+    tables = [text.split("\n") for text in "\n".join(lines).split("\n\n") if text.startswith("|")]
+    assert [len(table) - 2 for table in tables] == [12] * 6 + [6]  # 3 models, a step's and a checkpoint's; the images
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1
+    assert any("written, s (GB/s), of 50 GB/s" in line for line in lines)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel's counters of bytes are Linux's")
-def test_ddp_sends_the_bytes_that_are_predicted() -> None:
-    seen = scaling.run("ddp", 2, 2)
-    assert seen.counted == pytest.approx(sum(scaling.volumes("ddp", seen.parameters, 2, 1)), rel=0.01)
+@pytest.mark.parametrize(("how", "world"), [("ddp", 2), ("fsdp", 2), ("hsdp", 4)])
+def test_processes_send_the_bytes_that_are_predicted(how: str, world: int) -> None:
+    seen = scaling.run(how, world, 2)
+    # Over gloo a sum that is scattered is an all-reduce of everything; parameters are gathered in float32.
+    predicted = sum(scaling.volumes(how, seen.parameters, world, 2, gathered=4, scattered=8))
+    assert seen.counted == pytest.approx(predicted, rel=0.01)
     assert min(seen.step, seen.compute) > 0  # which of them is longer is for a quiet machine to show

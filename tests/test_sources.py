@@ -234,6 +234,12 @@ def test_messages_for_what_is_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"there is no .*picturse: did you mean .*pictures\?"):
         open_source(str(tmp_path / "picturse"), None)
+    with pytest.raises(UserError, match=r"did you mean .*/split/train\?"):  # two folders up, and what follows it
+        open_source(str(tmp_path / "spilt" / "train"), None)
+    with pytest.raises(UserError, match=r"did you mean .*/split\?"):
+        open_source(str(tmp_path / "spilt" / "test"), None)
+    with pytest.raises(UserError, match=r"there is no fractal:classes=3: did you mean fractals:classes=3\?"):
+        open_source("fractal:classes=3", None)
     with pytest.raises(UserError, match="exists, and holds no qqqq"):
         open_source(str(tmp_path / "qqqq" / "deeper"), None)
     with pytest.raises(UserError, match=r"holds no image; it holds 2 \.txt, 1 no extension"):
@@ -275,6 +281,19 @@ def test_fingerprint_follows_the_data_and_not_its_place(tmp_path):
         now = open_source(str(root), "train").fingerprint
         assert now not in seen
         seen.add(now)
+
+
+def test_the_fingerprint_of_a_large_folder_knows_all_names_and_some_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "FINGERPRINT_FILES", 2)  # the first and the last
+    root = fill(tmp_path, {f"{i}.png": i for i in range(5)})
+    seen = [open_source(str(root), None).fingerprint]
+    (root / "2.png").write_bytes(b"resized")
+    assert open_source(str(root), None).fingerprint == seen[0]
+    for change in (lambda: (root / "4.png").write_bytes(b"resized"), lambda: (root / "2.png").rename(root / "25.png")):
+        settle()
+        change()
+        seen.append(open_source(str(root), None).fingerprint)
+    assert len(set(seen)) == 3
 
 
 def test_a_folder_that_may_not_be_read_is_told_each_time(tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ class Writer:
         step, self.step = self.step, None
         if step is None or self.rank != 0:
             return
-        aside, final = self._aside(step), self.folder / f"step-{step:08d}"
+        aside, final = self._aside(step), self._final(step)
         try:
             if self.problem:
                 raise self.problem
@@ -117,9 +117,7 @@ class Writer:
             os.rename(aside, final)
             sync(self.folder)
         except Exception as problem:
-            self.problem = problem
-            if isinstance(problem, OSError) and problem.errno is not None:  # a full disk does not say where it is full
-                self.problem = OSError(problem.errno, problem.strerror or str(problem), str(final))
+            self.problem = _with_name(problem, final)
             shutil.rmtree(aside, ignore_errors=True)
             return
         if keep_last is not None:
@@ -127,6 +125,9 @@ class Writer:
 
     def _aside(self, step: int) -> Path:
         return self.folder / f".writing-{step:08d}"
+
+    def _final(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor` in host memory that is kept from one checkpoint to the next, as sharded as it is."""
@@ -141,6 +142,8 @@ class Writer:
         self, step: int, copies: dict[str, Tensor], facts: dict[str, Any], then: Callable[[], None] | None
     ) -> None:
         self._try(lambda: self._write(self._aside(step), copies, facts))
+        if self.problem is not None:
+            self.problem = _with_name(self.problem, self._final(step))
         if then is not None and self.problem is None:
             self._try(then)
 
@@ -162,6 +165,13 @@ class Writer:
         write_text(aside / f"written-{self.rank:05d}.json", json.dumps({**facts, "files": writer.written}))
 
 
+def _with_name(problem: Exception, path: Path) -> Exception:
+    """The same with the path: an error in the midst of a file (a full disk) does not say where."""
+    if isinstance(problem, OSError) and problem.errno is not None and problem.filename is None:
+        return OSError(problem.errno, problem.strerror or str(problem), str(path))
+    return problem
+
+
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     """Write the state after `step` steps as a checkpoint of `folder`, by this process alone; it is there whole when this
     returns. Raises OSError where it cannot be written."""
@@ -179,16 +189,19 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(m[1]) for path in folder.iterdir() if (m := PATTERN.fullmatch(path.name)))
 
 
-def newest(folder: Path) -> int | None:
-    """The step of the newest whole checkpoint, None without any. For one process of the run.
-
-    A damaged one is set aside (renamed to .damaged-...), named in a warning line, and the one before it is taken. One
-    whose writing was broken off is removed, and named too.
-    """
+def clear(folder: Path) -> None:
+    """Remove what a killed run had begun to write, and say so. For the process that is about to write there."""
     for begun in sorted(folder.glob(".writing-*")):
         shutil.rmtree(begun, ignore_errors=True)
         step = int(begun.name.rsplit("-", 1)[1])
         print(f"warning: the checkpoint of step {step} was not written to its end; it is removed", flush=True)
+
+
+def newest(folder: Path) -> int | None:
+    """The step of the newest whole checkpoint, None without any. For one process of the run.
+
+    A damaged one is set aside (renamed to .damaged-...), named in a warning line, and the one before it is taken.
+    """
     for step in reversed(steps(folder)):
         path = folder / f"step-{step:08d}"
         problem = damage(path)

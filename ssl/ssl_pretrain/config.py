@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import yaml
 
 from .errors import UserError
+from .flags import BELOW_1, COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, within
 
 if TYPE_CHECKING:
     from .pretext import Recipe
@@ -114,7 +115,7 @@ class Run:
     keep_last: int = 2
     """Checkpoints kept, counted from the newest."""
     keep_every: int | None = None
-    """Keep also every checkpoint at a multiple of these steps, for good."""
+    """Keep also every checkpoint at a multiple of these steps, for good; 0: none."""
 
     log_every: int = 10
     """Steps between lines of metrics.jsonl; the device is waited for only then."""
@@ -123,7 +124,8 @@ class Run:
     picture_every: int = 500
     """Steps between pictures in TensorBoard; 0: never."""
     val_images: int = 0
-    """Held-out images for a validation loss; from the data's own val split, else taken out of the training images."""
+    """Images held out for a validation loss: of a split named val, valid or validation, else of the training images, which
+    are then fewer; never of a test split."""
     val_every: int = 500
     """Steps between validation losses."""
     knn_every: int = 0
@@ -132,6 +134,23 @@ class Run:
     """Compare the encoder with its untrained self by kNN at the end, where there are labels."""
     bad_steps: int = 20
     """Steps with a non-finite loss or gradient, one after another, that end the run."""
+
+    def __post_init__(self) -> None:
+        for range_, names in RANGES.items():
+            within(self, range_, *names.split())
+
+
+# The numbers that each flag may be. What may be left open (None) is not looked at while it is.
+RANGES = {
+    COUNT: "image_size in_chans steps images batch_size accumulate shard_size checkpoint_every keep_last log_every "
+    "val_every bad_steps",
+    NOT_NEGATIVE: "lr final_lr warmup_steps cooldown_steps weight_decay final_weight_decay workers stall_after keep_every "
+    "monitor_every picture_every val_images knn_every",
+    POSITIVE: "epochs clip_grad",
+    BELOW_1: "betas",
+    SHARE: "mean layer_decay",
+    PART: "std",
+}
 
 
 @final
@@ -165,7 +184,14 @@ FREE = frozenset(
 LENGTH = frozenset({"steps", "epochs", "images", "warmup_steps", "cooldown_steps"})
 
 # The built-in run on fractals: about two minutes on two CPU cores. A method's recipe adds its own (Recipe.small).
-SMALL = {"encoder": "vit_micro", "image_size": 32, "patch_size": 4, "batch_size": 128, "steps": 250}
+SMALL = {
+    "encoder": "vit_micro",
+    "image_size": 32,
+    "patch_size": 4,
+    "batch_size": 128,
+    "steps": 250,
+    "picture_every": 50,
+}
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -173,17 +199,26 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file (plain data only). Raises UserError where it cannot be read or is no mapping."""
     try:
-        read = yaml.safe_load(path.read_text())
+        read = _mapping(path)
     except OSError as problem:
         raise UserError(f"--config {path}: {problem.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(problem).split())}") from None
-    if read is None:
-        return {}
-    if not isinstance(read, dict) or not all(isinstance(name, str) for name in read):
-        raise UserError(f"--config {path} must be a mapping of flags, like 'lr: 0.001'")
+    except ValueError as problem:
+        raise UserError(f"--config {path} {problem}") from None
     # YAML 1.1 reads 1e-3 as text (it wants 1.0e-3), and everybody writes 1e-3.
     return {name.replace("-", "_"): _number(value) for name, value in read.items()}
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """What a run wrote into its config.yaml. Raises UserError where that cannot be read, or is no mapping any more."""
+    try:
+        if read := _mapping(path):
+            return read
+        raise ValueError("is empty")
+    except (OSError, ValueError) as problem:
+        why = problem.strerror if isinstance(problem, OSError) else problem
+        raise UserError(
+            f"{path} is not what the run wrote ({why}): put it back as it was, or choose another --out"
+        ) from None
 
 
 def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", "bf16"]) -> Resolved:
@@ -203,20 +238,8 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
         steps = run.steps
     else:
         steps = math.ceil(100 * images / batch_size)
-    for name, value, least in (
-        ("steps", steps, 1),
-        ("batch-size", batch_size, 1),
-        ("accumulate", run.accumulate, 1),
-        ("log-every", run.log_every, 1),
-        ("checkpoint-every", run.checkpoint_every, 1),
-        ("keep-last", run.keep_last, 1),
-        ("bad-steps", run.bad_steps, 1),
-        ("val-every", run.val_every, 1),
-    ):
-        if value < least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}")
     size = run.image_size
-    if len(size) not in (1, 2) or min(size) < 1:
+    if len(size) not in (1, 2):
         raise UserError(f"--image-size takes one number or two (height width), not {' '.join(map(str, size))}")
     mean = run.mean or (IMAGENET_MEAN if run.in_chans == 3 else (0.5,) * run.in_chans)
     std = run.std or (IMAGENET_STD if run.in_chans == 3 else (0.25,) * run.in_chans)
@@ -278,6 +301,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], allowed: froz
         for name in sorted({*before, *now} - allowed)
         if before.get(name) != now.get(name)
     ]
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, {} where it is empty. Raises OSError, and ValueError that says what it is instead."""
+    try:
+        read = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise ValueError(f"is not YAML: {' '.join(str(problem).split())}") from None
+    if read is None:
+        return {}
+    if not isinstance(read, dict) or not all(isinstance(name, str) for name in read):
+        raise ValueError("must be a mapping of flags, like 'lr: 0.001'")
+    return read
 
 
 def _number(value: Any) -> Any:

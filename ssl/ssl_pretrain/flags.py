@@ -9,12 +9,13 @@ import ast
 import contextlib
 import dataclasses
 import inspect
+import math
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .errors import UserError, nearest
 
@@ -124,7 +125,7 @@ def check(value: Any, hint: Any) -> None:
     if hint is type(None):
         fits = value is None
     elif hint is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     elif hint is int:
         fits = isinstance(value, int) and not isinstance(value, bool)
     elif hint is Path:
@@ -134,6 +135,39 @@ def check(value: Any, hint: Any) -> None:
     if not fits:
         raise ValueError(f"{value!r} is not {_name(hint)}")
     return None
+
+
+class Range(NamedTuple):
+    """The finite numbers that a flag may have: in words behind "it must", and whether one is among them."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+def at_least(least: int) -> Range:
+    """From `least` on."""
+    return Range(f"be at least {least}", lambda x: x >= least)
+
+
+NOT_NEGATIVE, COUNT = at_least(0), at_least(1)
+POSITIVE = Range("be above 0", lambda x: x > 0)
+SHARE = Range("lie between 0 and 1", lambda x: 0 <= x <= 1)
+BELOW_1 = Range("be at least 0 and below 1", lambda x: 0 <= x < 1)
+PART = Range("be above 0 and at most 1", lambda x: 0 < x <= 1)
+INSIDE = Range("lie between 0 and 1, neither of them", lambda x: 0 < x < 1)
+
+
+def within(values: Any, range_: Range, *names: str, rising: bool = False) -> None:
+    """Raise UserError unless these fields of a dataclass are None or in the range, every number of them where they are
+    tuples; `rising`: and none smaller than the one before it. For a `__post_init__`, before anything else is done."""
+    for name in names:
+        value = getattr(values, name)
+        numbers = () if value is None else value if isinstance(value, tuple) else (value,)
+        fits = all(math.isfinite(number) and range_.holds(number) for number in numbers)
+        if not fits or (rising and list(numbers) != sorted(numbers)):
+            subject = "each" if isinstance(value, tuple) else "it"
+            order = ", the smaller first" if rising else ""
+            raise UserError(f"--{name.replace('_', '-')} is {_show(value)}; {subject} must {range_.words}{order}")
 
 
 def word(argv: list[str], flag: str) -> str | None:
@@ -192,7 +226,10 @@ def _converter(hint: Any, none: bool = False) -> Any:
                 raise ValueError
             if hint is int:
                 return int(text.replace("_", ""))
-            return hint(text)
+            value = hint(text)
+            if hint is float and not math.isfinite(value):  # "nan" and "inf" are read, and no flag means either
+                raise ValueError
+            return value
         except ValueError:
             if typing.get_origin(hint) is Literal:
                 options = typing.get_args(hint)

@@ -29,7 +29,20 @@ class KnnScore:
     @classmethod
     def of(cls, run: Run) -> "KnnScore | None":
         """The score on a run's data: its train against its test split where it has both, else two parts of its images;
-        None where the images have no labels."""
+        None where the images have no labels.
+
+        Raises UserError where they have none and the run is to be scored on the way (--knn-every).
+        """
+        score = cls._of(run)
+        if score is None and run.knn_every:
+            raise UserError(
+                f"--knn-every {run.knn_every} scores by labels, and {run.data} has none, or too few images: leave the flag "
+                f"out, or sort the images into a folder a class"
+            )
+        return score
+
+    @classmethod
+    def _of(cls, run: Run) -> "KnnScore | None":
         try:
             train, test = evaluation_splits(run.data) if splits(run.data) else (None, None)
         except UserError:

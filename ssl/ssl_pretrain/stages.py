@@ -32,6 +32,9 @@ class _Size:
     image_size: tuple[int, ...]
     """Pixels, one number or height and width."""
 
+    def __post_init__(self) -> None:
+        flags.within(self, flags.COUNT, "image_size")
+
 
 def plan(run: Resolved, kind: type[Method], knobs: Any, stride: tuple[int, int]) -> list[Stage]:
     """The stages of a run, in order, covering all its steps; one where `run.stages` is empty.

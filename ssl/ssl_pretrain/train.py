@@ -82,11 +82,12 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
     kind = pretext.load(asked.method)
 
     # ---- Data. The first process opens it first, so that an index is built once.
-    def opened() -> tuple[Source, Source | None, Resolved]:
+    def opened() -> tuple[Source, Source | None, Resolved, KnnScore | None]:
         source, held_out = _open_data(asked, here)
-        return source, held_out, config.resolve(asked, kind.recipe, len(source), _precision(asked, here.device))
+        run = config.resolve(asked, kind.recipe, len(source), _precision(asked, here.device))
+        return source, held_out, run, KnnScore.of(run) if run.knn_every and here.first else None
 
-    source, held_out, run = distributed.on_all(opened)
+    source, held_out, run, knn = distributed.on_all(opened)
     steps, batch_size, accumulate, out = run.steps, run.batch_size, run.accumulate, run.out
     share = Share(batch_size, accumulate, here.rank, here.size)
     normalisation = (run.mean, run.std)
@@ -240,7 +241,6 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
 
     # ---- The loop.
     monitor = CollapseMonitor(method.collapsed(batch_size))
-    knn = KnnScore.of(run) if run.knn_every and here.first else None
     loader = _stream(plan, start, source, share, run, here)
     pending: list[Tensor] = []  # one row a step since the last log: not finite?, gradient norm, loss, its terms
     sample_losses: list[tuple[int, Tensor, Tensor]] = []  # step, sample ids, their losses
@@ -371,6 +371,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
                 for warning in monitor.losses(line, warm=step_number > max(run.warmup_steps, steps // 20)):
                     report.warn(warning)
                 waited, blocked, since, seen_at = 0.0, 0.0, time.perf_counter(), step_number
+            looked_up = time.perf_counter()
             if _due(step_number, run.monitor_every):
                 images = batch.views[seen[0].name]
                 images = images[0] if seen[0].count > 1 else images
@@ -398,6 +399,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
                     report.scores("knn", {"top1": knn(probe.to(here.device).eval())}, step_number)
                     probe.cpu()
                 distributed.barrier()
+            since += time.perf_counter() - looked_up  # the speed is that of training
             if _due(step_number, run.checkpoint_every):
                 save(step_number)
                 saved = step_number
@@ -480,7 +482,7 @@ def _find_start(run: Resolved, record: dict[str, Any], source: Source, folder: P
         if any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"--out {out} holds something else than a run: choose an empty or a new folder")
         return 0
-    before = yaml.safe_load(written.read_text())
+    before = config.recorded(written)
     allowed = config.FREE | (config.LENGTH if run.extend else frozenset())
     changed = config.differences(before, record, allowed)
     if changed:
@@ -493,6 +495,7 @@ def _find_start(run: Resolved, record: dict[str, Any], source: Source, folder: P
         raise UserError(
             f"the images in {run.data} are not those that the run in {out} began with: choose another --out"
         )
+    checkpoint.clear(folder)
     return checkpoint.newest(folder) or 0
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..flags import BELOW_1, POSITIVE, within
 from .backbone import Backbone, Features
 from .drop_path import drop_factors, given
 from .vit import NORM_EPS, Mlp
@@ -88,11 +89,16 @@ class ConvNeXt(Backbone):
         drop_path: float = 0.0
         """Stochastic depth: probability at the last block, rising linearly from 0 at the first."""
 
+        def __post_init__(self) -> None:
+            within(self, POSITIVE, "dims", "depths", "stem_patch", "layer_scale")
+            within(self, BELOW_1, "drop_path")
+
     supports = frozenset({"drop_path"})
 
     def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
         super().__init__()
-        _validate(config, in_chans)
+        if in_chans <= 0:
+            raise UserError(f"--in-chans is {in_chans}; it must be above 0")
         height, width = image_size
         self.config, self.image_size, self.in_chans = config, (height, width), in_chans
         self.dim, self.depth = config.dims[-1], sum(config.depths)
@@ -172,17 +178,3 @@ class ConvNeXt(Backbone):
             return None
         noise = given(drop, self.depth)[:, ::2]
         return drop_factors(noise, torch.linspace(0, self.config.drop_path, self.depth, device=noise.device))
-
-
-def _validate(config: ConvNeXt.Config, in_chans: int) -> None:
-    """Raise UserError for options out of range."""
-    for option in ("dims", "depths"):
-        if min(getattr(config, option)) <= 0:
-            raise UserError(f"--{option} is {' '.join(map(str, getattr(config, option)))}; each must be above 0")
-    for option in ("stem_patch", "layer_scale"):
-        if getattr(config, option) <= 0:
-            raise UserError(f"--{option.replace('_', '-')} is {getattr(config, option)}; it must be above 0")
-    if in_chans <= 0:
-        raise UserError(f"--in-chans is {in_chans}; it must be above 0")
-    if not 0 <= config.drop_path < 1:
-        raise UserError(f"--drop-path is {config.drop_path}; it must be at least 0 and below 1")

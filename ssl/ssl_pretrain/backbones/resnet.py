@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..flags import POSITIVE, within
 from ..parts.norm import BatchNorm2d
 from .backbone import Backbone, Features
 
@@ -92,12 +93,15 @@ class ResNet(Backbone):
         zero_init_residual: bool = False
         """Start the last batch norm of each residual branch at zero gain (Goyal et al. 2017)."""
 
+        def __post_init__(self) -> None:
+            within(self, POSITIVE, "depths")
+
     supports = frozenset()
 
     def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
         super().__init__()
         height, width = image_size
-        _validate(config, (height, width), in_chans)
+        _validate((height, width), in_chans)
         block = Bottleneck if config.bottleneck else BasicBlock
         self.config, self.image_size, self.in_chans = config, (height, width), in_chans
         self.dim, self.depth = WIDTHS[-1] * block.expansion, sum(config.depths)
@@ -165,10 +169,8 @@ class ResNet(Backbone):
         return [self.get_submodule(f"layer{i + 1}") for i in range(len(WIDTHS))]
 
 
-def _validate(config: ResNet.Config, image_size: tuple[int, int], in_chans: int) -> None:
-    """Raise UserError for options out of range."""
-    if min(config.depths) <= 0:
-        raise UserError(f"--depths is {' '.join(map(str, config.depths))}; each must be above 0")
+def _validate(image_size: tuple[int, int], in_chans: int) -> None:
+    """Raise UserError for images that cannot be."""
     if min(image_size) <= 0:
         raise UserError(f"--image-size is {image_size[0]} {image_size[1]}; both sides must be above 0")
     if in_chans <= 0:

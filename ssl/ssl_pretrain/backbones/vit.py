@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..flags import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, within
 from .attention import Packed, attend, attend_packed, prefix_mask
 from .backbone import Backbone, Features
 from .drop_path import ROWS_ABOVE, Kept, drop_factors, given, kept_samples, kept_tokens
@@ -281,6 +282,12 @@ class ViT(Backbone):
         or on the first tokens and behind each branch, none at the end (post, as data2vec 2.0)."""
         norm_eps: float | None = None
         """Epsilon of every layer norm (none: 1e-6; DINOv3's is 1e-5)."""
+
+        def __post_init__(self) -> None:
+            within(self, POSITIVE, "dim", "depth", "heads", "patch_size", "mlp_ratio", "norm_eps")
+            within(self, NOT_NEGATIVE, "registers", "layer_scale")
+            within(self, BELOW_1, "drop_path")
+            within(self, SHARE, "shortcut_decay")
 
     supports = frozenset({"keep", "replace", "attention", "blocks", "drop_path", "pooled_only"})
 
@@ -570,18 +577,9 @@ class ViT(Backbone):
 
 
 def _validate(config: ViT.Config, in_chans: int) -> None:
-    """Raise UserError for options out of range or against each other."""
-    for option in ("dim", "depth", "heads", "patch_size", "mlp_ratio"):
-        if getattr(config, option) <= 0:
-            raise UserError(f"--{option.replace('_', '-')} is {getattr(config, option)}; it must be above 0")
+    """Raise UserError for options against each other."""
     if in_chans <= 0:
         raise UserError(f"--in-chans is {in_chans}; it must be above 0")
-    if config.norm_eps is not None and config.norm_eps <= 0:
-        raise UserError(f"--norm-eps is {config.norm_eps}; it must be above 0")
-    if config.registers < 0:
-        raise UserError(f"--registers is {config.registers}; it must not be negative")
-    if not 0 <= config.drop_path < 1:
-        raise UserError(f"--drop-path is {config.drop_path}; it must be at least 0 and below 1")
     if config.dim % config.heads:
         fits = [heads for heads in range(1, config.dim + 1) if config.dim % heads == 0]
         near = min(fits, key=lambda heads: abs(heads - config.heads))

@@ -24,7 +24,9 @@ class Source(ABC):
 
     labels: np.ndarray | None  # (N,) int64, -1 where unknown; None where the data has no labels
     classes: tuple[str, ...] | None  # class names by label
-    fingerprint: str  # hex; the same for the same data at another place, another one when files come, go or change size
+    # Hex; the same for the same data at another place, another one when files come, go, get other names or another size
+    # (of a folder of more than folder.FINGERPRINT_FILES images: when one of that many among them does).
+    fingerprint: str
     description: str  # one line for people
 
     @abstractmethod
@@ -142,8 +144,8 @@ def _kind(data: str) -> Kind:
     if data.split(":", 1)[0] == "fractals":
         return "fractals"
     path = _path(data)
-    if not os.path.exists(path):
-        raise UserError(_missing(data, path))
+    if (nothing := missing(data)) is not None:
+        raise UserError(nothing)
     if os.path.isfile(path):
         return _kind_of_file(data, path)
     if packed.is_packed(path):
@@ -184,13 +186,26 @@ def compressed(shard: str) -> str:
     )
 
 
-def _missing(data: str, path: str) -> str:
+def missing(data: str) -> str | None:
+    """None where the data is there; else that it is not, and what has nearly its name."""
+    built_in, colon, options = data.partition(":")
+    path = _path(data)
+    if built_in == "fractals" or os.path.exists(path):
+        return None
+    if difflib.get_close_matches(built_in, ["fractals"], cutoff=0.8):
+        return f"there is no {data}: did you mean fractals{colon}{options}?"
     parent, name = os.path.split(path)
+    below = ""  # what follows the first folder that is not there
     while not os.path.isdir(parent):
+        below = os.path.join(name, below) if below else name
         parent, name = os.path.split(parent)
     try:
         close = difflib.get_close_matches(name, os.listdir(parent), n=1)
     except OSError:
         close = []
-    hint = f"did you mean {os.path.join(parent, close[0])}?" if close else f"{parent} exists, and holds no {name}"
-    return f"there is no {data}: {hint}"
+    if not close:
+        return f"there is no {data}: {parent} exists, and holds no {name}"
+    nearly = os.path.join(parent, close[0])
+    if below and os.path.exists(os.path.join(nearly, below)):
+        nearly = os.path.join(nearly, below)
+    return f"there is no {data}: did you mean {nearly}?"

@@ -158,10 +158,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
     # ---- Saving. Training waits only while the state is copied; it is written behind its back, then named.
     writer = checkpoint.Writer(folder, sharded=parallel.is_sharded(method))
 
-    begun, exporting = (
-        False,
-        False,
-    )  # whether a checkpoint, or an export from one, is on its way, on all processes alike
+    begun = exporting = False  # whether a checkpoint, or an export from one, is on its way, on all processes alike
     within = parallel.name_of(method.exported(), method)
     from_files = False  # whether the export of what is begun comes from the checkpoint's files
     lineage: dict[str, Any] = {}

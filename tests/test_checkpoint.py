@@ -245,8 +245,8 @@ os.fsync = fsync
 print("problem", save(2, 2.0), flush=True)
 dist.barrier()
 dist.destroy_process_group()
-# The writer and the mesh of this script still hold gloo's threads, which may abort an interpreter that ends; in a run they are
-# gone by then.
+# The writer and the mesh of this script still hold gloo's threads, which may abort an interpreter that ends; in a run they
+# are gone by then.
 os._exit(0)
 """
 

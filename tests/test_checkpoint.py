@@ -233,6 +233,7 @@ def save(step, value):
         writer.publish()
     return writer.problem
 assert save(1, 1.0) is None
+checkpoint.distributed.sharded_like = None  # made once: to make sharded tensors for every save would hold up training
 real, calls = os.fsync, [0]
 def fsync(file):
     calls[0] += 1

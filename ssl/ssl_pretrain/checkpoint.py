@@ -46,7 +46,8 @@ class Writer:
         self.folder, self.sharded, self.rank = folder, sharded, distributed.rank()
         # A group of its own: the thread talks while the loop does
         self._group = dist.new_group(backend="gloo") if sharded else None
-        self._copies: dict[str, Tensor] = {}  # host memory, used again by every checkpoint
+        # Host memory, used again by every checkpoint: this process's part of each tensor, and the part as it is sharded
+        self._copies: dict[str, tuple[Tensor, Tensor]] = {}
         self._thread: threading.Thread | None = None
         self.step: int | None = None  # of the checkpoint that is begun and not published
         self.problem: Exception | None = None  # why its writing failed here
@@ -56,6 +57,7 @@ class Writer:
         """Whether this process is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
+    @torch.no_grad()
     def begin(
         self, step: int, state: Mapping[str, Any], then: Callable[[], None] | None = None, *, copy: bool = True
     ) -> None:
@@ -71,7 +73,7 @@ class Writer:
             f"{part}/{name}": t for part, each in state.items() if isinstance(each, Mapping) for name, t in each.items()
         }
         facts = {name: value for name, value in state.items() if not isinstance(value, Mapping)}
-        copies = {name: self._copy(name, t.detach()) if copy else t.detach() for name, t in tensors.items()}
+        copies = {name: self._copy(name, t) if copy else t.detach() for name, t in tensors.items()}
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         self.step, self.problem = step, None
@@ -132,11 +134,13 @@ class Writer:
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor` in host memory that is kept from one checkpoint to the next, as sharded as it is."""
         mine = distributed.local(tensor)
-        copy = self._copies.get(name)
-        if copy is None or copy.shape != mine.shape or copy.dtype != mine.dtype:
-            copy = self._copies[name] = torch.empty(mine.shape, dtype=mine.dtype, pin_memory=mine.is_cuda)
+        copy, stored = self._copies.get(name, (None, None))
+        if copy is None or stored is None or copy.shape != mine.shape or copy.dtype != mine.dtype:
+            copy = torch.empty(mine.shape, dtype=mine.dtype, pin_memory=mine.is_cuda)
+            stored = distributed.sharded_like(copy, tensor) if hasattr(tensor, "to_local") else copy
+            self._copies[name] = copy, stored
         copy.copy_(mine, non_blocking=True)
-        return copy if mine is tensor else distributed.sharded_like(copy, tensor)
+        return stored
 
     def _work(
         self, step: int, copies: dict[str, Tensor], facts: dict[str, Any], then: Callable[[], None] | None

@@ -167,7 +167,8 @@ def all_reduce_(tensor: Tensor, how: str = "sum") -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process holds, sharing its memory; any other tensor as it is."""
-    return cast(Any, tensor.detach()).to_local() if hasattr(tensor, "to_local") else tensor
+    with torch.no_grad():  # else it would belong to a graph, made at the price of several operations
+        return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def sharded_like(part: Tensor, other: Tensor) -> Tensor:

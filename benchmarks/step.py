@@ -8,13 +8,14 @@ The second shows what a step of the loop costs beside the model: milliseconds, w
 guarded is the bare step with the work that every step of the loop must do, by hand: pixels from bytes, and no step with
 what is not finite.
 Each variant runs in a process of its own, in turn, on the same ready batch; the medians' ratio is what counts. With
+`--beside` each takes bare steps, of another model of the same kind, in turn with its own ones: machine and caches are the
+same for both, which shows differences that are smaller than those of two processes. With
 `--data` the loop reads images, decodes and crops them, by as many workers as it chooses. Where Lightning is installed, its
 Trainer takes the same steps as the bare ones, without logger, checkpoints and progress bar.
 """
 
 import argparse
 import importlib.util
-import itertools
 import json
 import resource
 import statistics
@@ -48,39 +49,74 @@ def knobs(arguments: argparse.Namespace) -> Any:
     return MAE.Config(decoder_dim=arguments.decoder[0], decoder_depth=arguments.decoder[1], decoder_heads=1)
 
 
-def bare(arguments: argparse.Namespace, guarded: bool = False) -> float:
-    """Forward, backward, AdamW: nothing else. Images a second over the second half of the steps.
+class Bare:
+    """Forward, backward, AdamW: nothing else.
 
     guarded: with what the loop owes its users in every step, written out by hand: pixels arrive as bytes and are
     normalised, and a step whose loss or gradients are not finite is not taken.
     """
-    import torch
 
-    from ssl_pretrain.pretext import Batch, Step
+    def __init__(self, arguments: argparse.Namespace, guarded: bool = False) -> None:
+        import torch
 
-    method = model(arguments)
-    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size)
-    pixels = (images * 50 + 127).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    batch = Batch(views={"image": images}, index=torch.arange(arguments.batch_size))
-    mean, std = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
-    times = []
-    for number in range(arguments.steps):
-        began = time.perf_counter()
+        self.method, self.guarded, self.number, self.steps = model(arguments), guarded, 0, arguments.steps
+        parameters = self.method.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+        self.images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size)
+        pixels = (self.images * 50 + 127).clamp(0, 255).to(torch.uint8)
+        self.pixels = pixels.permute(0, 2, 3, 1).contiguous()
+        self.mean, self.std = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
+
+    def step(self) -> None:
+        import torch
+
+        from ssl_pretrain.pretext import Batch, Step
+
+        images = (self.pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std if self.guarded else self.images
+        batch = Batch(views={"image": images}, index=torch.arange(len(images)))
         where = {"rows": slice(0, len(images)), "batch_size": len(images), "device": images.device}
-        if guarded:
-            batch.views["image"] = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
-        losses = method(batch, Step(step=number, total=arguments.steps, noise=number, **where))
+        losses = self.method(batch, Step(step=self.number, total=self.steps, noise=self.number, **where))
         losses.total.backward()
-        checked = [p.grad for p in method.parameters() if p.grad is not None] if guarded else []
+        checked = [p.grad for p in self.method.parameters() if p.grad is not None] if self.guarded else []
         if not checked or torch.isfinite(losses.total + torch.nn.utils.get_total_norm(checked)):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - began)
-    return arguments.batch_size / statistics.median(times[len(times) // 2 :])
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.number = (self.number + 1) % self.steps
 
 
-def loop(arguments: argparse.Namespace) -> float:
+class Clock:
+    """Seconds of each step, and of the bare steps taken in between (none without `other`)."""
+
+    def __init__(self, other: Bare | None) -> None:
+        self.other, self.own, self.bare = other, list[float](), list[float]()
+        self._since: float | None = None
+
+    def between(self) -> None:
+        """A step has ended, the next one is about to begin."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self.own.append(now - self._since)
+        if self.other is not None:
+            self.other.step()
+            self.bare.append(time.perf_counter() - now)
+        self._since = time.perf_counter()
+
+    def result(self) -> dict[str, float]:
+        """Medians over the second half of the steps, in ms."""
+        taken = {"own": self.own, "bare": self.bare}
+        return {name: 1e3 * statistics.median(each[len(each) // 2 :]) for name, each in taken.items() if each}
+
+
+def bare(arguments: argparse.Namespace, clock: Clock, guarded: bool = False) -> None:
+    """Bare steps one after another."""
+    ours = Bare(arguments, guarded)
+    clock.between()
+    for _ in range(arguments.steps):
+        ours.step()
+        clock.between()
+
+
+def loop(arguments: argparse.Namespace, clock: Clock) -> None:
     """The same through `ssl_pretrain.train`, its loader replaced by one ready uint8 batch unless there are data."""
     import numpy as np
     import torch
@@ -101,18 +137,17 @@ def loop(arguments: argparse.Namespace) -> float:
         geometry={"image": np.zeros((count, 5), np.float32)},
         colour={"image": np.zeros((count, COLOUR_PARAMS), np.float32)},
     )
-    stamps = []
 
     def ready(*_: Any, **__: Any) -> Iterator[RawBatch]:
-        for _ in itertools.count():
-            stamps.append(time.perf_counter())
+        while True:
+            clock.between()
             yield raw
 
     read = train.batches
 
     def stamped(*given: Any, **named: Any) -> Iterator[RawBatch]:
         for each in read(*given, **named):
-            stamps.append(time.perf_counter())
+            clock.between()
             yield each
 
     train.batches = ready if arguments.data is None else stamped
@@ -133,11 +168,9 @@ def loop(arguments: argparse.Namespace) -> float:
             **({} if arguments.data is None else {"data": arguments.data}),
         )
         train.train(run, knobs(arguments), options)
-    times = [after - before for before, after in itertools.pairwise(stamps)]
-    return count / statistics.median(times[len(times) // 2 :])
 
 
-def lightning(arguments: argparse.Namespace) -> float:
+def lightning(arguments: argparse.Namespace, clock: Clock) -> None:
     """The bare step through Lightning's Trainer: nothing looked at, nothing logged, nothing kept."""
     import logging
 
@@ -151,7 +184,6 @@ def lightning(arguments: argparse.Namespace) -> float:
     method = model(arguments)
     size, count = arguments.image_size, arguments.batch_size
     batch = Batch(views={"image": torch.randn(count, 3, size, size)}, index=torch.arange(count))
-    stamps = []
 
     class Module(base):
         def __init__(self) -> None:
@@ -159,7 +191,7 @@ def lightning(arguments: argparse.Namespace) -> float:
             self.method = method
 
         def training_step(self, _: Any, number: int) -> Any:
-            stamps.append(time.perf_counter())
+            clock.between()
             where = {"rows": slice(0, count), "batch_size": count, "device": torch.device("cpu")}
             return self.method(batch, Step(step=number, total=arguments.steps, noise=number, **where)).total
 
@@ -171,8 +203,6 @@ def lightning(arguments: argparse.Namespace) -> float:
         **{"enable_progress_bar": False, "enable_model_summary": False},
     )
     trainer.fit(Module(), torch.utils.data.DataLoader(range(arguments.steps), batch_size=None))
-    times = [after - before for before, after in itertools.pairwise(stamps)]
-    return count / statistics.median(times[len(times) // 2 :])
 
 
 def main() -> None:
@@ -185,12 +215,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--decoder", type=int, nargs=2, metavar=("DIM", "DEPTH"), help="(default: the paper's)")
     parser.add_argument("--data", help="images for the loop to read (default: one ready batch)")
+    parser.add_argument("--beside", action="store_true", help="take bare steps in turn with those of each variant")
     parser.add_argument("--variant", choices=["bare", "guarded", "loop", "lightning"])
     arguments = parser.parse_args()
     if arguments.variant:
         kinds = {"bare": bare, "guarded": partial(bare, guarded=True), "loop": loop, "lightning": lightning}
-        speed = kinds[arguments.variant](arguments)
-        print(json.dumps({"speed": speed, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        clock = Clock(Bare(arguments) if arguments.beside else None)
+        kinds[arguments.variant](arguments, clock)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({**clock.result(), "memory": memory}))
         return
     variants = ["bare", "guarded", "loop", *(["lightning"] if importlib.util.find_spec("lightning") else [])]
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
@@ -198,23 +231,19 @@ def main() -> None:
         for variant, results in found.items():
             argv = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
             said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-            results.append(
-                json.loads(next(line for line in said.splitlines() if line.startswith("{")))
-            )  # plugins speak, too
-    median = {
-        v: {k: statistics.median(r[k] for r in results) for k in ("speed", "memory")} for v, results in found.items()
-    }
-    print(
-        f"MAE {arguments.encoder}/{arguments.patch_size} at {arguments.image_size}, batch {arguments.batch_size}, fp32"
-    )
-    milliseconds = {variant: 1e3 * arguments.batch_size / m["speed"] for variant, m in median.items()}
+            # Plugins speak, too
+            results.append(json.loads(next(line for line in said.splitlines() if line.startswith("{"))))
+    median = {v: {k: statistics.median(r[k] for r in results) for k in results[0]} for v, results in found.items()}
+    size = arguments.image_size
+    print(f"MAE {arguments.encoder}/{arguments.patch_size} at {size}, batch {arguments.batch_size}, fp32")
     for variant, m in median.items():
+        more = [r["own"] - r.get("bare", median["bare"]["own"]) for r in found[variant]]
         print(
-            f"{variant:9}  {m['speed']:8.1f} images/s  a step {milliseconds[variant]:8.2f} ms "
-            f"({milliseconds[variant] - milliseconds['bare']:+.2f})  peak {m['memory']:7.0f} MiB"
+            f"{variant:9}  {1e3 * arguments.batch_size / m['own']:8.1f} images/s  a step {m['own']:8.2f} ms, "
+            f"{statistics.median(more):+.2f} ({min(more):+.2f} to {max(more):+.2f}) beside bare; {m['memory']:7.0f} MiB"
         )
-    print(f"loop / bare: speed {median['loop']['speed'] / median['bare']['speed']:.3f}, "
-          f"memory {median['loop']['memory'] / median['bare']['memory']:.3f}")  # fmt: skip
+    each, memory = (median["loop"][k] / median["bare"][k] for k in ("own", "memory"))
+    print(f"loop / bare: speed {1 / each:.3f}, memory {memory:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
 """LARS against NumPy written from You, Gitman & Ginsburg (2017), and steps that are skipped."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from ssl_pretrain import optim
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from counted import Counted
 
 
 def groups(w: torch.nn.Parameter, b: torch.nn.Parameter) -> list[dict]:
@@ -59,3 +65,20 @@ def test_its_state_goes_through_a_checkpoint() -> None:
     other = optim.build("lars", groups(w, b), (0.9, 0.999))
     optim.load_state_by_name(other, state)
     assert torch.equal(other.state[w]["momentum_buffer"], optimizer.state[w]["momentum_buffer"])
+
+
+def test_its_kernels_are_few_however_many_parameters_there_are() -> None:
+    def kernels(count: int) -> int:
+        parameters = [torch.nn.Parameter(torch.ones(3, 3)) for _ in range(count)]
+        names = [str(i) for i in range(count)]
+        group = {"params": parameters, "names": names, "decays": True, "lr_scale": 1.0, "weight_decay": 0.0}
+        optimizer = optim.build("lars", [group], (0.9, 0.999))
+        for _ in range(2):  # the first one makes the state
+            for parameter in parameters:
+                parameter.grad = torch.ones(3, 3)
+            with Counted() as counted:
+                optim.step_unless(torch.tensor(0.0), optimizer)
+        return sum(counted.kernels.values())
+
+    assert kernels(20) - kernels(10) == 10  # one a parameter, that no NaN stays
+    assert kernels(10) <= 40

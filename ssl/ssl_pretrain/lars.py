@@ -23,29 +23,40 @@ class Lars(torch.optim.Optimizer):
         groups: list[dict[str, Any]],
         *,
         momentum: float,
-        total: Callable[[Tensor], Tensor] = lambda squares: squares,
+        whole: Callable[[Tensor], Tensor] = lambda norms: norms,
     ) -> None:
-        """`total` adds sums of squares up over the processes that hold the other parts of the parameters."""
+        """`whole` makes norms of whole tensors of those of the parts that this process holds."""
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "decays": True})
-        self._total = total
+        self._whole = whole
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
-        found = getattr(self, "found_inf", None)
+        found: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                ok = torch.ones((), dtype=torch.bool, device=w.device) if found is None else found == 0
-                state = self.state[w]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(w)
-                v: Tensor = state["momentum_buffer"]
-                g = w.grad
-                if group["decays"]:
-                    g = g.add(w, alpha=group["weight_decay"])
-                    w_norm, g_norm = self._total(torch.stack([w.norm(), g.norm()]).square()).sqrt().to(w.device)
-                    g = g * torch.where((w_norm > 0) & (g_norm > 0), TRUST * w_norm / g_norm, 1.0)
-                v.copy_(torch.where(ok, group["momentum"] * v + g, v))
-                w.sub_(torch.where(ok, v, 0.0), alpha=group["lr"])
+            w = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not w:
+                continue
+            v = [self._momentum(parameter) for parameter in w]
+            bad = w[0].new_zeros(()) if found is None else found.to(w[0], non_blocking=True)
+            skipped = bad != 0
+            decay = group["weight_decay"] if group["decays"] else 0.0
+            g = list(torch._foreach_add([parameter.grad for parameter in w], w, alpha=decay))
+            if group["decays"]:
+                own = torch.stack([*torch._foreach_norm(w), *torch._foreach_norm(g)])
+                w_norms, g_norms = self._whole(own).to(bad).chunk(2)
+                trust = torch.where((w_norms > 0) & (g_norms > 0), TRUST * w_norms / g_norms, 1.0)
+                torch._foreach_mul_(g, list(trust.unbind()))
+            for each in g:  # NaN times 0 would stay
+                each.masked_fill_(skipped, 0.0)
+            torch._foreach_mul_(v, bad + (1 - bad) * group["momentum"])
+            torch._foreach_add_(v, g)
+            torch._foreach_copy_(g, v)
+            torch._foreach_mul_(g, (bad - 1) * group["lr"])
+            torch._foreach_add_(w, g)
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]

@@ -1,5 +1,6 @@
 """Tables so large that their way to memory and back, or asking the system for them, takes longer than what is computed."""
 
+import math
 import mmap
 import sys
 from contextlib import suppress
@@ -24,8 +25,7 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised contiguous table. malloc maps what is this large anew each time, and on a CPU the faults of its
     pages take longer than a pass over it: huge pages are asked for, where the system has them, and the memory of a table
     that nobody holds any more is used again for the next one of its size (and given back where that has another)."""
-    like = torch.empty(shape, dtype=dtype, device="meta")
-    size = like.numel() * like.element_size()
+    size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     idle = [memory for memory, count in zip(_mapped, _references(_mapped), strict=True) if count == _NOBODYS]

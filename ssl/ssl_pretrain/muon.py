@@ -4,6 +4,8 @@ from typing import Any, final
 
 import torch
 
+from .adamw import AdamW
+
 
 @final
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -23,7 +25,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         if matrices:
             parts.append(torch.optim.Muon(matrices, lr=0.0, adjust_lr_fn="match_rms_adamw"))
         if others:
-            parts.append(torch.optim.AdamW(others, lr=0.0, betas=betas, fused=True))
+            parts.append(AdamW(others, betas=betas))
         self._parts = parts
         # One list of groups and one state for all, so that rates are set and checkpoints made as for any optimiser.
         self.param_groups = [group for part in parts for group in part.param_groups]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .adamw import AdamW
 from .lars import Lars
 from .muon import MuonAndAdamW
 from .pretext import Method
@@ -65,18 +66,18 @@ def build(
     kind: Literal["adamw", "sgd", "lars", "muon"],
     groups: list[dict[str, Any]],
     betas: tuple[float, float],
-    total: Callable[[Tensor], Tensor] = lambda squares: squares,
+    whole: Callable[[Tensor], Tensor] = lambda norms: norms,
 ) -> torch.optim.Optimizer:
     """The optimiser, fused (one kernel over all parameters; three times faster than the default on CPU and GPU).
 
-    total: what sums of squares over the parameters become where each process holds a part of them.
+    whole: what the 2-norms of tensors become where each process holds a part of them.
     """
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        return AdamW(groups, betas=betas)
     if kind == "muon":
         return MuonAndAdamW(groups, betas=betas)
     if kind == "lars":
-        return Lars(groups, momentum=betas[0], total=total)
+        return Lars(groups, momentum=betas[0], whole=whole)
     return torch.optim.SGD(groups, lr=0.0, momentum=betas[0], fused=True)
 
 
@@ -96,10 +97,10 @@ def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def gradient_norms(parameters: list[nn.Parameter], total: Callable[[Tensor], Tensor]) -> Tensor:
-    """The 2-norm of each gradient there is, float32 (P,); `total` as in `build`."""
+def gradient_norms(parameters: list[nn.Parameter], whole: Callable[[Tensor], Tensor]) -> Tensor:
+    """The 2-norm of each gradient there is, float32 (P,); `whole` as in `build`."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    return total(torch.stack(torch._foreach_norm(grads)).float().square()).sqrt()
+    return whole(torch.stack(torch._foreach_norm(grads)).float())
 
 
 def clip_(parameters: list[nn.Parameter], most: float, norms: Tensor, *, each: bool) -> None:

@@ -164,7 +164,7 @@ def copy_whole(source: nn.Module, target: nn.Module | None) -> None:
 class Shards:
     """The trained parameters as this process's optimiser sees them: its parts of sharded ones, sharing their memory.
 
-    An optimiser over plain tensors needs to know nothing of sharding; what crosses parts (norms) goes through `total`.
+    An optimiser over plain tensors needs to know nothing of sharding; what crosses parts goes through `norms`.
     """
 
     def __init__(self, method: nn.Module, device: torch.device) -> None:
@@ -188,13 +188,13 @@ class Shards:
             mine.grad = None if parameter.grad is None else distributed.local(parameter.grad)
             parameter.grad = None
 
-    def total(self, squares: Tensor) -> Tensor:
-        """Sums of squares over this process's parts (any shape), added up over the processes that hold the others."""
+    def norms(self, own: Tensor) -> Tensor:
+        """2-norms of whole tensors (any shape) from those of this process's parts; the others are asked for theirs."""
         if self._group is None:
-            return squares
-        squares = squares.to(self._device)
+            return own
+        squares = own.to(self._device).square()
         dist.all_reduce(squares, group=self._group)
-        return squares
+        return squares.sqrt()
 
     def entries(self, optimizer_state: dict[str, Tensor], method: nn.Module) -> dict[str, Tensor]:
         """The optimiser's state by "parameter/entry" as it is stored: what has a part's shape is sharded as its

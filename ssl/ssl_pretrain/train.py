@@ -8,7 +8,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -130,7 +130,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
         run.optimizer,
         optim.parameter_groups(method, rule=kind.recipe.decay, layer_decay=run.layer_decay, part=shards),
         run.betas,
-        shards.total,
+        shards.norms,
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     skipped = 0
@@ -153,7 +153,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
             report.say(met)
         if start:
             report.say(f"continuing from step {start} of {steps}")
-    autocast = torch.autocast(here.device.type, torch.bfloat16, enabled=run.precision == "bf16")
+    autocast = torch.autocast(here.device.type, torch.bfloat16) if run.precision == "bf16" else nullcontext()
 
     # ---- Saving. Training waits only while the state is copied; it is written behind its back, then named.
     writer = checkpoint.Writer(folder, sharded=parallel.is_sharded(method))
@@ -293,7 +293,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
                 with parallel.last_backward(wrapped, last):
                     with autocast:
                         losses = wrapped(batch, step)
-                    (losses.total / accumulate).backward()
+                    (losses.total / accumulate if accumulate > 1 else losses.total).backward()
                 results.append((batch.index, losses))
             values = [torch.stack([each.total.detach(), *each.terms.values()]) for _, each in results]
             mean = values[0] if len(values) == 1 else torch.stack(values).mean(0)
@@ -301,17 +301,18 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
                 (step_number, index, each.per_sample) for index, each in results if each.per_sample is not None
             ]
             shards.take_gradients()
-            norms = optim.gradient_norms(parameters, shards.total)
-            norm = norms.norm()
+            norms = optim.gradient_norms(parameters, shards.norms)
+            norm = torch.linalg.vector_norm(norms)
             # A step is taken by all processes or by none, and only if everything in it is finite.
-            bad = distributed.all_reduce_(torch.isfinite(mean[0] + norm).logical_not_().float(), "max")
+            bad = distributed.all_reduce_(((mean[0] + norm) * 0 != 0).float(), "max")
             if run.clip_grad is not None:
                 optim.clip_(parameters, run.clip_grad, norms, each=run.clip_each)
             optim.step_unless(bad, optimizer)
             step.ok = bad == 0
             step.carried = {name: torch.cat([each.carry[name] for _, each in results]) for name in losses.carry}
             method.after_step(step)
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in parameters:
+                parameter.grad = None
             pending.append(torch.cat([torch.stack([bad, norm]), mean]))
             names = list(losses.terms)
             step_number += 1

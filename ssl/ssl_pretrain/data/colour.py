@@ -44,15 +44,17 @@ def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, .
     raw: uint8 (..., H, W, C) on the device; params: float32 (..., P) on the CPU, with the same leading sizes; mean,
     std: C numbers each, of pixels in [0, 1]. Returns float32 (..., C, H, W), coloured by `apply` and normalised.
     """
-    rows, pixels = params.reshape(-1, params.shape[-1]), raw.reshape(-1, *raw.shape[-3:]).movedim(-1, -3)
+    pixels = raw.flatten(0, -4).permute(0, 3, 1, 2)
     out = empty(*pixels.shape, dtype=torch.float32, device=raw.device)
     tinted = coloured(spec)
     scale, bias = _normalisation(mean, std, 1 if tinted else 255, raw.device)
-    for part in parts(out):
-        planes = out[part].copy_(pixels[part])
+    size = together(out)
+    for at, (seen, planes) in enumerate(zip(pixels.split(size), out.split(size), strict=True)):
+        values = planes.copy_(seen)
         if tinted:
-            planes = apply(planes.div_(255), rows[part], spec)
-        torch.addcmul(bias, planes, scale, out=out[part])
+            rows = params.reshape(-1, params.shape[-1])[at * size : (at + 1) * size]
+            values = apply(values.div_(255), rows, spec)
+        torch.addcmul(bias, values, scale, out=planes)
     return out.view(*raw.shape[:-3], *out.shape[1:])
 
 
@@ -66,11 +68,11 @@ def _normalisation(
     return (scale / white).to(device, non_blocking=True), (-centre * scale).to(device, non_blocking=True)
 
 
-def parts(images: Tensor, cached: int = CACHED) -> list[slice]:
-    """A batch (B, ...) in parts to work on one after another: all of it on a GPU; on a CPU so few images (of `cached`
-    values, or one) that they stay in its cache, for a batch would go to memory and back with every operation."""
-    size = len(images) if images.device.type != "cpu" else max(1, cached // max(1, images[0].numel()))
-    return [slice(start, start + size) for start in range(0, len(images), size)]
+def together(images: Tensor, cached: int = CACHED) -> int:
+    """How many images of a batch (B, ...) to work on at once: all of it on a GPU; on a CPU so few (of `cached` values, or
+    one) that they stay in its cache, for a batch would go to memory and back with every operation."""
+    size = max(1, len(images))
+    return size if images.device.type != "cpu" else max(1, min(size, cached * size // max(1, images.numel())))
 
 
 def apply(images: Tensor, params: np.ndarray, spec: ViewSpec) -> Tensor:

@@ -33,7 +33,8 @@ def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, .
     low, high = shift, shift + scale  # where 0 and 1 are after normalisation
     out = empty(len(flat), 3, *flat.shape[1:3], dtype=torch.float32, device=raw.device)
     weights, by_means, shifts = (_on(each, raw.device) for each in (matrix, by_mean, shift[:, None]))
-    for part in colour.parts(flat, 4 * colour.CACHED):  # fewer copies are made than by `colour.apply`
+    size = colour.together(flat, 4 * colour.CACHED)  # fewer copies are made than by `colour.apply`
+    for part in (slice(start, start + size) for start in range(0, len(flat), size)):
         _split(flat[part], out[part])
         planes = out[part].flatten(2)
         offsets = torch.baddbmm(shifts, by_means[part], planes.mean(2, keepdim=True)) if by_mean[part].any() else shifts

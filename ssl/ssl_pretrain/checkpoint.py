@@ -6,6 +6,7 @@ parameters out), and `checkpoint.json`: the step, plain data, and size and CRC-3
 name, synced and then renamed, so that a killed process or a full disk leaves the ones before it as they were.
 """
 
+import errno
 import json
 import os
 import re
@@ -16,10 +17,9 @@ import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from . import distributed
 from .files import sync, write_text
 from .shard_file import ShardWriter
+from .shard_plan import OwnPlan, mine
 
 # Said of every checkpoint that one process writes or reads for itself, which is what is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -44,13 +45,13 @@ class Writer:
 
     def __init__(self, folder: Path, *, sharded: bool = False) -> None:
         self.folder, self.sharded, self.rank = folder, sharded, distributed.rank()
-        # A group of its own: the thread talks while the loop does
-        self._group = dist.new_group(backend="gloo") if sharded else None
         # Host memory, used again by every checkpoint: this process's part of each tensor, and the part as it is sharded
         self._copies: dict[str, tuple[Tensor, Tensor]] = {}
         self._thread: threading.Thread | None = None
         self.step: int | None = None  # of the checkpoint that is begun and not published
-        self.problem: Exception | None = None  # why its writing failed here
+        self.problem: OSError | None = None  # why its writing failed here
+        self._facts: dict[str, Any] = {}
+        self._written: dict[str, tuple[int, int]] = {}  # bytes and CRC-32 of this process's files
 
     @property
     def busy(self) -> bool:
@@ -76,12 +77,10 @@ class Writer:
         copies = {name: self._copy(name, t) if copy else t.detach() for name, t in tensors.items()}
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
-        self.step, self.problem = step, None
-        if self.rank == 0:
+        self.step, self.problem, self._facts, self._written = step, None, facts, {}
+        if not self.sharded:  # else another may have begun; `clear` has seen to it
             shutil.rmtree(self._aside(step), ignore_errors=True)
-        self._thread = threading.Thread(
-            target=self._work, args=(step, copies, facts, then), name="checkpoint", daemon=True
-        )
+        self._thread = threading.Thread(target=self._work, args=(step, copies, then), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -102,23 +101,26 @@ class Writer:
         """
         self.wait()
         step, self.step = self.step, None
+        # By word of mouth: what another machine has just written may take a minute to be listed here (NFS)
+        written = distributed.from_all(self._written) if self.sharded else [self._written]
         if step is None or self.rank != 0:
             return
         aside, final = self._aside(step), self._final(step)
         try:
             if self.problem:
                 raise self.problem
-            said: dict[str, Any] = {"step": step, "files": {}}
-            for listing in sorted(aside.glob("written-*.json")):
-                part = json.loads(listing.read_text())
-                said = {**said, **part, "files": {**said["files"], **part["files"]}}
-                listing.unlink()
-            write_text(aside / "checkpoint.json", json.dumps(said))
+            files = {name: facts for part in written for name, facts in part.items()}
+            for name, (size, _) in files.items():
+                if not (aside / name).exists():
+                    raise OSError(errno.ENOENT, "not there: is --out on a file system that all machines share?", name)
+                if (aside / name).stat().st_size != size:
+                    raise OSError(errno.EIO, f"has not the {size} bytes that were written", name)
+            write_text(aside / "checkpoint.json", json.dumps({"step": step, **self._facts, "files": files}))
             sync(aside)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
             os.rename(aside, final)
             sync(self.folder)
-        except Exception as problem:
+        except OSError as problem:
             self.problem = _with_name(problem, final)
             shutil.rmtree(aside, ignore_errors=True)
             return
@@ -142,10 +144,8 @@ class Writer:
         copy.copy_(mine, non_blocking=True)
         return stored
 
-    def _work(
-        self, step: int, copies: dict[str, Tensor], facts: dict[str, Any], then: Callable[[], None] | None
-    ) -> None:
-        self._try(lambda: self._write(self._aside(step), copies, facts))
+    def _work(self, step: int, copies: dict[str, Tensor], then: Callable[[], None] | None) -> None:
+        self._try(lambda: self._write(self._aside(step), copies))
         if self.problem is not None:
             self.problem = _with_name(self.problem, self._final(step))
         if then is not None and self.problem is None:
@@ -154,24 +154,25 @@ class Writer:
     def _try(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as problem:  # told by the thread that can end the run
+        except OSError as problem:  # told by the thread that can end the run
             self.problem = problem
+        except Exception as problem:  # in words, for it may be told to other processes
+            self.problem = OSError(f"{type(problem).__name__}: {problem}")
 
-    def _write(self, aside: Path, copies: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        writer = ShardWriter(aside)
+    def _write(self, aside: Path, copies: dict[str, Tensor]) -> None:
+        writer = ShardWriter(aside, self.rank)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            dcp.save(copies, storage_writer=writer, process_group=self._group, no_dist=not self.sharded)
+            aside.mkdir(parents=True, exist_ok=True)
+            dcp.save(mine(copies, first=self.rank == 0), storage_writer=writer, planner=OwnPlan(), no_dist=True)
         except dcp.api.CheckpointException as failed:
-            # What went wrong on any process is told to all; the first one that is about files is what a person can mend.
-            causes = [problem for problem, _ in failed.failures.values()]
-            raise next((c for c in causes if isinstance(c, OSError)), OSError(f"{aside}: {causes[0]!r}")) from None
-        write_text(aside / f"written-{self.rank:05d}.json", json.dumps({**facts, "files": writer.written}))
+            cause, _ = next(iter(failed.failures.values()))
+            raise cause if isinstance(cause, OSError) else OSError(f"{aside}: {cause!r}") from None
+        self._written = writer.written
 
 
-def _with_name(problem: Exception, path: Path) -> Exception:
+def _with_name(problem: OSError, path: Path) -> OSError:
     """The same with the path: an error in the midst of a file (a full disk) does not say where."""
-    if isinstance(problem, OSError) and problem.errno is not None and problem.filename is None:
+    if problem.errno is not None and problem.filename is None:
         return OSError(problem.errno, problem.strerror or str(problem), str(path))
     return problem
 
@@ -220,54 +221,62 @@ def newest(folder: Path) -> int | None:
     return None
 
 
-def read(folder: Path, step: int, into: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Put the tensors of a checkpoint into those of `into` (by part and name, sharded or not, on any device), and return
-    its plain data. Each process reads what it holds itself; files are memory-mapped, so nothing is in memory twice.
+@final
+class Reader:
+    """A checkpoint that is whole. The headers of its files, one for each process that wrote, are read once."""
 
-    Raises ValueError where the names or shapes are not the same.
-    """
-    path = folder / f"step-{step:08d}"
-    flat = {name: tensor.detach() for name, tensor in _flat(into).items()}
-    there = {name: tuple(found.size) for name, found in _metadata(path).state_dict_metadata.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in flat.items()}
-    if there != wanted:
-        different = sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name))
-        raise ValueError(f"{path} is of another model: {', '.join(different[:10])}")
-    dcp.load(flat, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-    said = json.loads((path / "checkpoint.json").read_text())
-    return {name: value for name, value in said.items() if name not in ("files", "step")}
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / f"step-{step:08d}"
+        self._storage = _Storage(str(self.path))
+
+    def entries(self) -> list[tuple[tuple[str, str], tuple[int, ...], torch.dtype]]:
+        """Part and name, whole shape and dtype of each tensor."""
+        found = self._storage.read_metadata().state_dict_metadata
+        return [
+            ((name.split("/", 1)[0], name.split("/", 1)[1]), tuple(each.size), each.properties.dtype)
+            for name, each in found.items()
+        ]
+
+    def read(self, into: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Put the tensors into those of `into` (by part and name, sharded or not, on any device); return the plain data.
+        Each process reads what it holds itself; files are memory-mapped, so nothing is in memory twice.
+
+        Raises ValueError where the names or shapes are not the same.
+        """
+        flat = {f"{part}/{name}": t.detach() for part, each in into.items() for name, t in each.items()}
+        there = {f"{part}/{name}": shape for (part, name), shape, _ in self.entries()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in flat.items()}
+        if there != wanted:
+            different = sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name))
+            raise ValueError(f"{self.path} is of another model: {', '.join(different[:10])}")
+        self.read_some(flat)
+        said = json.loads((self.path / "checkpoint.json").read_text())
+        return {name: value for name, value in said.items() if name not in ("files", "step")}
+
+    def read_some(self, into: dict[str, Tensor]) -> None:
+        """Put some of the tensors, by "part/name", into those of `into`."""
+        dcp.load(into, storage_reader=self._storage, no_dist=True)
 
 
-def read_some(folder: Path, step: int, into: dict[str, Tensor]) -> None:
-    """Put some of the tensors of a checkpoint, by "part/name", into those of `into`, whole ones, by this process alone."""
-    dcp.load(into, storage_reader=HuggingFaceStorageReader(str(folder / f"step-{step:08d}")), no_dist=True)
+class _Storage(HuggingFaceStorageReader):
+    """torch's reader, which reads all headers whenever it is asked where things lie."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "_found"):
+            self._found = super().read_metadata()
+        return self._found
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """See StorageReader: it is of one checkpoint for good."""
 
 
 def load(folder: Path, step: int) -> dict[str, Any]:
     """The whole state of a checkpoint, tensors in host memory: what was given to `save`."""
+    reader = Reader(folder, step)
     parts: dict[str, dict[str, Tensor]] = {}
-    for (part, name), shape, dtype in entries(folder, step):
+    for (part, name), shape, dtype in reader.entries():
         parts.setdefault(part, {})[name] = torch.empty(shape, dtype=dtype)
-    return {**parts, **read(folder, step, parts)}
-
-
-def entries(folder: Path, step: int) -> list[tuple[tuple[str, str], tuple[int, ...], torch.dtype]]:
-    """Part and name, whole shape and dtype of each tensor in a checkpoint."""
-    found = _metadata(folder / f"step-{step:08d}").state_dict_metadata
-    return [
-        ((name.split("/", 1)[0], name.split("/", 1)[1]), tuple(each.size), each.properties.dtype)
-        for name, each in found.items()
-    ]
-
-
-def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of its parts, as "part/name"."""
-    parts = [(part, each) for part, each in state.items() if isinstance(each, Mapping)]
-    return {f"{part}/{name}": tensor for part, each in parts for name, tensor in each.items()}
-
-
-def _metadata(path: Path) -> Any:
-    return HuggingFaceStorageReader(str(path)).read_metadata()
+    return {**parts, **reader.read(parts)}
 
 
 def damage(path: Path) -> str | None:

@@ -28,9 +28,9 @@ class ShardWriter(HuggingFaceStorageWriter):
     `written`: size and CRC-32 of this process's file by its name, once it is synced.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rank: int) -> None:
         super().__init__(str(folder), save_distributed=True)
-        self.folder = folder
+        self.folder, self.number = folder, rank + 1
         self.written: dict[str, tuple[int, int]] = {}
 
     def write_data(self, plan: Any, planner: Any) -> Future:
@@ -53,7 +53,7 @@ class ShardWriter(HuggingFaceStorageWriter):
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         # The name that the reader's library gives such files
-        path = self.folder / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
+        path = self.folder / f"shard-{self.number:05d}-model-00001-of-00001.safetensors"
         size = crc = 0
         with open(path, "wb") as file:
             for piece in (len(text).to_bytes(8, "little"), text, *map(planner.resolve_data, items)):

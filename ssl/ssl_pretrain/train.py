@@ -135,12 +135,13 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     skipped = 0
     if start:
-        found = checkpoint.entries(folder, start)
-        entries = {name: (shape, dtype) for (part, name), shape, dtype in found if part == "optimizer"}
+        kept = checkpoint.Reader(folder, start)
+        entries = {name: (shape, dtype) for (part, name), shape, dtype in kept.entries() if part == "optimizer"}
         state = optim.empty_state(optimizer, entries, method)
         into = {"method": method.state_dict(), "optimizer": shards.entries(state, method)}
-        skipped = checkpoint.read(folder, start, into)["skipped"]
+        skipped = kept.read(into)["skipped"]
         optim.load_state_by_name(optimizer, state)
+        del kept, into, state
     if here.first:  # before anything else, for this makes the folder a run's
         files.write_text(out / "config.yaml", yaml.safe_dump(record, sort_keys=False))
     report = Report(out, step=start, steps=steps, silent=not here.first)
@@ -212,7 +213,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
         exported = made()
         assert exported is not None
         tensors = {f"method/{within}{name}": tensor for name, tensor in exported.backbone.state_dict().items()}
-        checkpoint.read_some(folder, lineage["step"], tensors)
+        checkpoint.Reader(folder, lineage["step"]).read_some(tensors)
         exported.lineage = lineage
         encoder.save(out / "encoder", exported)
 
@@ -229,7 +230,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
                 (failed,) = distributed.any_of(writer.problem is not None)
             exporting, begun = begun and from_files and not failed, False
             if failed:
-                raise writer.problem or OSError("another process could not write its part of the checkpoint")
+                raise next(problem for problem in distributed.from_all(writer.problem) if problem)
             if exporting and here.first:
                 writer.follow(export_written)
             blocked += time.perf_counter() - asked_at

@@ -3,7 +3,7 @@ on paper, checked where it can be.
 
     python benchmarks/scaling.py                      # the prediction, as Markdown tables
     python benchmarks/scaling.py --storage 50 --image-bytes 40000 --checkpoint-every 500    # ... for other inputs
-    python benchmarks/scaling.py --planning 64        # what planning a checkpoint of so many processes takes
+    python benchmarks/scaling.py --planning 64        # what finding the parts of a checkpoint of so many processes takes
     python benchmarks/scaling.py --measure            # bytes and times of a step against what 1, 2 and 4 processes show
     python benchmarks/scaling.py --measure --links 0 4 1    # ... over links of so many Gbit/s each (0: as fast as it goes)
 
@@ -17,7 +17,6 @@ one process sends in a step; times are seconds.
 import argparse
 import json
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -26,12 +25,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageReader, SavePlan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ssl_pretrain import backbones
+from ssl_pretrain.shard_plan import OwnPlan, mine
 
 MODELS = {"ViT-L/16": "vit_large", "ViT-H/14": "vit_huge", "ViT-g/14": "vit_giant"}
 PATCH = {"ViT-L/16": 16, "ViT-H/14": 14, "ViT-g/14": 14}
@@ -60,7 +61,6 @@ class Cluster:
     storage: float = 100e9  # all machines together
     operation: float = 0.5e-3  # seconds of opening, renaming or removing a file
     operations: float = 100e3  # of them a second, for all machines together
-    planning: float = 80e-6  # seconds that laying out one tensor of one process takes the first one (--planning)
     listing: float = 20e-6  # seconds of reading where one lies (--planning)
 
 
@@ -194,8 +194,7 @@ class Saved:
 
     part: float  # bytes that the first process writes, which writes most: its part, and the export
     blocked: float  # training waits
-    planned: float  # the first process lays out who writes what, behind training's back
-    written: float  # ... and the files are written
+    written: float  # the files are written, behind training's back
     read: float  # until a run that is started again can go on
 
 
@@ -203,14 +202,14 @@ def saved(how: str, model: Model, world: int, cluster: Cluster) -> Saved:
     """The prediction for AdamW without a teacher: 12 bytes a parameter, and 4 for the export.
 
     Training waits while each process copies what it holds (the first one of ddp the export, too), and, some steps later,
-    while the first process names the checkpoint: each part's listing is read and removed, and an older checkpoint's part
-    and folder. The export of what is sharded is read from the files and written after that.
+    while the first process names the checkpoint: each part is looked for, and an older checkpoint's part removed. The
+    export of what is sharded is read from the files and written after that.
     """
     state, export = 12 * model.parameters, 4 * model.parameters
     machines = max(1, world // cluster.per_machine)
     parts = 1 if how == "ddp" else world
     share = {"ddp": 1, "fsdp": world, "hsdp": min(world, cluster.per_machine)}[how]  # processes that hold one copy
-    naming = 4 * parts * cluster.operation
+    naming = 2 * parts * cluster.operation
     part, with_it, later = state / parts, 0 if parts > 1 else export, export if parts > 1 else 0
     blocked = with_it / cluster.to_pages + state / share / cluster.to_host + naming
 
@@ -225,12 +224,10 @@ def saved(how: str, model: Model, world: int, cluster: Cluster) -> Saved:
     speed = min(at_once * min(cluster.stream, cluster.sums), cluster.adapter, cluster.storage)
     machine = state if share <= cluster.per_machine else state / machines  # its processes share the file's pages
     own = max(state / share / cluster.stream, machine / cluster.adapter, machine * machines / cluster.storage)
-    # Every process reads the header of every file, three times, with every part of a parameter and of its moments in it.
+    # Every process reads the header of every file, with every part of a parameter and of its moments in it.
     opening = parts * max(cluster.operation, world / cluster.operations)
-    headers = 3 * (opening + 3 * model.tensors * share * cluster.listing)
-    # Of each parameter: itself, two moments and a count of steps
-    planned = 4 * model.tensors * parts * cluster.planning
-    return Saved(part + export, blocked, planned, written, state / speed + own + headers)
+    headers = opening + 3 * model.tensors * share * cluster.listing
+    return Saved(part + export, blocked, written, state / speed + own + headers)
 
 
 def images_a_second(model: Model, cluster: Cluster) -> float:
@@ -244,42 +241,36 @@ def predict_checkpoints(images: int, every: int, speeds: list[float], cluster: C
     for name in MODELS:
         model = vit(name)
         print(f"\n{name}: a checkpoint of {12 * model.parameters / 1e9:.1f} GB every {every} steps, and the export\n")
-        print(f"| GPUs | | training waits, s | share | the first writes, GB | planned, s | {' | '.join(heads)} |")
-        print("| --- | --- | --- | --- | --- | --- |" + " --- |" * len(heads))
+        print(f"| GPUs | | training waits, s | share | the first writes, GB | {' | '.join(heads)} |")
+        print("| --- | --- | --- | --- | --- |" + " --- |" * len(heads))
         for world in WORLDS:
             for how in ("ddp", "fsdp", "hsdp"):
                 period = every * cost(how, model, images, world, cluster).step
                 each = [saved(how, model, world, replace(cluster, storage=speed)) for speed in speeds]
                 one = each[0]
-                late = " (too long)" if one.planned + max(c.written for c in each) > period else ""
                 wrote = [f"{c.written:.1f} ({16 * model.parameters / 1e9 / c.written:.1f})" for c in each]
                 # Once for the sums, then a copy a machine, or one for all
                 copies = 2 if how == "fsdp" else 1 + world / cluster.per_machine
                 took = [f"{c.read:.0f} ({copies * 12 * model.parameters / 1e9 / c.read:.1f})" for c in each]
                 print(
                     f"| {world} | {how} | {one.blocked:.1f} | {100 * one.blocked / period:.1f} % | {one.part / 1e9:.1f} | "
-                    f"{one.planned:.0f}{late} | {' | '.join(wrote + took)} |"
+                    f"{' | '.join(wrote + took)} |"
                 )
 
 
-def planning(processes: int, tensors: int) -> float:
-    """CPU seconds that one tensor of one process takes the first one when torch.distributed.checkpoint plans a checkpoint:
-    what it does with the plans of all between receiving and sending them."""
-    shape = torch.Size([processes, 128])
-
-    def item(name: str, row: int) -> WriteItem:
-        chunk = ChunkStorageMetadata(torch.Size([row, 0]), torch.Size([1, 128]))
-        about = TensorWriteData(chunk, TensorProperties(dtype=torch.float32), shape)
-        return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=about)
-
-    sent = [
-        pickle.dumps(SavePlan([item(f"{i}", row) for i in range(tensors)], planner_data={})) for row in range(processes)
-    ]
-    began = time.process_time()
-    plans, _ = DefaultSavePlanner().create_global_plan([pickle.loads(plan) for plan in sent])
-    for plan in plans:
-        pickle.dumps(plan)
-    return (time.process_time() - began) / (processes * tensors)
+def planning(tensors: int) -> float:
+    """CPU seconds that one sharded tensor takes a process to find out what it writes of a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+        mesh = init_device_mesh("cpu", (1,))
+        state = {f"{i}": distribute_tensor(torch.zeros(4, 8), mesh, [Shard(0)]) for i in range(tensors)}
+        began = time.process_time()
+        plan = OwnPlan()
+        plan.set_up_planner(mine(state, first=True))
+        plan.create_local_plan()
+        took = time.process_time() - began
+        dist.destroy_process_group()
+    return took / tensors
 
 
 def listing(processes: int, tensors: int) -> float:
@@ -476,14 +467,14 @@ def main() -> None:
     parser.add_argument(
         "--decoded", type=float, default=683.0, help="views a core makes a second (default: %(default)s)"
     )
-    parser.add_argument("--planning", type=int, metavar="PROCESSES", help="measure the planning of a checkpoint")
+    parser.add_argument("--planning", type=int, metavar="PROCESSES", help="measure the finding of a checkpoint's parts")
     parser.add_argument("--one", nargs=3, metavar=("HOW", "PROCESSES", "IMAGES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         how, world, images = options.one
         print(json.dumps(asdict(run(how, int(world), int(images)))))
     elif options.planning:
-        print(f"planned in {1e6 * planning(options.planning, 900):.0f} us a tensor and process")
+        print(f"planned in {1e6 * planning(900):.0f} us a tensor")
         print(f"found in {1e6 * listing(options.planning, 900):.0f} us a tensor and process")
     elif options.measure:
         measure(min(options.images, 16), options.links)

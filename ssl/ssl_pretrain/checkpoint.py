@@ -6,7 +6,6 @@ parameters out), and `checkpoint.json`: the step, plain data, and size and CRC-3
 name, synced and then renamed, so that a killed process or a full disk leaves the ones before it as they were.
 """
 
-import errno
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -111,10 +111,9 @@ class Writer:
                 raise self.problem
             files = {name: facts for part in written for name, facts in part.items()}
             for name, (size, _) in files.items():
-                if not (aside / name).exists():
-                    raise OSError(errno.ENOENT, "not there: is --out on a file system that all machines share?", name)
-                if (aside / name).stat().st_size != size:
-                    raise OSError(errno.EIO, f"has not the {size} bytes that were written", name)
+                if _size(aside / name) != size:
+                    shared = "is --out on a file system that all machines share?"
+                    raise OSError(f"{aside / name} is not there with its {size} bytes: {shared}")
             write_text(aside / "checkpoint.json", json.dumps({"step": step, **self._facts, "files": files}))
             sync(aside)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
@@ -175,6 +174,12 @@ def _with_name(problem: OSError, path: Path) -> OSError:
     if problem.errno is not None and problem.filename is None:
         return OSError(problem.errno, problem.strerror or str(problem), str(path))
     return problem
+
+
+def _size(file: Path) -> int | None:
+    with suppress(FileNotFoundError):
+        return file.stat().st_size
+    return None
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> None:

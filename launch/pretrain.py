@@ -65,7 +65,7 @@ def _main(argv: list[str], placed: bool) -> int:
             _tell(table)
         return 0
     place, out, in_job = placement.find(), config.folder(run), placement.in_slurm_step()
-    starts = manifest.starts(out)
+    starts, found = manifest.starts(out), manifest.read(out).get("state", "")
 
     def failed(why: str) -> None:
         # A run that did not begin leaves the folder, which may be another run's, as it is, unless this is the job that was
@@ -82,9 +82,11 @@ def _main(argv: list[str], placed: bool) -> int:
             failed(str(mistake))
         raise
     except rendezvous.MissingProcess as problem:
-        failed(str(problem))
-        print(f"{PROG}: {problem}", file=sys.stderr)
-        return 1
+        done = requeue.missed(out, place, found, launch.max_requeues)
+        if done is None:
+            failed(str(problem))
+        print(f"{PROG}: {problem}{'' if done is None else f'; {done}'}", file=sys.stderr)
+        return 1 if done is None else 75
     except Diverged as problem:
         print(f"{PROG}: {problem}", file=sys.stderr)
         failed(str(problem))

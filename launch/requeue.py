@@ -65,6 +65,20 @@ def crashed(out: Path, place: Place, before: list[int], limit: int) -> str | Non
     return _requeue(out, "lost a process", limit)
 
 
+def missed(out: Path, place: Place, before: str, limit: int) -> str | None:
+    """Requeue the job of a run that was to go on and did not meet all its processes; returns what was done.
+
+    before: the state that the run's folder was found in. None where the run should end as failed: a job's first start,
+    whose mistake another one would repeat, and the second start in a row that missed some.
+    """
+    missing = "not all processes came"
+    if not restarted() or before.startswith(f"preempted: {missing}"):
+        return None
+    if place.local_rank > 0:
+        return "left to the first process of this machine"
+    return _requeue(out, missing, limit)
+
+
 def restarted() -> bool:
     """Whether this is a job that Slurm has started before."""
     return placement.in_slurm_step() and _restarts() > 0

@@ -343,6 +343,25 @@ def test_a_crash_is_requeued_only_where_another_start_may_get_further(
     assert crash([0, 40], [0], "failed: process 1 of 2: ValueError") is None
 
 
+def test_a_start_that_misses_a_process_is_requeued_once_if_it_was_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", fake_slurm(tmp_path, "JobState=RUNNING BatchFlag=1"))
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    stopped = "preempted: SIGTERM at step 12; requeued (restart 1 of at most 100)"
+    manifest.end(tmp_path, stopped)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert requeue.missed(tmp_path, Place(0, 2), stopped, 100) is None  # its first start
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for _ in range(2):  # each machine asks
+        assert requeue.missed(tmp_path, Place(0, 2), stopped, 100) == "requeued (restart 2 of at most 100)"
+    state = manifest.read(tmp_path)["state"]
+    assert state.startswith("preempted: not all processes came; requeued")
+    assert requeue.missed(tmp_path, Place(0, 2), state, 100) is None  # twice in a row
+    assert requeue.missed(tmp_path, Place(0, 2), stopped, 1) == "not requeued: --max-requeues 1 is used up"
+
+
 def test_follow_copies_the_log_once_and_returns_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", fake_slurm(tmp_path, "JobState=FAILED ExitCode=75:0"))
     (tmp_path / "log").write_text("one\ntwo\n")

@@ -221,6 +221,15 @@ def test_a_run_of_two_ranks_is_stopped_and_continued_by_one(photos: Path, tmp_pa
     assert list(losses(out)) == list(range(1, STEPS + 1))
 
 
+def ranks_of(command: subprocess.Popen) -> dict[int, int]:
+    """The processes that a command with --nproc has started, by rank."""
+    ranked = {}
+    for child in Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranked.update({int(e[5:]): int(child) for e in environment if e.startswith(b"RANK=")})
+    return ranked
+
+
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_others_with_a_message(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -228,12 +237,7 @@ def test_a_killed_rank_ends_the_others_with_a_message(photos: Path, tmp_path: Pa
             "--checkpoint-every", 3, *TINY)  # fmt: skip
     process = subprocess.Popen(command("pretrain", *same, "--nproc", 2), stderr=subprocess.PIPE, text=True)
     wait_for(process, out, 12)
-    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    ranked = {}
-    for child in children:
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranked.update({int(e[5:]): child for e in environment if e.startswith(b"RANK=")})
-    os.kill(ranked[1], signal.SIGKILL)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "process 1 of 2 was killed (SIGKILL)" in said
@@ -242,14 +246,15 @@ def test_a_killed_rank_ends_the_others_with_a_message(photos: Path, tmp_path: Pa
     assert "rank 1 on" in state
     kept = checkpoint.newest(out / "checkpoints")
     assert kept
-    # the same command goes on from there
+    # the same command goes on from there, until another signal to that rank alone
     process = subprocess.Popen(
         command("pretrain", *same, "--nproc", 2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     wait_for(process, out, max(losses(out)) + 5)
-    process.send_signal(signal.SIGTERM)
+    os.kill(ranks_of(process)[1], signal.SIGUSR2)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 75, said
+    assert "stopped by SIGUSR2 to process 1 " in said
     assert f"continuing from step {kept}" in said
     assert list(losses(out)) == list(range(1, max(losses(out)) + 1))
 

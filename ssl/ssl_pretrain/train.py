@@ -252,9 +252,11 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
         while step_number < steps:
             # -- what the processes have to agree on, in one exchange
             asked_to = stop.signal
-            stopping, late, writing = distributed.any_of(asked_to is not None, asked_to == TIME_LIMIT, writer.busy)
+            stopping, writing = distributed.any_of(asked_to is not None, writer.busy)
             if stopping:
-                stopped = asked_to or (TIME_LIMIT if late else "a signal to another process")
+                of_all = distributed.from_all(asked_to)
+                named = (f"{each} to process {rank}" if rank else each for rank, each in enumerate(of_all) if each)
+                stopped = TIME_LIMIT if TIME_LIMIT in of_all else next(named)
                 break
             if not writing:
                 settle()

@@ -42,10 +42,9 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
-        found: Tensor | None = getattr(self, "found_inf", None)
+        bad: Tensor | None = getattr(self, "found_inf", None)
         if not self._current():
             self._held = [self._collect(group["params"]) for group in self.param_groups]
-        bad = None if found is None else found.to(self._held[0].steps.device, non_blocking=True)
         taken = 1.0 if bad is None else 1.0 - bad
         for group, held in zip(self.param_groups, self._held, strict=True):
             grads = [parameter.grad for parameter in held.parameters if parameter.grad is not None]

@@ -38,7 +38,7 @@ class Lars(torch.optim.Optimizer):
             if not w:
                 continue
             v = [self._momentum(parameter) for parameter in w]
-            bad = w[0].new_zeros(()) if found is None else found.to(w[0], non_blocking=True)
+            bad = w[0].new_zeros(()) if found is None else found.to(w[0])
             skipped = bad != 0
             decay = group["weight_decay"] if group["decays"] else 0.0
             g = list(torch._foreach_add([parameter.grad for parameter in w], w, alpha=decay))

@@ -89,8 +89,10 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
 
 
 def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Step where `bad` (float32, (), on the parameters' device) is 0, change nothing where it is 1; the host does not
-    wait."""
+    """Step where `bad` (float32, ()) is 0, change nothing where it is 1; the host does not wait, unless it keeps the
+    parameters of an accelerator."""
+    # Not with non_blocking: what goes to the host would be read before it has come.
+    bad = bad.to(optimizer.param_groups[0]["params"][0].device)
     # The fused kernels read these two attributes; they were made for the gradient scaler of float16.
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = bad  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ ON_THE_HOST = {"ijepa": ["_local_scalar_dense"]}  # of a tensor that is on the C
 
 PLAIN = {**backbones.defaults("vit_micro"), "patch_size": 8}
 DECODER = MAE.Config(decoder_dim=32, decoder_depth=1, decoder_heads=2)
-LOOP = 23  # bytes to pixels, norms, the check, AdamW of three groups, the log's row
+LOOP = 21  # bytes to pixels, norms, the check, AdamW of two groups, the log's row
 CROPS = ("_upsample_bicubic2d_aa", "flip")  # the loader's, here without a worker
 
 

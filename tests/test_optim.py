@@ -52,8 +52,9 @@ def test_mae_rule_decays_matrices_and_tokens_but_no_vector_and_no_bias() -> None
 
 
 def test_matrices_are_the_encoders_and_no_tables() -> None:
-    groups = optim.parameter_groups(Toy(positions="relative"), rule="no_1d")
+    groups = optim.parameter_groups(Toy(positions="relative"), rule="no_1d", matrices=True)
     matrices = [name.split(".", 3)[-1] for group in groups if group["matrices"] for name in group["names"]]
+    assert not any(group["matrices"] for group in optim.parameter_groups(Toy(), rule="no_1d"))
     assert sorted(set(matrices)) == ["attn.proj.weight", "attn.qkv.weight", "mlp.fc1.weight", "mlp.fc2.weight"]
 
 

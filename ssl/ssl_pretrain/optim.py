@@ -37,13 +37,14 @@ def parameter_groups(
     *,
     rule: Literal["no_1d", "no_1d_tokens", "all"],
     layer_decay: float = 1.0,
+    matrices: bool = False,
     part: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
 ) -> list[dict[str, Any]]:
     """Trainable parameters, of each the `part` that is here, in groups of equal weight decay and learning-rate scale.
 
-    Each group holds "params", "names", "decays" (bool), "matrices" (bool: two-dimensional and of the encoder, what Muon is
-    for) and "lr_scale": layer_decay ** (blocks between the parameter and
-    the encoder's output), as in BEiT, section A; 1 for everything outside the encoder.
+    Each group holds "params", "names", "decays" (bool), "matrices" (bool: those that are two-dimensional and of the
+    encoder, what Muon is for; apart from the others only where `matrices` asks for it) and "lr_scale": layer_decay **
+    (blocks between the parameter and the encoder's output), as in BEiT, section A; 1 for everything outside the encoder.
     """
     inside = {id(p): name for name, p in method.encoder.named_parameters()}
     groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
@@ -54,7 +55,8 @@ def parameter_groups(
         if id(parameter) in inside:
             scale = layer_decay ** (method.encoder.depth + 1 - method.encoder.layer_of(inside[id(parameter)]))
         decay = decays(name, parameter, rule)
-        matrix = parameter.ndim == 2 and id(parameter) in inside and not name.endswith("relative_position_bias_table")
+        matrix = matrices and parameter.ndim == 2 and id(parameter) in inside
+        matrix = matrix and not name.endswith("relative_position_bias_table")
         fresh: dict[str, Any] = {"params": [], "names": [], "decays": decay, "lr_scale": scale, "matrices": matrix}
         group = groups.setdefault((decay, scale, matrix), {**fresh, "weight_decay": 0.0})
         group["params"].append(part(parameter))

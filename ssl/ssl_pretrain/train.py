@@ -128,7 +128,13 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
     shards = parallel.Shards(method, here.device)
     optimizer = optim.build(
         run.optimizer,
-        optim.parameter_groups(method, rule=kind.recipe.decay, layer_decay=run.layer_decay, part=shards),
+        optim.parameter_groups(
+            method,
+            rule=kind.recipe.decay,
+            layer_decay=run.layer_decay,
+            matrices=run.optimizer == "muon",
+            part=shards,
+        ),
         run.betas,
         shards.norms,
     )

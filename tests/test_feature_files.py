@@ -15,7 +15,7 @@ from test_features import small_encoder
 from ssl_pretrain import encoder as exported
 from ssl_pretrain import feature_files
 from ssl_pretrain.data.source import open_source
-from ssl_pretrain.feature_files import Bad, Pass
+from ssl_pretrain.feature_files import Bad, Pass, join
 from ssl_pretrain.features import extract
 
 IMAGES, EACH = 42, 4
@@ -111,6 +111,12 @@ def test_a_killed_pass_goes_on_where_it_was(desk: Path) -> None:
     assert_right(desk, "b")
 
 
+def begin(folder: Path, count: int, key: str = "key") -> Pass:
+    job = join(folder, key, {"x": 2}, count)
+    assert job is not None
+    return job
+
+
 def filled(job: Pass, images: range) -> None:
     job.arrays["x"][images.start : images.stop] = np.arange(images.start, images.stop)[:, None]
 
@@ -119,7 +125,7 @@ def test_blocks_of_the_dead_are_free_and_rows_without_an_image_are_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_files, "BLOCK", 4)
-    one, two = (Pass(tmp_path, "key", {"x": 2}, 14) for _ in range(2))
+    one, two = (begin(tmp_path, 14) for _ in range(2))
     assert (one.number, two.number) == (1, 2)
     mine, theirs = one.claim(), two.claim()
     assert [next(mine), next(theirs), next(mine)] == [range(4), range(4, 8), range(8, 12)]
@@ -152,7 +158,7 @@ def test_who_comes_when_the_pass_has_just_been_finished_finds_nothing_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_files, "BLOCK", 4)
-    one, late = (Pass(tmp_path, "key", {"x": 2}, 8) for _ in range(2))
+    one, late = (begin(tmp_path, 8) for _ in range(2))
     for images in one.claim():
         filled(one, images)
         one.done(images, [])
@@ -169,27 +175,73 @@ def test_a_pass_that_was_left_while_packing_begins_anew_and_old_ones_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_files, "BLOCK", 4)
-    job = Pass(tmp_path, "key", {"x": 2}, 8)
+    job = begin(tmp_path, 8)
     for images in job.claim():
         job.done(images, [])
-    (job.folder / "packing").touch()
+    (job.folder / "finishing").touch()
     job.leave()
-    again = Pass(tmp_path, "key", {"x": 2}, 8)
+    again = begin(tmp_path, 8)
     assert again.finished == 0
-    other = Pass(tmp_path, "other", {"y": 3}, 8)
+    other = begin(tmp_path, 8, "other")
     assert again.folder.exists()  # somebody works at it
     again.leave()
     other.leave()
-    Pass(tmp_path, "third", {"z": 1}, 8).leave()
-    assert [path.name for path in tmp_path.glob(f"{feature_files.PREFIX}*")] == [f"{feature_files.PREFIX}third"]
+    begin(tmp_path, 8, "third").leave()
+    (left,) = tmp_path.glob(f"{feature_files.PREFIX}*")
+    assert left.name.startswith(f"{feature_files.PREFIX}third-")
+
+
+def test_who_waits_for_one_that_died_while_packing_puts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    dead, waits = (begin(tmp_path, 8) for _ in range(2))
+    for images in dead.claim():
+        dead.done(images, [Bad(images.start, "a", "broken")])
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dead.finish(dies)
+    dead.leave()
+    assert waits.whole
+    waits.finish(lambda *_: pytest.fail("rows have moved already"))
+    assert waits.gone
+    again = begin(tmp_path, 8)
+    assert again.finished == 0
+    for job in (waits, again):
+        job.leave()
+
+
+def test_who_has_finished_a_pass_leaves_the_next_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise half of a pass, with none of its bad images, is taken for the whole of it."""
+    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    one = begin(tmp_path, 8)
+    for images in one.claim():
+        one.done(images, [])
+    one.finish(lambda *_: None)
+    other = begin(tmp_path, 8)  # has looked for the features just before they were there
+    assert one.gone
+    assert not other.gone
+    assert list(one.claim()) == []
+    one.finish(lambda *_: pytest.fail("that is another pass"))
+    assert other.finished == 0
+    for job in (one, other):
+        job.leave()
+
+
+def test_who_comes_as_the_features_are_there_begins_nothing(tmp_path: Path) -> None:
+    assert join(tmp_path, "key", {"x": 2}, 8, lambda: True) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_a_number_that_a_dead_process_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_files, "BLOCK", 4)
-    dead = Pass(tmp_path, "key", {"x": 2}, 8)
+    dead = begin(tmp_path, 8)
     next(dead.claim())
     dead.leave()
-    heir = Pass(tmp_path, "key", {"x": 2}, 8)
+    heir = begin(tmp_path, 8)
     assert heir.number == dead.number
     assert list(heir.claim()) == [range(4), range(4, 8)]
     heir.leave()

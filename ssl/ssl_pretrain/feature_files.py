@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -35,40 +36,59 @@ class Bad:
     reason: str
 
 
+def join(
+    folder: Path, key: str, widths: Mapping[str, int], count: int, there: Callable[[], bool] = lambda: False
+) -> "Pass | None":
+    """The pass `key` in `folder` that others are at or have left, else a new one: arrays by name with their F, and N. None
+    where `there` says that what it is for has been put meanwhile. Passes that nobody works at are removed. Raises OSError
+    where there is no room."""
+    with _locked(folder / "lock"):
+        if there():
+            return None
+        place: Path | None = None
+        for other in folder.glob(f"{PREFIX}*"):
+            usable = (other / "marks").exists() and not (other / "finishing").exists()
+            if usable and other.name.startswith(f"{PREFIX}{key}-"):
+                place = other
+            elif not _anyone(other):
+                shutil.rmtree(other, ignore_errors=True)
+        if place is None:
+            # A name of its own: who is at an earlier pass must never take this one's files for those that it filled.
+            place = folder / f"{PREFIX}{key}-{secrets.token_hex(8)}"
+            _begin(place, widths, count)
+        return Pass(place, widths, count)
+
+
+def _begin(place: Path, widths: Mapping[str, int], count: int) -> None:
+    place.mkdir(parents=True)
+    try:
+        for name, width in widths.items():
+            path = place / f"{name}.npy"
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, width))
+            # The room is taken first: a disk that is full under a memory map ends the process without a word.
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        (place / "marks").write_bytes(bytes(_blocks(count)))
+    except OSError:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def _blocks(count: int) -> int:
+    return -(-count // BLOCK)
+
+
 @final
 class Pass:
     """One pass: arrays (N, F) float32 by name, filled at the images' own rows."""
 
-    def __init__(self, folder: Path, key: str, widths: Mapping[str, int], count: int) -> None:
-        """Join the pass `key` in `folder`, or begin it: names with their F, and N. Other passes that nobody works at are
-        removed. Raises OSError where there is no room."""
-        self.folder, self.widths, self.count = folder / f"{PREFIX}{key}", widths, count
-        self.blocks = -(-count // BLOCK)
-        with _locked(folder / "lock"):
-            for other in folder.glob(f"{PREFIX}*"):
-                if other != self.folder and not _anyone(other):
-                    shutil.rmtree(other, ignore_errors=True)
-            if (self.folder / "packing").exists() or not (self.folder / "marks").exists():
-                self._begin()
-            self.number, self._mine = _sign_in(self.folder)
-            self.marks = np.memmap(self.folder / "marks", mode="r+", dtype=np.uint8, shape=(self.blocks,))
-            self.marks[self.marks == self.number] = FREE  # of a dead process that had our number
-            self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in widths}
-
-    def _begin(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        try:
-            for name, width in self.widths.items():
-                path = self.folder / f"{name}.npy"
-                np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(self.count, width))
-                # The room is taken first: a disk that is full under a memory map ends the process without a word.
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-            (self.folder / "marks").write_bytes(bytes(self.blocks))
-        except OSError:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise
+    def __init__(self, folder: Path, widths: Mapping[str, int], count: int) -> None:
+        """Of `join`, which holds the lock."""
+        self.folder, self.widths, self.count = folder, widths, count
+        self.number, self._mine = _sign_in(self.folder)
+        self.marks = np.memmap(self.folder / "marks", mode="r+", dtype=np.uint8, shape=(_blocks(count),))
+        self.marks[self.marks == self.number] = FREE  # of a dead process that had our number
+        self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in widths}
 
     def claim(self) -> Iterator[range]:
         """The images of one free block after another, until there is none."""
@@ -96,7 +116,10 @@ class Pass:
         """All rows of a block are filled but those of the bad images."""
         block = images.start // BLOCK
         if bad:
-            (self.folder / f"bad-{block}.json").write_text(json.dumps([asdict(one) for one in bad]))
+            try:
+                (self.folder / f"bad-{block}.json").write_text(json.dumps([asdict(one) for one in bad]))
+            except FileNotFoundError:  # without locks somebody else may have filled this block, and finished the pass
+                return
         for array in self.arrays.values():
             array.flush()
         self.marks[block] = DONE
@@ -122,10 +145,13 @@ class Pass:
         with _locked(self.folder.parent / "lock"):
             if self.gone:
                 return
+            if (self.folder / "finishing").exists():  # by one who died of it: some rows have moved, others have not
+                shutil.rmtree(self.folder, ignore_errors=True)
+                return
             found = (json.loads(path.read_text()) for path in self.folder.glob("bad-*.json"))
             bad = sorted((Bad(**one) for each in found for one in each), key=lambda one: one.index)
+            (self.folder / "finishing").touch()
             if bad:
-                (self.folder / "packing").touch()  # half packed, it must begin anew
                 kept = np.delete(np.arange(self.count), [one.index for one in bad])
                 for array in self.arrays.values():
                     for start in range(0, len(kept), BLOCK):
@@ -133,6 +159,7 @@ class Pass:
                         array[start : start + len(rows)] = array[rows]  # never ahead of what is read
                     array.flush()
             put({name: self.folder / f"{name}.npy" for name in self.widths}, bad)
+            (self.folder / "marks").unlink()
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def abandon(self) -> None:

@@ -38,7 +38,7 @@ from .data.subset import Subset
 from .data.views import resize_and_crop
 from .encoder import Encoder, Preprocessing
 from .errors import UserError, nearest
-from .feature_files import BLOCK, Bad, Pass
+from .feature_files import BLOCK, Bad, Pass, join
 from .files import write_text
 
 FORMAT = 1  # of the cache and of what a tap means; a cache of another format is not read
@@ -255,7 +255,9 @@ class _Work:
         widths = self._widths(taps)
         key = hashlib.blake2b(json.dumps(widths).encode(), digest_size=8).hexdigest()
         with _cache_errors(folder):
-            job = Pass(folder, key, widths, len(self.source))
+            job = join(folder, key, widths, len(self.source), lambda: self._there(folder, taps))
+        if job is None:
+            return
         try:
             while not job.gone:
                 self._fill(job, taps)
@@ -270,6 +272,10 @@ class _Work:
             raise
         finally:
             job.leave()
+
+    def _there(self, folder: Path, taps: list[Tap]) -> bool:
+        """Whether the cache has those taps."""
+        return len(_stored(folder, len(self.source), list(map(str, taps)))[1]) == len(taps)
 
     def _fill(self, job: Pass, taps: list[Tap]) -> None:
         """All blocks that nobody else has."""

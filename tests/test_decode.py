@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from ssl_pretrain.data import decode as module
-from ssl_pretrain.data.decode import BadImage, Picture, Scratch, decode
+from ssl_pretrain.data.decode import BadImage, Picture, Scratch, decode, shrink
 
 NATURAL = Path(__file__).parents[1].parent / "shared" / "data" / "natural" / "imagenet_sample_natural128.tar"
 
@@ -104,7 +104,7 @@ def test_integer_and_float_modes_have_one_full_scale():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
 def test_exif_orientation_is_applied(kind: str, orientation: int, path: str):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -112,10 +112,52 @@ def test_exif_orientation_is_applied(kind: str, orientation: int, path: str):
     item = encoded(RGB, kind, exif=exif, **options)
     turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF 2.32, table 4, as Image.Transpose
     stored = Image.open(io.BytesIO(encoded(RGB, kind, **options))).convert("RGB")
-    upright = stored if orientation == 1 else stored.transpose(Image.Transpose(turn[orientation]))
+    upright = stored.transpose(Image.Transpose(turn[orientation])) if orientation in turn else stored
     picture = Picture(item, 3)
     assert (picture.width, picture.height) == upright.size
     assert np.array_equal(decode(item, 3), np.asarray(upright))
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_crops_of_a_turned_jpeg(orientation: int, path: str):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    item = encoded(Image.fromarray(pixels(203, 171)), "JPEG", quality=88, subsampling="4:2:0", exif=exif)
+    whole = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(item))))
+    rng = np.random.default_rng(orientation)
+    scratch = Scratch()
+    for i in range(25):
+        (top, bottom), (left, right) = (
+            sorted(rng.choice(side + 1, 2, replace=False).tolist()) for side in whole.shape[:2]
+        )
+        crop = Picture(item, 3).crop(top, left, bottom - top, right - left, scratch if i % 2 else None)
+        assert np.array_equal(crop, whole[top:bottom, left:right])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("by", [2, 4, 8])
+def test_crops_of_a_turned_jpeg_that_is_decoded_smaller(orientation: int, by: int):
+    pytest.importorskip("simplejpeg")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    item = encoded(Image.fromarray(pixels(203, 171)).resize((171, 203)), "JPEG", quality=88, exif=exif)
+    stored = encoded(Image.fromarray(pixels(203, 171)).resize((171, 203)), "JPEG", quality=88)
+    smaller = Picture(stored, 3).crop(0, 0, -(-203 // by), -(-171 // by), by=by)
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+    image = Image.fromarray(np.ascontiguousarray(smaller))
+    whole = np.asarray(image.transpose(Image.Transpose(turn[orientation])) if orientation in turn else image)
+    picture = Picture(item, 3)
+    for box in [(0, 0, picture.height, picture.width), (17, 40, 100, 90), (60, 8, 80, 150), (150, 100, 21, 71)]:
+        top, left, height, width = shrink(box, by)
+        crop = picture.crop(top, left, height, width, by=by)
+        assert np.array_equal(crop, whole[top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_what_is_decoded_can_be_taken_as_a_tensor(orientation: int, path: str):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert decode(encoded(RGB, "JPEG", exif=exif), 3).flags.c_contiguous
 
 
 # ---- plain JPEG: the fast way

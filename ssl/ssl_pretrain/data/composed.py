@@ -32,11 +32,16 @@ def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, .
     matrix, by_mean = matrix * scale[:, None] / 255, by_mean * scale[:, None] / 255
     low, high = shift, shift + scale  # where 0 and 1 are after normalisation
     out = empty(len(flat), 3, *flat.shape[1:3], dtype=torch.float32, device=raw.device)
-    weights, by_means, shifts = (_on(each, raw.device) for each in (matrix, by_mean, shift[:, None]))
+    tables = (matrix, by_mean, shift[:, None], scale[:, None] / 255)
+    weights, by_means, shifts, whites = (_on(each, raw.device) for each in tables)
+    changed = (rows[:, JITTER] > 0) | (rows[:, GRAYSCALE] > 0)
     size = colour.together(flat, 4 * colour.CACHED)  # fewer copies are made than by `colour.apply`
     for part in (slice(start, start + size) for start in range(0, len(flat), size)):
         _split(flat[part], out[part])
         planes = out[part].flatten(2)
+        if not changed[part].any():
+            torch.addcmul(shifts, planes, whites, out=planes)
+            continue
         offsets = torch.baddbmm(shifts, by_means[part], planes.mean(2, keepdim=True)) if by_mean[part].any() else shifts
         found = torch.baddbmm(offsets, weights[part], planes).view_as(out[part])
         for c in range(3):
@@ -113,15 +118,21 @@ def _split(pixels: Tensor, planes: Tensor) -> None:
 def _blur(image: Tensor, sigma: float) -> None:
     """Gaussian blur of (3, H, W) in place, mirrored at the border, as a weighted sum of shifted images: rows, then
     columns."""
-    for dim in (1, 2):
-        side = image.shape[dim]
-        radius = min(math.ceil(_REACH * sigma), side - 1)
-        gauss = [math.exp(-0.5 * (shift / sigma) ** 2) for shift in range(-radius, radius + 1)]
-        weights = [weight / sum(gauss) for weight in gauss]
-        padded = F.pad(image, (0, 0, radius, radius) if dim == 1 else (radius, radius, 0, 0), mode="reflect")
-        torch.mul(padded.narrow(dim, 0, side), weights[0], out=image)
-        for shift in range(1, 2 * radius + 1):
-            image.add_(padded.narrow(dim, shift, side), alpha=weights[shift])
+    sides = image.shape[1:]
+    tall, wide = (min(math.ceil(_REACH * sigma), side - 1) for side in sides)
+    weights, padded = _gauss(tall, sigma), F.pad(image, (wide, wide, tall, tall), mode="reflect")
+    down = padded.narrow(1, 0, sides[0]) * weights[0]
+    for shift in range(1, 2 * tall + 1):
+        down.add_(padded.narrow(1, shift, sides[0]), alpha=weights[shift])
+    weights = _gauss(wide, sigma)
+    torch.mul(down.narrow(2, 0, sides[1]), weights[0], out=image)
+    for shift in range(1, 2 * wide + 1):
+        image.add_(down.narrow(2, shift, sides[1]), alpha=weights[shift])
+
+
+def _gauss(radius: int, sigma: float) -> list[float]:
+    weights = [math.exp(-0.5 * (shift / sigma) ** 2) for shift in range(-radius, radius + 1)]
+    return [weight / sum(weights) for weight in weights]
 
 
 def _on(values: np.ndarray, device: torch.device) -> Tensor:

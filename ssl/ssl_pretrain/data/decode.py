@@ -22,6 +22,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 MAX_PIXELS = 178_956_970  # above it an image is taken for a decompression bomb (the limit where Pillow refuses, too)
 
 _NPY = b"\x93NUMPY"
+_EXIF = b"Exif\0\0"
 _ORIENTATION = 0x0112  # EXIF 2.32, table 4
 SHRINKS = (
     1,
@@ -29,6 +30,17 @@ SHRINKS = (
     4,
     8,
 )  # times that libjpeg makes an image smaller without decoding all of it, at the speed it has for them
+# What EXIF's orientations do to a stored image to show it: transpose it, then mirror its rows, then its columns
+_TURNS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
 # libjpeg's smooth upsampling of a row looks at the chroma row below it, which covers two luma rows
 _CONTEXT_ROWS = 2
 
@@ -81,7 +93,8 @@ class Picture:
         if self._pixels is not None:
             self.height, self.width = self._pixels.shape[:2]
         elif self._jpeg is not None:
-            self.height, self.width = self._jpeg.height, self._jpeg.width
+            size = self._jpeg.height, self._jpeg.width
+            self.height, self.width = size[::-1] if _TURNS[self._jpeg.orientation][0] else size
 
     @property
     def shrinks(self) -> bool:
@@ -110,7 +123,35 @@ class Picture:
         if self._pixels is not None:
             return self._pixels[top : top + height, left : left + width]
         assert self._jpeg is not None
-        data = self._jpeg.until((top + height) * by)
+        transposed, rows, columns = _TURNS[self._jpeg.orientation]
+        # the box in the image as it is stored
+        y = -(-self.height // by) - top - height if rows else top
+        x = -(-self.width // by) - left - width if columns else left
+        box = (x, y, width, height) if transposed else (y, x, height, width)
+        stored = self._jpeg_crop(self._jpeg, *box, scratch, fast=fast, by=by)
+        if self._jpeg.orientation == 1:
+            return stored
+        upright = stored.transpose(1, 0, 2) if transposed else stored
+        upright = upright[:: -1 if rows else 1, :: -1 if columns else 1]
+        pixels = np.empty(upright.shape, np.uint8)
+        for channel in range(self.channels):  # five times as fast as all at once, whose innermost loop is three bytes
+            pixels[..., channel] = upright[..., channel]
+        return pixels
+
+    def _jpeg_crop(
+        self,
+        jpeg: "_Jpeg",
+        top: int,
+        left: int,
+        height: int,
+        width: int,
+        scratch: "Scratch | None",
+        *,
+        fast: bool,
+        by: int,
+    ) -> np.ndarray:
+        """A box of the image as it is stored."""
+        data = jpeg.until((top + height) * by)
         if simplejpeg is not None:
             try:
                 # not strict: rows left out look like extraneous bytes, and Pillow does not mind damage in the middle
@@ -120,9 +161,9 @@ class Picture:
                     "GRAY" if self.channels == 1 else "RGB",
                     fastdct=fast,
                     fastupsample=fast,
-                    min_height=-(-min(self.height, (top + height) * by + _CONTEXT_ROWS) // by) if by > 1 else 0,
-                    min_width=-(-self.width // by) if by > 1 else 0,
-                    buffer=None if scratch is None else scratch.hold(self.height * self.width * self.channels),
+                    min_height=-(-min(jpeg.height, (top + height) * by + _CONTEXT_ROWS) // by) if by > 1 else 0,
+                    min_width=-(-jpeg.width // by) if by > 1 else 0,
+                    buffer=None if scratch is None else scratch.hold(jpeg.height * jpeg.width * self.channels),
                     strict=False,
                 )
                 return pixels[top : top + height, left : left + width]
@@ -130,11 +171,12 @@ class Picture:
                 pass  # Pillow may know better, and says why where it does not
         box = left, top, left + width, top + height
         if by > 1:
-            return _pillow(self._jpeg.data, self.channels)[::by, ::by][top : top + height, left : left + width]
+            whole = _pillow(jpeg.data, self.channels, (0, 0, jpeg.width, jpeg.height))
+            return whole[::by, ::by][top : top + height, left : left + width]
         try:
             # Pillow's JPEG decoder without its reading of the header, which is known already: a tenth of the time
             mode = "L" if self.channels == 1 else "RGB"
-            size = self.width, min(self.height, top + height + _CONTEXT_ROWS)
+            size = jpeg.width, min(jpeg.height, top + height + _CONTEXT_ROWS)
             return eight_bits(Image.frombytes(mode, size, data, "jpeg", mode, "").crop(box), self.channels)
         except ValueError:
             return _pillow(data, self.channels, box)
@@ -162,12 +204,12 @@ class Scratch:
 
 @dataclass(frozen=True)
 class _Jpeg:
-    """A JPEG of one sequential scan, upright, whole to its end marker: what can be decoded from the top down to any
-    row."""
+    """A JPEG of one sequential scan, whole to its end marker: what can be decoded from the top down to any row."""
 
     data: bytes
     height: int
     width: int
+    orientation: int  # EXIF's, one of _TURNS; height and width are the stored image's
     height_at: int  # offset of the two bytes of the frame header that hold the height (ITU-T T.81, B.2.2)
 
     def until(self, bottom: int) -> bytes | bytearray:
@@ -182,10 +224,10 @@ class _Jpeg:
 
 
 def _plain_jpeg(data: bytes) -> _Jpeg | None:
-    """`data` as a _Jpeg, or None where it is anything else, or damaged, or needs turning: Pillow's business, all of
-    it."""
+    """`data` as a _Jpeg, or None where it is anything else, or damaged: Pillow's business, all of it."""
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
         return None
+    orientation: int | None = None
     frame = None  # (height, width, components, offset of the height)
     at = 2
     try:
@@ -200,14 +242,18 @@ def _plain_jpeg(data: bytes) -> _Jpeg | None:
                 if not 0 < height * width <= MAX_PIXELS:
                     return None
                 frame = height, width, components, at + 5
-            elif (marker == 0xE1 and _turned(data[at + 4 : at + 2 + length])) or (
+            elif marker == 0xE1 and data[at + 4 : at + 10] == _EXIF:
+                if orientation is not None:  # EXIF in several parts
+                    return None
+                orientation = _orientation(data[at + 4 : at + 2 + length])
+            elif (marker == 0xE1 and b"tiff:Orientation" in data[at + 4 : at + 2 + length]) or (
                 marker == 0xE2 and data[at + 4 : at + 8] == b"MPF\0"  # several pictures in one file
             ):
                 return None
             elif marker == 0xDA:  # SOS; one scan holds all components, or there are several scans
                 if frame is None or data[at + 4] != frame[2]:
                     return None
-                return _Jpeg(data, frame[0], frame[1], frame[3])
+                return _Jpeg(data, frame[0], frame[1], orientation or 1, frame[3])
             elif marker not in (0xC4, 0xDB, 0xDD, 0xFE) and not 0xE0 <= marker <= 0xEF:  # DHT DQT DRI COM APPn
                 return None
             at += 2 + length
@@ -216,16 +262,15 @@ def _plain_jpeg(data: bytes) -> _Jpeg | None:
     return None
 
 
-def _turned(app1: bytes) -> bool:
-    """Whether an APP1 segment may ask for the image to be turned or mirrored."""
-    if app1.startswith(b"Exif\0\0"):
-        exif = Image.Exif()
-        try:
-            exif.load(app1)
-            return exif.get(_ORIENTATION, 1) != 1
-        except Exception:  # damaged EXIF raises all sorts of things; Pillow's reading of the whole file decides
-            return True
-    return b"tiff:Orientation" in app1
+def _orientation(app1: bytes) -> int:
+    """The orientation in an EXIF segment; 1 where there is none, or one that means nothing. Raises ValueError."""
+    exif = Image.Exif()
+    try:
+        exif.load(app1)
+        found = exif.get(_ORIENTATION, 1)
+    except Exception as error:  # damaged EXIF raises all sorts of things; Pillow's reading of the whole file decides
+        raise ValueError("damaged EXIF") from error
+    return found if found in _TURNS else 1
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
     python benchmarks/equal_time.py --out runs/equal-time [--every 250] [--steps 3000 1250]
 
-Each is its CIFAR-10 recipe with the encoder, patch and batch of `benchmarks/methods.py`, on the first 10,000 images,
+Each is its CIFAR-10 recipe with the encoder, patch and batch of `benchmarks/all_methods.py`, on the first 10,000 images,
 with a kNN score every so many steps; the numbers of steps are such that both take about as long. A line of the table is a
 score, when it was reached (seconds of training since the first logged step), and after which step.
 """
@@ -12,7 +12,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from methods import COMMON, DATA, RECIPES, run, subset
+from all_methods import COMMON, DATA, RECIPES, run, subset
 
 METHODS = ("mae", "data2vec2")
 

@@ -2,8 +2,8 @@
 
     python benchmarks/families.py --runs runs/methods --out runs/families [--train 4000] [--test 2000]
 
-The encoders are those that `benchmarks/methods.py --out runs/methods` trained with seed 0. So that two cores do it in half
-an hour, the data are parts of the whole: CIFAR-10's first images, two training shards of Imagenette and one of its
+The encoders are those that `benchmarks/all_methods.py --out runs/methods` trained with seed 0. So that two cores do it in
+half an hour, the data are parts of the whole: CIFAR-10's first images, two training shards of Imagenette and one of its
 validation shards. What it runs is `ssl-eval suite`; each list is written to suite.yaml beside its table. `targets` has
 suites of its own, for its table of attributes and numbers is one data set's (made here: what the classes have in common,
 and the mean brightness of the image), and so has `segment`, which wants masks (CamVid's first 60 training and 40 test
@@ -134,7 +134,7 @@ def suite(out: Path, asked: dict[str, Any]) -> int:
 def main() -> None:
     """Make the parts, write the lists, run the suites."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", required=True, type=Path, help="folder of benchmarks/methods.py")
+    parser.add_argument("--runs", required=True, type=Path, help="folder of benchmarks/all_methods.py")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--train", type=int, default=4000, help="CIFAR-10 images to learn from (default: %(default)s)")
     parser.add_argument("--test", type=int, default=2000, help="and to be right about (default: %(default)s)")

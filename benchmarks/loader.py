@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class InMemory(Source):
     """The images of another source, read beforehand; `packed`: decoded, too."""
 
     def __init__(self, source: Source, most: int = 2048, packed: bool = False) -> None:
-        self.items = [source[i] for i in range(min(most, len(source)))]
+        self.items: list[Any] = [source[i] for i in range(min(most, len(source)))]
         if packed:  # as `ssl-data pack` keeps them
             self.items = [decode.decode(item, 3) for item in self.items]
         self.labels, self.classes = None, None
@@ -175,7 +176,7 @@ def rows(source: InMemory, views: str) -> dict[str, Row]:
         def row(number: int) -> None:
             decode.simplejpeg = module
             try:
-                steps = {"start_step": number, "stop_step": number + 1}
+                steps: Any = {"start_step": number, "stop_step": number + 1}
                 stream = batches(source, specs, Share(BATCH), seed=0, channels=3, workers=0, policy="replace", **steps)
                 for raw in stream:
                     if to_float:

@@ -12,13 +12,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pretrain import backbones
-from ssl_pretrain.backbones.vit import ViT
+from ssl_pretrain.backbones.vit import Block, ViT
 
 GLOBAL, LOCAL = (2, 224), (8, 96)
 
@@ -31,7 +32,7 @@ def packed(vit: ViT, groups: list[Tensor]) -> list[Tensor]:
     shapes = [t.shape for t in tokens]
     x = torch.cat([t.flatten(0, 1) for t in tokens])  # (all tokens, D)
     bounds = [s[0] * s[1] for s in shapes]
-    for block in vit.blocks:
+    for block in cast("list[Block]", list(vit.blocks)):
         heads = block.attn.heads
         qkv = block.attn.qkv(block.norm1(x))
         mixed = []
@@ -70,10 +71,10 @@ def main() -> None:
     clock = time.perf_counter if device.type == "cuda" else time.process_time  # a busy machine slows both alike
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(options.rounds + 1):
-        for name, way in ways.items():
+        for name, run in ways.items():
             began = clock()
             with torch.set_grad_enabled(options.backward):
-                found = way()
+                found = run()
                 if options.backward:
                     torch.cat(found).square().sum().backward()
             if device.type == "cuda":

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Bare:
 
         images = (self.pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std if self.guarded else self.images
         batch = Batch(views={"image": images}, index=torch.arange(len(images)))
-        where = {"rows": slice(0, len(images)), "batch_size": len(images), "device": images.device}
+        where: Any = {"rows": slice(0, len(images)), "batch_size": len(images), "device": images.device}
         losses = self.method(batch, Step(step=self.number, total=self.steps, noise=self.number, **where))
         losses.total.backward()
         checked = [p.grad for p in self.method.parameters() if p.grad is not None] if self.guarded else []
@@ -150,7 +150,7 @@ def loop(arguments: argparse.Namespace, clock: Clock) -> None:
             clock.between()
             yield each
 
-    train.batches = ready if arguments.data is None else stamped
+    train.batches = ready if arguments.data is None else stamped  # type: ignore[assignment]
     options = backbones.config_class(arguments.encoder)(
         **{**backbones.defaults(arguments.encoder), **MAE.recipe.encoder, "patch_size": arguments.patch_size}
     )
@@ -185,14 +185,14 @@ def lightning(arguments: argparse.Namespace, clock: Clock) -> None:
     size, count = arguments.image_size, arguments.batch_size
     batch = Batch(views={"image": torch.randn(count, 3, size, size)}, index=torch.arange(count))
 
-    class Module(base):
+    class Module(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
             super().__init__()
             self.method = method
 
         def training_step(self, _: Any, number: int) -> Any:
             clock.between()
-            where = {"rows": slice(0, count), "batch_size": count, "device": torch.device("cpu")}
+            where: Any = {"rows": slice(0, count), "batch_size": count, "device": torch.device("cpu")}
             return self.method(batch, Step(step=number, total=arguments.steps, noise=number, **where)).total
 
         def configure_optimizers(self) -> Any:
@@ -202,7 +202,8 @@ def lightning(arguments: argparse.Namespace, clock: Clock) -> None:
         **{"accelerator": "cpu", "max_steps": arguments.steps, "logger": False, "enable_checkpointing": False},
         **{"enable_progress_bar": False, "enable_model_summary": False},
     )
-    trainer.fit(Module(), torch.utils.data.DataLoader(range(arguments.steps), batch_size=None))
+    numbers: Any = range(arguments.steps)
+    trainer.fit(Module(), torch.utils.data.DataLoader(numbers, batch_size=None))
 
 
 def main() -> None:
@@ -219,7 +220,12 @@ def main() -> None:
     parser.add_argument("--variant", choices=["bare", "guarded", "loop", "lightning"])
     arguments = parser.parse_args()
     if arguments.variant:
-        kinds = {"bare": bare, "guarded": partial(bare, guarded=True), "loop": loop, "lightning": lightning}
+        kinds: dict[str, Callable[..., None]] = {
+            "bare": bare,
+            "guarded": partial(bare, guarded=True),
+            "loop": loop,
+            "lightning": lightning,
+        }
         clock = Clock(Bare(arguments) if arguments.beside else None)
         kinds[arguments.variant](arguments, clock)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

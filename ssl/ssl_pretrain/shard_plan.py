@@ -4,6 +4,7 @@ torch's own plan is made by the first process for all of them, tensor by tensor 
 thousand processes, in a thread that takes the interpreter from training. All that decides is known everywhere.
 """
 
+from collections.abc import Mapping
 from typing import Any, final
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, Metadata, SavePlan
 from torch.distributed.tensor import DTensor
 
 
-def mine(state: dict[str, Tensor], *, first: bool) -> dict[str, Tensor]:
+def mine(state: Mapping[str, Tensor], *, first: bool) -> dict[str, Tensor]:
     """Of a state that all processes hold, by the same names in the same order, what this one writes.
 
     The first writes what is whole everywhere. Of a sharded tensor each process writes its part; where several hold the

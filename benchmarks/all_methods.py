@@ -1,6 +1,6 @@
 """Every method at the same budget: kNN and linear accuracy on CIFAR-10, with untrained, raw-pixel and supervised controls.
 
-    python benchmarks/methods.py --out runs/methods [--seeds 2] [--steps 1500] [--jobs 2] [--methods mae simclr]
+    python benchmarks/all_methods.py --out runs/methods [--seeds 2] [--steps 1500] [--jobs 2] [--methods mae simclr]
 
 Each run is `ssl-pretrain --config recipes/M_cifar10.yaml` with the same encoder, batch, steps (images seen) and seed for
 all, on the first 10,000 training images without their labels: few enough that each comes back several times, which a

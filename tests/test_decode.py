@@ -163,6 +163,18 @@ def test_what_is_decoded_can_be_taken_as_a_tensor(orientation: int, path: str):
 # ---- plain JPEG: the fast way
 
 
+def test_of_several_pictures_in_a_jpeg_the_first_is_taken(path: str, monkeypatch: pytest.MonkeyPatch):
+    """As phones store them: the picture, then a smaller one or one for the other eye."""
+    first, second = Image.fromarray(pixels(90, 120)), Image.fromarray(255 - pixels(60, 80))
+    item = encoded(first, "MPO", save_all=True, append_images=[second], quality=90)
+    with Image.open(io.BytesIO(item)) as file:
+        assert (file.format, getattr(file, "n_frames", 1)) == ("MPO", 2)
+        whole = np.asarray(file.convert("RGB"))
+    monkeypatch.setattr(module, "_pillow", None)  # not by way of Pillow's own reading of the file, which is slower
+    assert np.array_equal(decode(item, 3), whole)
+    assert np.array_equal(Picture(item, 3).crop(10, 20, 50, 60), whole[10:60, 20:80])
+
+
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"optimize": True}])

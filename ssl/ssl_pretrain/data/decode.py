@@ -246,9 +246,7 @@ def _plain_jpeg(data: bytes) -> _Jpeg | None:
                 if orientation is not None:  # EXIF in several parts
                     return None
                 orientation = _orientation(data[at + 4 : at + 2 + length])
-            elif (marker == 0xE1 and b"tiff:Orientation" in data[at + 4 : at + 2 + length]) or (
-                marker == 0xE2 and data[at + 4 : at + 8] == b"MPF\0"  # several pictures in one file
-            ):
+            elif marker == 0xE1 and b"tiff:Orientation" in data[at + 4 : at + 2 + length]:
                 return None
             elif marker == 0xDA:  # SOS; one scan holds all components, or there are several scans
                 if frame is None or data[at + 4] != frame[2]:

@@ -166,6 +166,8 @@ def test_who_comes_when_the_pass_has_just_been_finished_finds_nothing_to_do(
     one.finish(lambda files, bad: None)
     assert list(late.claim()) == []
     assert late.whole
+    late.done(range(4), [Bad(2, "c", "broken")])  # without locks it could have had a block of its own
+    assert late.gone
     late.finish(lambda *_: pytest.fail("it was finished already"))
     for job in (one, late):
         job.leave()

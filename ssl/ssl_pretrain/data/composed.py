@@ -116,23 +116,21 @@ def _split(pixels: Tensor, planes: Tensor) -> None:
 
 
 def _blur(image: Tensor, sigma: float) -> None:
-    """Gaussian blur of (3, H, W) in place, mirrored at the border, as a weighted sum of shifted images: rows, then
-    columns."""
-    sides = image.shape[1:]
-    tall, wide = (min(math.ceil(_REACH * sigma), side - 1) for side in sides)
-    weights, padded = _gauss(tall, sigma), F.pad(image, (wide, wide, tall, tall), mode="reflect")
-    down = padded.narrow(1, 0, sides[0]) * weights[0]
-    for shift in range(1, 2 * tall + 1):
-        down.add_(padded.narrow(1, shift, sides[0]), alpha=weights[shift])
-    weights = _gauss(wide, sigma)
-    torch.mul(down.narrow(2, 0, sides[1]), weights[0], out=image)
-    for shift in range(1, 2 * wide + 1):
-        image.add_(down.narrow(2, shift, sides[1]), alpha=weights[shift])
+    """Gaussian blur of (3, H, W) in place, mirrored at the border: rows, then columns."""
+    tall, wide = (min(math.ceil(_REACH * sigma), side - 1) for side in image.shape[1:])
+    padded = F.pad(image, (wide, wide, tall, tall), mode="reflect")
+    _weighted(_weighted(padded, 1, tall, sigma), 2, wide, sigma, out=image)
 
 
-def _gauss(radius: int, sigma: float) -> list[float]:
-    weights = [math.exp(-0.5 * (shift / sigma) ** 2) for shift in range(-radius, radius + 1)]
-    return [weight / sum(weights) for weight in weights]
+def _weighted(padded: Tensor, dim: int, radius: int, sigma: float, out: Tensor | None = None) -> Tensor:
+    """The sum of an image shifted along `dim` by up to `radius` each way, weighted by a Gaussian; without its padding."""
+    side = padded.shape[dim] - 2 * radius
+    gauss = [math.exp(-0.5 * (shift / sigma) ** 2) for shift in range(-radius, radius + 1)]
+    total = sum(gauss)
+    out = torch.mul(padded.narrow(dim, 0, side), gauss[0] / total, out=out)
+    for shift in range(1, 2 * radius + 1):
+        out.add_(padded.narrow(dim, shift, side), alpha=gauss[shift] / total)
+    return out
 
 
 def _on(values: np.ndarray, device: torch.device) -> Tensor:

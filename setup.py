@@ -13,7 +13,13 @@ setup(
     packages=[
         "ssl_pretrain",
         "ssl_pretrain.backbones",
+        "ssl_pretrain.checkpoint",
         "ssl_pretrain.data",
+        "ssl_pretrain.distributed",
+        "ssl_pretrain.features",
+        "ssl_pretrain.foreign",
+        "ssl_pretrain.loop",
+        "ssl_pretrain.optim",
         "ssl_pretrain.parts",
         "ssl_pretrain.methods",
         "ssl_pretrain.launch",

@@ -19,8 +19,9 @@ from typing import Any, cast
 
 import torch
 
-from ssl_pretrain import backbones, checkpoint, distributed, encoder, optim, parallel
+from ssl_pretrain import backbones, checkpoint, distributed, encoder, optim
 from ssl_pretrain.distributed import World
+from ssl_pretrain.loop import parallel
 
 PARTS = 150  # tensors of each kind, as many as a ViT-B has
 

@@ -47,11 +47,11 @@ def contestants(row: str) -> dict[str, Callable[..., Any]]:
     from sklearn.cluster import KMeans
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import NearestNeighbors
+    from ssl_pretrain.eval._logistic_regression import Rotation, path
     from ssl_pretrain.eval.linear import Heads
 
-    from ssl_pretrain.kmeans import kmeans
-    from ssl_pretrain.logreg import Rotation, path
-    from ssl_pretrain.neighbours import nearest
+    from ssl_pretrain.features.kmeans import kmeans
+    from ssl_pretrain.features.neighbours import nearest
 
     torch.set_num_threads(1)
 

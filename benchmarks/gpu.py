@@ -27,9 +27,10 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_pretrain import backbones, parallel, pretext, train
+from ssl_pretrain import backbones, pretext, train
 from ssl_pretrain.config import Run
 from ssl_pretrain.data.views import fitted
+from ssl_pretrain.loop import parallel
 from ssl_pretrain.pretext import Batch, Method, Step
 
 METHODS = ["mae", "dino", "simclr", "ijepa", "lejepa"]

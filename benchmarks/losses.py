@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain import backbones
-from ssl_pretrain.parts.contrast import contrast
-from ssl_pretrain.parts.distill import cross_entropy_of_pairs
+from ssl_pretrain.parts.nt_xent import contrast
+from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs
 from ssl_pretrain.parts.sigreg import END, KNOTS, sigreg
 from ssl_pretrain.parts.teacher import follow_, follower
 

@@ -52,7 +52,7 @@ def watched() -> Iterator[list[int]]:
 
 def knn(count: int, dim: int, folder: Path) -> int:
     """Peak bytes of a search."""
-    from ssl_pretrain.neighbours import nearest
+    from ssl_pretrain.features.neighbours import nearest
 
     file = folder / "bank.npy"
     bank = np.lib.format.open_memmap(file, "w+", np.float32, (count, dim))

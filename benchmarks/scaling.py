@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ssl_pretrain import backbones
-from ssl_pretrain.shard_plan import OwnPlan, mine
+from ssl_pretrain.checkpoint.shard_plan import OwnPlan, mine
 
 MODELS = {"ViT-L/16": "vit_large", "ViT-H/14": "vit_huge", "ViT-g/14": "vit_giant"}
 PATCH = {"ViT-L/16": 16, "ViT-H/14": 14, "ViT-g/14": 14}

@@ -12,13 +12,15 @@ from typing import Any, Literal
 
 import torch
 
-from ssl_pretrain import backbones, distributed, foreign, placement
+from ssl_pretrain import backbones, distributed
 from ssl_pretrain.data.decode import BadImage, Picture
 from ssl_pretrain.data.source import Source, evaluation_splits, open_source, splits
+from ssl_pretrain.distributed import environment
 from ssl_pretrain.encoder import Encoder, Preprocessing, load, random_like
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import pixel_encoder
-from ssl_pretrain.specs import Spec
+from ssl_pretrain.foreign import libraries
+from ssl_pretrain.foreign.specs import Spec
 
 from ._results import record, write
 from ._task import Data, Helped, Task
@@ -86,7 +88,7 @@ def run(
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; --device cpu")
     cuda = options.device != "cpu" and torch.cuda.is_available()
-    place = placement.find()
+    place = environment.find()
     spare = (distributed.cores() - 1 if cuda else distributed.cores() // 2) // place.local_size
     if place.size > 1:
         if not getattr(evaluator, "SHARED", False):
@@ -188,7 +190,7 @@ def _open(options: Options) -> tuple[Encoder, str]:
         assert options.data is not None
         return _untrained(_training_images(options, options.data), options.seed), options.data
     named = str(options.like or options.encoder)
-    encoder = foreign.load(named) if Spec.parse(named) else load(named)
+    encoder = libraries.load(named) if Spec.parse(named) else load(named)
     data = options.data or encoder.lineage.get("data")
     if not data:
         raise UserError(f"{options.encoder} does not say what it was trained on: name labelled images with --data")
@@ -202,7 +204,7 @@ def _open(options: Options) -> tuple[Encoder, str]:
 
 def _untrained_like(encoder: Encoder, seed: int) -> Encoder:
     """An untrained encoder of the same architecture and preprocessing."""
-    like = foreign.untrained if isinstance(encoder.backbone, foreign.Foreign) else random_like
+    like = libraries.untrained if isinstance(encoder.backbone, libraries.Foreign) else random_like
     return like(encoder, seed)
 
 

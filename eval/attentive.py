@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_pretrain import optim, schedule
+from ssl_pretrain import optim
 from ssl_pretrain.data.decode import decode
 from ssl_pretrain.data.loader import Share, to_batch
 from ssl_pretrain.data.source import Source
@@ -24,6 +24,7 @@ from ssl_pretrain.data.views import ViewSpec, resize_and_crop
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Bad, NotFinite, blocks, crops_of
+from ssl_pretrain.optim import schedules
 from ssl_pretrain.parts.attentive_pool import INIT_STD, AttentivePool, TokenNorm, Variant
 from ssl_pretrain.randomness import key
 
@@ -272,7 +273,7 @@ def _train(
             for block, tokens in _tokens(task, images, wanted).items():
                 for logits in banks[block](tokens):
                     F.cross_entropy(logits, asked).backward()  # one at a time: the graph of one is all that is kept
-            share = schedule.learning_rate(
+            share = schedules.learning_rate(
                 step, steps=steps, peak=1.0, final=0.0, warmup=round(WARMUP * steps), kind="cosine"
             )
             for group in optimizer.param_groups:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Pixels, Tap
-from ssl_pretrain.kmeans import kmeans
+from ssl_pretrain.features.kmeans import kmeans
 from ssl_pretrain.randomness import numpy_generator
 
 from ._agreement import agreement, silhouette

@@ -29,8 +29,8 @@ from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import NotFinite, Pixels, Tap, blocks, poolings, vectors
-from ssl_pretrain.monitor import spread
-from ssl_pretrain.neighbours import nearest, vote
+from ssl_pretrain.features.neighbours import nearest, vote
+from ssl_pretrain.loop.monitor import spread
 from ssl_pretrain.randomness import key, numpy_generator
 
 from ._results import Outcome

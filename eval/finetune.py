@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ssl_pretrain import encoder as exported
-from ssl_pretrain import optim, schedule
+from ssl_pretrain import optim
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data import mix, randaugment
 from ssl_pretrain.data.loader import Failure, RawBatch, Share, to_batch
@@ -31,7 +31,8 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.encoder import Encoder
 from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.features import Bad, NotFinite, Tap, crops_of, vectors
-from ssl_pretrain.foreign import Foreign
+from ssl_pretrain.foreign.libraries import Foreign
+from ssl_pretrain.optim import schedules
 from ssl_pretrain.parts.teacher import follow_, follower
 from ssl_pretrain.pretext import Method
 from ssl_pretrain.randomness import key, numpy_generator
@@ -390,7 +391,7 @@ def _train(
             (loss / share.accumulate).backward()
             if raw.micro + 1 < share.accumulate:
                 continue
-            rate = schedule.learning_rate(
+            rate = schedules.learning_rate(
                 raw.step, steps=steps, peak=peak, final=min(FINAL_LR, peak), warmup=round(config.warmup * steps),
                 kind="cosine",
             )  # fmt: skip

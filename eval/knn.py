@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Pixels, Tap, blocks, poolings
-from ssl_pretrain.neighbours import Vote, nearest, vote
+from ssl_pretrain.features.neighbours import Vote, nearest, vote
 
 from ._results import Outcome, classification
 from ._task import Side, Task

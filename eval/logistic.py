@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from ssl_pretrain.eval._logistic_regression import Rotation, path
 from torch import Tensor
 
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Pixels, Tap, poolings
-from ssl_pretrain.logreg import Rotation, path
 from ssl_pretrain.randomness import numpy_generator
 
 from ._results import Outcome, classification

@@ -20,7 +20,7 @@ from ssl_pretrain.data.decode import decode
 from ssl_pretrain.data.views import resize_and_crop
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Pixels, Tap
-from ssl_pretrain.neighbours import nearest
+from ssl_pretrain.features.neighbours import nearest
 from ssl_pretrain.randomness import numpy_generator
 
 from ._intervals import bootstrap, wilson

@@ -13,18 +13,18 @@ from typing import Any, Literal, final
 
 import numpy as np
 import torch
+from ssl_pretrain.eval._logistic_regression import Rotation, path
 
-from ssl_pretrain import placement
 from ssl_pretrain.data import corruptions
 from ssl_pretrain.data.decode import decode
 from ssl_pretrain.data.source import Source
 from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.data.views import resize_and_crop
+from ssl_pretrain.distributed import environment
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Extracted, Progress, Tap, extract, vectors
-from ssl_pretrain.logreg import Rotation, path
-from ssl_pretrain.neighbours import nearest, vote
+from ssl_pretrain.features.neighbours import nearest, vote
 from ssl_pretrain.randomness import numpy_generator
 
 from ._calibration import BINS, best_temperature, calibration, log_softmax, reliability
@@ -412,7 +412,7 @@ def _tell(task: Task, number: int, count: int, done: int, total: int) -> None:
 def _help(task: Task, conditions: list[Condition], tap: str) -> None:
     """Extract for the process that evaluates. Each of the others begins at another condition and comes past all: what is
     there already costs nothing, and what somebody is at is shared."""
-    place = placement.find()
+    place = environment.find()
     first = len(conditions) * place.rank // place.size
     for condition in conditions[first:] + conditions[:first]:
         _features(task, condition, tap)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain import schedule
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Bad
-from ssl_pretrain.neighbours import nearest
+from ssl_pretrain.features.neighbours import nearest
+from ssl_pretrain.optim import schedules
 from ssl_pretrain.randomness import numpy_generator
 
 from . import _foreground, _overlap
@@ -384,7 +384,7 @@ def _train(task: Task, config: Config, bank: _Bank, lrs: Sequence[float], what: 
         for weight, bias in layers:
             loss = -(shares * (x @ weight + bias).log_softmax(1)).sum() / shares.sum()
             loss.backward()  # one at a time: each goes its own way, one that diverges too
-        share = schedule.learning_rate(step, steps=config.steps, peak=1.0, final=0.0, warmup=0, kind="cosine")
+        share = schedules.learning_rate(step, steps=config.steps, peak=1.0, final=0.0, warmup=0, kind="cosine")
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
         optimizer.step()

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from ssl_pretrain.eval._logistic_regression import Rotation, path
 
 from ssl_pretrain.data.source import Source
 from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Pixels, Tap
-from ssl_pretrain.logreg import Rotation, path
 from ssl_pretrain.randomness import numpy_generator
 
 from ._intervals import resampled

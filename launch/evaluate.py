@@ -12,10 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ssl_pretrain import flags, placement, plugins
+from ssl_pretrain import flags, plugins
 from ssl_pretrain.data.source import splits
+from ssl_pretrain.distributed import environment
 from ssl_pretrain.errors import UserError, nearest
-from ssl_pretrain.specs import Spec
+from ssl_pretrain.foreign.specs import Spec
 
 from .options import Launch
 from .start import elsewhere
@@ -167,7 +168,7 @@ def _uninterrupted(launch: Launch) -> Launch:
 
 def _helping() -> bool:
     """Whether this process only helps the first one of its command."""
-    return placement.find().rank > 0
+    return environment.find().rank > 0
 
 
 def _overview(known: list[str]) -> str:

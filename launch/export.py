@@ -63,7 +63,8 @@ def _main(argv: list[str]) -> int:
     if (options.out / "config.json").exists():
         raise UserError(f"--out {options.out} holds an export already: choose another folder")
 
-    from ssl_pretrain import encoder, foreign  # torch: not before the command looks good
+    from ssl_pretrain import encoder  # torch: not before the command looks good
+    from ssl_pretrain.foreign import libraries
 
     given = {
         "layout": options.layout,
@@ -74,7 +75,7 @@ def _main(argv: list[str]) -> int:
         "std": "/".join(map(str, options.std or ())) or None,
     }
     words = [f"{name}={value}" for name, value in given.items() if value is not None]
-    read = foreign.load(",".join([f"torch:{file}", *words]))
+    read = libraries.load(",".join([f"torch:{file}", *words]))
     encoder.save(options.out, read)
     left = read.lineage["left_out"]
     print(f"{read.lineage['method']}: {read.name}, {sum(p.numel() for p in read.backbone.parameters()):,} parameters")

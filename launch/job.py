@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from ssl_pretrain import placement
+from ssl_pretrain.distributed import environment
 
 from . import grid
 
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         words = points[int(os.environ["SLURM_ARRAY_TASK_ID"])].argv
     sys.argv = [PROGRAMS[name], *words]  # what the manifest notes as the command
     code = importlib.import_module(f"ssl_pretrain.launch.{name}").main(words, placed=True)
-    if points is not None and placement.find().rank == 0:
+    if points is not None and environment.find().rank == 0:
         grid.summarize(points)
     return int(code)
 

@@ -7,10 +7,11 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from ssl_pretrain import config, flags, placement, plugins
+from ssl_pretrain import config, flags, plugins
 from ssl_pretrain.config import SMALL, Run
+from ssl_pretrain.distributed import environment
 from ssl_pretrain.errors import UserError, nearest
-from ssl_pretrain.signals import StopRequest
+from ssl_pretrain.loop.signals import StopRequest
 
 from . import grid
 from .options import Launch
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         # In a job, signals are heard from the first moment on: torch alone takes seconds to import.
-        with StopRequest() if placement.in_slurm_step() else nullcontext():
+        with StopRequest() if environment.in_slurm_step() else nullcontext():
             return _main(argv, placed)
     except UserError as mistake:
         if not mistake.told:
@@ -53,18 +54,19 @@ def _main(argv: list[str], placed: bool) -> int:
         if code is not None:
             return code
 
-    from ssl_pretrain import manifest, preflight, rendezvous  # torch: not before the command is known to be good
+    from ssl_pretrain.distributed import rendezvous  # torch: not before the command is known to be good
+    from ssl_pretrain.loop import manifest, preflight
+    from ssl_pretrain.loop.watch import LostProcess
     from ssl_pretrain.train import Diverged, train
-    from ssl_pretrain.watch import LostProcess
 
     from . import requeue
 
     if run.preflight:
         table = preflight.alone(config.folder(run))
-        if placement.find().rank == 0:
+        if environment.find().rank == 0:
             _tell(table)
         return 0
-    place, out, in_job = placement.find(), config.folder(run), placement.in_slurm_step()
+    place, out, in_job = environment.find(), config.folder(run), environment.in_slurm_step()
     starts, found = manifest.starts(out), manifest.read(out).get("state", "")
 
     def failed(why: str) -> None:
@@ -182,7 +184,7 @@ def _methods() -> str:
 def _finish(run: Run, out: Path) -> None:
     """Say where the encoder is, how good it is at a glance, and what to do next."""
     from ssl_pretrain import encoder
-    from ssl_pretrain.score import NEIGHBOURS, KnnScore
+    from ssl_pretrain.loop.score import NEIGHBOURS, KnnScore
 
     _tell(f"encoder: {out / 'encoder'}")
     score = KnnScore.of(run) if run.score else None
@@ -204,7 +206,7 @@ def _finish(run: Run, out: Path) -> None:
 
 def _ended_without_a_word(out: Path) -> None:
     """Say in the manifest that the run's processes are gone, where none of them could."""
-    from ssl_pretrain import manifest
+    from ssl_pretrain.loop import manifest
 
     if manifest.read(out).get("state") == "running":
         with suppress(OSError):

@@ -10,8 +10,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from ssl_pretrain.rendezvous import RENDEZVOUS
-from ssl_pretrain.signals import STOPPING
+from ssl_pretrain.distributed.rendezvous import RENDEZVOUS
+from ssl_pretrain.loop.signals import STOPPING
 
 GRACE = 20.0  # seconds for the others to find out who is gone, and to say so
 PR_SET_PDEATHSIG = 1

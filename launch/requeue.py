@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ssl_pretrain import manifest, placement
-from ssl_pretrain.placement import Place
-from ssl_pretrain.watch import LostProcess
+from ssl_pretrain.distributed import environment
+from ssl_pretrain.distributed.environment import Place
+from ssl_pretrain.loop import manifest
+from ssl_pretrain.loop.watch import LostProcess
 
 # What an exchange raises when the process at its other end is gone; gloo has no type of its own for it.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting",
@@ -22,7 +23,7 @@ def deadline(margin: float) -> float | None:
 
     A job shorter than twice the margin keeps a quarter of its time for saving, so that every job gets something done.
     """
-    end = placement.end_of_job()
+    end = environment.end_of_job()
     return None if end is None else end - min(margin, max(0.0, end - time.time()) / 4)
 
 
@@ -53,7 +54,7 @@ def crashed(out: Path, place: Place, before: list[int], limit: int) -> str | Non
     where it had not begun, where a process has said that it failed by itself, or where this start began at the step of
     the one before, so that another one would get no further.
     """
-    if not placement.in_slurm_step():
+    if not environment.in_slurm_step():
         return None
     time.sleep(3 if place.rank == 0 else 10)  # for a process at fault to say so, and for the first process to requeue
     starts = manifest.starts(out)
@@ -81,7 +82,7 @@ def missed(out: Path, place: Place, before: str, limit: int) -> str | None:
 
 def restarted() -> bool:
     """Whether this is a job that Slurm has started before."""
-    return placement.in_slurm_step() and _restarts() > 0
+    return environment.in_slurm_step() and _restarts() > 0
 
 
 def _restarts() -> int:
@@ -91,8 +92,8 @@ def _restarts() -> int:
 def _requeue(out: Path, why: str, limit: int) -> str:
     """Ask Slurm to requeue this job; returns what came of it, which the manifest says too."""
     restarts = _restarts()
-    job = placement.slurm_job() or ""
-    facts = next(iter(placement.job_facts(job)), {})
+    job = environment.slurm_job() or ""
+    facts = next(iter(environment.job_facts(job)), {})
     asking = False
     if restarts >= limit:
         done = f"not requeued: --max-requeues {limit} is used up"

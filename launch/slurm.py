@@ -17,8 +17,8 @@ from typing import Any, TextIO, final
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
+from ssl_pretrain.distributed.environment import job_facts
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.placement import job_facts
 
 from .options import Launch, minutes
 

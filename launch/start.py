@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from ssl_pretrain import placement
+from ssl_pretrain.distributed import environment
 from ssl_pretrain.errors import UserError
 
 from . import grid
@@ -22,7 +22,7 @@ def elsewhere(
     raises UserError. Returns the exit code. Raises UserError for flags that contradict one another, and where Slurm
     refuses the job.
     """
-    if placement.find().size > 1 or "RANK" in os.environ:
+    if environment.find().size > 1 or "RANK" in os.environ:
         return None  # somebody has started the processes already
     check(launch)
     points = grid.expand(launch.grid, argv, out) if launch.grid else []

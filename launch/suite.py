@@ -27,7 +27,7 @@ from ssl_pretrain import encoder as exported
 from ssl_pretrain.data.source import open_source
 from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.files import write_text
-from ssl_pretrain.specs import Spec
+from ssl_pretrain.foreign.specs import Spec
 
 from .table import Cell, Table, as_csv, as_json, cells_of
 

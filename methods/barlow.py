@@ -14,9 +14,9 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.distributed.batch_norm import BatchNorm1d
 from ssl_pretrain.flags import NOT_NEGATIVE, PART, POSITIVE, at_least, within
 from ssl_pretrain.parts.heads import mlp
-from ssl_pretrain.parts.norm import BatchNorm1d
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 

@@ -18,9 +18,9 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import BELOW_1, COUNT, INSIDE, NOT_NEGATIVE, PART, SHARE, within
-from ssl_pretrain.parts.distill import warmed_up
 from ssl_pretrain.parts.inverse_block_masks import centres, inverse_block_masking
 from ssl_pretrain.parts.masks import put, rows
+from ssl_pretrain.parts.self_distillation import warmed_up
 from ssl_pretrain.parts.teacher import follow_, follower
 from ssl_pretrain.parts.views import by_image, encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step

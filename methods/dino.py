@@ -16,8 +16,8 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import BELOW_1, COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
-from ssl_pretrain.parts.distill import cross_entropy_of_pairs, warmed_up
 from ssl_pretrain.parts.heads import PrototypeHead
+from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs, warmed_up
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import encode_pooled, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step

@@ -17,11 +17,17 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import BELOW_1, COUNT, INSIDE, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
 from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed, stratified_ratios
-from ssl_pretrain.parts.distill import class_token, cross_entropy_of_pairs, cross_entropy_of_patches, warmed_up, wide
 from ssl_pretrain.parts.heads import PrototypeHead
+from ssl_pretrain.parts.koleo import DUPLICATES, kde, koleo
 from ssl_pretrain.parts.masks import rows
+from ssl_pretrain.parts.self_distillation import (
+    class_token,
+    cross_entropy_of_pairs,
+    cross_entropy_of_patches,
+    warmed_up,
+    wide,
+)
 from ssl_pretrain.parts.sinkhorn import sinkhorn
-from ssl_pretrain.parts.spread import DUPLICATES, kde, koleo
 from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import by_image, encode, encode_crops, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod

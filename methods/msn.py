@@ -18,9 +18,9 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import BELOW_1, COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
-from ssl_pretrain.parts.distill import warmed_up
 from ssl_pretrain.parts.heads import Prototypes, mlp
 from ssl_pretrain.parts.masks import random_masking
+from ssl_pretrain.parts.self_distillation import warmed_up
 from ssl_pretrain.parts.sinkhorn import sinkhorn
 from ssl_pretrain.parts.teacher import Parts, follow_, follower
 from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled, jitter

@@ -17,7 +17,7 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, POSITIVE, within
-from ssl_pretrain.parts.fifo import Queue
+from ssl_pretrain.parts.feature_queue import Queue
 from ssl_pretrain.parts.heads import mlp, unit
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod

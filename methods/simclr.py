@@ -13,8 +13,8 @@ from torch import Tensor
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, within
-from ssl_pretrain.parts.contrast import contrast
 from ssl_pretrain.parts.heads import mlp
+from ssl_pretrain.parts.nt_xent import contrast
 from ssl_pretrain.parts.views import by_image, encode_pooled, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 

@@ -17,8 +17,8 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
-from ssl_pretrain.parts.distill import cross_entropy_of_pairs
 from ssl_pretrain.parts.heads import Prototypes, mlp, unit
+from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs
 from ssl_pretrain.parts.sinkhorn import sinkhorn
 from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_pretrain import backbones, distributed, pretext, two_pass
+from ssl_pretrain import backbones, distributed, pretext
 from ssl_pretrain.data.loader import Share
 from ssl_pretrain.data.views import fitted
+from ssl_pretrain.loop import grad_cache
 from ssl_pretrain.pretext import Batch, Step, WholeBatchMethod
 from ssl_pretrain.randomness import key
 
@@ -86,7 +87,7 @@ def one_step(name: str, micro_batches: int = 1) -> dict:
         parts = [(batch(method, share.rows(micro)), _step(share.rows(micro))) for micro in range(micro_batches)]
         results = []
         if isinstance(method, WholeBatchMethod) and micro_batches > 1:
-            results.append(two_pass.backward(method, parts, nullcontext(), list(method.parameters())))
+            results.append(grad_cache.backward(method, parts, nullcontext(), list(method.parameters())))
         else:
             for micro, part in enumerate(parts):
                 last = micro == micro_batches - 1

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ssl_pretrain import optim
-from ssl_pretrain.adamw import AdamW
+from ssl_pretrain.optim.adamw import AdamW
 
 
 def layers() -> nn.Sequential:

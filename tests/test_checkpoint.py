@@ -217,7 +217,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from ssl_pretrain import checkpoint
+from ssl_pretrain import checkpoint, distributed
 folder, fault, at, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(os.environ["RANK"])
 struck = int(sys.argv[5])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[4], rank=rank, world_size=2)
@@ -235,7 +235,7 @@ def save(step, value):
         writer.publish()
     return writer.problem
 assert save(1, 1.0) is None
-checkpoint.distributed.sharded_like = None  # made once: to make sharded tensors for every save would hold up training
+distributed.sharded_like = None  # made once: to make sharded tensors for every save would hold up training
 real, calls = os.fsync, [0]
 def fsync(file):
     calls[0] += 1

@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.parts import contrast as module
-from ssl_pretrain.parts.contrast import contrast
+from ssl_pretrain.parts import nt_xent as module
+from ssl_pretrain.parts.nt_xent import contrast
 
 TEMPERATURE, SIGMA = 0.2, 0.5
 
@@ -157,7 +157,7 @@ SCRIPT = """
 import sys
 import torch
 from ssl_pretrain.distributed import rank, world
-from ssl_pretrain.parts.contrast import contrast
+from ssl_pretrain.parts.nt_xent import contrast
 
 z, weights = torch.load(sys.argv[1])
 out = {}

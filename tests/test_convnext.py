@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ssl_pretrain import backbones, encoder
 from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
 from ssl_pretrain.backbones.convnext import ConvNeXt
+from ssl_pretrain.distributed.batch_norm import couples_samples
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.parts.norm import couples_samples
 
 SIZE = (32, 48)
 DIMS, DEPTHS = (8, 16, 24, 32), (1, 2, 2, 1)

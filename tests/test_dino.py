@@ -12,7 +12,7 @@ from ssl_pretrain.methods.dino import DINO
 
 from ssl_pretrain import backbones, encoder, pretext
 from ssl_pretrain.data.views import Jitter
-from ssl_pretrain.parts.distill import cross_entropy_of_pairs, warmed_up
+from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs, warmed_up
 from ssl_pretrain.parts.teacher import follow_, follower, rising
 from ssl_pretrain.pretext import Batch, Step
 

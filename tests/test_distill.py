@@ -8,8 +8,8 @@ from torch import Tensor
 from ssl_pretrain import memory
 from ssl_pretrain.backbones.backbone import Features
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.parts.distill import class_token, cross_entropy_of_pairs, cross_entropy_of_patches
 from ssl_pretrain.parts.heads import Prototypes
+from ssl_pretrain.parts.self_distillation import class_token, cross_entropy_of_pairs, cross_entropy_of_patches
 
 COUNTED = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
 

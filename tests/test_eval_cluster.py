@@ -15,7 +15,7 @@ from test_knn import Arrays, noisy_classes
 
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import extract, pixel_encoder
-from ssl_pretrain.kmeans import kmeans, lloyd, seeds
+from ssl_pretrain.features.kmeans import kmeans, lloyd, seeds
 from ssl_pretrain.randomness import numpy_generator
 
 
@@ -85,7 +85,7 @@ def test_the_silhouette_is_scikit_learns() -> None:
 
 
 def test_lloyd_from_the_same_centres_goes_where_scikit_learn_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssl_pretrain.kmeans.CHUNK", 100)
+    monkeypatch.setattr("ssl_pretrain.features.kmeans.CHUNK", 100)
     rows = blobs(noise=2.0)
     start = rows[:6]
     theirs = KMeans(6, init=start, n_init=1, tol=0, algorithm="lloyd").fit(rows)

@@ -30,7 +30,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.encoder import Encoder, Preprocessing, random_like
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import extract
-from ssl_pretrain.foreign import Foreign
+from ssl_pretrain.foreign.libraries import Foreign
 from ssl_pretrain.randomness import key
 
 PLAIN = {"randaugment": 0.0, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}

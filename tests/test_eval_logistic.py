@@ -11,12 +11,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import classification_report, f1_score
 from ssl_pretrain.eval import logistic
 from ssl_pretrain.eval._intervals import bootstrap, by_class, wilson
+from ssl_pretrain.eval._logistic_regression import Rotation, path
 from ssl_pretrain.eval._results import classification
 from ssl_pretrain.eval.linear import hold_out
 from test_knn import Arrays, features_of, noisy_classes, task_of
 
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.logreg import Rotation, path
 
 FEW = logistic.Config(c_range=(1e-4, 1e2), c_count=4)
 

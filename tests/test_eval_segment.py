@@ -573,11 +573,11 @@ class Colours(torch.nn.Module):
 
 @pytest.fixture
 def colours() -> Encoder:
-    from ssl_pretrain import foreign
+    from ssl_pretrain.foreign import libraries
 
     how = small_encoder().preprocessing
     how = replace(how, crop=(32, 48), resize=32)
-    backbone = foreign.Foreign(Colours(), foreign._read_module, "colours", (32, 48), 3)
+    backbone = libraries.Foreign(Colours(), libraries._read_module, "colours", (32, 48), 3)
     return Encoder(backbone, "colours", how, {})
 
 

@@ -13,10 +13,9 @@ from conftest import picture
 from test_features import small_encoder
 
 from ssl_pretrain import encoder as exported
-from ssl_pretrain import feature_files
 from ssl_pretrain.data.source import open_source
-from ssl_pretrain.feature_files import Bad, Pass, join
-from ssl_pretrain.features import extract
+from ssl_pretrain.features import extract, feature_cache
+from ssl_pretrain.features.feature_cache import Bad, Pass, join
 
 IMAGES, EACH = 42, 4
 
@@ -30,7 +29,7 @@ from ssl_pretrain.data.source import Source, open_source
 from ssl_pretrain.features import extract
 
 run, data, log, pause = sys.argv[1:5]
-feature_files.BLOCK = 4
+feature_cache.BLOCK = 4
 
 class Slow(Source):
     def __init__(self, source):
@@ -103,8 +102,8 @@ def test_a_killed_pass_goes_on_where_it_was(desk: Path) -> None:
         time.sleep(0.01)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    (part,) = (desk / "cache" / "features").glob(f"*/{feature_files.PREFIX}*")
-    done = list((part / "marks").read_bytes()).count(feature_files.DONE)
+    (part,) = (desk / "cache" / "features").glob(f"*/{feature_cache.PREFIX}*")
+    done = list((part / "marks").read_bytes()).count(feature_cache.DONE)
     assert done >= 3
     assert start(desk, "b", 0.0).wait(120) == 0
     assert len(read(desk / "b")) == IMAGES - EACH * done
@@ -124,7 +123,7 @@ def filled(job: Pass, images: range) -> None:
 def test_blocks_of_the_dead_are_free_and_rows_without_an_image_are_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    monkeypatch.setattr(feature_cache, "BLOCK", 4)
     one, two = (begin(tmp_path, 14) for _ in range(2))
     assert (one.number, two.number) == (1, 2)
     mine, theirs = one.claim(), two.claim()
@@ -157,7 +156,7 @@ def test_blocks_of_the_dead_are_free_and_rows_without_an_image_are_packed(
 def test_who_comes_when_the_pass_has_just_been_finished_finds_nothing_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    monkeypatch.setattr(feature_cache, "BLOCK", 4)
     one, late = (begin(tmp_path, 8) for _ in range(2))
     for images in one.claim():
         filled(one, images)
@@ -176,7 +175,7 @@ def test_who_comes_when_the_pass_has_just_been_finished_finds_nothing_to_do(
 def test_a_pass_that_was_left_while_packing_begins_anew_and_old_ones_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    monkeypatch.setattr(feature_cache, "BLOCK", 4)
     job = begin(tmp_path, 8)
     for images in job.claim():
         job.done(images, [])
@@ -189,14 +188,14 @@ def test_a_pass_that_was_left_while_packing_begins_anew_and_old_ones_go(
     again.leave()
     other.leave()
     begin(tmp_path, 8, "third").leave()
-    (left,) = tmp_path.glob(f"{feature_files.PREFIX}*")
-    assert left.name.startswith(f"{feature_files.PREFIX}third-")
+    (left,) = tmp_path.glob(f"{feature_cache.PREFIX}*")
+    assert left.name.startswith(f"{feature_cache.PREFIX}third-")
 
 
 def test_who_waits_for_one_that_died_while_packing_puts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    monkeypatch.setattr(feature_cache, "BLOCK", 4)
     dead, waits = (begin(tmp_path, 8) for _ in range(2))
     for images in dead.claim():
         dead.done(images, [Bad(images.start, "a", "broken")])
@@ -218,7 +217,7 @@ def test_who_waits_for_one_that_died_while_packing_puts_nothing(
 
 def test_who_has_finished_a_pass_leaves_the_next_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise half of a pass, with none of its bad images, is taken for the whole of it."""
-    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    monkeypatch.setattr(feature_cache, "BLOCK", 4)
     one = begin(tmp_path, 8)
     for images in one.claim():
         one.done(images, [])
@@ -239,7 +238,7 @@ def test_who_comes_as_the_features_are_there_begins_nothing(tmp_path: Path) -> N
 
 
 def test_a_number_that_a_dead_process_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_files, "BLOCK", 4)
+    monkeypatch.setattr(feature_cache, "BLOCK", 4)
     dead = begin(tmp_path, 8)
     next(dead.claim())
     dead.leave()

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssl_pretrain import encoder as exported
-from ssl_pretrain import foreign
 from ssl_pretrain.encoder import Preprocessing
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Tap, poolings, vectors
-from ssl_pretrain.specs import Spec
+from ssl_pretrain.foreign import libraries
+from ssl_pretrain.foreign.specs import Spec
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 FLAGS = "image-size=64,mean=imagenet,std=0.2/0.2/0.2"
@@ -109,7 +109,7 @@ def saved(model: nn.Module, folder: Path) -> Path:
 def test_timm_models_give_their_own_features(name: str, timm: ModuleType, tmp_path: Path) -> None:
     model = scatter(timm.create_model(name))
     cfg = model.pretrained_cfg
-    encoder = foreign.load(f"timm:{name},checkpoint={saved(model, tmp_path)}")
+    encoder = libraries.load(f"timm:{name},checkpoint={saved(model, tmp_path)}")
     how = encoder.preprocessing
     assert how.crop == tuple(cfg["input_size"][1:])
     assert (how.mean, how.std, how.interpolation) == (cfg["mean"], cfg["std"], cfg["interpolation"])
@@ -133,7 +133,7 @@ def test_timm_models_give_their_own_features(name: str, timm: ModuleType, tmp_pa
 
 def test_another_size_of_a_timm_model(timm: ModuleType, tmp_path: Path) -> None:
     model = scatter(timm.create_model("vit_tiny_patch16_224"))
-    encoder = foreign.load(f"timm:vit_tiny_patch16_224,image-size=96,checkpoint={saved(model, tmp_path)}")
+    encoder = libraries.load(f"timm:vit_tiny_patch16_224,image-size=96,checkpoint={saved(model, tmp_path)}")
     assert encoder.preprocessing.crop == (96, 96)
     assert encoder.preprocessing.resize == round(int(224 / 0.9) * 96 / 224)
     model.set_input_size(img_size=(96, 96))
@@ -146,17 +146,17 @@ def test_timm_weights_must_be_there_and_fit(timm: ModuleType, tmp_path: Path, mo
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo_id, filename: None)
     with pytest.raises(UserError, match=r"nothing is fetched here: give a local file, timm:resnet18,checkpoint=FILE"):
-        foreign.load("timm:resnet18")
+        libraries.load("timm:resnet18")
     with pytest.raises(UserError, match="no such model; did you mean resnet18"):
-        foreign.load("timm:resnet18s")
+        libraries.load("timm:resnet18s")
     file = saved(timm.create_model("resnet26"), tmp_path)
     with pytest.raises(UserError, match=r"does not fit timm:resnet18: 54 unknown: .*; 23 of another shape: "):
-        foreign.load(f"timm:resnet18,checkpoint={file}")
+        libraries.load(f"timm:resnet18,checkpoint={file}")
     file = saved(timm.create_model("resnet18"), tmp_path)
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo_id, filename: str(file))  # downloaded before
-    assert foreign.load("timm:resnet18").lineage["weights"] == str(file)
+    assert libraries.load("timm:resnet18").lineage["weights"] == str(file)
     with pytest.raises(UserError, match=r"mean is \(0\.485, 0\.456, 0\.406\) for this model; leave out mean="):
-        foreign.load(f"timm:resnet18,checkpoint={file},mean=0.5/0.5/0.5")
+        libraries.load(f"timm:resnet18,checkpoint={file},mean=0.5/0.5/0.5")
 
 
 # ---- transformers.
@@ -187,7 +187,7 @@ def test_transformers_models_give_their_own_features(kind: str, options: dict, p
     model = scatter(getattr(library, f"{kind}Model")(getattr(library, f"{kind}Config")(**options)))
     model.save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    encoder = foreign.load(f"hf:{tmp_path}")
+    encoder = libraries.load(f"hf:{tmp_path}")
     assert encoder.preprocessing == Preprocessing(72, (64, 64), "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     with torch.inference_mode():
         found, expected = encoder(IMAGES), model(pixel_values=IMAGES)
@@ -209,17 +209,17 @@ def test_transformers_models_give_their_own_features(kind: str, options: dict, p
 def test_a_folder_of_transformers_that_lacks_something(tmp_path: Path) -> None:
     library = import_transformers()
     with pytest.raises(UserError, match=r"has no config\.json: give a folder that save_pretrained wrote"):
-        foreign.load(f"hf:{tmp_path}")
+        libraries.load(f"hf:{tmp_path}")
     library.ViTMAEModel(library.ViTMAEConfig(**SIZES)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"no preprocessor_config\.json"):
-        foreign.load(f"hf:{tmp_path}")
+        libraries.load(f"hf:{tmp_path}")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     with pytest.raises(UserError, match=r"into our ViT instead: torch:.*model\.safetensors"):
-        foreign.load(f"hf:{tmp_path}")
+        libraries.load(f"hf:{tmp_path}")
     (tmp_path / "model.safetensors").rename(tmp_path / "gone")
     torch.save({"x": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot read it without executing it"):
-        foreign.load(f"hf:{tmp_path}")
+        libraries.load(f"hf:{tmp_path}")
 
 
 # ---- One's own code.
@@ -237,26 +237,26 @@ def expected_map(images: Tensor) -> Tensor:
 def test_what_a_function_of_ones_own_returns(mine: str) -> None:
     expected = expected_map(IMAGES)
     for function in ("build", "tokens"):
-        encoder = foreign.load(f"module:{mine}:{function},{FLAGS}")
+        encoder = libraries.load(f"module:{mine}:{function},{FLAGS}")
         found = encoder(IMAGES)
         torch.testing.assert_close(found.patches, expected.flatten(1, 2), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found.pooled, expected.mean((1, 2)), atol=1e-5, rtol=1e-5)
         assert (found.grid, encoder.backbone.stride, encoder.backbone.dim) == ((4, 4), (16, 16), 8)
     assert encoder.preprocessing == Preprocessing(64, (64, 64), "bicubic", (0.485, 0.456, 0.406), (0.2, 0.2, 0.2))
-    one = foreign.load(f"module:{mine}:vector,{FLAGS}")(IMAGES)
+    one = libraries.load(f"module:{mine}:vector,{FLAGS}")(IMAGES)
     torch.testing.assert_close(one.pooled, expected.mean((1, 2)), atol=1e-5, rtol=1e-5)
     assert one.grid == (1, 1)
-    wide = foreign.load(f"module:{mine}:tokens,image-size=32x64,mean=imagenet,std=imagenet")
+    wide = libraries.load(f"module:{mine}:tokens,image-size=32x64,mean=imagenet,std=imagenet")
     assert wide(IMAGES[:, :, :32]).grid == (2, 4)
 
 
 def test_preprocessing_that_the_module_states_is_firm(mine: str) -> None:
-    encoder = foreign.load(f"module:{mine}:stated")
+    encoder = libraries.load(f"module:{mine}:stated")
     assert encoder.preprocessing == Preprocessing(72, (64, 64), "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    foreign.load(f"module:{mine}:stated,mean=0.1/0.2/0.3,resize=72")  # the same, said twice
+    libraries.load(f"module:{mine}:stated,mean=0.1/0.2/0.3,resize=72")  # the same, said twice
     for option, words in {"std=imagenet": "std is", "interpolation=bicubic": "interpolation is bilinear"}.items():
         with pytest.raises(UserError, match=words):
-            foreign.load(f"module:{mine}:stated,{option}")
+            libraries.load(f"module:{mine}:stated,{option}")
 
 
 def test_mistakes_of_ones_own_code_are_said(mine: str, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_mistakes_of_ones_own_code_are_said(mine: str, tmp_path: Path) -> None:
     }
     for text, words in mistakes.items():
         with pytest.raises(UserError, match=words):
-            foreign.load(text)
+            libraries.load(text)
 
 
 def test_what_is_no_spec() -> None:
@@ -292,7 +292,7 @@ def test_what_is_no_spec() -> None:
 
 
 def test_options_of_a_forward_and_blocks_are_refused(mine: str) -> None:
-    encoder = foreign.load(f"module:{mine}:build,{FLAGS}")
+    encoder = libraries.load(f"module:{mine}:build,{FLAGS}")
     with pytest.raises(UserError, match="'keep' was asked of Foreign"):
         encoder(IMAGES, keep=torch.zeros(2, 1, dtype=torch.int64))
     with pytest.raises(UserError, match="features of its last 1 block"):
@@ -301,12 +301,12 @@ def test_options_of_a_forward_and_blocks_are_refused(mine: str) -> None:
 
 def test_the_untrained_twin_is_other_weights_of_the_seed(timm: ModuleType, tmp_path: Path) -> None:
     model = scatter(timm.create_model("vit_tiny_patch16_224"))
-    encoder = foreign.load(f"timm:vit_tiny_patch16_224,checkpoint={saved(model, tmp_path)}")
+    encoder = libraries.load(f"timm:vit_tiny_patch16_224,checkpoint={saved(model, tmp_path)}")
     before, kept = torch.get_rng_state(), encoder.fingerprint
-    twin = foreign.untrained(encoder, 0)
+    twin = libraries.untrained(encoder, 0)
     assert torch.equal(torch.get_rng_state(), before)
-    assert twin.fingerprint == foreign.untrained(encoder, 0).fingerprint
-    assert len({kept, twin.fingerprint, foreign.untrained(encoder, 1).fingerprint}) == 3
+    assert twin.fingerprint == libraries.untrained(encoder, 0).fingerprint
+    assert len({kept, twin.fingerprint, libraries.untrained(encoder, 1).fingerprint}) == 3
     assert encoder.fingerprint == kept
     mine, theirs = encoder.state_dict(), twin.state_dict()
     assert not [name for name in mine if torch.equal(mine[name], theirs[name])]
@@ -359,7 +359,7 @@ def test_evaluation_of_an_official_checkpoint_and_of_its_untrained_twin(
     found = json.loads((tmp_path / "eval-torch-dino.pth-knn-photos" / "results.json").read_text())
     assert (found["encoder"]["method"], found["encoder"]["heads"], found["encoder"]["depth"]) == ("dino", 3, 1)
     assert main(["knn", "--encoder", "random", "--like", f"torch:{tmp_path / 'dino.pth'}", *words]) == 0
-    exported.save(tmp_path / "encoder", foreign.load(f"torch:{tmp_path / 'dino.pth'}"))
+    exported.save(tmp_path / "encoder", libraries.load(f"torch:{tmp_path / 'dino.pth'}"))
     assert main(["knn", "--encoder", str(tmp_path / "encoder"), *words]) == 0
     again = json.loads((tmp_path / "encoder" / "eval" / "knn-photos" / "results.json").read_text())
     assert again["metrics"] == found["metrics"]

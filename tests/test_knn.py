@@ -15,12 +15,11 @@ from ssl_pretrain.eval import knn
 from ssl_pretrain.eval._task import Data, Images, Task
 from test_features import small_encoder
 
-from ssl_pretrain import neighbours, sketch
 from ssl_pretrain.data.source import Source
 from ssl_pretrain.encoder import Encoder
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.features import extract, pixel_encoder
-from ssl_pretrain.neighbours import nearest, vote
+from ssl_pretrain.features import extract, neighbours, pixel_encoder, rounded_products
+from ssl_pretrain.features.neighbours import nearest, vote
 
 
 def vectors(rows: int, dim: int = 24, seed: int = 0) -> np.ndarray:
@@ -115,14 +114,14 @@ def test_a_sketch_multiplies_few_pairs_in_float32(monkeypatch: pytest.MonkeyPatc
 def test_the_bound_on_a_sketched_product_holds(width: int, common: float, scale: float) -> None:
     rng = np.random.default_rng(1)
     left, right = (torch.from_numpy(unit(common + scale * rng.standard_normal((n, width)))).float() for n in (70, 900))
-    here, there = sketch.queries(left, right.mean(0)), sketch.rows(right, right.mean(0))
+    here, there = rounded_products.queries(left, right.mean(0)), rounded_products.rows(right, right.mean(0))
     rough = (here.values @ there.values.T).float()
     exact = left.double() @ right.double().T - here.base[:, None].double() - there.base
     for column in range(0, 900, 7):
         # Whichever of the two is known, the other is no less than said.
-        assert bool((sketch.least(rough[:, column], here, there) <= exact[:, column]).all())
-        assert bool((sketch.least(exact[:, column].float(), here, there) <= rough[:, column]).all())
-    loose = exact - torch.stack([sketch.least(rough[:, c], here, there) for c in range(900)], 1)
+        assert bool((rounded_products.least(rough[:, column], here, there) <= exact[:, column]).all())
+        assert bool((rounded_products.least(exact[:, column].float(), here, there) <= rough[:, column]).all())
+    loose = exact - torch.stack([rounded_products.least(rough[:, c], here, there) for c in range(900)], 1)
     assert loose.mean() < 0.15 * exact.std()  # and the bound is of use
 
 
@@ -164,7 +163,7 @@ def test_the_whole_matrix_of_similarities_never_exists() -> None:
     # 20,000 x 20,000 floats are 1.5 GiB; a fresh process, because the peak of this one is not of this search alone
     code = """
 import resource, torch
-from ssl_pretrain.neighbours import nearest
+from ssl_pretrain.features.neighbours import nearest
 rows = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
 nearest(rows[:300], rows[:300], 10)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

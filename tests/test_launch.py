@@ -16,10 +16,11 @@ from ssl_pretrain.launch import grid, requeue
 from ssl_pretrain.launch.options import Launch, check, minutes
 from ssl_pretrain.launch.slurm import Submitted, follow
 
-from ssl_pretrain import manifest, placement
+from ssl_pretrain.distributed import environment
+from ssl_pretrain.distributed.environment import Place
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.placement import Place
-from ssl_pretrain.signals import StopRequest
+from ssl_pretrain.loop import manifest
+from ssl_pretrain.loop.signals import StopRequest
 
 STEP = {
     "SLURM_JOB_ID": "41234",
@@ -52,7 +53,7 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
     ],
 )  # fmt: skip
 def test_a_process_finds_its_place(environ: dict[str, str], place: Place) -> None:
-    assert placement.find(environ) == place
+    assert environment.find(environ) == place
 
 
 @pytest.mark.parametrize(
@@ -60,18 +61,18 @@ def test_a_process_finds_its_place(environ: dict[str, str], place: Place) -> Non
     [("n1", "n1"), ("n[2,4-7]", "n2"), ("login,n[1-2]", "login"), ("r[1-2]c[3-4],x", "r1c3"), ("a-1,b", "a-1")],
 )
 def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
-    assert placement.first_host(nodes) == first
+    assert environment.first_host(nodes) == first
 
 
 def test_half_an_environment_is_a_mistake_and_an_array_has_its_own_job_name() -> None:
     with pytest.raises(UserError, match="RANK but not LOCAL_RANK, WORLD_SIZE"):
-        placement.find({"RANK": "0"})
+        environment.find({"RANK": "0"})
     array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
-    assert placement.slurm_job(array) == "9_3"
-    assert placement.slurm_job({"SLURM_JOB_ID": "9"}) == "9"
-    assert placement.slurm_job({}) is None
-    assert placement.end_of_job({"SLURM_JOB_END_TIME": "1700000000"}) == 1_700_000_000.0
-    assert placement.end_of_job({}) is None
+    assert environment.slurm_job(array) == "9_3"
+    assert environment.slurm_job({"SLURM_JOB_ID": "9"}) == "9"
+    assert environment.slurm_job({}) is None
+    assert environment.end_of_job({"SLURM_JOB_END_TIME": "1700000000"}) == 1_700_000_000.0
+    assert environment.end_of_job({}) is None
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_the_deadline_leaves_a_short_job_three_quarters_of_its_time(monkeypatch:
 LATE = """
 import os, sys, time
 from ssl_pretrain.launch.pretrain import main
-from ssl_pretrain.signals import StopRequest
+from ssl_pretrain.loop.signals import StopRequest
 with StopRequest(time.time() + (1000 if os.environ["RANK"] == "0" else 0)):
     sys.exit(main(sys.argv[1:]))
 """
@@ -376,8 +377,8 @@ def test_follow_copies_the_log_once_and_returns_the_exit_code(tmp_path: Path, mo
 CALL = """
 import sys
 from datetime import timedelta
-from ssl_pretrain.placement import Place
-from ssl_pretrain.rendezvous import MissingProcess, meet
+from ssl_pretrain.distributed.environment import Place
+from ssl_pretrain.distributed.rendezvous import MissingProcess, meet
 rank, size, port, seconds = map(int, sys.argv[1:])
 try:
     store = meet(Place(rank, size, rank, size, "127.0.0.1", port, "n[1-3]"), timedelta(seconds=seconds))

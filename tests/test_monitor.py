@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ssl_pretrain.monitor import CollapseMonitor, spread
+from ssl_pretrain.loop.monitor import CollapseMonitor, spread
 
 
 def test_spread_of_known_features() -> None:

@@ -11,7 +11,7 @@ from test_byol import Arrays, arrays, check_gradients, doubles, numpy_head, nump
 from torch import nn
 
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.parts.fifo import Queue
+from ssl_pretrain.parts.feature_queue import Queue
 
 PROJECTOR, PREDICTOR = "linear norm relu linear norm relu linear norm", "linear norm relu linear"
 SMALL = {"queue": 40, "hidden_dim": 64, "predictor_dim": 64, "embedding_dim": 16}

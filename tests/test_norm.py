@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_pretrain.parts.norm import BatchNorm1d, BatchNorm2d, couples_samples
+from ssl_pretrain.distributed.batch_norm import BatchNorm1d, BatchNorm2d, couples_samples
 
 RANK = """
 import sys, torch
 from ssl_pretrain import distributed
-from ssl_pretrain.parts.norm import BatchNorm1d, BatchNorm2d
+from ssl_pretrain.distributed.batch_norm import BatchNorm1d, BatchNorm2d
 out, kind = sys.argv[1], sys.argv[2]
 torch.manual_seed(0)
 x = torch.randn(8, 5, 3, 2) * 3 + 100 if kind == "2d" else torch.randn(8, 5) * 3 + 100

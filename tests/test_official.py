@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssl_pretrain import encoder as exported
-from ssl_pretrain import foreign
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.official import read, transformers_preprocessing
+from ssl_pretrain.foreign import libraries
+from ssl_pretrain.foreign.published import read, transformers_preprocessing
 
 SIDE, PATCH, DIM = 48, 8, 64  # pixels of an image and of a patch, width; a 6 x 6 grid
 IMAGES = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
@@ -415,10 +415,10 @@ def test_preprocessing_is_what_the_processor_beside_states(tmp_path: Path) -> No
         "rescale_factor": 1 / 255,
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    how = foreign.load(f"torch:{tmp_path / 'model.safetensors'}").preprocessing
+    how = libraries.load(f"torch:{tmp_path / 'model.safetensors'}").preprocessing
     assert how == exported.Preprocessing(54, (SIDE, SIDE), "bicubic", (0.5,) * 3, (0.25,) * 3)
     with pytest.raises(UserError, match=r"mean is \(0\.5, 0\.5, 0\.5\) for this model"):
-        foreign.load(f"torch:{tmp_path / 'model.safetensors'},mean=imagenet")
+        libraries.load(f"torch:{tmp_path / 'model.safetensors'},mean=imagenet")
     for change in ({"resample": 1}, {"do_normalize": False}, {"image_mean": None}):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | change))
         with pytest.raises(UserError, match="preprocessor_config"):
@@ -573,7 +573,7 @@ def test_an_import_is_exported_and_leaves_the_random_state_alone(tmp_path: Path)
     model = timm_vit(reg_tokens=2, no_embed_class=True, init_values=0.1)
     save_file(dict(model.state_dict()), tmp_path / "weights.safetensors")
     before = torch.get_rng_state()
-    encoder = foreign.load(f"torch:{tmp_path / 'weights.safetensors'},heads=4,layout=dinov2,mean=0.5/0.4/0.3")
+    encoder = libraries.load(f"torch:{tmp_path / 'weights.safetensors'},heads=4,layout=dinov2,mean=0.5/0.4/0.3")
     assert torch.equal(torch.get_rng_state(), before)
     assert encoder.preprocessing.mean == (0.5, 0.4, 0.3)
     exported.save(tmp_path / "encoder", encoder)

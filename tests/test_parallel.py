@@ -14,7 +14,8 @@ import torch
 from conftest import TINY, command, losses
 from torch import nn
 
-from ssl_pretrain import backbones, checkpoint, parallel, pretext
+from ssl_pretrain import backbones, checkpoint, pretext
+from ssl_pretrain.loop import parallel
 
 # One method of each unlike kind: pixels; a teacher, prototypes and a centre; a loss over the global batch.
 KINDS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from ssl_pretrain import preflight
-from ssl_pretrain.preflight import Facts
+from ssl_pretrain.loop import preflight
+from ssl_pretrain.loop.preflight import Facts
 
 VERSIONS = dict.fromkeys((*preflight.SAME, *preflight.TOLD, *preflight.BUILT), "1.0")
 GOOD = [Facts(r, f"n{r // 2}", "CPU", 8, VERSIONS, True, 2**34, None, None) for r in range(4)]

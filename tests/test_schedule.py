@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ssl_pretrain.schedule import cosine, learning_rate
+from ssl_pretrain.optim.schedules import cosine, learning_rate
 
 
 def test_warmup_then_half_a_cosine() -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.parts.spread import DUPLICATES, kde, koleo
+from ssl_pretrain.parts.koleo import DUPLICATES, kde, koleo
 
 TWO = """
 import sys, torch
 from ssl_pretrain import distributed
-from ssl_pretrain.parts.spread import kde, koleo
+from ssl_pretrain.parts.koleo import kde, koleo
 with distributed.world() as here:
     x = torch.load(sys.argv[1])
     share = slice(here.rank * len(x) // 2, (here.rank + 1) * len(x) // 2)

@@ -16,8 +16,8 @@ from ssl_pretrain.config import Run
 from ssl_pretrain.data.colour import finish
 from ssl_pretrain.data.views import NOISE_SIGMA, ViewSpec, cut
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.loop.stages import plan
 from ssl_pretrain.randomness import numpy_generator
-from ssl_pretrain.stages import plan
 
 
 def resolved(*stages: str, steps: int = 100) -> config.Resolved:

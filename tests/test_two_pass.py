@@ -9,7 +9,7 @@ import torch
 from conftest import losses
 from one_step import batch, build
 
-from ssl_pretrain import two_pass
+from ssl_pretrain.loop import grad_cache
 from ssl_pretrain.pretext import Step
 
 
@@ -32,7 +32,7 @@ def test_any_number_of_parts_gives_the_gradients_of_the_whole(parts: int) -> Non
         part = batch(method, rows)
         part.views = {"view": part.views["view"].double()}
         cut.append((part, step(rows)))
-    found = two_pass.backward(method, cut, torch.autocast("cpu", enabled=False), list(method.parameters()))  # type: ignore[arg-type]
+    found = grad_cache.backward(method, cut, torch.autocast("cpu", enabled=False), list(method.parameters()))  # type: ignore[arg-type]
     torch.testing.assert_close(found.total, expected.total)
     torch.testing.assert_close(found.per_sample, expected.per_sample)
     for (name, p), (_, q) in zip(method.named_parameters(), whole.named_parameters(), strict=True):
@@ -53,7 +53,7 @@ def test_drop_path_meets_the_same_noise_in_both_passes_and_in_one() -> None:
         if parts == 1:
             method(*cut[0]).total.backward()
         else:
-            two_pass.backward(method, cut, torch.autocast("cpu", enabled=False), list(method.parameters()))  # type: ignore[arg-type]
+            grad_cache.backward(method, cut, torch.autocast("cpu", enabled=False), list(method.parameters()))  # type: ignore[arg-type]
         gradients.append([p.grad for p in method.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)

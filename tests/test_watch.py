@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import TINY, command, losses
 
-from ssl_pretrain import watch
 from ssl_pretrain.distributed import World
-from ssl_pretrain.watch import Watch
+from ssl_pretrain.loop import watch
+from ssl_pretrain.loop.watch import Watch
 
 HERE = World(0, 1, 0, 1, torch.device("cpu"))
 

@@ -17,21 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from . import (
-    backbones,
-    checkpoint,
-    config,
-    distributed,
-    encoder,
-    files,
-    manifest,
-    optim,
-    parallel,
-    preflight,
-    pretext,
-    stages,
-    two_pass,
-)
+from . import backbones, checkpoint, config, distributed, encoder, files, optim, pretext
 from .config import Resolved, Run
 from .data.loader import RawBatch, Share, batches, fixed_batches, to_batch
 from .data.sampler import samples
@@ -39,17 +25,18 @@ from .data.source import Source, open_source, pretraining_split, splits
 from .data.subset import Subset
 from .data.views import ViewSpec
 from .distributed import World
+from .distributed.batch_norm import couples_samples
 from .encoder import Encoder
 from .errors import UserError
-from .monitor import CollapseMonitor, spread
-from .parts.norm import couples_samples
+from .loop import grad_cache, manifest, parallel, preflight, stages
+from .loop.monitor import CollapseMonitor, spread
+from .loop.report import Report
+from .loop.score import KnnScore
+from .loop.signals import TIME_LIMIT, StopRequest
+from .loop.watch import Watch
+from .optim.schedules import cosine, learning_rate
 from .pretext import Batch, Losses, Method, Step, WholeBatchMethod
 from .randomness import key, numpy_generator
-from .report import Report
-from .schedule import cosine, learning_rate
-from .score import KnnScore
-from .signals import TIME_LIMIT, StopRequest
-from .watch import Watch
 
 UNDER_WAY = 15.0  # seconds that a run is waited for which has the folder and may be about to end
 
@@ -296,7 +283,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
                     parts.append((batch, step))
                     if last:
                         assert isinstance(method, WholeBatchMethod)
-                        losses = two_pass.backward(method, parts, autocast, parameters)
+                        losses = grad_cache.backward(method, parts, autocast, parameters)
                         results.append((torch.cat([part.index for part, _ in parts]), losses))
                     continue
                 with parallel.last_backward(wrapped, last):

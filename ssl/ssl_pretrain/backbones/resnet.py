@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..distributed.batch_norm import BatchNorm2d
 from ..errors import UserError
 from ..flags import POSITIVE, within
-from ..parts.norm import BatchNorm2d
 from .backbone import Backbone, Features
 
 SIZES = {

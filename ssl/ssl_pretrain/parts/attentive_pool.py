@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .norm import BatchNorm1d
+from ..distributed.batch_norm import BatchNorm1d
 
 Variant = Literal["aim", "vjepa", "capi"]
 NORM_EPS = 1e-6

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import memory
-from .norm import BatchNorm1d
+from ..distributed.batch_norm import BatchNorm1d
 
 
 def mlp(

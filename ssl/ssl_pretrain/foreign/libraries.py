@@ -25,12 +25,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .backbones.backbone import Backbone, Features
-from .encoder import Encoder, Preprocessing
-from .errors import UserError, nearest
-from .official import read as read_official
-from .official import transformers_preprocessing
-from .randomness import key
+from ..backbones.backbone import Backbone, Features
+from ..encoder import Encoder, Preprocessing
+from ..errors import UserError, nearest
+from ..randomness import key
+from .published import read as read_official
+from .published import transformers_preprocessing
 from .specs import Spec
 from .weights import difference, flat, read_file
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 SHOWN = 8  # names listed in a message of each kind of mismatch
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..distributed import gather, size
+from . import gather, size
 
 
 class _GlobalBatchNorm(_BatchNorm):

@@ -8,7 +8,7 @@ norm applied to it too (as DINOv2's and I-JEPA's linear evaluations do).
 
 The cache is the folder `features` under `data.index.directory()`: a subfolder for each (encoder, images, preprocessing,
 precision), in it a .npy file for each tap. Anything in it may be deleted at any time. How several processes fill it, and go
-on where a killed one stopped, is feature_files.py's matter.
+on where a killed one stopped, is feature_cache.py's matter.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .backbones.backbone import Backbone, Features
-from .data.decode import BadImage, decode
-from .data.index import directory
-from .data.source import Source
-from .data.subset import Subset
-from .data.views import resize_and_crop
-from .encoder import Encoder, Preprocessing
-from .errors import UserError, nearest
-from .feature_files import BLOCK, Bad, Pass, join
-from .files import write_text
+from ..backbones.backbone import Backbone, Features
+from ..data.decode import BadImage, decode
+from ..data.index import directory
+from ..data.source import Source
+from ..data.subset import Subset
+from ..data.views import resize_and_crop
+from ..encoder import Encoder, Preprocessing
+from ..errors import UserError, nearest
+from ..files import write_text
+from .feature_cache import BLOCK, Bad, Pass, join
 
 FORMAT = 1  # of the cache and of what a tap means; a cache of another format is not read
 POOLINGS = ("pooled", "cls", "mean")

@@ -9,11 +9,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from . import flags
-from .config import Resolved
-from .data.views import ViewSpec, fitted
-from .errors import UserError
-from .pretext import Method
+from .. import flags
+from ..config import Resolved
+from ..data.views import ViewSpec, fitted
+from ..errors import UserError
+from ..pretext import Method
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import sketch
+from . import rounded_products
 
 TILE = (4096, 4096)  # rows of queries and of the bank that meet at once: 64 MiB of similarities
 CPU_TILE = (512, 8192)  # 16 MiB, which stay in the cache between the product and the search: 5 % faster (AMD EPYC)
@@ -79,18 +79,18 @@ def nearest(
     centre = _unit(bank[:: max(1, len(bank) // 1024)], where).mean(0)
     for start in range(0, len(bank), tile[1]):
         columns = _unit(bank[start : start + tile[1]], where)
-        there = sketch.rows(columns, centre) if sketched else None
+        there = rounded_products.rows(columns, centre) if sketched else None
         for top in range(0, len(best), tile[0]):
             unit = _unit(queries[top : top + tile[0]], where)
             top_k = best[top : top + tile[0]], index[top : top + tile[0]]
             bar = top_k[0][:, -1]
             if there is not None:
-                here = sketch.queries(unit, centre)
+                here = rounded_products.queries(unit, centre)
                 rough = product(here.values, there.values, top, start)
                 known = bar - here.base - there.base
                 if start == 0:  # nothing below what k elements reach can be among the k best
-                    known = sketch.least(_reached(rough, k), here, there)
-                place = _above(rough, sketch.least(known, here, there))
+                    known = rounded_products.least(_reached(rough, k), here, there)
+                place = _above(rough, rounded_products.least(known, here, there))
                 if len(place) <= FEW * rough.numel():
                     _merge(*top_k, place, _singly(unit, columns, place), len(columns), start)
                     continue

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError, nearest
+from ..errors import UserError, nearest
 
 PREPARATION = ("image-size", "resize", "mean", "std", "interpolation")
 KINDS = {"timm": ("checkpoint",), "hf": (), "torch": ("layout", "heads", "part"), "module": ()}

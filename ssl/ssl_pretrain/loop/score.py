@@ -5,14 +5,14 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from .config import Run
-from .data.source import Source, evaluation_splits, open_source, splits
-from .data.subset import Subset
-from .encoder import Encoder
-from .errors import UserError
-from .features import extract
-from .neighbours import nearest, vote
-from .randomness import numpy_generator
+from ..config import Run
+from ..data.source import Source, evaluation_splits, open_source, splits
+from ..data.subset import Subset
+from ..encoder import Encoder
+from ..errors import UserError
+from ..features import extract
+from ..features.neighbours import nearest, vote
+from ..randomness import numpy_generator
 
 BANK, QUERIES = 10_000, 2_000  # at most so many images, drawn by the seed: seconds on a CPU
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # DINO's kNN protocol

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
-from .distributed import World
+from ..distributed import World
 
 BEAT = 2.0  # seconds between heartbeats
 SILENT = 5 * BEAT  # a process that has not been heard of for so long is gone, or its machine is

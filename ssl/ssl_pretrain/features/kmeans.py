@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .randomness import numpy_generator
+from ..randomness import numpy_generator
 
 CHUNK = 8192  # rows whose distances to all centres exist at a time
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from . import distributed
-from .config import Resolved
-from .distributed import World
-from .errors import UserError
-from .pretext import Method, WholeBatchMethod
+from .. import distributed
+from ..config import Resolved
+from ..distributed import World
+from ..errors import UserError
+from ..pretext import Method, WholeBatchMethod
 
 # Containers of repeated blocks: a ViT's and a ConvNeXt's "blocks", a decoder's "decoder_blocks", a ResNet's "layer3"
 REPEATED = re.compile(r"(.*blocks|layer\d)$")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from .files import read_lines, write_text
+from ..files import read_lines, write_text
 
 
 class Report:

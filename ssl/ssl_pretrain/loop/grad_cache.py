@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from . import distributed
-from .pretext import Batch, Losses, Step, WholeBatchMethod
+from .. import distributed
+from ..pretext import Batch, Losses, Step, WholeBatchMethod
 
 
 def backward(

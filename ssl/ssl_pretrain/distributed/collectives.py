@@ -1,17 +1,10 @@
-"""The processes of a run: who they are, and what they say to one another.
+"""What the processes of a run exchange.
 
-A process learns its place from the environment (placement.py). What a method may call inside a loss carries gradients;
-the rest is for the loop.
+`gather` and `mean` carry gradients: a method may call them inside a loss. The rest is for the loop.
 """
 
 import functools
-import math
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,81 +15,9 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor, nn
 
-from . import placement, rendezvous
-from .errors import UserError
+from ..errors import UserError
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among those of the run."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes and speaks for all."""
-        return self.rank == 0
-
-
-@contextmanager
-def world(timeout: timedelta | None = None) -> Iterator[World]:
-    """Join the other processes, if there are any, and leave them at the end.
-
-    timeout: what the roll call, and later any exchange, may take (default: $SSL_PRETRAIN_TIMEOUT in seconds, else ten
-    minutes, but no more than half of what is left of a Slurm job's time).
-    Raises UserError where the environment names only half of what torchrun sets, or more processes than GPUs;
-    rendezvous.MissingProcess where not all processes come.
-    """
-    place = placement.find()
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        if place.local_rank >= gpus and not (gpus == 1 and placement.in_slurm_step()):
-            raise UserError(f"{place.local_size} processes on this machine but {gpus} GPUs: lower --nproc")
-        device = torch.device("cuda", place.local_rank % gpus)  # Slurm may show each process its own GPU only
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        if place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, cores() // place.local_size))
-    here = World(place.rank, place.size, place.local_rank, place.local_size, device)
-    if place.size == 1:
-        yield here
-        return
-    timeout = timeout or _patience()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=rendezvous.meet(place, timeout),
-        rank=place.rank,
-        world_size=place.size,
-        timeout=timeout,
-    )
-    try:
-        yield here
-    finally:
-        _cpu_group.cache_clear()
-        dist.destroy_process_group()
-        if device.type == "cpu":
-            # Caches of FSDP2 keep gloo's threads. Time for them to release what they moved while there is an interpreter.
-            time.sleep(0.05)
-
-
-def _patience() -> timedelta:
-    if "SSL_PRETRAIN_TIMEOUT" in os.environ:
-        return timedelta(seconds=float(os.environ["SSL_PRETRAIN_TIMEOUT"]))
-    end = placement.end_of_job()
-    left = math.inf if end is None else end - time.time()
-    return timedelta(seconds=min(600.0, max(30.0, left / 2)))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def size() -> int:
@@ -196,12 +117,13 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
     if not dist.is_initialized():
         return flags
     said = torch.tensor([int(flag) for flag in flags])
-    dist.all_reduce(said, dist.ReduceOp.MAX, group=_cpu_group())
+    dist.all_reduce(said, dist.ReduceOp.MAX, group=cpu_group())
     return tuple(map(bool, said.tolist()))
 
 
 @functools.cache
-def _cpu_group() -> dist.ProcessGroup | None:
+def cpu_group() -> dist.ProcessGroup | None:
+    """The group for exchanges over the CPU: None for the default one, where that is gloo's."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 

@@ -1,38 +1,23 @@
-"""Checkpoints of a run: whole or absent, newest readable one first.
-
-`checkpoints/step-00001000/` holds the tensors in safetensors files, one for each process that held a part of them, as
-torch.distributed.checkpoint lays them out (so that any number of processes can read them, however they share the
-parameters out), and `checkpoint.json`: the step, plain data, and size and CRC-32 of each file. It is written under another
-name, synced and then renamed, so that a killed process or a full disk leaves the ones before it as they were.
-"""
+"""Writing a checkpoint in the background while training goes on."""
 
 import json
 import os
-import re
 import shutil
 import threading
-import warnings
-import zlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from . import distributed
-from .files import sync, write_text
+from .. import distributed
+from ..files import sync, write_text
+from .folder import prune
 from .shard_file import ShardWriter
 from .shard_plan import OwnPlan, mine
-
-# Said of every checkpoint that one process writes or reads for itself, which is what is meant
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-PATTERN = re.compile(r"step-(\d{8,})")
 
 
 class Writer:
@@ -190,132 +175,3 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     writer.publish()
     if writer.problem:
         raise writer.problem
-
-
-def steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints there are, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(m[1]) for path in folder.iterdir() if (m := PATTERN.fullmatch(path.name)))
-
-
-def clear(folder: Path) -> None:
-    """Remove what a killed run had begun to write, and say so. For the process that is about to write there."""
-    for begun in sorted(folder.glob(".writing-*")):
-        shutil.rmtree(begun, ignore_errors=True)
-        step = int(begun.name.rsplit("-", 1)[1])
-        print(f"warning: the checkpoint of step {step} was not written to its end; it is removed", flush=True)
-
-
-def newest(folder: Path) -> int | None:
-    """The step of the newest whole checkpoint, None without any. For one process of the run.
-
-    A damaged one is set aside (renamed to .damaged-...), named in a warning line, and the one before it is taken.
-    """
-    for step in reversed(steps(folder)):
-        path = folder / f"step-{step:08d}"
-        problem = damage(path)
-        if problem is None:
-            return step
-        aside = folder / f".damaged-{step:08d}"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
-        before = [s for s in steps(folder) if s < step]
-        then = f"trying step {before[-1]}" if before else "no older one is left, starting from the beginning"
-        print(f"warning: checkpoint {path} is damaged ({problem}); moved to {aside.name}; {then}", flush=True)
-    return None
-
-
-@final
-class Reader:
-    """A checkpoint that is whole. The headers of its files, one for each process that wrote, are read once."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / f"step-{step:08d}"
-        self._storage = _Storage(str(self.path))
-
-    def entries(self) -> list[tuple[tuple[str, str], tuple[int, ...], torch.dtype]]:
-        """Part and name, whole shape and dtype of each tensor."""
-        found = self._storage.read_metadata().state_dict_metadata
-        return [
-            ((name.split("/", 1)[0], name.split("/", 1)[1]), tuple(each.size), each.properties.dtype)
-            for name, each in found.items()
-        ]
-
-    def read(self, into: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-        """Put the tensors into those of `into` (by part and name, sharded or not, on any device); return the plain data.
-        Each process reads what it holds itself; files are memory-mapped, so nothing is in memory twice.
-
-        Raises ValueError where the names or shapes are not the same.
-        """
-        flat = {f"{part}/{name}": t.detach() for part, each in into.items() for name, t in each.items()}
-        there = {f"{part}/{name}": shape for (part, name), shape, _ in self.entries()}
-        wanted = {name: tuple(tensor.shape) for name, tensor in flat.items()}
-        if there != wanted:
-            different = sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name))
-            raise ValueError(f"{self.path} is of another model: {', '.join(different[:10])}")
-        self.read_some(flat)
-        said = json.loads((self.path / "checkpoint.json").read_text())
-        return {name: value for name, value in said.items() if name not in ("files", "step")}
-
-    def read_some(self, into: dict[str, Tensor]) -> None:
-        """Put some of the tensors, by "part/name", into those of `into`."""
-        dcp.load(into, storage_reader=self._storage, no_dist=True)
-
-
-class _Storage(HuggingFaceStorageReader):
-    """torch's reader, which reads all headers whenever it is asked where things lie."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self, "_found"):
-            self._found = super().read_metadata()
-        return self._found
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """See StorageReader: it is of one checkpoint for good."""
-
-
-def load(folder: Path, step: int) -> dict[str, Any]:
-    """The whole state of a checkpoint, tensors in host memory: what was given to `save`."""
-    reader = Reader(folder, step)
-    parts: dict[str, dict[str, Tensor]] = {}
-    for (part, name), shape, dtype in reader.entries():
-        parts.setdefault(part, {})[name] = torch.empty(shape, dtype=dtype)
-    return {**parts, **reader.read(parts)}
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None where it is whole."""
-    try:
-        said = json.loads((path / "checkpoint.json").read_text())["files"]
-        for name, (size, _) in said.items():
-            if (path / name).stat().st_size != size:
-                return f"{name} has {(path / name).stat().st_size} bytes, {size} were written"
-        with ThreadPoolExecutor(8) as pool:  # zlib lets go of the interpreter
-            for name, (_, crc) in zip(said, pool.map(_size_and_sum, [path / name for name in said]), strict=True):
-                if crc != said[name][1]:
-                    return f"{name} does not match its checksum"
-        return None if said else "it lists no files"
-    except FileNotFoundError as problem:
-        return f"{Path(problem.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        return f"checkpoint.json cannot be read: {problem}"
-
-
-def _size_and_sum(file: Path) -> tuple[int, int]:
-    """Bytes and CRC-32 of a file."""
-    size = crc = 0
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 24):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return size, crc
-
-
-def prune(folder: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps."""
-    there = steps(folder)
-    for step in there[:-keep_last]:
-        if not (keep_every and step % keep_every == 0):
-            shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
-    for stale in folder.glob(".writing-*"):
-        shutil.rmtree(stale, ignore_errors=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from . import distributed
-from .distributed import World, cores
-from .errors import UserError
+from .. import distributed
+from ..distributed import World, cores
+from ..errors import UserError
 from .manifest import commit
 
 BRIEF = 16  # MiB written at the start of a run

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .distributed import World, cores
-from .files import write_text
+from ..distributed import World, cores
+from ..files import write_text
 
 
 def read(out: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from urllib.parse import urlparse
 
 import torch.distributed as dist
 
-from .errors import UserError
-from .placement import Place
+from ..errors import UserError
+from .environment import Place
 
 RENDEZVOUS = "SSL_PRETRAIN_RENDEZVOUS"  # set by `--nproc`: a file:// address, so that no port can be taken
 PAUSE = 0.05  # seconds between looks

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backbones
-from .backbones.positions import ROPE_BASE, Offsets, resize_offsets, resize_table, sincos_table
-from .encoder import Encoder, Preprocessing
-from .errors import UserError, nearest
+from .. import backbones
+from ..backbones.positions import ROPE_BASE, Offsets, resize_offsets, resize_table, sincos_table
+from ..encoder import Encoder, Preprocessing
+from ..errors import UserError, nearest
 from .weights import SHOWN, difference, flat, read_file
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of every layout here but BEiT's

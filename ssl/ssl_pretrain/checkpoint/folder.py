@@ -1,0 +1,82 @@
+"""The folder of a run's checkpoints: which are there, which is the newest whole one, which are pruned."""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+PATTERN = re.compile(r"step-(\d{8,})")
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints there are, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(m[1]) for path in folder.iterdir() if (m := PATTERN.fullmatch(path.name)))
+
+
+def clear(folder: Path) -> None:
+    """Remove what a killed run had begun to write, and say so. For the process that is about to write there."""
+    for begun in sorted(folder.glob(".writing-*")):
+        shutil.rmtree(begun, ignore_errors=True)
+        step = int(begun.name.rsplit("-", 1)[1])
+        print(f"warning: the checkpoint of step {step} was not written to its end; it is removed", flush=True)
+
+
+def newest(folder: Path) -> int | None:
+    """The step of the newest whole checkpoint, None without any. For one process of the run.
+
+    A damaged one is set aside (renamed to .damaged-...), named in a warning line, and the one before it is taken.
+    """
+    for step in reversed(steps(folder)):
+        path = folder / f"step-{step:08d}"
+        problem = damage(path)
+        if problem is None:
+            return step
+        aside = folder / f".damaged-{step:08d}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        before = [s for s in steps(folder) if s < step]
+        then = f"trying step {before[-1]}" if before else "no older one is left, starting from the beginning"
+        print(f"warning: checkpoint {path} is damaged ({problem}); moved to {aside.name}; {then}", flush=True)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None where it is whole."""
+    try:
+        said = json.loads((path / "checkpoint.json").read_text())["files"]
+        for name, (size, _) in said.items():
+            if (path / name).stat().st_size != size:
+                return f"{name} has {(path / name).stat().st_size} bytes, {size} were written"
+        with ThreadPoolExecutor(8) as pool:  # zlib lets go of the interpreter
+            for name, (_, crc) in zip(said, pool.map(_size_and_sum, [path / name for name in said]), strict=True):
+                if crc != said[name][1]:
+                    return f"{name} does not match its checksum"
+        return None if said else "it lists no files"
+    except FileNotFoundError as problem:
+        return f"{Path(problem.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        return f"checkpoint.json cannot be read: {problem}"
+
+
+def _size_and_sum(file: Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file."""
+    size = crc = 0
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 24):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
+def prune(folder: Path, *, keep_last: int, keep_every: int | None) -> None:
+    """Remove all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps."""
+    there = steps(folder)
+    for step in there[:-keep_last]:
+        if not (keep_every and step % keep_every == 0):
+            shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
+    for stale in folder.glob(".writing-*"):
+        shutil.rmtree(stale, ignore_errors=True)

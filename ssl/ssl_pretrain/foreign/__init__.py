@@ -1,0 +1,1 @@
+"""Encoders and checkpoints of other libraries."""

@@ -71,7 +71,13 @@ def sharded(options: argparse.Namespace, here: World) -> None:
     torch.manual_seed(0)
     kind = {**backbones.defaults("vit_small"), **MAE.recipe.encoder, "patch_size": 16}
     method = MAE(backbones.build("vit_small", image_size=(224, 224), **kind), MAE.Config())
-    how = {"parallel": "fsdp", "recompute": False, "compile": False, "precision": "fp32", "cpu_offload": False}
+    how = {
+        "parallel": "fsdp",
+        "gradient_checkpointing": False,
+        "compile": False,
+        "precision": "fp32",
+        "cpu_offload": False,
+    }
     parallel.wrap(method, cast(Any, SimpleNamespace(**how)), here)
     shards = parallel.Shards(method, here.device)
     groups = optim.parameter_groups(method, rule=MAE.recipe.decay, layer_decay=1.0, part=shards)

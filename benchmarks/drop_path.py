@@ -45,7 +45,7 @@ def main() -> None:
         batches = [(x, {"drop": torch.rand(len(x), 2 * model.depth, device=device)}) for x in crops]
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            found = model.together(batches)
+            found = model.forward_crops(batches)
         torch.stack([features.patches.float().square().mean() for features in found]).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()

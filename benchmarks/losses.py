@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain import backbones
+from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.parts.nt_xent import contrast
 from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs
 from ssl_pretrain.parts.sigreg import END, KNOTS, sigreg
-from ssl_pretrain.parts.teacher import follow_, follower
 
 OURS, FORMULA, LIGHTLY, STABLE = "ssl-pretrain", "formula", "lightly", "stable-pretraining"
 Run = Callable[[], object]
@@ -136,7 +136,7 @@ def sigreg_row(generator: torch.Generator, wanted: list[str]) -> dict[str, Run]:
 def ema(generator: torch.Generator, wanted: list[str]) -> dict[str, Run]:
     """Teacher's step of a ViT-S/16, 21.7 M parameters"""
     student = backbones.build("vit_small", image_size=(224, 224), patch_size=16)
-    teacher, ok = follower(student), torch.tensor(True)
+    teacher, ok = ema_copy(student), torch.tensor(True)
     with torch.no_grad():
         for p in student.parameters():
             p.add_(0.01 * torch.randn(p.shape, generator=generator))
@@ -148,7 +148,7 @@ def ema(generator: torch.Generator, wanted: list[str]) -> dict[str, Run]:
 
     runs: dict[str, Run] = {}
     if OURS in wanted:
-        runs[OURS] = lambda: follow_(teacher, student, 0.99, ok)
+        runs[OURS] = lambda: ema_update_(teacher, student, 0.99, ok)
     if FORMULA in wanted:
         runs[FORMULA] = formula
     if LIGHTLY in wanted and (update := peer("lightly.models.utils", "update_momentum")):

@@ -60,7 +60,7 @@ def main() -> None:
     groups = [torch.randn(count * options.images, 3, side, side, device=device) for count, side in (GLOBAL, LOCAL)]
 
     ways: dict[str, Callable[[], list[Tensor]]] = {
-        "ours": lambda: [features.pooled for features in vit.together([(images, {}) for images in groups])],
+        "ours": lambda: [features.pooled for features in vit.forward_crops([(images, {}) for images in groups])],
         "apart": lambda: [vit(images).pooled for images in groups],
         "packed": lambda: packed(vit, groups),
     }

@@ -307,7 +307,8 @@ def predict_loading(size: float, decoded: float, cluster: Cluster) -> None:
 WORKER = """
 import json, sys, time
 import torch, torch.distributed as dist
-from ssl_pretrain import backbones, distributed, parallel
+from ssl_pretrain import backbones, distributed
+from ssl_pretrain.loop import parallel
 from torch import nn
 how, images = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
@@ -325,7 +326,7 @@ class Whole(nn.Module):
         return self.encoder(images).pooled.square().mean()
 
 class Asked:
-    recompute, compile, precision, cpu_offload = False, False, "fp32", False
+    gradient_checkpointing, compile, precision, cpu_offload = False, False, "fp32", False
     parallel = how
     shard_size = 2 if how == "hsdp" else None
 

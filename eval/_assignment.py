@@ -33,9 +33,9 @@ def assignment(gain: np.ndarray) -> np.ndarray:
             done[column] = True
             row = int(holder[column])
         left = length - distance[done]  # how much cheaper the chain reached each column
-        held = holder[done] != -1
+        occupied = holder[done] != -1
         row_price[new] += length
-        row_price[holder[done][held]] += left[held]
+        row_price[holder[done][occupied]] += left[occupied]
         column_price[done] -= left
         while column != -1:  # exchange along the chain, from its end
             holder[column] = new if before[column] == -1 else holder[before[column]]

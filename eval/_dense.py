@@ -72,15 +72,15 @@ class Reader:
 # ---- Images.
 
 
-def whole_patches(task: Task, asked: tuple[int, ...] | None) -> tuple[int, int]:
+def whole_patches(task: Task, requested: tuple[int, ...] | None) -> tuple[int, int]:
     """What every image is resized to (height, width): one side or two of `asked`, else what the encoder was trained at.
     Raises UserError for a size that cannot be."""
-    if asked is None:
+    if requested is None:
         size = task.encoder.preprocessing.crop
-    elif len(asked) > 2 or min(asked, default=0) < 1:
-        raise UserError(f"--image-size {' '.join(map(str, asked))}: one side, or height and width, in pixels")
+    elif len(requested) > 2 or min(requested, default=0) < 1:
+        raise UserError(f"--image-size {' '.join(map(str, requested))}: one side, or height and width, in pixels")
     else:
-        size = asked[0], asked[-1]
+        size = requested[0], requested[-1]
     stride = task.encoder.backbone.stride
     if any(side % step for side, step in zip(size, stride, strict=True)):
         fits = [max(step, round(side / step) * step) for side, step in zip(size, stride, strict=True)]

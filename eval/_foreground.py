@@ -94,13 +94,13 @@ def otsu(scores: np.ndarray) -> float:
 
 
 def objects(
-    task: Task, asked: Sequence[Map] | None, ignore_label: Sequence[int], *, size: tuple[int, int], bad: list[Bad]
+    task: Task, requested: Sequence[Map] | None, ignore_label: Sequence[int], *, size: tuple[int, int], bad: list[Bad]
 ) -> tuple[_overlap.Scores, dict[str, Any]]:
     """J of what stands out in each test image with everything that its mask says is not 0, by map; and what it depends
     on, for the protocol. asked: the maps, None for those that the encoder has; size: of the images; bad: takes up what
     cannot be read. Raises UserError for a map that the encoder does not have."""
     readable = has_attention(task.encoder)
-    maps: list[Map] = list(dict.fromkeys(asked or (("pca", "attention") if readable else ("pca",))))
+    maps: list[Map] = list(dict.fromkeys(requested or (("pca", "attention") if readable else ("pca",))))
     if "attention" in maps and not readable:
         raise UserError("--maps attention: this encoder is no ViT of ours with a CLS token; --maps pca takes any")
     test, reader = task.data.test, Reader.of_objects(masked(task.data.test), ignore_label)

@@ -44,13 +44,13 @@ def by_class(found: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> d
     precision 0."""
     count = len(classes)
     right = np.bincount(labels[found == labels], minlength=count)
-    true, said = np.bincount(labels, minlength=count), np.bincount(found, minlength=count)
+    true, predicted = np.bincount(labels, minlength=count), np.bincount(found, minlength=count)
     return {
         name: {
             "n": int(true[c]),
             "recall": 100 * float(right[c] / true[c]),
-            "precision": 100 * float(right[c] / max(said[c], 1)),
-            "f1": 200 * float(right[c] / (true[c] + said[c])),
+            "precision": 100 * float(right[c] / max(predicted[c], 1)),
+            "f1": 200 * float(right[c] / (true[c] + predicted[c])),
         }
         for c, name in enumerate(classes)
         if true[c]

@@ -299,12 +299,12 @@ def _splits(files: dict[str, _File], keys: list[tuple[str, str]]) -> dict[tuple[
     if lists:
         return {key: next((word for word, stems in lists.items() if key[1] in stems), "") for key in keys}
     folders = sorted({folder for folder, _ in keys})
-    told = []
+    paths = []
     for folder in folders:
         first, _, rest = folder.partition("/")
-        told.append(f"{SPLIT_ALIASES.get(first.lower(), first)}/{rest}".encode("utf-8", "surrogateescape"))
+        paths.append(f"{SPLIT_ALIASES.get(first.lower(), first)}/{rest}".encode("utf-8", "surrogateescape"))
     words = ("", *names.SPLIT_WORDS)
-    ids = dict(zip(folders, names.split_of_folders(told), strict=True))
+    ids = dict(zip(folders, names.split_of_folders(paths), strict=True))
     return {key: words[ids[key[0]]] for key in keys}
 
 

@@ -60,23 +60,23 @@ class Data:
                 f"--train-split and --test-split are both {train_split!r}: a test on training images says nothing"
             )
         (train, of_train), (test, of_test) = _labelled(name, train_split), _labelled(name, test_split)
-        classes, known, asked = _agree(train, test)
+        classes, known, test_labels = _agree(train, test)
         present = np.unique(known)
         if len(present) < 2:
             raise UserError(
                 f"all training images of {name} are of one class, {classes[present[0]]}: nothing to tell apart"
             )
-        strange = np.setdiff1d(asked, present)
+        strange = np.setdiff1d(test_labels, present)
         if len(strange):
             names = ", ".join(classes[label] for label in strange[:5]) + (", ..." if len(strange) > 5 else "")
             raise UserError(
-                f"{name}: {np.isin(asked, strange).sum()} images of split {test_split!r} are of {len(strange)} "
+                f"{name}: {np.isin(test_labels, strange).sum()} images of split {test_split!r} are of {len(strange)} "
                 f"class(es) that no image of split {train_split!r} has: {names}"
             )
         return cls(
             name,
             Images(train_split, train, known, len(of_train) - len(train)),
-            Images(test_split, test, asked, len(of_test) - len(test)),
+            Images(test_split, test, test_labels, len(of_test) - len(test)),
             classes,
         )
 
@@ -238,8 +238,8 @@ def _labelled(name: str, split: str) -> tuple[Source, Source]:
 def _agree(train: Source, test: Source) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     """Class names of a common numbering, and the labels of both sides in it: by name where both sides name their
     classes, else by number. A class that only the test side has comes last."""
-    known, asked = np.asarray(train.labels), np.asarray(test.labels)
+    known, test_labels = np.asarray(train.labels), np.asarray(test.labels)
     if train.classes is None or test.classes is None:
-        return tuple(map(str, range(max(known.max(), asked.max()) + 1))), known, asked
+        return tuple(map(str, range(max(known.max(), test_labels.max()) + 1))), known, test_labels
     names = list(train.classes) + [name for name in test.classes if name not in train.classes]
-    return tuple(names), known, np.array([names.index(name) for name in test.classes])[asked]
+    return tuple(names), known, np.array([names.index(name) for name in test.classes])[test_labels]

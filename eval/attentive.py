@@ -86,11 +86,11 @@ def evaluate(task: Task, config: Config) -> Outcome:
     """
     _check(config)
     wanted = _blocks(task.encoder, config)
-    fit, held = hold_out(task.data.train.labels, config.held_out, task.seed)
+    fit, held_out = hold_out(task.data.train.labels, config.held_out, task.seed)
     settings = [(lr, decay) for lr in dict.fromkeys(config.lrs) for decay in dict.fromkeys(config.weight_decays)]
     known = task.data.train
     banks, _ = _train(task, config, fit, wanted, settings, "probes")
-    scores = _score(task, banks, Images(known.split, Subset(known.source, held), known.labels[held], 0))
+    scores = _score(task, banks, Images(known.split, Subset(known.source, held_out), known.labels[held_out], 0))
     tried: list[dict[str, Any]] = [
         {"block": block, "lr": lr, "weight_decay": decay, "top1": top1, "loss": loss}
         for block in wanted
@@ -120,7 +120,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
             + (" (at the edge of the grid)" if edge else ""),
             "features": [f"patches of block {best['block']} from the end, after the final norm"],
             "selected": best,
-            "selection": f"highest top-1 on {len(held)} held-out training images ({config.held_out:g} of each class); "
+            "selection": f"highest top-1 on {len(held_out)} held-out training images ({config.held_out:g} of each class); "
             f"the selected probe was trained again on all training images and tested once",
             "all_scored_on": "held-out training images",
             "best_of_block": {str(block): top for block, top in tops.items()},
@@ -269,10 +269,12 @@ def _train(
     failures: dict[int, Bad] = {}
     with contextlib.closing(_supply(task, config, rows, steps, failures)) as given:
         for step, (images, index) in enumerate(given):
-            asked = labels[index]
+            batch_labels = labels[index]
             for block, tokens in _tokens(task, images, wanted).items():
                 for logits in banks[block](tokens):
-                    F.cross_entropy(logits, asked).backward()  # one at a time: the graph of one is all that is kept
+                    F.cross_entropy(
+                        logits, batch_labels
+                    ).backward()  # one at a time: the graph of one is all that is kept
             share = schedules.learning_rate(
                 step, steps=steps, peak=1.0, final=0.0, warmup=round(WARMUP * steps), kind="cosine"
             )

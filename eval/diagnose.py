@@ -30,7 +30,7 @@ from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import NotFinite, Pixels, Tap, blocks, poolings, vectors
 from ssl_pretrain.features.neighbours import nearest, vote
-from ssl_pretrain.loop.monitor import spread
+from ssl_pretrain.loop.monitor import feature_statistics
 from ssl_pretrain.randomness import key, numpy_generator
 
 from ._results import Outcome
@@ -141,7 +141,7 @@ def measures(features: Tensor) -> dict[str, Any]:
         "effective_rank": _rank(variances.sqrt()),
         "utilised_rank": utilised,
         "alpha": _alpha(variances),
-        "spread": spread(features)["feature_std"] if n > 1 else 0.0,
+        "spread": feature_statistics(features)["feature_std"] if n > 1 else 0.0,
         "uniformity": _uniformity(unit),
     }
 
@@ -256,14 +256,14 @@ def findings(entries: list[dict[str, Any]], features: Tensor) -> list[str]:
     head = entries[0]
     n, width = features.shape
     most = min(n - 1, width)
-    said = []
+    sentences = []
     if head["spread"] < 0.01:
-        said.append(
+        sentences.append(
             f"collapsed: all images get nearly the same vector (spread {head['spread']:.4f} of 1); nothing can be learned "
             f"from these features"
         )
     elif head["effective_rank"] < 0.1 * most:
-        said.append(
+        sentences.append(
             f"dimensional collapse: the features fill about {head['effective_rank']:.0f} of {most} directions (99 % of "
             f"the variance in {head['utilised_rank']})"
         )
@@ -271,48 +271,50 @@ def findings(entries: list[dict[str, Any]], features: Tensor) -> list[str]:
     dead = int((features.std(0) <= 1e-6 * features.abs().max().clamp_min(1e-30)).sum())
     if head["spread"] >= 0.01:
         if dead:
-            said.append(f"{dead} of {width} floats are the same for every image")
+            sentences.append(f"{dead} of {width} floats are the same for every image")
         cosine = float(normalize(features.double(), dim=1).mean(0).square().sum())
         if cosine > 0.9:
-            said.append(
+            sentences.append(
                 f"a common direction outweighs the rest: two images have a mean cosine of {cosine:.2f}; subtract the "
                 f"mean before comparing by cosine"
             )
         loudest = float((features.double().square().mean(0) / features.double().square().mean(0).sum()).max())
         if loudest > 0.5 and width > 2:
-            said.append(
+            sentences.append(
                 f"one float of {width} holds {100 * loudest:.0f} % of the squared length (a massive activation)"
             )
         if float(norms.max()) > 10 * float(norms.median()):
-            said.append(
+            sentences.append(
                 f"outliers: the longest feature is {float(norms.max() / norms.median()):.0f} times the median in length"
             )
     if head["alpha"] is not None and head["alpha"] > 3 and head["spread"] >= 0.01:
-        said.append(f"the spectrum falls steeply (alpha {head['alpha']:.1f}): few directions carry nearly everything")
+        sentences.append(
+            f"the spectrum falls steeply (alpha {head['alpha']:.1f}): few directions carry nearly everything"
+        )
     if "views_found" in head:
         if head["views_found"] < 20 and head["spread"] >= 0.01:
-            said.append(
+            sentences.append(
                 f"views of an image are not near each other: the nearest vector is one of the same image for "
                 f"{head['views_found']:.0f} % (alignment {head['alignment']:.2f})"
             )
         elif head["alignment"] < 0.01 and head["spread"] < 0.1:
-            said.append("views of an image are alike, but so are different images")
+            sentences.append("views of an image are alike, but so are different images")
     better = [entry for entry in entries[1:] if "knn" in entry and entry["knn"] > head["knn"] + 2]
     if better:
         best = max(better, key=lambda entry: entry["knn"])
-        said.append(
+        sentences.append(
             f"an earlier feature serves better: {best['feature']} has kNN top-1 {best['knn']:.1f} %, {head['feature']} "
             f"{head['knn']:.1f} %"
         )
     elif "knn" not in head:
         wider = max(entries, key=lambda entry: entry["effective_rank"])
         if wider["effective_rank"] > 1.5 * head["effective_rank"]:
-            said.append(
+            sentences.append(
                 f"an earlier feature fills more directions: {wider['feature']} {wider['effective_rank']:.0f}, "
                 f"{head['feature']} {head['effective_rank']:.0f}; compare them by knn or linear"
             )
     if n <= width:
-        said.append(
+        sentences.append(
             f"only {n} images for {width} floats: ranks cannot exceed {n}, so compare them at equal numbers only"
         )
-    return said or ["nothing looks wrong"]
+    return sentences or ["nothing looks wrong"]

@@ -33,7 +33,7 @@ from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.features import Bad, NotFinite, Tap, crops_of, vectors
 from ssl_pretrain.foreign.libraries import Foreign
 from ssl_pretrain.optim import schedules
-from ssl_pretrain.parts.teacher import follow_, follower
+from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.pretext import Method
 from ssl_pretrain.randomness import key, numpy_generator
 
@@ -122,9 +122,9 @@ def evaluate(task: Task, config: Config) -> Outcome:
     _check(task, config)
     tried: list[dict[str, Any]] = []
     if len(config.lrs) > 1:
-        fit, held = hold_out(task.data.train.labels, config.held_out, task.seed)
+        fit, held_out = hold_out(task.data.train.labels, config.held_out, task.seed)
         known = task.data.train
-        asked = Images(known.split, Subset(known.source, held), known.labels[held], 0)
+        asked = Images(known.split, Subset(known.source, held_out), known.labels[held_out], 0)
         for lr in config.lrs:
             tried.append({"lr": lr, "top1": None, "loss": None})
             with contextlib.suppress(NotFinite):
@@ -156,7 +156,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
             **(
                 {
                     "selected": next(one for one in tried if one["lr"] == lr),
-                    "selection": f"highest top-1 on {len(held)} held-out training images ({config.held_out:g} of each "
+                    "selection": f"highest top-1 on {len(held_out)} held-out training images ({config.held_out:g} of each "
                     f"class); trained again on all training images and tested once",
                     "all_scored_on": "held-out training images",
                 }
@@ -368,7 +368,7 @@ def _train(
     generator = torch.Generator().manual_seed(key(task.seed, "finetune", config.scope))
     prepare(own, config, generator)
     model = Classifier(own, width, len(task.data.classes), config.feature, generator).to(device).train()
-    average = follower(model) if config.ema else None
+    average = ema_copy(model) if config.ema else None
     # only its parameters and its encoder are looked at, so that a classifier does for a method
     groups = optim.parameter_groups(cast(Method, model), rule="no_1d_tokens", layer_decay=config.layer_decay)
     optimizer = optim.build("adamw", groups, BETAS)
@@ -399,7 +399,7 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()
             if average is not None:
-                follow_(average, model, config.ema, yes)
+                ema_update_(average, model, config.ema, yes)
                 for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
                     mine.copy_(theirs)
             if curve is not None and (raw.step + 1) * config.curve // steps > raw.step * config.curve // steps:

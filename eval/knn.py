@@ -91,14 +91,14 @@ def evaluate(task: Task, config: Config) -> Outcome:
     best = names[0], *ways[0]
     protocol: dict[str, Any] = {}
     if config.select == "train":
-        held = {
+        accuracies = {
             (name, *way): 100 * float((found[:, 0] == train.labels).mean())
             for name in searched
             for way, found in _classify(task, config, train, None, name=name, ways=ways)
         }
-        best = max(held, key=held.__getitem__)
+        best = max(accuracies, key=accuracies.__getitem__)
         protocol["leave_one_out"] = [
-            {"feature": name, "k": k, "vote": kind, "top1": top1} for (name, k, kind), top1 in held.items()
+            {"feature": name, "k": k, "vote": kind, "top1": top1} for (name, k, kind), top1 in accuracies.items()
         ]
     return Outcome(
         scores[best],

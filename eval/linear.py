@@ -215,9 +215,9 @@ def evaluate(task: Task, config: Config) -> Outcome:
     inputs = _inputs(task, config)
     taps = tuple(dict.fromkeys(tap for one in inputs for tap in one.taps))
     train, test = task.features(taps)
-    everything, asked = np.arange(len(train.labels)), np.arange(len(test.labels))
+    everything, test_rows = np.arange(len(train.labels)), np.arange(len(test.labels))
     single, on_test = len(inputs) * len(config.lrs) == 1, config.select == "test"
-    fit, held = (everything, asked) if single or on_test else hold_out(train.labels, config.held_out, task.seed)
+    fit, held_out = (everything, test_rows) if single or on_test else hold_out(train.labels, config.held_out, task.seed)
     batch = min(config.probe_batch_size, len(fit))
     steps = _steps(config, len(fit), batch)
 
@@ -232,7 +232,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
     scored_on = test if single or on_test else train
     tried: list[dict[str, Any]] = [
         {"lr": lr, "layers": one.layers, "pooling": one.pooling, "top1": top1, "loss": loss}
-        for one, scores in zip(inputs, _score(heads, scored_on, held, scaling, task.device), strict=True)
+        for one, scores in zip(inputs, _score(heads, scored_on, held_out, scaling, task.device), strict=True)
         for lr, (top1, loss) in zip(config.lrs, scores, strict=True)
     ]
     whole = [head for head in tried if head["top1"] is not None]
@@ -245,7 +245,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
         place = 0
     ranked = [
         heads[one].logits(x)[:, place].sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
-        for x, _ in _chunks(one, test, asked, scaling, task.device)
+        for x, _ in _chunks(one, test, test_rows, scaling, task.device)
     ]
 
     if single:
@@ -254,7 +254,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
         selection = "highest top-1 on the test images themselves, as asked for (--select test): a number that flatters"
     else:
         selection = (
-            f"highest top-1 on {len(held)} held-out training images ({config.held_out:g} of each class); "
+            f"highest top-1 on {len(held_out)} held-out training images ({config.held_out:g} of each class); "
             f"the selected head was trained again on all training images and tested once"
         )
     at_edge = len(config.lrs) > 1 and best["lr"] in (min(config.lrs), max(config.lrs))
@@ -309,12 +309,12 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     """Indices of `labels` (n,) to train on and to choose on, sorted: of each class `share` of its images, but at least
     one and not all, are held out, drawn by `seed`. A class with a single image is only trained on. Raises UserError
     where nothing is left to choose on."""
-    held = []
+    held_out = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         count = min(max(1, round(share * len(members))), len(members) - 1)
-        held.append(numpy_generator(seed, "held out", int(label)).permutation(members)[:count])
-    chosen = np.sort(np.concatenate(held))
+        held_out.append(numpy_generator(seed, "held out", int(label)).permutation(members)[:count])
+    chosen = np.sort(np.concatenate(held_out))
     if not len(chosen):
         raise UserError(
             "every class has a single training image, so no head can be chosen without the test images: use knn"

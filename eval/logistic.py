@@ -66,7 +66,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
     elif not names:
         names = poolings(task.encoder, task.device)
     train, test = task.features(names)
-    fit, held = hold_out(train.labels, config.held_out, task.seed)
+    fit, held_out = hold_out(train.labels, config.held_out, task.seed)
     cs = _grid(config)
 
     tried: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
         if twin is not None:  # pooled is often just the CLS token or the mean
             tried += [{**entry, "feature": name} for entry in tried if entry["feature"] == twin]
             continue
-        found = _sweep(task, config, train.features[name], train.labels, fit, held, cs)
+        found = _sweep(task, config, train.features[name], train.labels, fit, held_out, cs)
         tried += [{"feature": name, **entry} for entry in found]
         task.report("features", number + 1, len(names))
     best = _best(tried)
@@ -99,8 +99,8 @@ def evaluate(task: Task, config: Config) -> Outcome:
             "normalise": config.normalise,
             "C": cs,
             "selected": best,
-            "selection": f"highest top-1 on {len(held)} held-out training images ({config.held_out:g} of each class), of "
-            f"equal ones the lower loss; fitted again on all training images and tested once",
+            "selection": f"highest top-1 on {len(held_out)} held-out training images ({config.held_out:g} of each class), "
+            f"of equal ones the lower loss; fitted again on all training images and tested once",
             "all_scored_on": "held-out training images",
             "optimizer": f"preconditioned L-BFGS, at most {config.max_iterations} steps ({iterations} for the headline)",
             **(
@@ -172,15 +172,15 @@ def _sweep(
     features: np.ndarray,
     labels: np.ndarray,
     fit: np.ndarray,
-    held: np.ndarray,
+    held_out: np.ndarray,
     cs: list[float],
 ) -> list[dict[str, Any]]:
     """Top-1 in percent and loss on the held-out rows, for each C; one rotation and one path serve all of them."""
     rows = _normalised(features, config.normalise)
     rotation = Rotation(rows, fit, task.device)
-    turned, asked = rotation(rows, fit), rotation(rows, held)
+    turned, held_out_rows = rotation(rows, fit), rotation(rows, held_out)
     known = torch.from_numpy(labels[fit]).to(task.device)
-    wanted = torch.from_numpy(labels[held]).to(task.device)
+    wanted = torch.from_numpy(labels[held_out]).to(task.device)
     by_penalty = {1 / (c * len(fit)): c for c in cs}
     result = []
     for found in path(
@@ -188,15 +188,15 @@ def _sweep(
         max_iterations=config.max_iterations,
     ):  # fmt: skip
         right, loss = 0, 0.0
-        for x, y in zip(asked.split(CHUNK), wanted.split(CHUNK), strict=True):
+        for x, y in zip(held_out_rows.split(CHUNK), wanted.split(CHUNK), strict=True):
             log_p = (x.double() @ found.weight.T + found.bias).log_softmax(1)
             right += int((log_p.argmax(1) == y).sum())
             loss -= float(log_p.gather(1, y[:, None]).sum())
         result.append({
             "C": by_penalty[found.penalty],
             "iterations": found.iterations,
-            "top1": 100 * right / len(held),
-            "loss": loss / len(held),
+            "top1": 100 * right / len(held_out),
+            "loss": loss / len(held_out),
         })  # fmt: skip
     return result
 
@@ -235,8 +235,8 @@ def _few_labels(
         chosen = draw(train.labels, budget, task.seed, number)
         c = config.c_single
         if np.bincount(train.labels[chosen]).max() > 1:
-            fit, held = hold_out(train.labels[chosen], config.held_out, task.seed)
-            found = _sweep(task, config, train.features[name], train.labels, chosen[fit], chosen[held], cs)
+            fit, held_out = hold_out(train.labels[chosen], config.held_out, task.seed)
+            found = _sweep(task, config, train.features[name], train.labels, chosen[fit], chosen[held_out], cs)
             c = _best(found)["C"]
         ranked, _ = _test(task, config, train, test, name, chosen, c)
         top1.append(100 * float((ranked[:, 0] == test.labels).mean()))

@@ -110,8 +110,8 @@ class Altered(Source):
         self.source, self.how, self.change = source, how, change
         self.labels, self.classes = source.labels, source.classes
         cut = (how.resize, how.crop, how.interpolation, how.channels)
-        told = f"{source.fingerprint} {len(source)} {cut} {corruptions.VERSION} {change}"
-        self.fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        identity = f"{source.fingerprint} {len(source)} {cut} {corruptions.VERSION} {change}"
+        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         self.description = f"{source.description} ({change})"
 
     def __len__(self) -> int:
@@ -152,21 +152,21 @@ def evaluate(task: Task, config: Config) -> Outcome:
     if task.helps:
         _help(task, conditions, tap)
     train, test = drawn.features([tap])
-    fit, held = _hold_out(train.labels, config, task.seed)
+    fit, held_out = _hold_out(train.labels, config, task.seed)
     how: dict[str, Any]
     if config.classifier == "knn":
         score, how, tried = _neighbours(task, config, train, tap, fit)
     else:
-        score, how, tried = _logistic(task, config, train, tap, fit, held)
-    few = np.sort(numpy_generator(task.seed, "calibration").permutation(held)[:CALIBRATED_ON])
+        score, how, tried = _logistic(task, config, train, tap, fit, held_out)
+    few = np.sort(numpy_generator(task.seed, "calibration").permutation(held_out)[:CALIBRATED_ON])
     temperature = best_temperature(score(train.features[tap][few]), train.labels[few])
 
     clean = score(test.features[tap])
     ranked = torch.from_numpy(clean).sort(dim=1, descending=True, stable=True).indices[:, :5].numpy()
     right, rows = [], []
     for number, condition in enumerate(conditions):
-        told = partial(_tell, task, number, len(conditions))
-        found = _features(task, condition, tap, told)
+        progress = partial(_tell, task, number, len(conditions))
+        found = _features(task, condition, tap, progress)
         if not np.array_equal(found.index, test.index):
             raise UserError(
                 f"{task.data.name}: other images could be read a moment ago: see that they stay, and start again"
@@ -199,9 +199,9 @@ def evaluate(task: Task, config: Config) -> Outcome:
             f"{' '.join(map(str, dict.fromkeys(config.severities)))}",
             "feature": tap,
             **how,
-            "selection": f"trained on {len(fit)} training images; of the {len(held)} held out ({config.held_out:g} of each "
-            f"class) {'C is chosen on all and ' if tried else ''}the temperature fitted on {len(few)}; test images were "
-            f"not looked at",
+            "selection": f"trained on {len(fit)} training images; of the {len(held_out)} held out ({config.held_out:g} of "
+            f"each class) {'C is chosen on all and ' if tried else ''}the temperature fitted on {len(few)}; test images "
+            f"were not looked at",
             "all_scored_on": "held-out training images",
             "test_images": f"{len(chosen)} of {len(task.data.test.labels)}, drawn by the seed",
             "corruptions": {name: corruptions.STRENGTHS[name] for name in wanted},
@@ -267,10 +267,10 @@ def _hold_out(labels: np.ndarray, config: Config, seed: int) -> tuple[np.ndarray
     """Indices of the images to train on and of those held out. Raises UserError where there are too few of either."""
     if np.bincount(labels).max() < 2:
         raise UserError("every class has a single training image, so none can be held out to fit the temperature on")
-    fit, held = hold_out(labels, config.held_out, seed)
+    fit, held_out = hold_out(labels, config.held_out, seed)
     if config.classifier == "knn" and config.k > len(fit):
         raise UserError(f"--k is {config.k}, but there are only {len(fit)} training images beside those held out")
-    return fit, held
+    return fit, held_out
 
 
 def _neighbours(
@@ -289,7 +289,7 @@ def _neighbours(
 
 
 def _logistic(
-    task: Task, config: Config, train: Side, tap: str, fit: np.ndarray, held: np.ndarray
+    task: Task, config: Config, train: Side, tap: str, fit: np.ndarray, held_out: np.ndarray
 ) -> tuple[Score, dict[str, Any], list[dict[str, Any]]]:
     """Logistic regression on `fit` with the C that scores highest on `held`, of equal ones the one of lower loss; the
     facts, and what was tried."""
@@ -310,12 +310,12 @@ def _logistic(
     for found in path(turned, labels, len(task.data.classes), list(by_penalty), rotation.variance):
         score, c = scorer(found.weight, found.bias), by_penalty[found.penalty]
         right, loss = 0, 0.0
-        for start in range(0, len(held), CHUNK):
-            part = held[start : start + CHUNK]
+        for start in range(0, len(held_out), CHUNK):
+            part = held_out[start : start + CHUNK]
             log_p = log_softmax(score(rows[part]))
             right += int((log_p.argmax(1) == train.labels[part]).sum())
             loss -= float(log_p[np.arange(len(part)), train.labels[part]].sum())
-        tried.append({"C": c, "top1": 100 * right / len(held), "loss": loss / len(held)})
+        tried.append({"C": c, "top1": 100 * right / len(held_out), "loss": loss / len(held_out)})
         if best is None or (right, -loss) > best[0]:
             best = (right, -loss), score, c
         task.report("C", len(tried), len(by_penalty))
@@ -464,7 +464,7 @@ def _summary(
 
 
 def _words(metrics: dict[str, Any]) -> list[str]:
-    said = [
+    sentences = [
         f"clean {metrics['top1']:.2f} %, corrupted {metrics['corrupted_top1']:.2f} % "
         + "({:.2f} to {:.2f})".format(*metrics["corrupted_top1_interval"])
     ]
@@ -472,7 +472,7 @@ def _words(metrics: dict[str, Any]) -> list[str]:
         members = [
             f"{name} {one['top1']:.1f}" for name, one in metrics["corruptions"].items() if one["family"] == family
         ]
-        said.append(
+        sentences.append(
             f"{family} {found['top1']:.1f} % "
             + "({:.1f} to {:.1f}): ".format(*found["top1_interval"])
             + ", ".join(members)
@@ -485,9 +485,9 @@ def _words(metrics: dict[str, Any]) -> list[str]:
         if rows := metrics[sweep]:
             levels = ["{} x {}".format(*row["size"]) if "size" in row else f"{row['share']:g}" for row in rows]
             shares = [f"{row['top1']:.1f}" for row in rows]
-            said.append(f"{what.format(', '.join(levels))}: {', '.join(shares)} %")
-    said.append(
+            sentences.append(f"{what.format(', '.join(levels))}: {', '.join(shares)} %")
+    sentences.append(
         f"ECE {metrics['ece']:.2f} % clean and {metrics['corrupted_ece']:.2f} % corrupted; at temperature "
         f"{metrics['temperature']:.3g} {metrics['ece_scaled']:.2f} and {metrics['corrupted_ece_scaled']:.2f} %"
     )
-    return said
+    return sentences

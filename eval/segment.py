@@ -321,11 +321,18 @@ def _selected(
         raise UserError(
             "a single training image: no learning rate can be chosen without the test images; use --task knn"
         )
-    held = np.sort(numpy_generator(task.seed, "held out").permutation(images)[: _held_out(config, len(images))])
+    held_out = np.sort(numpy_generator(task.seed, "held out").permutation(images)[: _held_out(config, len(images))])
     lrs = list(dict.fromkeys(config.lrs))
-    layers = _train(task, config, bank.of(np.setdiff1d(images, held)), lrs, "linear layers")
+    layers = _train(task, config, bank.of(np.setdiff1d(images, held_out)), lrs, "linear layers")
     tables = _score(
-        task, reader, task.data.train, held.tolist(), dict(zip(lrs, layers, strict=True)), size, [], "held-out images"
+        task,
+        reader,
+        task.data.train,
+        held_out.tolist(),
+        dict(zip(lrs, layers, strict=True)),
+        size,
+        [],
+        "held-out images",
     )
     scores = {
         lr: _overlap.segmentation(table, task.data.classes, task.seed)["miou"] if finite else None
@@ -337,7 +344,7 @@ def _selected(
     best = max(whole, key=lambda lr: whole[lr])
     layer = _train(task, config, bank, [best], "the best linear layer")[0]
     selection = (
-        f"linear: highest mIoU on {len(held)} held-out training images; the selected layer was trained again on all "
+        f"linear: highest mIoU on {len(held_out)} held-out training images; the selected layer was trained again on all "
         f"training images and tested once"
     )
     sweep = {

@@ -60,51 +60,51 @@ def evaluate(task: Task, config: Config) -> Outcome:
     table = Targets.read(config.targets, config.columns)
     task = replace(task, data=_data(task.data, table))
     train, test = task.features([feature])
-    known, asked = (table.values[side.labels] for side in (train, test))  # (n, T)
+    known, test_values = (table.values[side.labels] for side in (train, test))  # (n, T)
 
     scale = float(np.sqrt(train.features[feature].var(0).mean())) or 1.0
     rows, others = train.features[feature] / scale, test.features[feature] / scale
     turn = _Turn(rows, others, task) if table.labels.any() else None
     tried: list[dict[str, Any]] = []
     scores: dict[str, float | None] = {}
-    predicted = np.full(asked.shape, np.nan)
+    predicted = np.full(test_values.shape, np.nan)
     for t, name in enumerate(table.names):
         there = np.flatnonzero(np.isfinite(known[:, t]))
         what = known[there, t]
-        _check(name, what, bool(table.labels[t]), len(np.flatnonzero(np.isfinite(asked[:, t]))))
-        fit, held = _hold_out(what, bool(table.labels[t]), config.held_out, task.seed, name)
+        _check(name, what, bool(table.labels[t]), len(np.flatnonzero(np.isfinite(test_values[:, t]))))
+        fit, held_out = _hold_out(what, bool(table.labels[t]), config.held_out, task.seed, name)
         if turn is not None and table.labels[t]:
-            found = turn.odds(there[fit], what[fit], PENALTIES, there[held])
+            found = turn.odds(there[fit], what[fit], PENALTIES, there[held_out])
         else:
-            found = _numbers(task, rows[there[fit]], what[fit], rows[there[held]], PENALTIES)
-        by_penalty = [_loss(each, what[held], bool(table.labels[t])) for each in found]
+            found = _numbers(task, rows[there[fit]], what[fit], rows[there[held_out]], PENALTIES)
+        by_penalty = [_loss(each, what[held_out], bool(table.labels[t])) for each in found]
         best = int(np.argmin(by_penalty))
         chosen = PENALTIES[best : best + 1]
         if turn is not None and table.labels[t]:
             (predicted[:, t],) = turn.odds(there, what, chosen, None)
         else:
             (predicted[:, t],) = _numbers(task, rows[there], what, others, chosen)
-        scores[name] = _score(predicted[:, t], asked[:, t], bool(table.labels[t]))
+        scores[name] = _score(predicted[:, t], test_values[:, t], bool(table.labels[t]))
         tried.append({
             "target": name,
             "kind": "label" if table.labels[t] else "number",
             "penalty": PENALTIES[best],
             "train": len(there),
-            "test": int(np.isfinite(asked[:, t]).sum()),
-            "positive": int(np.nansum(asked[:, t])) if table.labels[t] else None,
+            "test": int(np.isfinite(test_values[:, t]).sum()),
+            "positive": int(np.nansum(test_values[:, t])) if table.labels[t] else None,
             "score": scores[name],
         })  # fmt: skip
         task.report("targets", t + 1, len(table.names))
 
-    metrics: dict[str, Any] = {"n": len(asked)}
+    metrics: dict[str, Any] = {"n": len(test_values)}
     for key, of_kind, factor in (("map", table.labels, 100), ("r2", ~table.labels, 1)):
         columns = [t for t, name in enumerate(table.names) if of_kind[t] and scores[name] is not None]
         if columns:
             metrics[key] = factor * float(np.mean([scores[table.names[t]] for t in columns]))
-            interval = _interval(predicted, asked, columns, key == "map", task.seed)
+            interval = _interval(predicted, test_values, columns, key == "map", task.seed)
             metrics[f"{key}_interval"] = [factor * value for value in interval]
             if key == "map":
-                metrics["chance_map"] = 100 * float(np.nanmean(asked[:, columns], axis=0).mean())
+                metrics["chance_map"] = 100 * float(np.nanmean(test_values[:, columns], axis=0).mean())
     metrics["per_target"] = scores
     if not {"map", "r2"} & set(metrics):
         raise UserError("no target can be scored: the test images know none of them, or are all alike")
@@ -158,7 +158,7 @@ def _few(names: Any) -> str:
     return ", ".join(map(repr, found[:5])) + (", ..." if len(found) > 5 else "")
 
 
-def _check(name: str, known: np.ndarray, label: bool, asked: int) -> None:
+def _check(name: str, known: np.ndarray, label: bool, test_values: int) -> None:
     if len(known) < 4 or len(np.unique(known)) < 2:
         raise UserError(
             f"target {name!r}: {len(known)} training images know it"
@@ -167,18 +167,18 @@ def _check(name: str, known: np.ndarray, label: bool, asked: int) -> None:
         )
     if label and min((known == 0).sum(), (known == 1).sum()) < 2:
         raise UserError(f"target {name!r}: a single training image is of one of its kinds; leave it out (--columns)")
-    if not asked:
+    if not test_values:
         raise UserError(f"target {name!r}: no test image knows it; leave it out (--columns)")
 
 
 def _hold_out(values: np.ndarray, label: bool, share: float, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Indices to fit on and to choose on; of a label, both kinds are on both sides."""
     groups = [np.flatnonzero(values == kind) for kind in (0, 1)] if label else [np.arange(len(values))]
-    held = []
+    held_out = []
     for number, members in enumerate(groups):
         count = min(max(1, round(share * len(members))), len(members) - 1)
-        held.append(numpy_generator(seed, "targets", name, number).permutation(members)[:count])
-    chosen = np.sort(np.concatenate(held))
+        held_out.append(numpy_generator(seed, "targets", name, number).permutation(members)[:count])
+    chosen = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(values)), chosen), chosen
 
 
@@ -191,12 +191,12 @@ class _Turn:
         self.rows, self.others = self.rotation(rows).double(), self.rotation(others).double()
 
     def odds(
-        self, fit: np.ndarray, values: np.ndarray, penalties: tuple[float, ...], asked: np.ndarray | None
+        self, fit: np.ndarray, values: np.ndarray, penalties: tuple[float, ...], test_values: np.ndarray | None
     ) -> list[np.ndarray]:
         """For each penalty the log-odds (m,) float64 of the training images `asked`, or of all test images, by the fit to
         the training images `fit` (n,) with values (n,) of 0 and 1."""
         known = torch.from_numpy(values.astype(np.int64)).to(self.rows.device)
-        there = self.others if asked is None else self.rows[asked]
+        there = self.others if test_values is None else self.rows[test_values]
         fits = {each.penalty: each for each in path(self.rows[fit], known, 2, penalties, self.rotation.variance)}
         odds = (there @ fits[p].weight.T + fits[p].bias for p in penalties)
         return [(each[:, 1] - each[:, 0]).cpu().numpy() for each in odds]
@@ -246,11 +246,13 @@ def r2(predicted: np.ndarray, values: np.ndarray) -> float:
     return 1 - float(np.square(predicted - values).sum() / np.square(values - values.mean()).sum())
 
 
-def _interval(predicted: np.ndarray, asked: np.ndarray, columns: list[int], label: bool, seed: int) -> list[float]:
+def _interval(
+    predicted: np.ndarray, test_values: np.ndarray, columns: list[int], label: bool, seed: int
+) -> list[float]:
     """The 95 % interval of the mean score over those targets, over draws of the test images."""
 
     def mean(chosen: np.ndarray) -> float:
-        found = [_score(predicted[chosen, t], asked[chosen, t], label) for t in columns]
+        found = [_score(predicted[chosen, t], test_values[chosen, t], label) for t in columns]
         return float(np.mean([score for score in found if score is not None] or [np.nan]))
 
-    return resampled(mean, len(asked), seed)
+    return resampled(mean, len(test_values), seed)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ssl_pretrain import flags
 from ssl_pretrain.errors import UserError, nearest
 
-from .answer import answer
+from .run_command import run_command
 
 PROG = "ssl-data"
 VERBS = {
@@ -71,7 +71,7 @@ class Pack:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, having said everything there is to say."""
-    return answer(PROG, _main, argv)
+    return run_command(PROG, _main, argv)
 
 
 def _main(argv: list[str]) -> int:
@@ -356,8 +356,8 @@ def _pack(data: str, common: Common, pack: Pack) -> int:
             print(source.description, flush=True)
             _room(common, pack, source)
             writer.split(split, images(split, source))
-        told = json.dumps([[source.fingerprint for source in sources.values()], pack.side, common.channels])
-        fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        identity = json.dumps([[source.fingerprint for source in sources.values()], pack.side, common.channels])
+        fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         writer.finish(classes=some.classes, fingerprint=fingerprint, source=data)
     print(f"packed {sum(writer.counts.values()):,} images, {written / 2**20:,.0f} MiB; {len(bad):,} could not be read")
     for one in bad[:SHOWN]:

@@ -19,7 +19,7 @@ from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.foreign.specs import Spec
 
 from .options import Launch
-from .start import elsewhere
+from .start import start_processes_or_job
 
 PROG = "ssl-eval"
 EVALUATORS = "ssl_pretrain.eval"
@@ -64,13 +64,13 @@ def _main(argv: list[str], placed: bool) -> int:
     if name == SUITE:
         return _suite(argv, placed)
     _check_paths(argv[1:])
-    asked = _read(argv)
+    request = _read(argv)
     if not placed:
-        job = "eval/grid" if asked.launch.grid else re.sub(r"[^\w./-]+", "-", f"{asked.options.encoder}-{name}")
-        code = elsewhere("evaluate", argv, asked.launch, asked.options.out or Path(job), _read)
+        job = "eval/grid" if request.launch.grid else re.sub(r"[^\w./-]+", "-", f"{request.options.encoder}-{name}")
+        code = start_processes_or_job("evaluate", argv, request.launch, request.options.out or Path(job), _read)
         if code is not None:
             return code
-    result, path = _evaluate(asked)
+    result, path = _evaluate(request)
     if _helping():
         return 0
     importlib.import_module(f"{EVALUATORS}._results").show(result)
@@ -79,7 +79,7 @@ def _main(argv: list[str], placed: bool) -> int:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Request:
     """A command that was read."""
 
     name: str
@@ -89,34 +89,34 @@ class _Asked:
     config: Any
 
 
-def _read(argv: list[str]) -> _Asked:
+def _read(argv: list[str]) -> _Request:
     """Read the words of a command. Raises UserError."""
     name = argv[0]
     _check_continuing(argv)
     evaluator = plugins.load(EVALUATORS, name, "evaluator")  # imports torch: not before the command looks good
     options = importlib.import_module(f"{EVALUATORS}._evaluation").Options
     published = getattr(evaluator, "PROTOCOLS", {})
-    asked = flags.word(argv, "--protocol")
-    if asked is not None and asked not in published:
-        hint = nearest(asked, published) if published else "; it has none"
-        raise UserError(f"{name} has no protocol {asked!r}{hint}")
+    protocol = flags.word(argv, "--protocol")
+    if protocol is not None and protocol not in published:
+        hint = nearest(protocol, published) if published else "; it has none"
+        raise UserError(f"{name} has no protocol {protocol!r}{hint}")
     what, launch, config = flags.parse(
         [options, Launch, evaluator.Config],
         argv[1:],
-        published.get(asked, {}),
+        published.get(protocol, {}),
         prog=f"{PROG} {name}",
         description=(evaluator.__doc__ or name).split("\n\n")[0],
         epilog=EPILOG,
     )
-    return _Asked(name, evaluator, what, _uninterrupted(launch), config)
+    return _Request(name, evaluator, what, _uninterrupted(launch), config)
 
 
-def _evaluate(asked: _Asked) -> tuple[dict[str, Any], Path]:
+def _evaluate(request: _Request) -> tuple[dict[str, Any], Path]:
     """What results.json holds, and its path."""
     evaluation = importlib.import_module(f"{EVALUATORS}._evaluation")
     with _progress() as progress:
         found: tuple[dict[str, Any], Path] = evaluation.run(
-            asked.name, asked.evaluator, asked.options, asked.config, progress
+            request.name, request.evaluator, request.options, request.config, progress
         )
     return found
 
@@ -132,7 +132,7 @@ def _suite(argv: list[str], placed: bool) -> int:
     suite, launch = read(argv)
     entries = suites.read(suite.list)
     if not placed:
-        code = elsewhere("evaluate", argv, _uninterrupted(launch), suite.out, read)
+        code = start_processes_or_job("evaluate", argv, _uninterrupted(launch), suite.out, read)
         if code is not None:
             return code
 

@@ -9,7 +9,7 @@ from typing import Literal
 from ssl_pretrain import flags
 from ssl_pretrain.errors import UserError, nearest
 
-from .answer import answer
+from .run_command import run_command
 
 PROG = "ssl-export"
 VERBS = ("import",)
@@ -46,7 +46,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, having said everything there is to say."""
-    return answer(PROG, _main, argv)
+    return run_command(PROG, _main, argv)
 
 
 def _main(argv: list[str]) -> int:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain import config, flags, plugins
-from ssl_pretrain.config import SMALL, Run
+from ssl_pretrain.config import BUILT_IN_RUN, Run
 from ssl_pretrain.distributed import environment
 from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.loop.signals import StopRequest
 
 from . import grid
 from .options import Launch
-from .start import elsewhere
+from .start import start_processes_or_job
 
 PROG = "ssl-pretrain"
 DESCRIPTION = "Pretrain a vision encoder on images without labels."
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
         with StopRequest() if environment.in_slurm_step() else nullcontext():
             return _main(argv, placed)
     except UserError as mistake:
-        if not mistake.told:
+        if not mistake.reported_elsewhere:
             print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -48,7 +48,7 @@ def _main(argv: list[str], placed: bool) -> int:
     run, launch, knobs, options = _read(argv)
     if not placed:
         out = (run.out or Path("runs/grid")) if launch.grid else config.folder(run)
-        code = elsewhere("pretrain", argv, launch, out, _read)
+        code = start_processes_or_job("pretrain", argv, launch, out, _read)
         if code == 1 and launch.launcher == "local" and not launch.grid:
             _ended_without_a_word(out)
         if code is not None:
@@ -168,7 +168,7 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     from ssl_pretrain import backbones, pretext
 
     kind = pretext.load(method)
-    small = {**SMALL, **kind.recipe.small} if data.split(":")[0] == "fractals" else {}
+    small = {**BUILT_IN_RUN, **kind.recipe.small} if data.split(":")[0] == "fractals" else {}
     name = encoder or written.get("encoder") or small.get("encoder", "vit_small")
     kinds: list[Any] = [Run, Launch, kind.Config, backbones.config_class(name)]
     below = {**backbones.defaults(name), **kind.recipe.encoder, **small}

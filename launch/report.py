@@ -20,7 +20,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.files import read_lines, write_text
 
 from . import chart
-from .answer import answer
+from .run_command import run_command
 from .table import cells_of
 
 PROG = "ssl-report"
@@ -64,7 +64,7 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, having said everything there is to say."""
-    return answer(PROG, _main, argv)
+    return run_command(PROG, _main, argv)
 
 
 def _main(argv: list[str]) -> int:

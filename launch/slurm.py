@@ -133,8 +133,8 @@ def submit(jobs: Jobs, words: list[str], runs: list[int] | None) -> Submitted:
     try:
         job = jobs.submit_command(shlex.join(words))
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as problem:
-        said = [line for line in str(problem).splitlines() if line.startswith("sbatch:")] or str(problem).splitlines()
-        raise UserError(f"Slurm refused the job: {' '.join(said[-2:])}") from None
+        lines = [line for line in str(problem).splitlines() if line.startswith("sbatch:")] or str(problem).splitlines()
+        raise UserError(f"Slurm refused the job: {' '.join(lines[-2:])}") from None
     folder = jobs.folder
     names = [f"{job}_0_log.out"] if runs is None else [f"{job}_{run}_0_log.out" for run in runs]
     return Submitted(job, tuple(folder / name for name in names))

@@ -13,7 +13,7 @@ from . import grid
 from .options import Launch, check
 
 
-def elsewhere(
+def start_processes_or_job(
     name: str, argv: list[str], launch: Launch, out: Path, parse: Callable[[list[str]], object]
 ) -> int | None:
     """Start the command `name` ("pretrain", "evaluate") where its flags say; None where that is here, in this process.

@@ -15,7 +15,7 @@ from ssl_pretrain.backbones.positions import sincos_table
 from ssl_pretrain.backbones.vit import Mlp
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, NOT_NEGATIVE, within
 from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
@@ -72,9 +72,9 @@ class AIM(Method):
         """Share of the image's area that a crop covers, from and to."""
 
         def __post_init__(self) -> None:
-            within(self, COUNT, "head_dim")
+            within(self, AT_LEAST_1, "head_dim")
             within(self, NOT_NEGATIVE, "head_depth")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)

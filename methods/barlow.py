@@ -15,7 +15,7 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.distributed.batch_norm import BatchNorm1d
-from ssl_pretrain.flags import NOT_NEGATIVE, PART, POSITIVE, at_least, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, NOT_NEGATIVE, POSITIVE, at_least, within
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
@@ -71,7 +71,7 @@ class BarlowTwins(WholeBatchMethod):
             within(self, at_least(2), "projector_dim")
             within(self, POSITIVE, "loss_scale")
             within(self, NOT_NEGATIVE, "redundancy_weight", "blur")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, SHARE, within
-from ssl_pretrain.parts.heads import mlp, unit
-from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, within
+from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
+from ssl_pretrain.parts.heads import l2_normalize, mlp
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
@@ -65,10 +65,10 @@ class BYOL(WholeBatchMethod):
         """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
 
         def __post_init__(self) -> None:
-            within(self, SHARE, "momentum")
-            within(self, COUNT, "hidden_dim", "embedding_dim")
+            within(self, FROM_0_TO_1, "momentum")
+            within(self, AT_LEAST_1, "hidden_dim", "embedding_dim")
             within(self, NOT_NEGATIVE, "blur")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -78,7 +78,7 @@ class BYOL(WholeBatchMethod):
 
     def prepare(self, images: int) -> None:
         """The target network begins as the online one; it has no predictor."""
-        self.teacher = follower(Parts({"encoder": self.encoder, "projector": self.projector}))
+        self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "projector": self.projector}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -96,16 +96,16 @@ class BYOL(WholeBatchMethod):
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """The squared distance of unit vectors, predicted and target, added over both directions (eq. 2)."""
-        first, second = (unit(self.predictor(self.projector(view))) for view in embedded["online"].unbind(1))
+        first, second = (l2_normalize(self.predictor(self.projector(view))) for view in embedded["online"].unbind(1))
         with torch.no_grad():
-            targets = [unit(self.teacher["projector"](view)) for view in embedded["target"].unbind(1)]
+            targets = [l2_normalize(self.teacher["projector"](view)) for view in embedded["target"].unbind(1)]
         each = 4 - 2 * (first * targets[1]).sum(-1) - 2 * (second * targets[0]).sum(-1)
         return Losses(total=each.mean(), per_sample=each.detach())
 
     def after_step(self, step: Step) -> None:
         """The target follows the online network (section 3.1)."""
-        online = Parts({"encoder": self.encoder, "projector": self.projector})
-        follow_(self.teacher, online, rising(self.config.momentum, step.progress), step.ok)
+        online = EncoderWithHeads({"encoder": self.encoder, "projector": self.projector})
+        ema_update_(self.teacher, online, cosine_momentum(self.config.momentum, step.progress), step.ok)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss where one vector answers everything."""

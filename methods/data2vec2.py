@@ -17,11 +17,19 @@ from torch import Tensor, nn
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.flags import BELOW_1, COUNT, INSIDE, NOT_NEGATIVE, PART, SHARE, within
+from ssl_pretrain.flags import (
+    ABOVE_0_TO_1,
+    AT_LEAST_1,
+    BETWEEN_0_AND_1,
+    FROM_0_BELOW_1,
+    FROM_0_TO_1,
+    NOT_NEGATIVE,
+    within,
+)
+from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.parts.inverse_block_masks import centres, inverse_block_masking
 from ssl_pretrain.parts.masks import put, rows
 from ssl_pretrain.parts.self_distillation import warmed_up
-from ssl_pretrain.parts.teacher import follow_, follower
 from ssl_pretrain.parts.views import by_image, encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -92,13 +100,13 @@ class Data2Vec2(Method):
         """Share of the image's area that a crop covers, from and to."""
 
         def __post_init__(self) -> None:
-            within(self, COUNT, "masks", "mask_block", "top_blocks")
-            within(self, COUNT, "decoder_depth", "decoder_kernel", "decoder_groups")
-            within(self, INSIDE, "mask_ratio")
-            within(self, BELOW_1, "momentum", "momentum_end")
-            within(self, SHARE, "momentum_warmup")
+            within(self, AT_LEAST_1, "masks", "mask_block", "top_blocks")
+            within(self, AT_LEAST_1, "decoder_depth", "decoder_kernel", "decoder_groups")
+            within(self, BETWEEN_0_AND_1, "mask_ratio")
+            within(self, FROM_0_BELOW_1, "momentum", "momentum_end")
+            within(self, FROM_0_TO_1, "momentum_warmup")
             within(self, NOT_NEGATIVE, "cls_loss")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -125,7 +133,7 @@ class Data2Vec2(Method):
 
     def prepare(self, images: int) -> None:
         """The teacher begins as the encoder."""
-        self.teacher = follower(self.encoder)
+        self.teacher = ema_copy(self.encoder)
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -142,10 +150,10 @@ class Data2Vec2(Method):
         images = batch.views["image"]
         wanted = self.targets(images, step)
         predicted, masked, cls = self.predict(images, step)
-        here = rows(wanted, by_image(masked, self.config.masks).flatten(1))  # (B, V * M, D)
+        target = rows(wanted, by_image(masked, self.config.masks).flatten(1))  # (B, V * M, D)
         found = by_image(predicted, self.config.masks).flatten(1, 2).float()
         scale = math.sqrt(wanted.shape[-1])
-        per_sample = (found - here).square().sum(-1).mean(1) / scale
+        per_sample = (found - target).square().sum(-1).mean(1) / scale
         terms = {"patches": per_sample.detach().mean()}
         if self.config.cls_loss:
             assert cls is not None
@@ -187,7 +195,9 @@ class Data2Vec2(Method):
     def after_step(self, step: Step) -> None:
         """The teacher follows the encoder."""
         start, end = self.config.momentum, self.config.momentum_end
-        follow_(self.teacher, self.encoder, warmed_up(start, end, self.config.momentum_warmup, step.progress), step.ok)
+        ema_update_(
+            self.teacher, self.encoder, warmed_up(start, end, self.config.momentum_warmup, step.progress), step.ok
+        )
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss of predicting zero, the mean of a normalised target."""

@@ -15,10 +15,19 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import BELOW_1, COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
+from ssl_pretrain.flags import (
+    ABOVE_0_TO_1,
+    AT_LEAST_1,
+    FROM_0_BELOW_1,
+    FROM_0_TO_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    at_least,
+    within,
+)
+from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs, warmed_up
-from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import encode_pooled, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -96,13 +105,13 @@ class DINO(Method):
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "prototypes")
-            within(self, COUNT, "hidden_dim", "bottleneck_dim")
-            within(self, BELOW_1, "momentum")
+            within(self, AT_LEAST_1, "hidden_dim", "bottleneck_dim")
+            within(self, FROM_0_BELOW_1, "momentum")
             within(self, POSITIVE, "student_temperature", "teacher_temperature", "teacher_temperature_start")
             within(self, POSITIVE, "local_ratio")
-            within(self, SHARE, "teacher_temperature_warmup", "centre_momentum", "freeze_prototypes")
+            within(self, FROM_0_TO_1, "teacher_temperature_warmup", "centre_momentum", "freeze_prototypes")
             within(self, NOT_NEGATIVE, "local_views", "blur")
-            within(self, PART, "global_scale", "local_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "global_scale", "local_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -111,7 +120,7 @@ class DINO(Method):
 
     def prepare(self, images: int) -> None:
         """The teacher begins as the student."""
-        self.teacher = follower(Parts({"encoder": self.encoder, "head": self.head}))
+        self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "head": self.head}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -155,8 +164,8 @@ class DINO(Method):
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
         """The teacher follows the student, the centre the teacher's outputs (eq. 4)."""
-        student = Parts({"encoder": self.encoder, "head": self.head})
-        follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
+        student = EncoderWithHeads({"encoder": self.encoder, "head": self.head})
+        ema_update_(self.teacher, student, cosine_momentum(self.config.momentum, step.progress), step.ok)
         seen = distributed.mean(step.carried["teacher"].mean(0))
         moved = self.centre.lerp(seen, 1 - self.config.centre_momentum)
         self.centre.copy_(torch.where(step.ok, moved, self.centre))

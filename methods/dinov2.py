@@ -15,8 +15,19 @@ from torch import Tensor, nn
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import BELOW_1, COUNT, INSIDE, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
+from ssl_pretrain.flags import (
+    ABOVE_0_TO_1,
+    AT_LEAST_1,
+    BETWEEN_0_AND_1,
+    FROM_0_BELOW_1,
+    FROM_0_TO_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    at_least,
+    within,
+)
 from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed, stratified_ratios
+from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.koleo import DUPLICATES, kde, koleo
 from ssl_pretrain.parts.masks import rows
@@ -24,11 +35,10 @@ from ssl_pretrain.parts.self_distillation import (
     class_token,
     cross_entropy_of_pairs,
     cross_entropy_of_patches,
+    to_float32,
     warmed_up,
-    wide,
 )
 from ssl_pretrain.parts.sinkhorn import sinkhorn
-from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import by_image, encode, encode_crops, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
@@ -133,15 +143,17 @@ class DINOv2(WholeBatchMethod):
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "prototypes")
-            within(self, COUNT, "hidden_dim", "bottleneck_dim", "sinkhorn_iterations")
-            within(self, BELOW_1, "momentum")
+            within(self, AT_LEAST_1, "hidden_dim", "bottleneck_dim", "sinkhorn_iterations")
+            within(self, FROM_0_BELOW_1, "momentum")
             within(self, POSITIVE, "student_temperature", "teacher_temperature", "teacher_temperature_start")
             within(self, POSITIVE, "concentration", "local_ratio")
-            within(self, SHARE, "teacher_temperature_warmup", "centre_momentum", "freeze_prototypes", "noise_patch")
+            within(
+                self, FROM_0_TO_1, "teacher_temperature_warmup", "centre_momentum", "freeze_prototypes", "noise_patch"
+            )
             within(self, NOT_NEGATIVE, "class_weight", "patch_weight", "regulariser_weight", "local_views")
-            within(self, PART, "mask_probability")
-            within(self, INSIDE, "mask_ratio", rising=True)
-            within(self, PART, "global_scale", "local_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "mask_probability")
+            within(self, BETWEEN_0_AND_1, "mask_ratio", ascending=True)
+            within(self, ABOVE_0_TO_1, "global_scale", "local_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -157,7 +169,7 @@ class DINOv2(WholeBatchMethod):
 
     def prepare(self, images: int) -> None:
         """The teacher begins as the student."""
-        self.teacher = follower(Parts({"encoder": self.encoder, "heads": self.heads}))
+        self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "heads": self.heads}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -201,8 +213,10 @@ class DINOv2(WholeBatchMethod):
         config, frozen = self.config, step.progress < self.config.freeze_prototypes
         tokens, counted = embedded["student"].transpose(0, 1), embedded["counted"].flatten(0, 1)
         with torch.no_grad():
-            whole = wide(self._head(self.teacher["heads"], "class")(embedded["teacher"].transpose(0, 1)))  # (2, B, K)
-            parts = wide(self._head(self.teacher["heads"], "patch")(embedded["teacher_patches"].flatten(0, 1)))
+            whole = to_float32(
+                self._head(self.teacher["heads"], "class")(embedded["teacher"].transpose(0, 1))
+            )  # (2, B, K)
+            parts = to_float32(self._head(self.teacher["heads"], "patch")(embedded["teacher_patches"].flatten(0, 1)))
         each, entropy = cross_entropy_of_pairs(
             self._head(self.heads, "class")(tokens, frozen),
             self._assigned(whole, "class", step),
@@ -272,8 +286,8 @@ class DINOv2(WholeBatchMethod):
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
         """The teacher follows the student, each centre the teacher's outputs, that of patches the masked ones'."""
-        student = Parts({"encoder": self.encoder, "heads": self.heads})
-        follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
+        student = EncoderWithHeads({"encoder": self.encoder, "heads": self.heads})
+        ema_update_(self.teacher, student, cosine_momentum(self.config.momentum, step.progress), step.ok)
         if self.config.centring == "sinkhorn":
             return
         count = distributed.mean(step.carried["patches"].sum())

@@ -15,18 +15,28 @@ from torch import Tensor, nn
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import BELOW_1, COUNT, INSIDE, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
+from ssl_pretrain.flags import (
+    ABOVE_0_TO_1,
+    AT_LEAST_1,
+    BETWEEN_0_AND_1,
+    FROM_0_BELOW_1,
+    FROM_0_TO_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    at_least,
+    within,
+)
 from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed
+from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.self_distillation import (
     class_token,
     cross_entropy_of_pairs,
     cross_entropy_of_patches,
+    to_float32,
     warmed_up,
-    wide,
 )
-from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import by_image, encode, encode_crops, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -117,15 +127,15 @@ class IBOT(Method):
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "prototypes")
-            within(self, COUNT, "hidden_dim", "bottleneck_dim")
-            within(self, BELOW_1, "momentum")
+            within(self, AT_LEAST_1, "hidden_dim", "bottleneck_dim")
+            within(self, FROM_0_BELOW_1, "momentum")
             within(self, POSITIVE, "student_temperature", "teacher_temperature", "teacher_patch_temperature")
             within(self, POSITIVE, "teacher_temperature_start", "local_ratio")
-            within(self, SHARE, "teacher_temperature_warmup", "centre_momentum", "freeze_prototypes")
+            within(self, FROM_0_TO_1, "teacher_temperature_warmup", "centre_momentum", "freeze_prototypes")
             within(self, NOT_NEGATIVE, "class_weight", "patch_weight", "local_views", "blur")
-            within(self, PART, "mask_probability")
-            within(self, INSIDE, "mask_ratio", rising=True)
-            within(self, PART, "global_scale", "local_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "mask_probability")
+            within(self, BETWEEN_0_AND_1, "mask_ratio", ascending=True)
+            within(self, ABOVE_0_TO_1, "global_scale", "local_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -137,7 +147,7 @@ class IBOT(Method):
 
     def prepare(self, images: int) -> None:
         """The teacher begins as the student."""
-        self.teacher = follower(Parts({"encoder": self.encoder, "head": self.head}))
+        self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "head": self.head}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -158,8 +168,8 @@ class IBOT(Method):
         b, frozen = len(batch.index), step.progress < self.config.freeze_prototypes
         with torch.no_grad():
             seen = encode(self.teacher.backbone, views, step)
-            whole = wide(self.teacher["head"](class_token(seen, "ibot")))
-            parts = wide(self.teacher["head"](seen.patches))  # (2B, N, K)
+            whole = to_float32(self.teacher["head"](class_token(seen, "ibot")))
+            parts = to_float32(self.teacher["head"](seen.patches))  # (2B, N, K)
         masks = self.masks(seen.grid, step).transpose(0, 1).flatten(0, 1)  # (2B, N), view by view as the rest
         index, counted = listed(masks, math.ceil(masks.shape[1] * self.config.mask_ratio[1]))
 
@@ -211,8 +221,8 @@ class IBOT(Method):
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
         """The teacher follows the student, each centre the teacher's outputs, that of patches all patches'."""
-        student = Parts({"encoder": self.encoder, "head": self.head})
-        follow_(self.teacher, student, rising(self.config.momentum, step.progress), step.ok)
+        student = EncoderWithHeads({"encoder": self.encoder, "head": self.head})
+        ema_update_(self.teacher, student, cosine_momentum(self.config.momentum, step.progress), step.ok)
         for name, centre in (("class", self.class_centre), ("patch", self.patch_centre)):
             moved = centre.lerp(distributed.mean(step.carried[name].mean(0)), 1 - self.config.centre_momentum)
             centre.copy_(torch.where(step.ok, moved, centre))

@@ -17,10 +17,10 @@ from ssl_pretrain.backbones.positions import sincos_table
 from ssl_pretrain.backbones.vit import Block
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.flags import BELOW_1, COUNT, PART, POSITIVE, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, POSITIVE, within
+from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.multi_block_masks import multi_block_masks
-from ssl_pretrain.parts.teacher import follow_, follower
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -84,10 +84,10 @@ class IJEPA(Method):
         """Share of the image's area that a crop covers, from and to."""
 
         def __post_init__(self) -> None:
-            within(self, COUNT, "targets", "min_keep", "predictor_dim", "predictor_depth", "predictor_heads")
-            within(self, BELOW_1, "momentum")
-            within(self, POSITIVE, "target_aspect", rising=True)
-            within(self, PART, "target_scale", "context_scale", "crop_scale", rising=True)
+            within(self, AT_LEAST_1, "targets", "min_keep", "predictor_dim", "predictor_depth", "predictor_heads")
+            within(self, FROM_0_BELOW_1, "momentum")
+            within(self, POSITIVE, "target_aspect", ascending=True)
+            within(self, ABOVE_0_TO_1, "target_scale", "context_scale", "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -118,7 +118,7 @@ class IJEPA(Method):
 
     def prepare(self, images: int) -> None:
         """The teacher begins as the encoder."""
-        self.teacher = follower(self.encoder)
+        self.teacher = ema_copy(self.encoder)
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -178,7 +178,7 @@ class IJEPA(Method):
     def after_step(self, step: Step) -> None:
         """The teacher follows the encoder."""
         start = self.config.momentum
-        follow_(self.teacher, self.encoder, start + (1 - start) * step.progress, step.ok)
+        ema_update_(self.teacher, self.encoder, start + (1 - start) * step.progress, step.ok)
 
     def exported(self) -> Backbone:
         """The teacher (the released evaluations use it)."""

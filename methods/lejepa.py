@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.flags import COUNT, INSIDE, NOT_NEGATIVE, PART, POSITIVE, SHARE, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.sigreg import sigreg, sigreg_of_a_point
 from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled
@@ -74,12 +74,12 @@ class LeJEPA(WholeBatchMethod):
         """Probability of blur; 0 is usual for images of 32 pixels."""
 
         def __post_init__(self) -> None:
-            within(self, INSIDE, "sigreg_weight")
-            within(self, COUNT, "slices", "global_views", "hidden_dim", "embedding_dim")
+            within(self, BETWEEN_0_AND_1, "sigreg_weight")
+            within(self, AT_LEAST_1, "slices", "global_views", "hidden_dim", "embedding_dim")
             within(self, NOT_NEGATIVE, "local_views")
             within(self, POSITIVE, "local_ratio")
-            within(self, SHARE, "blur")
-            within(self, PART, "global_scale", "local_scale", rising=True)
+            within(self, FROM_0_TO_1, "blur")
+            within(self, ABOVE_0_TO_1, "global_scale", "local_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)

@@ -17,7 +17,7 @@ from ssl_pretrain.backbones.positions import sincos_table
 from ssl_pretrain.backbones.vit import Block
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.flags import COUNT, INSIDE, PART, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, within
 from ssl_pretrain.parts.init import xavier_
 from ssl_pretrain.parts.masks import put, random_masking, rows
 from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
@@ -63,9 +63,9 @@ class MAE(Method):
         """Share of the image's area that a crop covers, from and to."""
 
         def __post_init__(self) -> None:
-            within(self, INSIDE, "mask_ratio")
-            within(self, COUNT, "decoder_dim", "decoder_depth", "decoder_heads")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, BETWEEN_0_AND_1, "mask_ratio")
+            within(self, AT_LEAST_1, "decoder_dim", "decoder_depth", "decoder_heads")
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)

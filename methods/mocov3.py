@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, within
-from ssl_pretrain.parts.heads import mlp, unit
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
+from ssl_pretrain.parts.heads import l2_normalize, mlp
 from ssl_pretrain.parts.init import xavier_
-from ssl_pretrain.parts.teacher import Parts, follow_, follower, rising
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
@@ -72,10 +72,10 @@ class MoCoV3(WholeBatchMethod):
 
         def __post_init__(self) -> None:
             within(self, POSITIVE, "temperature")
-            within(self, SHARE, "momentum")
-            within(self, COUNT, "hidden_dim", "embedding_dim")
+            within(self, FROM_0_TO_1, "momentum")
+            within(self, AT_LEAST_1, "hidden_dim", "embedding_dim")
             within(self, NOT_NEGATIVE, "blur")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -89,7 +89,7 @@ class MoCoV3(WholeBatchMethod):
 
     def prepare(self, images: int) -> None:
         """The momentum encoder begins as the query encoder; it has no predictor."""
-        self.teacher = follower(Parts({"encoder": self.encoder, "projector": self.projector}))
+        self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "projector": self.projector}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -109,9 +109,9 @@ class MoCoV3(WholeBatchMethod):
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """InfoNCE of each view's queries with the other's keys, times 2T, both directions added (algorithm 1)."""
-        queries = [unit(self.predictor(self.projector(view))) for view in embedded["query"].unbind(1)]
+        queries = [l2_normalize(self.predictor(self.projector(view))) for view in embedded["query"].unbind(1)]
         with torch.no_grad():
-            keys = [unit(self.teacher["projector"](view)) for view in embedded["key"].unbind(1)]
+            keys = [l2_normalize(self.teacher["projector"](view)) for view in embedded["key"].unbind(1)]
         each = self._contrast(queries[0], keys[1]) + self._contrast(queries[1], keys[0])
         return Losses(total=each.mean(), per_sample=each.detach())
 
@@ -128,8 +128,8 @@ class MoCoV3(WholeBatchMethod):
         The release moves it before it takes a step's keys; in the first step that changes nothing, for both begin alike.
         So this is the same sequence, with the momentum of the step to come.
         """
-        queries = Parts({"encoder": self.encoder, "projector": self.projector})
-        follow_(self.teacher, queries, rising(self.config.momentum, (step.step + 1) / step.total), step.ok)
+        queries = EncoderWithHeads({"encoder": self.encoder, "projector": self.projector})
+        ema_update_(self.teacher, queries, cosine_momentum(self.config.momentum, (step.step + 1) / step.total), step.ok)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss where all similarities are equal."""

@@ -17,12 +17,21 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.flags import BELOW_1, COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
+from ssl_pretrain.flags import (
+    ABOVE_0_TO_1,
+    AT_LEAST_1,
+    FROM_0_BELOW_1,
+    FROM_0_TO_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    at_least,
+    within,
+)
+from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import Prototypes, mlp
 from ssl_pretrain.parts.masks import random_masking
 from ssl_pretrain.parts.self_distillation import warmed_up
 from ssl_pretrain.parts.sinkhorn import sinkhorn
-from ssl_pretrain.parts.teacher import Parts, follow_, follower
 from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
@@ -98,12 +107,12 @@ class MSN(WholeBatchMethod):
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "prototypes")
-            within(self, COUNT, "hidden_dim", "embedding_dim")
+            within(self, AT_LEAST_1, "hidden_dim", "embedding_dim")
             within(self, POSITIVE, "temperature", "sharpening", "local_ratio")
             within(self, NOT_NEGATIVE, "entropy_weight", "local_views")
-            within(self, BELOW_1, "drop_ratio", "momentum")
-            within(self, SHARE, "blur")
-            within(self, PART, "global_scale", "local_scale", rising=True)
+            within(self, FROM_0_BELOW_1, "drop_ratio", "momentum")
+            within(self, FROM_0_TO_1, "blur")
+            within(self, ABOVE_0_TO_1, "global_scale", "local_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -121,7 +130,7 @@ class MSN(WholeBatchMethod):
 
     def prepare(self, images: int) -> None:
         """The target network begins as the one that is trained."""
-        self.teacher = follower(Parts({"encoder": self.encoder, "head": self.head}))
+        self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "head": self.head}))
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -188,8 +197,8 @@ class MSN(WholeBatchMethod):
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
         """The target network follows the trained one."""
-        trained = Parts({"encoder": self.encoder, "head": self.head})
-        follow_(self.teacher, trained, warmed_up(self.config.momentum, 1.0, 1.0, step.progress), step.ok)
+        trained = EncoderWithHeads({"encoder": self.encoder, "head": self.head})
+        ema_update_(self.teacher, trained, warmed_up(self.config.momentum, 1.0, 1.0, step.progress), step.ok)
 
     def exported(self) -> Backbone:
         """The target's encoder."""

@@ -16,9 +16,9 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, POSITIVE, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.parts.feature_queue import Queue
-from ssl_pretrain.parts.heads import mlp, unit
+from ssl_pretrain.parts.heads import l2_normalize, mlp
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
@@ -77,9 +77,9 @@ class NNCLR(WholeBatchMethod):
 
         def __post_init__(self) -> None:
             within(self, POSITIVE, "temperature")
-            within(self, COUNT, "queue", "hidden_dim", "predictor_dim", "embedding_dim")
+            within(self, AT_LEAST_1, "queue", "hidden_dim", "predictor_dim", "embedding_dim")
             within(self, NOT_NEGATIVE, "blur")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -102,8 +102,8 @@ class NNCLR(WholeBatchMethod):
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """InfoNCE of each view's neighbours with the other's predictions, the mean of both directions (eq. 3)."""
         projected = [self.projector(view) for view in embedded["pooled"].unbind(1)]
-        predicted = [unit(self.predictor(z)) for z in projected]
-        vectors = [unit(z.detach()) for z in projected]
+        predicted = [l2_normalize(self.predictor(z)) for z in projected]
+        vectors = [l2_normalize(z.detach()) for z in projected]
         neighbours = [self.queue.nearest(z) for z in vectors]
         each = (self._contrast(neighbours[0], predicted[1]) + self._contrast(neighbours[1], predicted[0])) / 2
         return Losses(total=each.mean(), per_sample=each.detach(), carry={"projected": vectors[0]})

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import Jitter, ViewSpec
-from ssl_pretrain.flags import BELOW_1, COUNT, NOT_NEGATIVE, PART, POSITIVE, within
-from ssl_pretrain.parts.heads import unit
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.parts.heads import l2_normalize
 from ssl_pretrain.parts.views import encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
@@ -67,11 +67,11 @@ class NPID(WholeBatchMethod):
         """Share of the image's area that a crop covers, from and to."""
 
         def __post_init__(self) -> None:
-            within(self, COUNT, "embedding_dim", "negatives")
+            within(self, AT_LEAST_1, "embedding_dim", "negatives")
             within(self, POSITIVE, "temperature")
-            within(self, BELOW_1, "bank_momentum")
+            within(self, FROM_0_BELOW_1, "bank_momentum")
             within(self, NOT_NEGATIVE, "proximal")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -92,7 +92,7 @@ class NPID(WholeBatchMethod):
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Unit embeddings "embedding" (B, K) and the sample ids "index" (B,)."""
         (pooled,) = encode_pooled(self.encoder, [batch.views["image"]], step)
-        return {"embedding": unit(self.projector(pooled)), "index": batch.index}
+        return {"embedding": l2_normalize(self.projector(pooled)), "index": batch.index}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """The NCE loss (eqs. 5 to 7) or the softmax's (eqs. 2 and 3), and the proximal term (eq. 8)."""

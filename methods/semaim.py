@@ -19,7 +19,7 @@ from ssl_pretrain.backbones.positions import sincos_table
 from ssl_pretrain.backbones.vit import Mlp
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.flags import COUNT, PART, POSITIVE, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, POSITIVE, within
 from ssl_pretrain.parts.masks import put, rows
 from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
 from ssl_pretrain.parts.views import encode
@@ -91,9 +91,9 @@ class SemAIM(Method):
         """Share of the image's area that a crop covers, from and to."""
 
         def __post_init__(self) -> None:
-            within(self, COUNT, "decoder_dim", "decoder_depth", "decoder_heads", "blur_kernel")
+            within(self, AT_LEAST_1, "decoder_dim", "decoder_depth", "decoder_heads", "blur_kernel")
             within(self, POSITIVE, "blur_sigma")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.nt_xent import contrast
 from ssl_pretrain.parts.views import by_image, encode_pooled, jitter
@@ -67,10 +67,10 @@ class SimCLR(WholeBatchMethod):
 
         def __post_init__(self) -> None:
             within(self, POSITIVE, "temperature")
-            within(self, COUNT, "hidden_dim", "embedding_dim")
+            within(self, AT_LEAST_1, "hidden_dim", "embedding_dim")
             within(self, NOT_NEGATIVE, "colour")
-            within(self, SHARE, "blur")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, FROM_0_TO_1, "blur")
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import COUNT, PART, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, within
 from ssl_pretrain.parts.patches import patchify, unpatchify
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
@@ -53,9 +53,9 @@ class SimMIM(Method):
         """Share of the image's area that a crop covers, from and to."""
 
         def __post_init__(self) -> None:
-            within(self, COUNT, "mask_unit")
-            within(self, PART, "mask_ratio")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, AT_LEAST_1, "mask_unit")
+            within(self, ABOVE_0_TO_1, "mask_ratio")
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import COUNT, PART, SHARE, within
-from ssl_pretrain.parts.heads import mlp, unit
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, within
+from ssl_pretrain.parts.heads import l2_normalize, mlp
 from ssl_pretrain.parts.views import encode_pooled, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
@@ -64,9 +64,9 @@ class SimSiam(WholeBatchMethod):
         """Probability of blur; 0 is usual for images of 32 pixels."""
 
         def __post_init__(self) -> None:
-            within(self, COUNT, "hidden_dim", "embedding_dim", "bottleneck_dim")
-            within(self, SHARE, "blur")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, AT_LEAST_1, "hidden_dim", "embedding_dim", "bottleneck_dim")
+            within(self, FROM_0_TO_1, "blur")
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -104,7 +104,7 @@ class SimSiam(WholeBatchMethod):
 
     def _distance(self, source: Tensor, target: Tensor) -> Tensor:
         """(B,) negative cosine similarities of what `source` (B, K) predicts and `target` (B, K), held constant."""
-        return -(unit(self.predictor(source)) * unit(target.detach())).sum(-1)
+        return -(l2_normalize(self.predictor(source)) * l2_normalize(target.detach())).sum(-1)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The least value there is: no real pair of views is predicted so well."""

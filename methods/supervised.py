@@ -14,7 +14,7 @@ from torch import nn
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.flags import PART, SHARE, at_least, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, FROM_0_TO_1, at_least, within
 from ssl_pretrain.parts.views import encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -49,8 +49,8 @@ class Supervised(Method):
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "classes")
-            within(self, SHARE, "label_smoothing")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, FROM_0_TO_1, "label_smoothing")
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)

@@ -16,8 +16,8 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, at_least, within
-from ssl_pretrain.parts.heads import Prototypes, mlp, unit
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, at_least, within
+from ssl_pretrain.parts.heads import Prototypes, l2_normalize, mlp
 from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs
 from ssl_pretrain.parts.sinkhorn import sinkhorn
 from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled, jitter
@@ -103,18 +103,18 @@ class SwAV(WholeBatchMethod):
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "prototypes")
-            within(self, COUNT, "hidden_dim", "embedding_dim", "sinkhorn_iterations")
+            within(self, AT_LEAST_1, "hidden_dim", "embedding_dim", "sinkhorn_iterations")
             within(self, POSITIVE, "temperature", "epsilon", "local_ratio")
-            within(self, SHARE, "freeze_prototypes", "queue_start", "blur")
+            within(self, FROM_0_TO_1, "freeze_prototypes", "queue_start", "blur")
             within(self, NOT_NEGATIVE, "queue", "local_views", "colour")
-            within(self, PART, "global_scale", "local_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "global_scale", "local_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim))
         self.prototypes = Prototypes(config.embedding_dim, config.prototypes)
         with torch.no_grad():  # of length 1, so that steps of AdamW turn them no faster than the projector's rows
-            self.prototypes.weight.copy_(unit(self.prototypes.weight))
+            self.prototypes.weight.copy_(l2_normalize(self.prototypes.weight))
         # The newest first; zero where nothing has come yet.
         self.register_buffer("queue", torch.zeros(2, config.queue, config.embedding_dim))
 
@@ -140,7 +140,7 @@ class SwAV(WholeBatchMethod):
         """The mean cross-entropy over the pairs of a global view's assignment and another view's prediction
         (sections 3.1 and 3.2)."""
         pooled = embedded["pooled"].transpose(0, 1)  # (V, B, D)
-        z = unit(self.projector(pooled.flatten(0, 1)))
+        z = l2_normalize(self.projector(pooled.flatten(0, 1)))
         frozen = step.progress < self.config.freeze_prototypes
         scores = self.prototypes(z, frozen).unflatten(0, pooled.shape[:2]).float()  # (V, B, K)
         codes = self.assign(scores[:2].detach())

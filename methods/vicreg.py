@@ -15,7 +15,7 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import NOT_NEGATIVE, PART, at_least, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, NOT_NEGATIVE, at_least, within
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
@@ -73,7 +73,7 @@ class VICReg(WholeBatchMethod):
         def __post_init__(self) -> None:
             within(self, at_least(2), "projector_dim")
             within(self, NOT_NEGATIVE, "invariance_weight", "variance_weight", "covariance_weight", "blur")
-            within(self, PART, "crop_scale", rising=True)
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)

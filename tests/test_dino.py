@@ -12,8 +12,8 @@ from ssl_pretrain.methods.dino import DINO
 
 from ssl_pretrain import backbones, encoder, pretext
 from ssl_pretrain.data.views import Jitter
+from ssl_pretrain.parts.ema_teacher import cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs, warmed_up
-from ssl_pretrain.parts.teacher import follow_, follower, rising
 from ssl_pretrain.pretext import Batch, Step
 
 ONE = torch.ones((), dtype=torch.bool)
@@ -148,20 +148,20 @@ def test_the_follower_drops_nothing_and_follows_only_what_is_trained() -> None:
         "vit_micro", image_size=(16, 16), patch_size=8, depth=2, drop_path=0.5, positions="sincos"
     )
     student.norm.bias.requires_grad_(False)
-    teacher = follower(student)
+    teacher = ema_copy(student)
     teacher.train()
     teacher(torch.zeros(2, 3, 16, 16))  # no noise asked for
     with torch.no_grad():
         for p in student.parameters():
             p.add_(1)
     before = {name: p.clone() for name, p in teacher.named_parameters()}
-    follow_(teacher, student, 0.75, ONE)
+    ema_update_(teacher, student, 0.75, ONE)
     for name, p in teacher.named_parameters():
         expected = before[name] + (0 if name == "norm.bias" else 0.25)
         torch.testing.assert_close(p, expected)
-    assert rising(0.9, 0.0) == pytest.approx(0.9)
-    assert rising(0.9, 1.0) == pytest.approx(1.0)
-    assert rising(0.9, 0.5) == pytest.approx(0.95)
+    assert cosine_momentum(0.9, 0.0) == pytest.approx(0.9)
+    assert cosine_momentum(0.9, 1.0) == pytest.approx(1.0)
+    assert cosine_momentum(0.9, 0.5) == pytest.approx(0.95)
 
 
 def test_views_are_the_papers() -> None:

@@ -146,7 +146,7 @@ def test_it_costs_what_is_kept_and_nobody_waits(together: bool) -> None:
         crops = images(32), images(64)[..., :16, :16]
         batches = [(x, {"drop": noise(len(x), depth=depth)}) for x in crops]
         with Counted() as counted, FlopCounterMode(display=False) as flops:
-            each = model.together(batches) if together else [model(x, **how) for x, how in batches]
+            each = model.forward_crops(batches) if together else [model(x, **how) for x, how in batches]
             torch.stack([features.pooled.sum() for features in each]).sum().backward()
         assert counted.waits == []
         return flops.get_total_flops()
@@ -163,7 +163,7 @@ def test_under_autocast_the_stream_stays_float32() -> None:
     exact = model(images(5).float(), drop=noise(5), blocks=(0,))
     with torch.autocast("cpu", torch.bfloat16):
         found = model(images(5).float(), drop=noise(5), blocks=(0,))
-        both = model.together([(images(5).float(), {"drop": noise(5)}), (images(3).float(), {"drop": noise(3)})])
+        both = model.forward_crops([(images(5).float(), {"drop": noise(5)}), (images(3).float(), {"drop": noise(3)})])
     assert {found.blocks[0].dtype, found.pooled.dtype, both[0].pooled.dtype} == {torch.float32}
     torch.testing.assert_close(found.pooled, exact.pooled, atol=0.05, rtol=0.05)
     torch.testing.assert_close(both[0].pooled, found.pooled, atol=0.05, rtol=0.05)
@@ -175,7 +175,7 @@ def test_it_is_one_graph_for_the_compiler() -> None:
 
     def together(large: Tensor, small: Tensor) -> list[Tensor]:
         batches = [(large, {"drop": noise_of_large}), (small, {"drop": noise_of_small})]
-        return [features.pooled for features in model.together(batches)]
+        return [features.pooled for features in model.forward_crops(batches)]
 
     noise_of_large, noise_of_small = noise(4), noise(6)
     crops = images(4), images(6)[..., :16, :16]
@@ -189,7 +189,7 @@ def test_the_last_block_gives_all_tokens_of_a_row_whose_samples_are_chosen() -> 
     batches = [(images(4), {"drop": noise(4)}), (images(6)[..., :16, :16], {"drop": noise(6)})]
     less = [(x, how | {"pooled_only": True}) for x, how in batches]
     with torch.no_grad():
-        for one, other in zip(model.together(less), model.together(batches), strict=True):
+        for one, other in zip(model.forward_crops(less), model.forward_crops(batches), strict=True):
             assert torch.equal(one.pooled, other.pooled)
 
 

@@ -24,7 +24,8 @@ SLOW = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from ssl_pretrain import encoder, feature_files
+from ssl_pretrain import encoder
+from ssl_pretrain.features import feature_cache
 from ssl_pretrain.data.source import Source, open_source
 from ssl_pretrain.features import extract
 

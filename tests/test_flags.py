@@ -1,11 +1,12 @@
 """Flags and YAML keys from dataclasses: values, help, and one-line errors with the nearest right word."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from ssl_pretrain.config import plain
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import parse
 
@@ -105,3 +106,21 @@ def test_help_lists_every_flag_with_its_text_and_default(capsys: pytest.CaptureF
 def test_two_dataclasses_may_not_share_a_field() -> None:
     with pytest.raises(TypeError, match="same name"):
         parse([Knobs, Knobs], [], {}, prog="p", description="d")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renamed:
+    """A field that was called otherwise."""
+
+    gradient_checkpointing: bool = field(default=False, metadata={"stored_as": "recompute"})
+    """Less memory."""
+
+
+@pytest.mark.parametrize("argv", [["--gradient-checkpointing"], ["--recompute"]])
+def test_the_older_name_of_a_flag_is_an_alias_and_its_key_in_files(argv: list[str]) -> None:
+    (renamed,) = parse([Renamed], argv, {}, prog="p", description="d")
+    assert renamed.gradient_checkpointing
+    assert plain(renamed) == {"recompute": True}
+    for key in ("recompute", "gradient_checkpointing"):
+        assert parse([Renamed], [], {key: True}, prog="p", description="d") == [renamed]
+        assert parse([Renamed], ["--no-recompute"], {key: True}, prog="p", description="d") == [Renamed()]

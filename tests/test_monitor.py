@@ -5,18 +5,18 @@ import math
 import pytest
 import torch
 
-from ssl_pretrain.loop.monitor import CollapseMonitor, spread
+from ssl_pretrain.loop.monitor import CollapseMonitor, feature_statistics
 
 
 def test_spread_of_known_features() -> None:
-    same = spread(torch.ones(64, 8))
+    same = feature_statistics(torch.ones(64, 8))
     assert same["feature_std"] == pytest.approx(0.0, abs=1e-9)
     generator = torch.Generator().manual_seed(0)
-    sphere = spread(torch.randn(4096, 16, generator=generator))
+    sphere = feature_statistics(torch.randn(4096, 16, generator=generator))
     assert sphere["feature_std"] == pytest.approx(1.0, abs=0.02)
     assert sphere["feature_rank"] == pytest.approx(16.0, abs=0.1)
     line = torch.randn(256, 1, generator=generator).double() * torch.randn(1, 16, generator=generator).double()
-    assert spread(line)["feature_rank"] == pytest.approx(1.0, abs=1e-6)
+    assert feature_statistics(line)["feature_rank"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_rank_is_the_exponential_of_the_entropy_of_the_singular_values() -> None:
@@ -26,7 +26,7 @@ def test_rank_is_the_exponential_of_the_entropy_of_the_singular_values() -> None
     singular = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)
     p = (singular / 8).tolist()
     expected = math.exp(-sum(x * math.log(x) for x in p))
-    assert spread(u * singular)["feature_rank"] == pytest.approx(expected, rel=1e-6)
+    assert feature_statistics(u * singular)["feature_rank"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_loss_that_stays_at_its_collapsed_value_is_named_once() -> None:

@@ -24,6 +24,13 @@ def test_no_module_is_named_like_one_of_pythons() -> None:
     assert not names & sys.stdlib_module_names
 
 
+def test_windows_is_refused_in_one_line() -> None:
+    code = "import sys; sys.platform = 'win32'; import ssl_pretrain"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "ssl-pretrain does not run on Windows: use Linux, or WSL 2 on Windows\n"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")

@@ -39,7 +39,7 @@ def test_sharded_replicated_and_alone_are_the_same_run(
 ) -> None:
     same = ("--method", method, "--data", photos, "--steps", 10, "--log-every", 1, "--lr", 1e-4, "--workers", 0,
             *KINDS[method])  # fmt: skip
-    pretrain(*same, "--out", tmp_path / "alone", "--recompute")
+    pretrain(*same, "--out", tmp_path / "alone", "--gradient-checkpointing")
     pretrain(*same, "--out", tmp_path / "ddp", "--nproc", 2)
     pretrain(*same, "--out", tmp_path / "fsdp", "--nproc", 2, "--parallel", "fsdp", "--recompute")
     alone = losses(tmp_path / "alone")
@@ -137,10 +137,11 @@ def test_the_blocks_of_every_kind_of_backbone_are_found(encoder: str, count: int
 def test_activations_computed_again_need_less_memory_and_give_the_same_gradients() -> None:
     code = """
 import json, sys, torch
-from ssl_pretrain import backbones, parallel
+from ssl_pretrain import backbones
 from ssl_pretrain.config import Run
+from ssl_pretrain.loop import parallel
 class Asked:
-    recompute, compile, parallel = sys.argv[1] == "yes", False, "ddp"
+    gradient_checkpointing, compile, parallel = sys.argv[1] == "yes", False, "ddp"
 class Alone:
     size = 1
 torch.manual_seed(0)

@@ -12,7 +12,7 @@ from conftest import TINY
 from ssl_pretrain.launch.pretrain import main, read_command
 
 from ssl_pretrain import backbones, config, flags, plugins, pretext
-from ssl_pretrain.config import SMALL, Run
+from ssl_pretrain.config import BUILT_IN_RUN, Run
 from ssl_pretrain.errors import UserError
 
 METHODS = plugins.own("ssl_pretrain.methods")
@@ -150,12 +150,12 @@ def test_a_range_of_a_pair() -> None:
     class Knobs:
         scale: tuple[float, float] | None = (0.2, 1.0)
 
-    flags.within(Knobs(), flags.PART, "scale", rising=True)
-    flags.within(Knobs(None), flags.PART, "scale", rising=True)
+    flags.within(Knobs(), flags.ABOVE_0_TO_1, "scale", ascending=True)
+    flags.within(Knobs(None), flags.ABOVE_0_TO_1, "scale", ascending=True)
     with pytest.raises(
         UserError, match=re.escape("--scale is 1.0 0.5; each must be above 0 and at most 1, the smaller")
     ):
-        flags.within(Knobs((1.0, 0.5)), flags.PART, "scale", rising=True)
+        flags.within(Knobs((1.0, 0.5)), flags.ABOVE_0_TO_1, "scale", ascending=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3: 4", "\udcff"])
@@ -163,10 +163,10 @@ def test_a_runs_own_config_that_is_damaged_is_named(text: str, tmp_path: Path) -
     written = tmp_path / "config.yaml"
     written.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"config\.yaml.*another --out") as caught:
-        config.recorded(written)
+        config.read_recorded(written)
     assert "\n" not in str(caught.value)
     written.write_text("lr: 1.0e-3\nmethod: mae\ndata: '007'\n")
-    assert config.recorded(written) == {"lr": 1e-3, "method": "mae", "data": "007"}
+    assert config.read_recorded(written) == {"lr": 1e-3, "method": "mae", "data": "007"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -174,4 +174,4 @@ def test_the_built_in_run_of_every_method_shows_pictures(name: str) -> None:
     run, _, _ = read_command(["--method", name])
     assert run.steps is not None
     assert 0 < run.picture_every <= run.steps
-    assert run.picture_every == SMALL["picture_every"]
+    assert run.picture_every == BUILT_IN_RUN["picture_every"]

@@ -4,15 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_pretrain.parts.teacher import Parts, follow_, follower
+from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, ema_copy, ema_update_
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
-def pair() -> tuple[Parts, Parts]:
+def pair() -> tuple[EncoderWithHeads, EncoderWithHeads]:
     """A student of several dtypes with a batch norm, and its teacher; they differ."""
-    student = Parts({"encoder": nn.Linear(3, 5), "norm": nn.BatchNorm1d(5), "head": nn.Linear(5, 2).bfloat16()})
-    teacher = follower(student)
+    student = EncoderWithHeads(
+        {"encoder": nn.Linear(3, 5), "norm": nn.BatchNorm1d(5), "head": nn.Linear(5, 2).bfloat16()}
+    )
+    teacher = ema_copy(student)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in student.parameters():
@@ -24,7 +26,7 @@ def pair() -> tuple[Parts, Parts]:
 def test_it_moves_by_the_share_of_the_difference_and_keeps_its_statistics() -> None:
     teacher, student = pair()
     before = {name: p.double() for name, p in teacher.named_parameters()}
-    follow_(teacher, student, 0.75, YES)
+    ema_update_(teacher, student, 0.75, YES)
     for (name, t), s in zip(teacher.named_parameters(), student.parameters(), strict=True):
         error = 1e-2 if t.dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(t.double(), 0.75 * before[name] + 0.25 * s.double(), rtol=error, atol=error)
@@ -36,11 +38,11 @@ def test_it_moves_by_the_share_of_the_difference_and_keeps_its_statistics() -> N
 def test_a_skipped_step_leaves_the_bits() -> None:
     teacher, student = pair()
     before = [p.clone() for p in teacher.parameters()]
-    follow_(teacher, student, 0.75, NO)
+    ema_update_(teacher, student, 0.75, NO)
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), before, strict=True))
 
 
 def test_a_student_of_another_shape_is_refused() -> None:
     teacher, student = pair()
     with pytest.raises(ValueError, match="zip"):
-        follow_(teacher, nn.Sequential(student, nn.Linear(2, 2)), 0.75, YES)
+        ema_update_(teacher, nn.Sequential(student, nn.Linear(2, 2)), 0.75, YES)

@@ -628,7 +628,7 @@ def test_batches_together_give_what_each_gives_alone(options: dict[str, Any], bl
         for x, how in batches
     ]
     alone = [model(x, **how) for x, how in batches]
-    together = model.together(batches)
+    together = model.forward_crops(batches)
     parameters = [*model.parameters(), token]
 
     def gradients(found: list[Features]) -> tuple[Tensor, ...]:
@@ -669,7 +669,7 @@ def test_asked_for_the_class_token_alone_it_gives_the_same_for_less(options: dic
     def run(pooled_only: bool) -> tuple[list[Tensor], list[Tensor], int]:
         batches = [(x, each | {"pooled_only": pooled_only}) for x, each in zip(crops, how, strict=True)]
         with FlopCounterMode(display=False) as count:
-            found = model.together(batches) if together else [model(x, **each) for x, each in batches]
+            found = model.forward_crops(batches) if together else [model(x, **each) for x, each in batches]
             pooled = [features.pooled for features in found]
             gradients = torch.autograd.grad(sum(x.sin().sum() for x in pooled), list(model.parameters()))
         return pooled, list(gradients), count.get_total_flops()
@@ -706,7 +706,7 @@ def test_a_block_asked_for_some_tokens_gives_those_of_all(post_norm: bool) -> No
 def test_batches_with_masked_attention_together_are_done_one_by_one() -> None:
     model = vit()
     batches: list[tuple[Tensor, dict[str, Any]]] = [(images(2), {"attention": "causal"}), (images(3, (16, 24)), {})]
-    for one, (x, how) in zip(model.together(batches), batches, strict=True):
+    for one, (x, how) in zip(model.forward_crops(batches), batches, strict=True):
         assert torch.equal(one.patches, model(x, **how).patches)
 
 
@@ -726,7 +726,7 @@ def test_batches_together_are_one_graph_for_the_compiler(pooled_only: bool) -> N
 
     def together(large: Tensor, small: Tensor) -> list[Tensor]:
         asked = {"pooled_only": pooled_only}
-        return [features.pooled for features in model.together([(large, asked), (small, asked)])]
+        return [features.pooled for features in model.forward_crops([(large, asked), (small, asked)])]
 
     crops = images(), images(3, (16, 24))
     compiled = torch.compile(together, backend="aot_eager", fullgraph=True)

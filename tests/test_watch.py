@@ -127,7 +127,8 @@ def test_of_two_processes_the_one_that_sleeps_is_late(place: str, tmp_path: Path
 import os, time, torch
 from pathlib import Path
 from torch.nn.parallel import DistributedDataParallel
-from ssl_pretrain import distributed, watch
+from ssl_pretrain import distributed
+from ssl_pretrain.loop import watch
 watch.BEAT, watch.SILENT = 0.1, 5.0
 said = []
 with distributed.world() as here:
@@ -201,7 +202,7 @@ def test_an_error_of_its_own_is_not_called_a_lost_process(tmp_path: Path) -> Non
     code = f"""
 import torch
 from pathlib import Path
-from ssl_pretrain import watch
+from ssl_pretrain.loop import watch
 from ssl_pretrain.distributed import World
 watch.BEAT, watch.SILENT = 0.1, 2.0
 out = Path({str(tmp_path)!r})

@@ -3,14 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import yaml
 
 from .errors import UserError
-from .flags import BELOW_1, COUNT, NOT_NEGATIVE, PART, POSITIVE, SHARE, within
+from .flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, stored_name, within
 
 if TYPE_CHECKING:
     from .pretext import Recipe
@@ -100,8 +100,9 @@ class Run:
     """Several processes: a copy of the model each, one shared by all, or one shared by those of each machine."""
     shard_size: int | None = None
     """With --parallel hsdp: processes that share one copy of the model (default: those of a machine)."""
-    recompute: bool = False
-    """Compute the blocks' activations again in backward instead of keeping them: less memory, a third more time."""
+    gradient_checkpointing: bool = field(default=False, metadata={"stored_as": "recompute"})
+    """Gradient checkpointing (activation checkpointing): compute the blocks' activations again in the backward pass instead
+    of keeping them. Less memory, about a third more time."""
     cpu_offload: bool = False
     """With fsdp or hsdp: keep parameters and optimiser state in host memory."""
 
@@ -142,14 +143,14 @@ class Run:
 
 # The numbers that each flag may be. What may be left open (None) is not looked at while it is.
 RANGES = {
-    COUNT: "image_size in_chans steps images batch_size accumulate shard_size checkpoint_every keep_last log_every "
+    AT_LEAST_1: "image_size in_chans steps images batch_size accumulate shard_size checkpoint_every keep_last log_every "
     "val_every bad_steps",
     NOT_NEGATIVE: "lr final_lr warmup_steps cooldown_steps weight_decay final_weight_decay workers stall_after keep_every "
     "monitor_every picture_every val_images knn_every",
     POSITIVE: "epochs clip_grad",
-    BELOW_1: "betas",
-    SHARE: "mean layer_decay",
-    PART: "std",
+    FROM_0_BELOW_1: "betas",
+    FROM_0_TO_1: "mean layer_decay",
+    ABOVE_0_TO_1: "std",
 }
 
 
@@ -176,15 +177,15 @@ class Resolved(Run):
 
 
 # What may differ when a run is continued: where and how fast it runs, and what is watched, never what is computed.
-FREE = frozenset(
+CHANGEABLE = frozenset(
     "out config data workers preflight stall_after nproc accumulate compile parallel shard_size recompute cpu_offload "
     "checkpoint_every keep_last keep_every log_every monitor_every picture_every val_every knn_every score bad_steps "
     "extend".split()
 )
-LENGTH = frozenset({"steps", "epochs", "images", "warmup_steps", "cooldown_steps"})
+LENGTH_KEYS = frozenset({"steps", "epochs", "images", "warmup_steps", "cooldown_steps"})
 
 # The built-in run on fractals: about two minutes on two CPU cores. A method's recipe adds its own (Recipe.small).
-SMALL = {
+BUILT_IN_RUN = {
     "encoder": "vit_micro",
     "image_size": 32,
     "patch_size": 4,
@@ -208,7 +209,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {name.replace("-", "_"): _number(value) for name, value in read.items()}
 
 
-def recorded(path: Path) -> dict[str, Any]:
+def read_recorded(path: Path) -> dict[str, Any]:
     """What a run wrote into its config.yaml. Raises UserError where that cannot be read, or is no mapping any more."""
     try:
         if read := _mapping(path):
@@ -291,7 +292,7 @@ def folder(run: Run) -> Path:
 
 def plain(*parts: Any) -> dict[str, Any]:
     """The flags of all parts (run, method knobs, encoder options) as one mapping of plain data."""
-    return {name: _plain(value) for part in parts for name, value in dataclasses.asdict(part).items()}
+    return {stored_name(f): _plain(getattr(part, f.name)) for part in parts for f in dataclasses.fields(part)}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], allowed: frozenset[str]) -> list[str]:

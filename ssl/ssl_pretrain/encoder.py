@@ -255,14 +255,14 @@ def _check_names(backbone: Backbone, weights: Mapping[str, Tensor], where: Path)
             if own[name].shape != weights[name].shape
         ],
     }
-    said = [
+    differences = [
         f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
         for what, names in problems.items()
         if names
     ]
-    if said:
+    if differences:
         kind = type(backbone).__name__
-        raise UserError(f"the weights in {where} do not fit the {kind} of its config: {'; '.join(said)}")
+        raise UserError(f"the weights in {where} do not fit the {kind} of its config: {'; '.join(differences)}")
 
 
 def _hash(weights: Mapping[str, Tensor]) -> str:

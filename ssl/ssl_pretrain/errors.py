@@ -7,10 +7,10 @@ from difflib import get_close_matches
 class UserError(Exception):
     """The user's mistake. The message says what is wrong, where, and what would be right.
 
-    told: whether another process says it, so that this one need not.
+    reported_elsewhere: whether another process prints it, so that this one does not.
     """
 
-    told = False
+    reported_elsewhere = False
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

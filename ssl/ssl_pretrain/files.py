@@ -34,7 +34,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path, patience: float) -> Iterator[None]:
+def lock_folder(folder: Path, patience: float) -> Iterator[None]:
     """Have a folder for oneself: others who ask for it wait. It is free again when this is left, or the process gone.
 
     Raises BlockingIOError where another process still has it after `patience` seconds. Some network file systems know no

@@ -1,5 +1,8 @@
 """Command-line flags (and YAML keys) from frozen dataclasses: a field is a flag, the string below it is its help.
 
+A field may be stored under an older name: `field(default=..., metadata={"stored_as": "old_name"})`. That name stays the
+key in files, and is an alias of the flag.
+
 Supported types: str, int, float, bool, pathlib.Path, Literal, tuples of these, unions, and any of them `| None`. Built
 on argparse, so that `--help` and a mistyped flag are answered in a tenth of a second and in one line (docs/design.md).
 """
@@ -38,6 +41,8 @@ def parse(
     if len(known) != sum(len(dataclasses.fields(kind)) for kind in kinds):
         raise TypeError(f"two of {[k.__qualname__ for k in kinds]} have a field of the same name")
     hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+    by_stored_name = {stored_name(f): name for name, f in known.items()}
+    defaults = {by_stored_name.get(name, name): value for name, value in defaults.items()}
     for name, value in defaults.items():
         if name not in known:
             raise UserError(f"unknown key {name!r}{nearest(name, known)}")
@@ -54,14 +59,14 @@ def parse(
             default = defaults.get(f.name, _default(f))
             shown = "" if default is None or default is dataclasses.MISSING else f" (default: {_show(default)})"
             group.add_argument(
-                "--" + f.name.replace("_", "-"),
+                *dict.fromkeys("--" + each.replace("_", "-") for each in (f.name, stored_name(f))),
                 default=argparse.SUPPRESS,
                 help=(texts.get(f.name, "") + shown).replace("%", "%%"),
                 **_argument(hints[f.name]),
             )
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        flags = ["--" + name.replace("_", "-") for name in known]
+        flags = ["--" + name.replace("_", "-") for name in (*known, *by_stored_name)]
         first = next((word for word in unknown if word.startswith("-")), None)
         if first is None:
             raise UserError(f"{prog}: unexpected {unknown[0]!r}: every option is a flag (--name value)")
@@ -78,6 +83,11 @@ def parse(
                 raise UserError(f"{prog}: --{f.name.replace('_', '-')} is needed ({docs(kind).get(f.name, '')})")
         result.append(kind(**values))
     return result
+
+
+def stored_name(field: dataclasses.Field) -> str:
+    """The key of a field in files (config.yaml): its name, or the older name that its metadata gives."""
+    return field.metadata.get("stored_as", field.name)
 
 
 def docs(kind: type) -> dict[str, str]:
@@ -149,24 +159,24 @@ def at_least(least: int) -> Range:
     return Range(f"be at least {least}", lambda x: x >= least)
 
 
-NOT_NEGATIVE, COUNT = at_least(0), at_least(1)
+NOT_NEGATIVE, AT_LEAST_1 = at_least(0), at_least(1)
 POSITIVE = Range("be above 0", lambda x: x > 0)
-SHARE = Range("lie between 0 and 1", lambda x: 0 <= x <= 1)
-BELOW_1 = Range("be at least 0 and below 1", lambda x: 0 <= x < 1)
-PART = Range("be above 0 and at most 1", lambda x: 0 < x <= 1)
-INSIDE = Range("lie between 0 and 1, neither of them", lambda x: 0 < x < 1)
+FROM_0_TO_1 = Range("lie between 0 and 1", lambda x: 0 <= x <= 1)
+FROM_0_BELOW_1 = Range("be at least 0 and below 1", lambda x: 0 <= x < 1)
+ABOVE_0_TO_1 = Range("be above 0 and at most 1", lambda x: 0 < x <= 1)
+BETWEEN_0_AND_1 = Range("lie between 0 and 1, neither of them", lambda x: 0 < x < 1)
 
 
-def within(values: Any, range_: Range, *names: str, rising: bool = False) -> None:
+def within(values: Any, range_: Range, *names: str, ascending: bool = False) -> None:
     """Raise UserError unless these fields of a dataclass are None or in the range, every number of them where they are
-    tuples; `rising`: and none smaller than the one before it. For a `__post_init__`, before anything else is done."""
+    tuples; `ascending`: and none smaller than the one before it. For a `__post_init__`, before anything else is done."""
     for name in names:
         value = getattr(values, name)
         numbers = () if value is None else value if isinstance(value, tuple) else (value,)
         fits = all(math.isfinite(number) and range_.holds(number) for number in numbers)
-        if not fits or (rising and list(numbers) != sorted(numbers)):
+        if not fits or (ascending and list(numbers) != sorted(numbers)):
             subject = "each" if isinstance(value, tuple) else "it"
-            order = ", the smaller first" if rising else ""
+            order = ", the smaller first" if ascending else ""
             raise UserError(f"--{name.replace('_', '-')} is {_show(value)}; {subject} must {range_.words}{order}")
 
 

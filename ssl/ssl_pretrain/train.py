@@ -29,7 +29,7 @@ from .distributed.batch_norm import couples_samples
 from .encoder import Encoder
 from .errors import UserError
 from .loop import grad_cache, manifest, parallel, preflight, stages
-from .loop.monitor import CollapseMonitor, spread
+from .loop.monitor import CollapseMonitor, feature_statistics
 from .loop.report import Report
 from .loop.score import KnnScore
 from .loop.signals import TIME_LIMIT, StopRequest
@@ -61,32 +61,32 @@ def train(run: Run, knobs: Any, options: Any) -> Outcome:
 
     Raises UserError for a user's mistake, OSError where the run folder cannot be written (a full disk), Diverged.
     """
-    with distributed.world() as here, StopRequest() as stop, ExitStack() as held:
-        return _train(run, knobs, options, here, stop, held)
+    with distributed.world() as world, StopRequest() as stop, ExitStack() as held:
+        return _train(run, knobs, options, world, stop, held)
 
 
-def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest, held: ExitStack) -> Outcome:
+def _train(asked: Run, knobs: Any, options: Any, world: World, stop: StopRequest, held: ExitStack) -> Outcome:
     kind = pretext.load(asked.method)
 
     # ---- Data. The first process opens it first, so that an index is built once.
     def opened() -> tuple[Source, Source | None, Resolved, KnnScore | None]:
-        source, held_out = _open_data(asked, here)
-        run = config.resolve(asked, kind.recipe, len(source), _precision(asked, here.device))
-        return source, held_out, run, KnnScore.of(run) if run.knn_every and here.first else None
+        source, held_out = _open_data(asked, world)
+        run = config.resolve(asked, kind.recipe, len(source), _precision(asked, world.device))
+        return source, held_out, run, KnnScore.of(run) if run.knn_every and world.first else None
 
     source, held_out, run, knn = distributed.on_all(opened)
     steps, batch_size, accumulate, out = run.steps, run.batch_size, run.accumulate, run.out
-    share = Share(batch_size, accumulate, here.rank, here.size)
+    share = Share(batch_size, accumulate, world.rank, world.size)
     normalisation = (run.mean, run.std)
 
     # ---- Where to start: this run's own checkpoint, or step 0 with random weights or another encoder's.
     record = config.plain(run, knobs, options)
     folder = out / "checkpoints"
     start = distributed.from_first(
-        distributed.on_all(lambda: _find_start(run, record, source, folder, held) if here.first else 0)
+        distributed.on_all(lambda: _find_start(run, record, source, folder, held) if world.first else 0)
     )
     began = time.monotonic()
-    everybody = preflight.check(here, out) if here.size > 1 else []
+    everybody = preflight.check(world, out) if world.size > 1 else []
     met = preflight.table(everybody, out, time.monotonic() - began) if everybody else ""
 
     # ---- Model. Its random weights are a function of the seed alone.
@@ -106,13 +106,13 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
     if run.init_from is not None and not start:
         encoder.load_weights(run.init_from, method.encoder)
     method.prepare(len(source))
-    method.to(here.device)
-    parallel.check(run, method, here)
+    method.to(world.device)
+    parallel.check(run, method, world)
     preprocessing = encoder.Preprocessing.for_size(run.image_size, run.mean, run.std)
 
     # ---- Parallelism and compilation, put around the finished model; the optimiser sees this process's part of it.
-    wrapped = parallel.wrap(method, run, here)
-    shards = parallel.Shards(method, here.device)
+    wrapped = parallel.wrap(method, run, world)
+    shards = parallel.Shards(method, world.device)
     optimizer = optim.build(
         run.optimizer,
         optim.parameter_groups(
@@ -135,19 +135,19 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
         skipped = kept.read(into)["skipped"]
         optim.load_state_by_name(optimizer, state)
         del kept, into, state
-    if here.first:  # before anything else, for this makes the folder a run's
+    if world.first:  # before anything else, for this makes the folder a run's
         files.write_text(out / "config.yaml", yaml.safe_dump(record, sort_keys=False))
-    report = Report(out, step=start, steps=steps, silent=not here.first)
-    if here.first:
+    report = Report(out, step=start, steps=steps, silent=not world.first)
+    if world.first:
         data_facts = {"path": run.data, "images": len(source), "fingerprint": source.fingerprint}
-        manifest.begin(out, here=here, step=start, data=data_facts, hosts=[facts.host for facts in everybody])
+        manifest.begin(out, world=world, step=start, data=data_facts, hosts=[facts.host for facts in everybody])
         trained = _millions([p for p in method.parameters() if p.requires_grad])
         report.say(f"{source.description}; {run.encoder} with {trained} trained parameters; {out}")
         if met:
             report.say(met)
         if start:
             report.say(f"continuing from step {start} of {steps}")
-    autocast = torch.autocast(here.device.type, torch.bfloat16) if run.precision == "bf16" else nullcontext()
+    autocast = torch.autocast(world.device.type, torch.bfloat16) if run.precision == "bf16" else nullcontext()
 
     # ---- Saving. Training waits only while the state is copied; it is written behind its back, then named.
     writer = checkpoint.Writer(folder, sharded=parallel.is_sharded(method))
@@ -162,7 +162,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
     def made() -> Encoder | None:
         """Where the first process puts a copy of the encoder, whole and in host memory."""
         nonlocal copy
-        if here.first and copy is None:
+        if world.first and copy is None:
             copy = Encoder(encoder.another(run.encoder, method.exported()), run.encoder, preprocessing, {})
         return copy
 
@@ -181,7 +181,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
         from_files = writer.sharded and not last and within is not None
         exported = None
         if last and not writer.sharded:
-            exported = Encoder(method.exported(), run.encoder, preprocessing, {}) if here.first else None
+            exported = Encoder(method.exported(), run.encoder, preprocessing, {}) if world.first else None
         elif not from_files:
             exported = copied()
         optimizer_state = shards.entries(optim.state_by_name(optimizer), method)
@@ -224,7 +224,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
             exporting, begun = begun and from_files and not failed, False
             if failed:
                 raise next(problem for problem in distributed.from_all(writer.problem) if problem)
-            if exporting and here.first:
+            if exporting and world.first:
                 writer.follow(export_written)
             blocked += time.perf_counter() - asked_at
             if not wait:
@@ -232,7 +232,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
 
     # ---- The loop.
     monitor = CollapseMonitor(method.collapsed(batch_size))
-    loader = _stream(plan, start, source, share, run, here)
+    loader = _stream(plan, start, source, share, run, world)
     pending: list[Tensor] = []  # one row a step since the last log: not finite?, gradient norm, loss, its terms
     sample_losses: list[tuple[int, Tensor, Tensor]] = []  # step, sample ids, their losses
     names: list[str] = []
@@ -241,7 +241,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
     waited, blocked, since, seen_at = 0.0, 0.0, time.perf_counter(), start
     method.train()
     saved, stopped = start, None
-    with closing(loader), Watch(out, here, run.stall_after, report.warn) as watch:
+    with closing(loader), Watch(out, world, run.stall_after, report.warn) as watch:
         while step_number < steps:
             # -- what the processes have to agree on, in one exchange
             asked_to = stop.signal
@@ -276,8 +276,8 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
                 waited += time.perf_counter() - began
                 for failure in raw.failures:
                     report.bad_image(*failure)
-                batch = to_batch(raw, seen, *normalisation, here.device)
-                step = _step(run, step_number, share.rows(micro), here)
+                batch = to_batch(raw, seen, *normalisation, world.device)
+                step = _step(run, step_number, share.rows(micro), world)
                 last = micro == accumulate - 1
                 if whole_batch:
                     parts.append((batch, step))
@@ -317,7 +317,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
             watch.at(step_number, "logging, scoring and saving")
             if step_number % run.log_every == 0 or step_number == steps:
                 table = torch.stack(pending)
-                table[:, 2:] = distributed.all_reduce_(table[:, 2:].contiguous()) / here.size
+                table[:, 2:] = distributed.all_reduce_(table[:, 2:].contiguous()) / world.size
                 table = table.cpu()
                 pending.clear()
                 good = table[:, 0] == 0
@@ -370,27 +370,27 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
                 images = batch.views[seen[0].name]
                 images = images[0] if seen[0].count > 1 else images
                 with parallel.gathered(method):
-                    spreads = spread(_features(method, images[:256], autocast))
+                    spreads = feature_statistics(_features(method, images[:256], autocast))
                 report.scores("features", spreads, step_number)
                 for warning in monitor.features(spreads):
                     report.warn(warning)
-            if _due(step_number, run.picture_every) and (here.first or writer.sharded):
+            if _due(step_number, run.picture_every) and (world.first or writer.sharded):
                 views = {s.name: batch.views[s.name][:8] for s in seen if s.count == 1}
                 few = dataclasses.replace(batch, views=views, index=batch.index[:8])
                 with torch.no_grad(), autocast, parallel.gathered(method):
                     rows = slice(0, len(few.index))
-                    shown_pictures = method.pictures(few, _step(run, step_number, rows, here))
-                if here.first:
+                    shown_pictures = method.pictures(few, _step(run, step_number, rows, world))
+                if world.first:
                     report.pictures(shown_pictures, run.mean, run.std, step_number)
             if held_out is not None and (_due(step_number, run.val_every) or step_number == steps):
                 with parallel.gathered(method):
-                    scores = _validate(run, method, held_out, specs, autocast, here, steps)
+                    scores = _validate(run, method, held_out, specs, autocast, world, steps)
                 report.scores("val", scores, step_number)
             if _due(step_number, run.knn_every):
                 writer.wait()  # for it holds the copy
                 probe = copied()
                 if knn is not None and probe is not None:
-                    report.scores("knn", {"top1": knn(probe.to(here.device).eval())}, step_number)
+                    report.scores("knn", {"top1": knn(probe.to(world.device).eval())}, step_number)
                     probe.cpu()
                 distributed.barrier()
             since += time.perf_counter() - looked_up  # the speed is that of training
@@ -403,7 +403,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
     if saved != step_number or distributed.from_first(not (out / "encoder" / "config.json").exists()):
         save(step_number, last=True)
     bad_images = 0
-    if here.first:
+    if world.first:
         bad_images = report.merge_bad_images()
         state_text = f"stopped: {stopped} at step {step_number}" if step_number < steps else "finished"
         manifest.end(out, state_text, step=step_number, steps=steps, skipped_steps=skipped, bad_images=bad_images)
@@ -413,7 +413,7 @@ def _train(asked: Run, knobs: Any, options: Any, here: World, stop: StopRequest,
 
 
 def _stream(
-    plan: list[stages.Stage], start: int, source: Source, share: Share, run: Resolved, here: World
+    plan: list[stages.Stage], start: int, source: Source, share: Share, run: Resolved, world: World
 ) -> Generator[tuple[tuple[ViewSpec, ...], RawBatch]]:
     """The micro-batches from step `start` to the run's end, each with the views of its stage."""
     for stage in plan:
@@ -426,16 +426,16 @@ def _stream(
                 channels=run.in_chans,
                 start_step=max(start, stage.first),
                 stop_step=stage.last,
-                workers=_workers(run, here),
+                workers=_workers(run, world),
                 policy=run.bad_images,
-                pin=here.device.type == "cuda",
+                pin=world.device.type == "cuda",
             )
             with closing(loader):
                 for raw in loader:
                     yield stage.specs, raw
 
 
-def _open_data(run: Run, here: World) -> tuple[Source, Source | None]:
+def _open_data(run: Run, world: World) -> tuple[Source, Source | None]:
     """The images to train on, and those held out for the validation loss (None where none are wanted): of a split for
     validation where there is one, else taken out of the training images."""
     split = pretraining_split(run.data)
@@ -444,10 +444,10 @@ def _open_data(run: Run, here: World) -> tuple[Source, Source | None]:
         return source, None
     of_validation = [name for name in splits(run.data) if name != split and name.startswith("val")]
     pool = open_source(run.data, of_validation[0]) if of_validation else source
-    if not here.size <= run.val_images < len(pool):
+    if not world.size <= run.val_images < len(pool):
         raise UserError(
-            f"--val-images is {run.val_images}; there are {len(pool)} images to hold out from, and {here.size} process(es) "
-            f"to share them"
+            f"--val-images is {run.val_images}; there are {len(pool)} images to hold out from, and {world.size} "
+            f"process(es) to share them"
         )
     order = numpy_generator(run.seed, "held out").permutation(len(pool))
     held_out = Subset(pool, order[: run.val_images])
@@ -458,14 +458,14 @@ def _open_data(run: Run, here: World) -> tuple[Source, Source | None]:
 
 def _find_start(run: Resolved, record: dict[str, Any], source: Source, folder: Path, held: ExitStack) -> int:
     """The step to start from: 0, or that of the newest whole checkpoint. Refuses to continue another run, or one that is
-    under way; until `held` is left nobody else can."""
+    under way; until `run_lock` is left nobody else can."""
     out = run.out
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(f"--out {out} cannot be made: {problem.strerror}") from None
     try:
-        held.enter_context(files.held(out, UNDER_WAY))
+        held.enter_context(files.lock_folder(out, UNDER_WAY))
     except BlockingIOError:
         raise UserError(
             f"another process trains in {out} at this moment: wait for its end, or choose another --out"
@@ -476,12 +476,12 @@ def _find_start(run: Resolved, record: dict[str, Any], source: Source, folder: P
         if any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"--out {out} holds something else than a run: choose an empty or a new folder")
         return 0
-    before = config.recorded(written)
-    allowed = config.FREE | (config.LENGTH if run.extend else frozenset())
+    before = config.read_recorded(written)
+    allowed = config.CHANGEABLE | (config.LENGTH_KEYS if run.extend else frozenset())
     changed = config.differences(before, record, allowed)
     if changed:
         remedy = "repeat the old flags, or choose another --out"
-        if not config.differences(before, record, config.FREE | config.LENGTH):
+        if not config.differences(before, record, config.CHANGEABLE | config.LENGTH_KEYS):
             remedy += ", or add --extend to give this run another length"
         raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}): {remedy}")
     known = manifest.read(out).get("data", {}).get("fingerprint")
@@ -493,26 +493,26 @@ def _find_start(run: Resolved, record: dict[str, Any], source: Source, folder: P
     return checkpoint.newest(folder) or 0
 
 
-def _step(run: Resolved, number: int, rows: slice, here: World) -> Step:
+def _step(run: Resolved, number: int, rows: slice, world: World) -> Step:
     return Step(
         step=number,
         total=run.steps,
         noise=key(run.seed, "step", number),
         rows=rows,
         batch_size=run.batch_size,
-        device=here.device,
+        device=world.device,
     )
 
 
 def _validate(
-    run: Resolved, method: Method, held_out: Source, specs: Any, autocast: Any, here: World, steps: int
+    run: Resolved, method: Method, held_out: Source, specs: Any, autocast: Any, world: World, steps: int
 ) -> dict[str, float]:
     """The mean loss over the held-out images, always with the same views and the same noise."""
     # Batches of one size, no larger than in training, that leave out fewer images than they are.
     batches_needed = math.ceil(len(held_out) / run.batch_size)
-    each = max(1, len(held_out) // (batches_needed * here.size)) * here.size
-    share = Share(each, 1, here.rank, here.size)
-    total, count = torch.zeros((), device=here.device), 0
+    each = max(1, len(held_out) // (batches_needed * world.size)) * world.size
+    share = Share(each, 1, world.rank, world.size)
+    total, count = torch.zeros((), device=world.device), 0
     method.eval()
     with torch.no_grad():
         for raw in fixed_batches(held_out, specs, share, seed=run.seed, channels=run.in_chans, policy=run.bad_images):
@@ -522,13 +522,13 @@ def _validate(
                 noise=key(run.seed, "validation", raw.step),
                 rows=share.rows(0),
                 batch_size=share.batch_size,
-                device=here.device,
+                device=world.device,
             )
             with autocast:
-                total += method(to_batch(raw, specs, run.mean, run.std, here.device), step).total
+                total += method(to_batch(raw, specs, run.mean, run.std, world.device), step).total
             count += 1
     method.train()
-    return {"loss": float(distributed.all_reduce_(total)) / (count * here.size)}
+    return {"loss": float(distributed.all_reduce_(total)) / (count * world.size)}
 
 
 def _features(method: Method, images: Tensor, autocast: Any) -> Tensor:
@@ -567,12 +567,12 @@ def _precision(run: Run, device: torch.device) -> Literal["fp32", "bf16"]:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def _workers(run: Run, here: World) -> int:
+def _workers(run: Run, world: World) -> int:
     """Loader processes: as asked, else those cores that training leaves free (on a CPU it leaves none, one is enough)."""
     if run.workers is not None:
         return run.workers
-    mine = max(1, distributed.cores() // here.local_size)  # more processes than cores is slow, but no mistake
-    return max(1, min(16, mine - 1)) if here.device.type == "cuda" else min(1, mine - 1)
+    mine = max(1, distributed.cores() // world.local_size)  # more processes than cores is slow, but no mistake
+    return max(1, min(16, mine - 1)) if world.device.type == "cuda" else min(1, mine - 1)
 
 
 def _due(step: int, every: int) -> bool:

@@ -72,7 +72,7 @@ class Backbone(nn.Module, ABC):
         too: True says that nothing but `Features.pooled` will be looked at, and the rest may be missing.
         """
 
-    def together(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
+    def forward_crops(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
         """The Features of several batches of images, each (images, options of `forward`), of unlike sizes: the crops of
         multi-crop. Nothing of one batch enters another's (batch norm's statistics are of one). Default: one after
         another; a backbone may do at once what its layers do alike for all."""
@@ -103,13 +103,13 @@ class Backbone(nn.Module, ABC):
     ) -> None:
         """Raise UnsupportedByBackbone for every option of `forward` that is asked for but not in `supports`."""
         full = isinstance(attention, str) and attention == "full" and prefix_length is None
-        asked = {
+        options = {
             "keep": keep is not None,
             "replace": replace is not None,
             "attention": not full,
             "blocks": bool(blocks),
         }
-        for option, given in asked.items():
+        for option, given in options.items():
             if given and option not in self.supports:
                 raise UnsupportedByBackbone(
                     f"a forward with {option!r} was asked of {type(self).__name__}, which does not support it; "

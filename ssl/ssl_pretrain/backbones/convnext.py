@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..flags import BELOW_1, POSITIVE, within
+from ..flags import FROM_0_BELOW_1, POSITIVE, within
 from .backbone import Backbone, Features
 from .drop_path import drop_factors, given
 from .vit import NORM_EPS, Mlp
@@ -91,7 +91,7 @@ class ConvNeXt(Backbone):
 
         def __post_init__(self) -> None:
             within(self, POSITIVE, "dims", "depths", "stem_patch", "layer_scale")
-            within(self, BELOW_1, "drop_path")
+            within(self, FROM_0_BELOW_1, "drop_path")
 
     supports = frozenset({"drop_path"})
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..flags import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, within
+from ..flags import FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
 from .attention import Packed, attend, attend_packed, prefix_mask
 from .backbone import Backbone, Features
 from .drop_path import ROWS_ABOVE, Kept, drop_factors, given, kept_samples, kept_tokens
@@ -286,8 +286,8 @@ class ViT(Backbone):
         def __post_init__(self) -> None:
             within(self, POSITIVE, "dim", "depth", "heads", "patch_size", "mlp_ratio", "norm_eps")
             within(self, NOT_NEGATIVE, "registers", "layer_scale")
-            within(self, BELOW_1, "drop_path")
-            within(self, SHARE, "shortcut_decay")
+            within(self, FROM_0_BELOW_1, "drop_path")
+            within(self, FROM_0_TO_1, "shortcut_decay")
 
     supports = frozenset({"keep", "replace", "attention", "blocks", "drop_path", "pooled_only"})
 
@@ -368,16 +368,16 @@ class ViT(Backbone):
         x, outputs = self._through(x, blocks, mask, causal, rope, of_each, kept, None, first, offsets)
         return self._features(x, grid, outputs)
 
-    def together(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
-        """See `Backbone.together`. The tokens of all batches are one row for norms, matrices and MLPs, and apart for
+    def forward_crops(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
+        """See `Backbone.forward_crops`. The tokens of all batches are one row for norms, matrices and MLPs, and apart for
         attention only: half the kernels of two forwards, and with shared parameters (FSDP) half the gathering. Masked
         attention and relative positions go one after another: a packed row has no place for scores to add."""
-        asked = [options.get("blocks", ()) for _, options in batches]
+        wanted_blocks = [options.get("blocks", ()) for _, options in batches]
         wanted = [options.get("pooled_only", False) for _, options in batches]
         known = {"keep", "replace", "blocks", "drop", "pooled_only"}
         plain = self.config.positions != "relative" and all(not options.keys() - known for _, options in batches)
-        if len(batches) < 2 or not plain or len(set(asked)) > 1:
-            return super().together(batches)
+        if len(batches) < 2 or not plain or len(set(wanted_blocks)) > 1:
+            return super().forward_crops(batches)
 
         rows, grids, ropes = [], [], []
         for images, options in batches:
@@ -402,8 +402,8 @@ class ViT(Backbone):
         factors, kept = self._drop_path([options.get("drop") for _, options in batches], packed)
         of_each = by_token([part[:, None] for part in factors]) if factors else None
         # Kept tokens of a row have no first ones: the last block is then computed for all tokens of fewer images.
-        first = None if kept else self._first(all(wanted), asked[0])
-        x, outputs = self._through(by_token(rows), asked[0], None, False, rope, of_each, kept, packed, first)
+        first = None if kept else self._first(all(wanted), wanted_blocks[0])
+        x, outputs = self._through(by_token(rows), wanted_blocks[0], None, False, rope, of_each, kept, packed, first)
         shapes = packed.batches if first is None else tuple((images, 1) for images, _ in packed.batches)
         sizes = [images * length for images, length in shapes]
         parts = zip(*(whole[0].split(sizes) for whole in (x, *outputs)), shapes, grids, strict=True)

@@ -48,15 +48,17 @@ def newest(folder: Path) -> int | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None where it is whole."""
     try:
-        said = json.loads((path / "checkpoint.json").read_text())["files"]
-        for name, (size, _) in said.items():
+        recorded = json.loads((path / "checkpoint.json").read_text())["files"]
+        for name, (size, _) in recorded.items():
             if (path / name).stat().st_size != size:
                 return f"{name} has {(path / name).stat().st_size} bytes, {size} were written"
         with ThreadPoolExecutor(8) as pool:  # zlib lets go of the interpreter
-            for name, (_, crc) in zip(said, pool.map(_size_and_sum, [path / name for name in said]), strict=True):
-                if crc != said[name][1]:
+            for name, (_, crc) in zip(
+                recorded, pool.map(_size_and_sum, [path / name for name in recorded]), strict=True
+            ):
+                if crc != recorded[name][1]:
                     return f"{name} does not match its checksum"
-        return None if said else "it lists no files"
+        return None if recorded else "it lists no files"
     except FileNotFoundError as problem:
         return f"{Path(problem.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:

@@ -40,8 +40,8 @@ class Reader:
             different = sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name))
             raise ValueError(f"{self.path} is of another model: {', '.join(different[:10])}")
         self.read_some(flat)
-        said = json.loads((self.path / "checkpoint.json").read_text())
-        return {name: value for name, value in said.items() if name not in ("files", "step")}
+        recorded = json.loads((self.path / "checkpoint.json").read_text())
+        return {name: value for name, value in recorded.items() if name not in ("files", "step")}
 
     def read_some(self, into: dict[str, Tensor]) -> None:
         """Put some of the tensors, by "part/name", into those of `into`."""

@@ -48,7 +48,7 @@ def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, .
     out = empty(*pixels.shape, dtype=torch.float32, device=raw.device)
     tinted = coloured(spec)
     scale, bias = _normalisation(mean, std, 1 if tinted else 255, raw.device)
-    size = together(out)
+    size = chunk_size(out)
     for at, (seen, planes) in enumerate(zip(pixels.split(size), out.split(size), strict=True)):
         values = planes.copy_(seen)
         if tinted:
@@ -68,7 +68,7 @@ def _normalisation(
     return (scale / white).to(device, non_blocking=True), (-centre * scale).to(device, non_blocking=True)
 
 
-def together(images: Tensor, cached: int = CACHED) -> int:
+def chunk_size(images: Tensor, cached: int = CACHED) -> int:
     """How many images of a batch (B, ...) to work on at once: all of it on a GPU; on a CPU so few (of `cached` values, or
     one) that they stay in its cache, for a batch would go to memory and back with every operation."""
     size = max(1, len(images))

@@ -35,7 +35,7 @@ def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, .
     tables = (matrix, by_mean, shift[:, None], scale[:, None] / 255)
     weights, by_means, shifts, whites = (_on(each, raw.device) for each in tables)
     changed = (rows[:, JITTER] > 0) | (rows[:, GRAYSCALE] > 0)
-    size = colour.together(flat, 4 * colour.CACHED)  # fewer copies are made than by `colour.apply`
+    size = colour.chunk_size(flat, 4 * colour.CACHED)  # fewer copies are made than by `colour.apply`
     for part in (slice(start, start + size) for start in range(0, len(flat), size)):
         _split(flat[part], out[part])
         planes = out[part].flatten(2)

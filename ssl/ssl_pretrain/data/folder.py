@@ -152,8 +152,8 @@ def _walk(top: bytes, found: names.Found) -> tuple[list[bytes], list[int], Count
             found.folders.append(folder)
             found.add(len(found.folders) - 1, images)
         if inner:
-            here = passed | {(status.st_dev, status.st_ino)}
-            pending += [(folder + b"/" + name if folder else name, here) for name in sorted(inner, reverse=True)]
+            ancestors = passed | {(status.st_dev, status.st_ino)}
+            pending += [(folder + b"/" + name if folder else name, ancestors) for name in sorted(inner, reverse=True)]
     return walked, changed, others
 
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..errors import UserError
-from ..pretext import Batch
 from ..randomness import Part, key, numpy_generator
 from . import colour, composed
+from .batch import Batch
 from .decode import SHRINKS, BadImage, Picture, Scratch, shrink
 from .sampler import permute, samples
 from .source import Source
@@ -218,11 +218,11 @@ class _Maker(Dataset, ABC):
 
     def __getitem__(self, number: int) -> RawBatch | _Mistake:
         try:
-            made = self._make(*divmod(number, self.share.accumulate))
+            prepared = self._make(*divmod(number, self.share.accumulate))
             if get_worker_info() is not None:
-                for view in made.views.values():
+                for view in prepared.views.values():
                     view.share_memory_()  # on its way out anyway; failing here, it can still be reported
-            return made
+            return prepared
         except UserError as mistake:
             return _Mistake(str(mistake))
         except RuntimeError as error:
@@ -369,20 +369,20 @@ def _made(maker: _Maker, numbers: range, workers: int, pin: bool, rows: int) -> 
         ready = iter(loader)
     while True:
         try:
-            made = next(ready)
+            prepared = next(ready)
         except StopIteration:
             return
         except RuntimeError as error:
             if _is_about_shared_memory(error):
                 raise UserError(_SHARED_MEMORY_FULL) from error
             raise
-        yield _or_raise(made)
+        yield _or_raise(prepared)
 
 
-def _or_raise(made: RawBatch | _Mistake) -> RawBatch:
-    if isinstance(made, _Mistake):
-        raise UserError(made.message)
-    return made
+def _or_raise(prepared: RawBatch | _Mistake) -> RawBatch:
+    if isinstance(prepared, _Mistake):
+        raise UserError(prepared.message)
+    return prepared
 
 
 @contextlib.contextmanager

@@ -40,8 +40,8 @@ class PackedSource(Source):
         known = [part.labels for part in self._parts]
         self.labels = None if any(labels is None for labels in known) else np.concatenate(known)
         self.classes = tuple(head["classes"]) if head["classes"] else None
-        told = json.dumps([head["fingerprint"], names, FORMAT])
-        self.fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        identity = json.dumps([head["fingerprint"], names, FORMAT])
+        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         self.description = f"{len(self):,} packed images of {head['from']}"
 
     def __len__(self) -> int:

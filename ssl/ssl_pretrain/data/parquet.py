@@ -133,16 +133,16 @@ class _Columns:
         schema = _schema(file)
         features = _features(schema)
         images = [name for name in schema.names if _is_image(schema.field(name).type)]
-        told = [name for name in images if features.get(name, {}).get("_type") == "Image"]
+        declared = [name for name in images if features.get(name, {}).get("_type") == "Image"]
         if not images:
             listed = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names)
             raise UserError(
                 f"{file} has no column of images (binary, or a struct with binary 'bytes'): it has {listed}"
             )
-        self.image: str = (told or sorted(images, key=lambda name: _preference(name, IMAGE_COLUMNS)))[0]
-        told = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+        self.image: str = (declared or sorted(images, key=lambda name: _preference(name, IMAGE_COLUMNS)))[0]
+        declared = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
         likely = [name for name in LABEL_COLUMNS if name in schema.names and _is_label(schema.field(name).type)]
-        self.label = next(iter(sorted(told, key=lambda name: _preference(name, LABEL_COLUMNS)) or likely), None)
+        self.label = next(iter(sorted(declared, key=lambda name: _preference(name, LABEL_COLUMNS)) or likely), None)
         self.names = features.get(self.label, {}).get("names") if self.label else None
 
 

@@ -116,9 +116,9 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
     """Of each flag whether any process says yes; asked over the CPU, so that no accelerator is waited for."""
     if not dist.is_initialized():
         return flags
-    said = torch.tensor([int(flag) for flag in flags])
-    dist.all_reduce(said, dist.ReduceOp.MAX, group=cpu_group())
-    return tuple(map(bool, said.tolist()))
+    packed = torch.tensor([int(flag) for flag in flags])
+    dist.all_reduce(packed, dist.ReduceOp.MAX, group=cpu_group())
+    return tuple(map(bool, packed.tolist()))
 
 
 @functools.cache
@@ -156,7 +156,7 @@ def on_all(work: Callable[[], T]) -> T:
         found = [text for text in from_all(None if mine is None else str(mine)) if text is not None]
         if found:
             mistake = mine or UserError(found[0])
-            mistake.args, mistake.told = (found[0],), rank() != 0
+            mistake.args, mistake.reported_elsewhere = (found[0],), rank() != 0
             raise mistake
         if not dist.is_initialized():
             break

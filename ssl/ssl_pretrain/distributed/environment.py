@@ -80,10 +80,10 @@ def job_facts(job: str) -> list[dict[str, str]]:
     """
     try:
         command = ["scontrol", "show", "job", job, "--oneliner"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [dict(re.findall(r"(?:^| )(\w+)=(\S*)", line)) for line in said.splitlines() if "JobId=" in line]
+    return [dict(re.findall(r"(?:^| )(\w+)=(\S*)", line)) for line in output.splitlines() if "JobId=" in line]
 
 
 def end_of_job(environ: Mapping[str, str] = os.environ) -> float | None:

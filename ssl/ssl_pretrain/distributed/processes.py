@@ -58,9 +58,9 @@ def world(timeout: timedelta | None = None) -> Iterator[World]:
         device = torch.device("cpu")
         if place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, cores() // place.local_size))
-    here = World(place.rank, place.size, place.local_rank, place.local_size, device)
+    world = World(place.rank, place.size, place.local_rank, place.local_size, device)
     if place.size == 1:
-        yield here
+        yield world
         return
     timeout = timeout or _patience()
     dist.init_process_group(
@@ -71,7 +71,7 @@ def world(timeout: timedelta | None = None) -> Iterator[World]:
         timeout=timeout,
     )
     try:
-        yield here
+        yield world
     finally:
         collectives.cpu_group.cache_clear()
         dist.destroy_process_group()

@@ -98,9 +98,9 @@ class Pass:
             block = self._next()
 
     def _next(self) -> int | None:
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as locks:
             try:
-                held.enter_context(_locked(self.folder / "marks.lock"))
+                locks.enter_context(_locked(self.folder / "marks.lock"))
             except FileNotFoundError:  # somebody else has just finished the pass
                 return None
             gone: dict[int, bool] = {}

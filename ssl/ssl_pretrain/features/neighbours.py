@@ -79,23 +79,23 @@ def nearest(
     centre = _unit(bank[:: max(1, len(bank) // 1024)], where).mean(0)
     for start in range(0, len(bank), tile[1]):
         columns = _unit(bank[start : start + tile[1]], where)
-        there = rounded_products.rows(columns, centre) if sketched else None
+        rounded_rows = rounded_products.rows(columns, centre) if sketched else None
         for top in range(0, len(best), tile[0]):
             unit = _unit(queries[top : top + tile[0]], where)
             top_k = best[top : top + tile[0]], index[top : top + tile[0]]
             bar = top_k[0][:, -1]
-            if there is not None:
-                here = rounded_products.queries(unit, centre)
-                rough = product(here.values, there.values, top, start)
-                known = bar - here.base - there.base
+            if rounded_rows is not None:
+                rounded_queries = rounded_products.queries(unit, centre)
+                rough = product(rounded_queries.values, rounded_rows.values, top, start)
+                known = bar - rounded_queries.base - rounded_rows.base
                 if start == 0:  # nothing below what k elements reach can be among the k best
-                    known = rounded_products.least(_reached(rough, k), here, there)
-                place = _above(rough, rounded_products.least(known, here, there))
+                    known = rounded_products.least(_reached(rough, k), rounded_queries, rounded_rows)
+                place = _above(rough, rounded_products.least(known, rounded_queries, rounded_rows))
                 if len(place) <= FEW * rough.numel():
                     _merge(*top_k, place, _singly(unit, columns, place), len(columns), start)
                     continue
                 if start:  # rows too much alike for bfloat16, and later ones will hardly be less so
-                    sketched, there = False, None
+                    sketched, rounded_rows = False, None
             similarity = product(unit, columns, top, start)
             if start == 0:
                 bar = torch.nextafter(_reached(similarity, k), bar)

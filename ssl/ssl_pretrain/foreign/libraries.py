@@ -123,7 +123,7 @@ def prepared(spec: Spec, stated: Preprocessing, *, firm: bool) -> Preprocessing:
     is only the layout's usual one. Another image size keeps the proportion of resize and crop.
     """
     crop = spec.image_size() or stated.crop
-    asked: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "resize": (spec.integers("resize") or (None,))[0],
         "interpolation": spec.options.get("interpolation"),
         "mean": spec.numbers("mean"),
@@ -135,12 +135,12 @@ def prepared(spec: Spec, stated: Preprocessing, *, firm: bool) -> Preprocessing:
         "mean": stated.mean,
         "std": stated.std,
     }
-    for option, value in asked.items():
+    for option, value in requested.items():
         if firm and value is not None and value != usual[option]:
             raise UserError(f"{spec}: {option} is {usual[option]} for this model; leave out {option}=")
-    if asked["interpolation"] not in (None, "bicubic", "bilinear"):
+    if requested["interpolation"] not in (None, "bicubic", "bilinear"):
         raise UserError(f"{spec}: interpolation is bicubic or bilinear")
-    merged = {option: usual[option] if value is None else value for option, value in asked.items()}
+    merged = {option: usual[option] if value is None else value for option, value in requested.items()}
     if len(merged["mean"]) != len(merged["std"]):
         raise UserError(f"{spec}: mean and std need a number for each channel")
     return Preprocessing(crop=crop, **merged)

@@ -166,19 +166,19 @@ def transformers_preprocessing(folder: Path) -> Preprocessing | None:
     if not file.is_file():
         return None
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        size = said.get("size", 224)
-        crop = said.get("crop_size") if said.get("do_center_crop") else None
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        size = settings.get("size", 224)
+        crop = settings.get("crop_size") if settings.get("do_center_crop") else None
         short = size if isinstance(size, int) else size.get("shortest_edge") or min(size["height"], size["width"])
         crop = crop or size
         if not isinstance(crop, int):
             crop = (crop["height"], crop["width"]) if "height" in crop else crop["shortest_edge"]
         crop = (crop, crop) if isinstance(crop, int) else crop
         resample: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # as Pillow numbers them
-        interpolation = resample[said.get("resample", 2)]
-        mean, std = tuple(map(float, said["image_mean"])), tuple(map(float, said["image_std"]))
-        plain = said.get("do_normalize", True) and math.isclose(
-            said.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3
+        interpolation = resample[settings.get("resample", 2)]
+        mean, std = tuple(map(float, settings["image_mean"])), tuple(map(float, settings["image_std"]))
+        plain = settings.get("do_normalize", True) and math.isclose(
+            settings.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3
         )
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{file} states no preprocessing that can be followed here: {problem!r}") from None
@@ -507,16 +507,16 @@ def _config(file: Path) -> dict[str, Any]:
     if not config.is_file():
         return {}
     try:
-        said = json.loads(config.read_text(encoding="utf-8"))
+        settings = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise UserError(f"{config} cannot be read: {problem}") from None
     expected = {"hidden_act": ("gelu", "silu"), "rope_theta": (ROPE_BASE,), "use_mean_pooling": (False,)}
     for key, values in expected.items():
-        if said.get(key, values[0]) not in values:
+        if settings.get(key, values[0]) not in values:
             raise UserError(
-                f"{config} says {key} {said[key]}, and our ViT has {values[0]}: take it as hf:{file.parent}"
+                f"{config} says {key} {settings[key]}, and our ViT has {values[0]}: take it as hf:{file.parent}"
             )
-    return said
+    return settings
 
 
 def _words(options: Mapping[str, Any]) -> str:

@@ -30,16 +30,16 @@ def starts(out: Path) -> list[int]:
     return [launch["step"] for launch in read(out).get("launches", [])]
 
 
-def begin(out: Path, *, here: World, step: int, data: dict[str, Any], hosts: list[str]) -> None:
+def begin(out: Path, *, world: World, step: int, data: dict[str, Any], hosts: list[str]) -> None:
     """Note a start (or restart) at `step`: the command, versions, commit and hardware (`hosts` in the order of ranks, none
     for one process); the state becomes "running"."""
     launch = {
         "time": _now(),
         "step": step,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "processes": here.size,
+        "processes": world.size,
         "hosts": hosts or [platform.node()],
-        "device": torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _processor(),
         "cores": cores(),
         "python": platform.python_version(),
         "versions": {
@@ -83,7 +83,7 @@ def commit() -> str | None:
     folder = os.path.dirname(os.path.abspath(__file__))
     try:
         git = ["git", "-C", folder]
-        said = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        commit_hash = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
         tracked = subprocess.run([*git, "ls-files", __file__], capture_output=True, text=True, timeout=5, check=True)
         changed = subprocess.run(
             [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5, check=True
@@ -92,4 +92,4 @@ def commit() -> str | None:
         return None
     if not tracked.stdout.strip():
         return None
-    return said.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return commit_hash.stdout.strip() + ("+" if changed.stdout.strip() else "")

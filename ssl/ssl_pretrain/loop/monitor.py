@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def spread(features: Tensor) -> dict[str, float]:
+def feature_statistics(features: Tensor) -> dict[str, float]:
     """How much of the feature space a batch fills; `features` (n, D), any dtype.
 
     "rank": effective rank of the centred features, exp of the entropy of the normalised singular values (RankMe, Garrido
@@ -49,7 +49,7 @@ class CollapseMonitor:
         return warnings
 
     def features(self, seen: dict[str, float]) -> list[str]:
-        """Warnings for what `spread` measured."""
+        """Warnings for what `feature_statistics` measured."""
         warnings = []
         if seen["feature_std"] < 0.01:
             warnings += self._once(

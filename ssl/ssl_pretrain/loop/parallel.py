@@ -29,18 +29,18 @@ from ..pretext import Method, WholeBatchMethod
 REPEATED = re.compile(r"(.*blocks|layer\d)$")
 
 
-def check(run: Resolved, method: Method, here: World) -> None:
+def check(run: Resolved, method: Method, world: World) -> None:
     """Raise UserError for a way of spreading that cannot work with the run's other settings."""
     shards = run.parallel != "ddp"
     if run.cpu_offload and not shards:
         raise UserError("--cpu-offload needs --parallel fsdp or hsdp: only sharded parameters can be kept on the host")
-    if run.cpu_offload and here.device.type == "cpu":
+    if run.cpu_offload and world.device.type == "cpu":
         raise UserError("--cpu-offload: the parameters are on the host already, for there is no GPU here")
     if run.shard_size is not None and run.parallel != "hsdp":
         raise UserError("--shard-size is how many processes share one copy of the model with --parallel hsdp; add it")
-    if run.parallel == "hsdp" and (here.size % _shard_size(run, here) or _shard_size(run, here) < 1):
-        raise UserError(f"--shard-size {_shard_size(run, here)} does not divide the {here.size} process(es)")
-    if not shards or here.size == 1:
+    if run.parallel == "hsdp" and (world.size % _shard_size(run, world) or _shard_size(run, world) < 1):
+        raise UserError(f"--shard-size {_shard_size(run, world)} does not divide the {world.size} process(es)")
+    if not shards or world.size == 1:
         return
     if run.optimizer == "muon":
         raise UserError(
@@ -50,7 +50,7 @@ def check(run: Resolved, method: Method, here: World) -> None:
     if run.accumulate > 1 and isinstance(method, WholeBatchMethod):
         raise UserError(
             f"--accumulate with --method {run.method} embeds every micro-batch twice, which --parallel {run.parallel} "
-            f"does not do: use --parallel ddp, or --recompute to save memory"
+            f"does not do: use --parallel ddp, or --gradient-checkpointing to save memory"
         )
 
 
@@ -64,15 +64,15 @@ def blocks(method: nn.Module) -> list[nn.Module]:
     ]
 
 
-def wrap(method: Method, run: Resolved, here: World) -> nn.Module:
+def wrap(method: Method, run: Resolved, world: World) -> nn.Module:
     """The method as the loop calls it; `method` itself stays what holds the parameters."""
-    if run.recompute:
+    if run.gradient_checkpointing:
         for block in blocks(method):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if run.compile:
         for block in blocks(method):
             block.compile()
-    if here.size == 1:
+    if world.size == 1:
         return method
     if run.parallel == "ddp":
         # Buffers agree by construction; the option that says so has another name from torch 2.13 on.
@@ -81,27 +81,27 @@ def wrap(method: Method, run: Resolved, here: World) -> nn.Module:
             "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
         }
         return DistributedDataParallel(method, gradient_as_bucket_view=True, **buffers)
-    _shard(method, run, here)
+    _shard(method, run, world)
     return method
 
 
-def _shard(method: Method, run: Resolved, here: World) -> None:
+def _shard(method: Method, run: Resolved, world: World) -> None:
     """FSDP2: every block is a unit of its own, what is left (embeddings, heads, teachers' too) one more."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     if run.parallel == "fsdp":
-        mesh = init_device_mesh(here.device.type, (here.size,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     else:
-        size = _shard_size(run, here)
-        mesh = init_device_mesh(here.device.type, (here.size // size, size), mesh_dim_names=("replicate", "shard"))
+        size = _shard_size(run, world)
+        mesh = init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
     how: dict[str, Any] = {
         "mesh": mesh,
         # Autocast goes on deciding what is computed in what; parameters are gathered in bfloat16 (half the traffic), and
         # gradients are summed in float32. The residual stream stays as wide as autocast leaves it, which is why a CPU
         # gathers float32: its layer norm takes no parameters that are narrower than what they are applied to.
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if run.precision == "bf16" and here.device.type != "cpu" else None,
+            param_dtype=torch.bfloat16 if run.precision == "bf16" and world.device.type != "cpu" else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         ),
@@ -112,8 +112,8 @@ def _shard(method: Method, run: Resolved, here: World) -> None:
     fully_shard(method, **how)
 
 
-def _shard_size(run: Resolved, here: World) -> int:
-    return run.shard_size or here.local_size
+def _shard_size(run: Resolved, world: World) -> int:
+    return run.shard_size or world.local_size
 
 
 def is_sharded(method: nn.Module) -> bool:

@@ -44,7 +44,7 @@ class Facts:
     trouble: str | None  # why it cannot be written
 
 
-def check(here: World, out: Path, *, trial: int = BRIEF) -> list[Facts]:
+def check(world: World, out: Path, *, trial: int = BRIEF) -> list[Facts]:
     """Every process's facts, on every process. All must call it; `out` exists.
 
     trial: MiB that one process of each machine writes to the run folder, to measure it.
@@ -53,15 +53,15 @@ def check(here: World, out: Path, *, trial: int = BRIEF) -> list[Facts]:
     folder that not all see, a sum over the processes that comes out wrong.
     """
     token = out / f".preflight-{distributed.from_first(uuid.uuid4().hex)}"
-    if here.first:
+    if world.first:
         token.touch()
     distributed.barrier()
     sees = _appears(token)
-    speed, trouble = _write_speed(out, trial) if sees and here.local_rank == 0 else (None, None)
+    speed, trouble = _write_speed(out, trial) if sees and world.local_rank == 0 else (None, None)
     facts = Facts(
-        rank=here.rank,
+        rank=world.rank,
         host=socket.gethostname(),
-        device=torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "CPU",
+        device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU",
         cores=cores(),
         versions={name: _version(name) for name in (*SAME, *TOLD)}
         | {"python": platform.python_version(), "cuda": str(torch.version.cuda), "commit": str(commit())},
@@ -70,50 +70,54 @@ def check(here: World, out: Path, *, trial: int = BRIEF) -> list[Facts]:
         speed=speed,
         trouble=trouble,
     )
-    everybody: list[Facts] = distributed.from_all(facts)
-    total = torch.full((1024,), float(here.rank + 1), device=here.device)
+    all_facts: list[Facts] = distributed.from_all(facts)
+    total = torch.full((1024,), float(world.rank + 1), device=world.device)
     distributed.all_reduce_(total)
-    expected = here.size * (here.size + 1) / 2
+    expected = world.size * (world.size + 1) / 2
     wrong = [rank for rank, good in enumerate(distributed.from_all(bool((total == expected).all()))) if not good]
     distributed.barrier()
-    if here.first:
+    if world.first:
         token.unlink(missing_ok=True)
     # A run that cannot write the trial may go on with what it has, and stops with a message where it must write.
-    problems = _problems(everybody, out, writes=trial == TRIAL)
+    problems = _problems(all_facts, out, writes=trial == TRIAL)
     if wrong:
-        problems.append(f"the sum over {here.size} processes came out wrong on rank {_some(wrong)}")
+        problems.append(f"the sum over {world.size} processes came out wrong on rank {_some(wrong)}")
     if problems:
         mistake = UserError("; ".join(problems))
-        mistake.told = not here.first
+        mistake.reported_elsewhere = not world.first
         raise mistake
-    return everybody
+    return all_facts
 
 
 def alone(out: Path) -> str:
     """`ssl-pretrain --preflight`: everything, and nothing but it. Returns the table. Raises UserError as `check`."""
-    with distributed.world() as here:
+    with distributed.world() as world:
         began = time.monotonic()
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise UserError(f"--out {out} cannot be made: {problem.strerror}") from None
-        everybody = check(here, out, trial=TRIAL)
-        return table(everybody, out, time.monotonic() - began)
+        all_facts = check(world, out, trial=TRIAL)
+        return table(all_facts, out, time.monotonic() - began)
 
 
-def disagreements(everybody: list[Facts]) -> list[str]:
+def disagreements(all_facts: list[Facts]) -> list[str]:
     """What had better be the same everywhere and is not, a sentence each."""
-    values = {name: {f.rank: f.versions[name] for f in everybody} for name in (*TOLD, *BUILT)}
-    values["the device"] = {f.rank: f.device for f in everybody}
-    return [f"{name} is not the same everywhere: {said}" for name, each in values.items() if (said := _differing(each))]
+    values = {name: {f.rank: f.versions[name] for f in all_facts} for name in (*TOLD, *BUILT)}
+    values["the device"] = {f.rank: f.device for f in all_facts}
+    return [
+        f"{name} is not the same everywhere: {difference}"
+        for name, each in values.items()
+        if (difference := _differing(each))
+    ]
 
 
-def table(everybody: list[Facts], out: Path, seconds: float) -> str:
+def table(all_facts: list[Facts], out: Path, seconds: float) -> str:
     """The facts for a person to read: a line a process, or a line a machine where there are many."""
     rows = [("rank", "host", "device", "cores", "torch", "ssl-pretrain", "run folder")]
-    lines_of = [(str(f.rank), f) for f in everybody]
-    if len(everybody) > LINES:
-        machines = [list(each) for _, each in itertools.groupby(everybody, key=lambda f: f.host)]
+    lines_of = [(str(f.rank), f) for f in all_facts]
+    if len(all_facts) > LINES:
+        machines = [list(each) for _, each in itertools.groupby(all_facts, key=lambda f: f.host)]
         lines_of = [(f"{each[0].rank}-{each[-1].rank}", each[0]) for each in machines]
     for ranks, f in lines_of:
         speed = "" if f.speed is None else f", writes {f.speed / 2**20:.0f} MiB/s"
@@ -122,24 +126,24 @@ def table(everybody: list[Facts], out: Path, seconds: float) -> str:
         rows.append((ranks, f.host, f.device, str(f.cores), f.versions["torch"], f.versions["ssl-pretrain"], folder))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"warning: {text}" for text in disagreements(everybody)]
+    lines += [f"warning: {text}" for text in disagreements(all_facts)]
     lines.append(
-        f"{len(everybody)} process(es) on {len({f.host for f in everybody})} machine(s) found one another, add up and see "
+        f"{len(all_facts)} process(es) on {len({f.host for f in all_facts})} machine(s) found one another, add up and see "
         f"{out}; {seconds:.1f} s"
     )
     return "\n".join(lines)
 
 
-def _problems(everybody: list[Facts], out: Path, *, writes: bool = True) -> list[str]:
+def _problems(all_facts: list[Facts], out: Path, *, writes: bool = True) -> list[str]:
     found = []
     for name in SAME:
-        if said := _differing({f.rank: f.versions[name] for f in everybody}):
-            found.append(f"{name} is not the same everywhere ({said}): install the same version on all machines")
-    kinds = {f.rank: "CPU" if f.device == "CPU" else "GPU" for f in everybody}
-    if said := _differing(kinds):
-        found.append(f"some processes have a GPU and some have not ({said})")
-    found += [f"{out} cannot be written on {f.host}: {f.trouble}" for f in everybody if f.trouble and writes]
-    blind = [f for f in everybody if not f.sees]
+        if difference := _differing({f.rank: f.versions[name] for f in all_facts}):
+            found.append(f"{name} is not the same everywhere ({difference}): install the same version on all machines")
+    kinds = {f.rank: "CPU" if f.device == "CPU" else "GPU" for f in all_facts}
+    if difference := _differing(kinds):
+        found.append(f"some processes have a GPU and some have not ({difference})")
+    found += [f"{out} cannot be written on {f.host}: {f.trouble}" for f in all_facts if f.trouble and writes]
+    blind = [f for f in all_facts if not f.sees]
     if blind:
         hosts = ", ".join(sorted({f.host for f in blind}))
         found.append(

@@ -57,8 +57,8 @@ class KnnScore:
                 return None
             queries = Subset(queries, numpy_generator(run.seed, "score").permutation(len(queries))[:QUERIES])
         else:
-            held = min(QUERIES, len(bank) // 5)
-            queries, order = Subset(bank, order[:held]), order[held:]
+            query_count = min(QUERIES, len(bank) // 5)
+            queries, order = Subset(bank, order[:query_count]), order[query_count:]
         return cls(Subset(bank, order[:BANK]), queries, batch_size=256, workers=run.workers or 0)
 
     def __call__(self, encoder: Encoder) -> float:

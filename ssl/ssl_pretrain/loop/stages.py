@@ -33,7 +33,7 @@ class _Size:
     """Pixels, one number or height and width."""
 
     def __post_init__(self) -> None:
-        flags.within(self, flags.COUNT, "image_size")
+        flags.within(self, flags.AT_LEAST_1, "image_size")
 
 
 def plan(run: Resolved, kind: type[Method], knobs: Any, stride: tuple[int, int]) -> list[Stage]:

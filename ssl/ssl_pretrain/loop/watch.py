@@ -35,9 +35,9 @@ class Watch:
     becomes a LostProcess.
     """
 
-    def __init__(self, out: Path, here: World, patience: float, say: Any) -> None:
+    def __init__(self, out: Path, world: World, patience: float, say: Any) -> None:
         self.beats, self.stalls = out / "heartbeats", out / "stalls"
-        self.here, self.patience, self.say = here, patience, say
+        self.world, self.patience, self.say = world, patience, say
         self._where: tuple[int, str] = (0, "starting")
         self._since = time.monotonic()
         self._over = threading.Event()
@@ -48,24 +48,24 @@ class Watch:
         self._where, self._since = (step, doing), time.monotonic()
 
     def __enter__(self) -> "Watch":
-        if self.patience > 0 or self.here.size > 1:
+        if self.patience > 0 or self.world.size > 1:
             self._beat()
             self._thread.start()
         return self
 
     def __exit__(self, kind: Any, problem: Any, _: object) -> None:
-        gone = self._gone() if isinstance(problem, RuntimeError) and self.here.size > 1 else []
+        gone = self._gone() if isinstance(problem, RuntimeError) and self.world.size > 1 else []
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
-        if kind is None and self.here.size > 1:
-            self._file(self.here.rank).unlink(missing_ok=True)
+        if kind is None and self.world.size > 1:
+            self._file(self.world.rank).unlink(missing_ok=True)
             with suppress(OSError):
                 self.beats.rmdir()  # the last one can
         if gone:
-            said = str(problem).strip().splitlines()[0]
+            reason = str(problem).strip().splitlines()[0]
             raise LostProcess(
-                f"{', '.join(gone)} is gone ({said}); the same command continues from the last checkpoint"
+                f"{', '.join(gone)} is gone ({reason}); the same command continues from the last checkpoint"
             ) from problem
 
     def _gone(self) -> list[str]:
@@ -76,41 +76,41 @@ class Watch:
         ]
 
     def _look(self) -> None:
-        told = False
+        reported = False
         while not self._over.wait(BEAT):
             stuck = time.monotonic() - self._since
             # A disk that is full stops the loop, with a message, when it writes; a stall is told all the same.
             with suppress(OSError):
                 self._beat()
-            if self.patience > 0 and stuck > self.patience and not told:
+            if self.patience > 0 and stuck > self.patience and not reported:
                 try:
                     self._dump()
                     stacks = f"Stacks of all processes: {self.stalls}"
                 except OSError as problem:
                     stacks = f"Its stacks cannot be written: {problem}"
                 self._over.wait(2 * BEAT)  # for the others' heartbeats and stacks
-                if self.here.first:
+                if self.world.first:
                     self.say(f"{self._text(stuck)} {stacks}")
-                told = True
-            told = told and stuck > BEAT
+                reported = True
+            reported = reported and stuck > BEAT
 
     def _file(self, rank: int) -> Path:
         return self.beats / f"rank-{rank:05d}.json"
 
     def _beat(self) -> None:
-        if self.here.size == 1:
+        if self.world.size == 1:
             return
         self.beats.mkdir(parents=True, exist_ok=True)
         step, doing = self._where
         text = {"host": socket.gethostname(), "pid": os.getpid(), "step": step, "doing": doing, "waits": _waits()}
-        aside = self._file(self.here.rank).with_suffix(".tmp")
+        aside = self._file(self.world.rank).with_suffix(".tmp")
         aside.write_text(json.dumps(text))
-        os.replace(aside, self._file(self.here.rank))
+        os.replace(aside, self._file(self.world.rank))
 
     def _all(self) -> dict[int, dict[str, Any]]:
         """Everybody's last heartbeat. Ages are taken from the newest one, on the clock of the file system they share."""
         found: dict[int, dict[str, Any]] = {}
-        for rank in range(self.here.size):
+        for rank in range(self.world.size):
             try:
                 file = self._file(rank)
                 found[rank] = {**json.loads(file.read_text()), "at": file.stat().st_mtime}
@@ -124,20 +124,20 @@ class Watch:
     def _dump(self) -> None:
         self.stalls.mkdir(parents=True, exist_ok=True)
         step, doing = self._where
-        with open(self.stalls / f"rank-{self.here.rank:05d}.txt", "w") as file:
-            file.write(f"rank {self.here.rank} on {socket.gethostname()}, pid {os.getpid()}: step {step}, {doing}\n\n")
+        with open(self.stalls / f"rank-{self.world.rank:05d}.txt", "w") as file:
+            file.write(f"rank {self.world.rank} on {socket.gethostname()}, pid {os.getpid()}: step {step}, {doing}\n\n")
             file.flush()
             faulthandler.dump_traceback(file)
 
     def _text(self, stuck: float) -> str:
-        everybody = self._all() if self.here.size > 1 else {}
-        heard = {rank: beat for rank, beat in everybody.items() if not beat["silent"]}
+        heartbeats = self._all() if self.world.size > 1 else {}
+        heard = {rank: beat for rank, beat in heartbeats.items() if not beat["silent"]}
         # Whoever waits in an exchange waits for somebody who is not there: for one that is gone; else for those that do
         # something else, the furthest behind of them; else for those that are in backward, which may be either.
         least = min((beat["waits"] for beat in heard.values()), default=EXCHANGE)
         busy = {rank: beat for rank, beat in heard.items() if beat["waits"] == least < EXCHANGE}
         behind = min((beat["step"] for beat in busy.values()), default=0)
-        late = {rank: beat for rank, beat in everybody.items() if beat["silent"]} or {
+        late = {rank: beat for rank, beat in heartbeats.items() if beat["silent"]} or {
             rank: beat for rank, beat in busy.items() if beat["step"] == behind
         }
         who = "; ".join(
@@ -146,7 +146,7 @@ class Watch:
             for rank, beat in list(late.items())[:NAMED]
         ) + (f"; ... ({len(late)} in all)" if len(late) > NAMED else "")
         step, doing = self._where
-        late_text = f" Late: {who or 'nobody, all wait for one another'}." if everybody else f" This process: {doing}."
+        late_text = f" Late: {who or 'nobody, all wait for one another'}." if heartbeats else f" This process: {doing}."
         return f"no progress for {stuck:.0f} s after step {step}.{late_text}"
 
 

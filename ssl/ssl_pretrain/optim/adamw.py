@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class _Held:
+class _GroupState:
     """A group's parameters and state, in the lists that the kernel takes."""
 
     parameters: list[Tensor]
@@ -17,12 +17,12 @@ class _Held:
     steps: Tensor  # float32 (P,), on the parameters' device: steps taken by each
     step: list[Tensor]  # its elements, sharing its memory
 
-    def with_gradients(self) -> "_Held":
+    def with_gradients(self) -> "_GroupState":
         """The part of the lists whose parameters have a gradient."""
         lists: list[Any] = [self.parameters, self.exp_avg, self.exp_avg_sq, self.step]
         chosen = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
         parameters, exp_avg, exp_avg_sq, step = ([each[i] for i in chosen] for each in lists)
-        return _Held(parameters, exp_avg, exp_avg_sq, self.steps, step)
+        return _GroupState(parameters, exp_avg, exp_avg_sq, self.steps, step)
 
 
 @final
@@ -37,39 +37,39 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float = 1e-8) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "betas": betas, "eps": eps})
-        self._held: list[_Held] = []
+        self._group_states: list[_GroupState] = []
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
         bad: Tensor | None = getattr(self, "found_inf", None)
         if not self._current():
-            self._held = [self._collect(group["params"]) for group in self.param_groups]
+            self._group_states = [self._collect(group["params"]) for group in self.param_groups]
         taken = 1.0 if bad is None else 1.0 - bad
-        for group, held in zip(self.param_groups, self._held, strict=True):
-            grads = [parameter.grad for parameter in held.parameters if parameter.grad is not None]
+        for group, group_state in zip(self.param_groups, self._group_states, strict=True):
+            grads = [parameter.grad for parameter in group_state.parameters if parameter.grad is not None]
             if not grads:
                 continue
-            if len(grads) == len(held.parameters):
-                held.steps.add_(taken)
+            if len(grads) == len(group_state.parameters):
+                group_state.steps.add_(taken)
             else:
-                held = held.with_gradients()
-                torch._foreach_add_(held.step, taken)
+                group_state = group_state.with_gradients()
+                torch._foreach_add_(group_state.step, taken)
             torch._fused_adamw_(
-                held.parameters, grads, held.exp_avg, held.exp_avg_sq, [], held.step,
+                group_state.parameters, grads, group_state.exp_avg, group_state.exp_avg_sq, [], group_state.step,
                 lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
                 eps=group["eps"], amsgrad=False, maximize=False, found_inf=bad,
             )  # fmt: skip
 
     def _current(self) -> bool:
         """Whether the lists hold the state there is, and not one that was loaded since."""
-        return len(self._held) == len(self.param_groups) and all(
+        return len(self._group_states) == len(self.param_groups) and all(
             self.state[parameter].get("step") is step
-            for held in self._held
-            for parameter, step in zip(held.parameters[:1], held.step[:1], strict=True)
+            for group_state in self._group_states
+            for parameter, step in zip(group_state.parameters[:1], group_state.step[:1], strict=True)
         )
 
-    def _collect(self, parameters: list[Tensor]) -> _Held:
+    def _collect(self, parameters: list[Tensor]) -> _GroupState:
         for parameter in parameters:
             state = self.state[parameter]
             state.setdefault("step", torch.zeros((), device=parameter.device))
@@ -81,4 +81,4 @@ class AdamW(torch.optim.Optimizer):
         for state, taken in zip(states, steps.unbind(), strict=True):
             state["step"] = taken
         exp_avg, exp_avg_sq, step = ([state[entry] for state in states] for entry in ("exp_avg", "exp_avg_sq", "step"))
-        return _Held(parameters, exp_avg, exp_avg_sq, steps, step)
+        return _GroupState(parameters, exp_avg, exp_avg_sq, steps, step)

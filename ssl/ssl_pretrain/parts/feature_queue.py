@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from .heads import unit
+from .heads import l2_normalize
 
 
 @final
@@ -18,7 +18,7 @@ class Queue(nn.Module):
 
     def __init__(self, length: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("rows", unit(torch.randn(length, dim)))
+        self.register_buffer("rows", l2_normalize(torch.randn(length, dim)))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()

@@ -53,7 +53,9 @@ class Prototypes(nn.Module):
         """(..., D) of any length to similarities (..., K) in [-1, 1]; `frozen`: the directions get gradients of zero."""
         weight = self.weight.detach() + 0 * self.weight if frozen else self.weight
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 cosines over a temperature of 0.04 are off by 0.1
-            return F.linear(unit(x), _UnitRows.apply(weight.to(torch.promote_types(weight.dtype, torch.float32))))
+            return F.linear(
+                l2_normalize(x), _NormalizedRows.apply(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+            )
 
 
 class PrototypeHead(nn.Module):
@@ -74,13 +76,13 @@ class PrototypeHead(nn.Module):
         return self.prototypes(self.mlp(x), frozen)
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Vectors (..., D) scaled to length 1, float32 (or wider)."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
-class _UnitRows(torch.autograd.Function):
-    """`unit` of a table (K, D) of many rows, in one pass over it forward and one backward, where autograd makes nine."""
+class _NormalizedRows(torch.autograd.Function):
+    """`l2_normalize` of a large table (K, D): one pass over it forward and one backward, where autograd makes nine."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..distributed import gather, rank
 from ..errors import UserError
-from .heads import unit
+from .heads import l2_normalize
 
 DUPLICATES = 1e-8  # how far apart two equal vectors count as
 
@@ -49,7 +49,7 @@ def _cosines(mine: Tensor, everyone: Tensor) -> Tensor:
 
 def _sphere(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This process's unit vectors (B, D), everyone's (W * B, D), and where one meets itself: bool (B, W * B)."""
-    mine = unit(x)
+    mine = l2_normalize(x)
     everyone = gather(mine)
     if len(everyone) < 2:
         raise UserError(

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..distributed import gather, rank, size
 from ..errors import UserError
-from .heads import unit
+from .heads import l2_normalize
 
 ROWS = 256  # of the table of pairs at a time
 SMALL = 256  # images of all processes
@@ -38,7 +38,10 @@ def contrast(
     if temperature < COLDEST:
         raise UserError(f"a temperature of {temperature} is too low for cosine similarities: at least {COLDEST}")
     kept = torch.promote_types(first.dtype, torch.float32)
-    a, b = unit(first.double()), unit(second.double())  # few numbers, whose small differences count before training
+    a, b = (
+        l2_normalize(first.double()),
+        l2_normalize(second.double()),
+    )  # few numbers, whose small differences count before training
     cosines = 1 - (a - b).square().sum(-1) / 2  # (B,)
     positive = cosines / temperature
     if kind == "dclw":

@@ -22,11 +22,11 @@ def cross_entropy_of_pairs(student: Tensor, teacher: Tensor, temperature: float)
     student: logits (S, B, K), divided here by `temperature`; teacher: probabilities (T, B, K) without gradient.
     Computed in float32 (or wider). Backward writes the gradient over what forward kept, so it runs once.
     """
-    logits = wide(student)
+    logits = to_float32(student)
     teacher = teacher.detach().to(logits.dtype)
     s, t = len(student), len(teacher)
     entropy = logits.new_zeros(())
-    for images in _few(teacher):
+    for images in _image_chunks(teacher):
         q = teacher[:, images]
         entropy -= q.clamp_min(1e-30).log_().mul_(q).sum()
     each = _CrossEntropy.apply(logits, teacher, temperature, True) / (s * t - t)
@@ -40,7 +40,7 @@ def cross_entropy_of_patches(student: Tensor, teacher: Tensor, counted: Tensor, 
     student: logits (R, M, K), divided here by `temperature`; teacher: probabilities (R, M, K) without gradient; counted:
     bool (R, M), True for masked patches, False for padding. Computed in float32 (or wider). Backward runs once.
     """
-    logits = wide(student).flatten(0, 1)[None]
+    logits = to_float32(student).flatten(0, 1)[None]
     teacher = teacher.to(logits.dtype).flatten(0, 1)[None]
     each = _CrossEntropy.apply(logits, teacher, temperature, False).view(counted.shape)
     return (each * counted).sum(1) / counted.sum(1).clamp_min(1)
@@ -57,12 +57,12 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, teacher: Tensor, temperature: float, crossed: bool) -> Tensor:
         probabilities = memory.empty(*logits.shape, dtype=logits.dtype, device=logits.device)
         each = logits.new_zeros(logits.shape[1])
-        for images in _few(logits):
-            for views, met, count in _met(teacher[:, images], logits, crossed):
+        for images in _image_chunks(logits):
+            for views, teacher_sum, count in _teacher_sums(teacher[:, images], logits, crossed):
                 scaled, p = logits[views, images] / temperature, probabilities[views, images]
                 torch.softmax(scaled, -1, out=p)
                 partition = scaled.amax(-1) - p.amax(-1).log_()
-                each[images].add_(partition.sum(0), alpha=count).sub_(scaled.mul_(met).sum((0, -1)))
+                each[images].add_(partition.sum(0), alpha=count).sub_(scaled.mul_(teacher_sum).sum((0, -1)))
         ctx.save_for_backward(probabilities, teacher)
         ctx.temperature, ctx.crossed = temperature, crossed
         return each
@@ -72,15 +72,15 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, by_each: Tensor) -> tuple[Tensor, None, None, None]:
         probabilities, teacher = ctx.saved_tensors
         weights = by_each[:, None] / ctx.temperature
-        for images in _few(probabilities):
+        for images in _image_chunks(probabilities):
             weight = weights[images]
-            for views, met, count in _met(teacher[:, images] * -weight, probabilities, ctx.crossed):
+            for views, teacher_sum, count in _teacher_sums(teacher[:, images] * -weight, probabilities, ctx.crossed):
                 p = probabilities[views, images]
-                torch.addcmul(met, p, weight, value=count, out=p)
+                torch.addcmul(teacher_sum, p, weight, value=count, out=p)
         return probabilities, None, None, None
 
 
-def _met(teacher: Tensor, table: Tensor, crossed: bool) -> Iterator[tuple[slice, Tensor, int]]:
+def _teacher_sums(teacher: Tensor, table: Tensor, crossed: bool) -> Iterator[tuple[slice, Tensor, int]]:
     """Views of the student's table (S, B, K) with what all of them meet: the sum (B, K) of so many views of the teacher
     (T, B, K); B here the images that are worked on together."""
     (t, b, k), s = teacher.shape, len(table)
@@ -89,12 +89,12 @@ def _met(teacher: Tensor, table: Tensor, crossed: bool) -> Iterator[tuple[slice,
         yield slice(view, view + 1), teacher[view] if total is None else total - teacher[view], t - 1 if crossed else 1
     if total is None:
         return
-    together = max(1, memory.CACHED // (b * k)) if table.device.type == "cpu" else s
-    for first in range(t, s, together):
-        yield slice(first, min(first + together, s)), total, t
+    chunk = max(1, memory.CACHED // (b * k)) if table.device.type == "cpu" else s
+    for first in range(t, s, chunk):
+        yield slice(first, min(first + chunk, s)), total, t
 
 
-def _few(table: Tensor) -> list[slice]:
+def _image_chunks(table: Tensor) -> list[slice]:
     """The images of a table (S, B, K) a few at a time."""
     return memory.in_cache(table.shape[1], table.shape[2], table.device)
 
@@ -111,6 +111,6 @@ def class_token(features: Features, method: str) -> Tensor:
     return features.cls
 
 
-def wide(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """x in float32, or as it is where that is wider: what losses compute in, whatever the autocast."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -42,9 +42,9 @@ class _CharacteristicFunction(torch.autograd.Function):
         by_cos, by_sin = by_mean * _signs(ctx.knots, x) * (t / len(x))  # (K, S) each
         total = torch.zeros_like(x)
         for samples in _few(x):
-            here = total[samples]
+            chunk_total = total[samples]
             for k, cos, sin in _multiples(x[samples], ctx.spacing, ctx.knots):
-                here.addcmul_(cos, by_sin[k]).addcmul_(sin, by_cos[k], value=-1)
+                chunk_total.addcmul_(cos, by_sin[k]).addcmul_(sin, by_cos[k], value=-1)
         return total, None, None
 
 

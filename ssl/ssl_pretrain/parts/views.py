@@ -22,7 +22,7 @@ def encode(encoder: Backbone, views: Tensor, step: Step, **options: Any) -> Feat
 def encode_crops(encoder: Backbone, crops: Sequence[Tensor], step: Step, **options: Any) -> list[Features]:
     """What `encode` gives for each of `crops`, views of one size, each a batch of its own; `options` are for the first of
     them."""
-    return encoder.together([_rows(encoder, views, step, {} if i else options) for i, views in enumerate(crops)])
+    return encoder.forward_crops([_rows(encoder, views, step, {} if i else options) for i, views in enumerate(crops)])
 
 
 def encode_pooled(encoder: Backbone, crops: Sequence[Tensor], step: Step, **options: Any) -> list[Tensor]:
@@ -30,7 +30,7 @@ def encode_pooled(encoder: Backbone, crops: Sequence[Tensor], step: Step, **opti
     rest of the features would need."""
     less = {"pooled_only": True} if "pooled_only" in encoder.supports else {}
     batches = [_rows(encoder, views, step, less if i else less | options) for i, views in enumerate(crops)]
-    return [features.pooled for features in encoder.together(batches)]
+    return [features.pooled for features in encoder.forward_crops(batches)]
 
 
 def _rows(encoder: Backbone, views: Tensor, step: Step, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

@@ -13,7 +13,7 @@ from ..backbones.backbone import Backbone
 T = TypeVar("T", bound=nn.Module)
 
 
-class Parts(nn.ModuleDict):
+class EncoderWithHeads(nn.ModuleDict):
     """An encoder and what stands on it, that a teacher follows together."""
 
     @property
@@ -22,7 +22,7 @@ class Parts(nn.ModuleDict):
         return cast(Backbone, self["encoder"])
 
 
-def follower(module: T) -> T:
+def ema_copy(module: T) -> T:
     """A copy of `module` without gradients; in a backbone drop path is off, for a teacher drops nothing even while
     training."""
     twin = copy.deepcopy(module).requires_grad_(False)
@@ -33,7 +33,7 @@ def follower(module: T) -> T:
 
 
 @torch.no_grad()
-def follow_(teacher: nn.Module, student: nn.Module, momentum: float, ok: Tensor) -> None:
+def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float, ok: Tensor) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, in every trained parameter, where `ok` (bool ()) is true.
 
     Buffers (a batch norm's running statistics) stay the teacher's own: it has computed them itself.
@@ -45,6 +45,6 @@ def follow_(teacher: nn.Module, student: nn.Module, momentum: float, ok: Tensor)
     torch._foreach_lerp_(old, new, [weight.to(t) for t in old])
 
 
-def rising(start: float, progress: float, end: float = 1.0) -> float:
+def cosine_momentum(start: float, progress: float, end: float = 1.0) -> float:
     """A momentum that rises from `start` to `end` by half a cosine over the run (BYOL, section 3.3; DINO)."""
     return end - (end - start) * (math.cos(math.pi * progress) + 1) / 2

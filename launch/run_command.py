@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from ssl_pretrain.errors import UserError
 
 
-def answer(prog: str, work: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
+def run_command(prog: str, work: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
     """Give the words of the command to `work` and return its exit code; 2 and its message for a UserError, 1 for a file
     that cannot be read or written and for Ctrl-C."""
     try:

@@ -80,7 +80,7 @@ def sharded(options: argparse.Namespace, here: World) -> None:
     }
     parallel.wrap(method, cast(Any, SimpleNamespace(**how)), here)
     shards = parallel.Shards(method, here.device)
-    groups = optim.parameter_groups(method, rule=MAE.recipe.decay, layer_decay=1.0, part=shards)
+    groups = optim.parameter_groups(method, method.encoder, rule=MAE.recipe.decay, layer_decay=1.0, part=shards)
     optimizer = optim.build("adamw", groups, (0.9, 0.95), shards.norms)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -185,7 +185,7 @@ def predict(images: int, cluster: Cluster) -> None:
                 )
 
 
-# ---- The storage: checkpoints as checkpoint.py and train.py write and read them, and the images.
+# ---- The storage: checkpoints as the loop writes and reads them, and the images.
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ def loop(arguments: argparse.Namespace, clock: Clock) -> None:
     from ssl_pretrain.config import Run
     from ssl_pretrain.data.loader import RawBatch
     from ssl_pretrain.data.views import COLOUR_PARAMS
+    from ssl_pretrain.loop import start
 
     size, count = arguments.image_size, arguments.batch_size
     raw = RawBatch(
@@ -143,14 +144,14 @@ def loop(arguments: argparse.Namespace, clock: Clock) -> None:
             clock.between()
             yield raw
 
-    read = train.batches
+    read = start.batches
 
     def stamped(*given: Any, **named: Any) -> Iterator[RawBatch]:
         for each in read(*given, **named):
             clock.between()
             yield each
 
-    train.batches = ready if arguments.data is None else stamped  # type: ignore[assignment]
+    start.batches = ready if arguments.data is None else stamped  # type: ignore[assignment]
     options = backbones.config_class(arguments.encoder)(
         **{**backbones.defaults(arguments.encoder), **MAE.recipe.encoder, "patch_size": arguments.patch_size}
     )

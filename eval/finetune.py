@@ -34,7 +34,6 @@ from ssl_pretrain.features import Bad, NotFinite, Tap, crops_of, vectors
 from ssl_pretrain.foreign.libraries import Foreign
 from ssl_pretrain.optim import schedules
 from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
-from ssl_pretrain.pretext import Method
 from ssl_pretrain.randomness import key, numpy_generator
 
 from ._results import Outcome, classification
@@ -369,8 +368,7 @@ def _train(
     prepare(own, config, generator)
     model = Classifier(own, width, len(task.data.classes), config.feature, generator).to(device).train()
     average = ema_copy(model) if config.ema else None
-    # only its parameters and its encoder are looked at, so that a classifier does for a method
-    groups = optim.parameter_groups(cast(Method, model), rule="no_1d_tokens", layer_decay=config.layer_decay)
+    groups = optim.parameter_groups(model, model.encoder, rule="no_1d_tokens", layer_decay=config.layer_decay)
     optimizer = optim.build("adamw", groups, BETAS)
 
     batch, steps = _batch(config, len(rows)), _steps(config, len(rows))

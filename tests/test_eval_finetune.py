@@ -140,7 +140,7 @@ def test_a_moving_average_of_low_rank_changes_is_merged_too(task: Task) -> None:
 
 def test_learning_rates_fall_from_block_to_block(task: Task) -> None:
     model = finetune.Classifier(small_encoder().backbone, 32, 7, "pooled", torch.Generator())
-    groups = optim.parameter_groups(model, rule="no_1d_tokens", layer_decay=0.5)
+    groups = optim.parameter_groups(model, model.encoder, rule="no_1d_tokens", layer_decay=0.5)
     scales = {name: (group["lr_scale"], group["decays"]) for group in groups for name in group["names"]}
     assert scales["head.weight"] == (1.0, True)
     assert scales["head.bias"] == (1.0, False)

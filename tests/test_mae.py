@@ -169,7 +169,9 @@ def test_initialisation_is_the_papers() -> None:
 
 
 def test_parameter_groups_are_the_released_ones() -> None:
-    decays = {name: g["decays"] for g in parameter_groups(build(), rule=MAE.recipe.decay) for name in g["names"]}
+    method = build()
+    groups = parameter_groups(method, method.encoder, rule=MAE.recipe.decay)
+    decays = {name: g["decays"] for g in groups for name in g["names"]}
     assert decays["mask_token"]
     assert decays["encoder.cls_token"]
     assert not decays["decoder_norm.weight"]

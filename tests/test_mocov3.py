@@ -113,7 +113,7 @@ def test_a_bad_step_moves_no_teacher() -> None:
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_patch_embedding_stays_at_its_random_start_where_asked_for(frozen: bool) -> None:
     method = made(freeze_patch_embed=frozen)
-    names = {n for group in parameter_groups(method, rule=method.recipe.decay) for n in group["names"]}
+    names = {n for group in parameter_groups(method, method.encoder, rule=method.recipe.decay) for n in group["names"]}
     assert ("encoder.patch_embed.proj.weight" in names) is not frozen
     assert ("encoder.patch_embed.proj.bias" in names) is not frozen
     assert "encoder.blocks.0.attn.qkv.weight" in names
@@ -124,7 +124,8 @@ def test_the_patch_embedding_stays_at_its_random_start_where_asked_for(frozen: b
 
 
 def test_all_parameters_decay() -> None:
-    assert all(group["decays"] for group in parameter_groups(made(), rule=MoCoV3.recipe.decay))
+    method = made()
+    assert all(group["decays"] for group in parameter_groups(method, method.encoder, rule=MoCoV3.recipe.decay))
 
 
 def test_initialisation_is_the_releases() -> None:

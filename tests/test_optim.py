@@ -33,7 +33,7 @@ class Toy(Method):
 
 
 def decayed(rule: str) -> dict[str, bool]:
-    groups = optim.parameter_groups(Toy(), rule=rule)  # type: ignore[arg-type]
+    groups = optim.parameter_groups(toy := Toy(), toy.encoder, rule=rule)  # type: ignore[arg-type]
     return {name: group["decays"] for group in groups for name in group["names"]}
 
 
@@ -52,9 +52,9 @@ def test_mae_rule_decays_matrices_and_tokens_but_no_vector_and_no_bias() -> None
 
 
 def test_matrices_are_the_encoders_and_no_tables() -> None:
-    groups = optim.parameter_groups(Toy(positions="relative"), rule="no_1d", matrices=True)
+    groups = optim.parameter_groups(toy := Toy(positions="relative"), toy.encoder, rule="no_1d", matrices=True)
     matrices = [name.split(".", 3)[-1] for group in groups if group["matrices"] for name in group["names"]]
-    assert not any(group["matrices"] for group in optim.parameter_groups(Toy(), rule="no_1d"))
+    assert not any(group["matrices"] for group in optim.parameter_groups(toy, toy.encoder, rule="no_1d"))
     assert sorted(set(matrices)) == ["attn.proj.weight", "attn.qkv.weight", "mlp.fc1.weight", "mlp.fc2.weight"]
 
 
@@ -67,7 +67,7 @@ def test_other_rules() -> None:
 
 
 def test_layer_decay_scales_by_distance_from_the_output() -> None:
-    groups = optim.parameter_groups(Toy(), rule="no_1d", layer_decay=0.5)
+    groups = optim.parameter_groups(toy := Toy(), toy.encoder, rule="no_1d", layer_decay=0.5)
     scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
     assert scale["head.weight"] == 1.0
     assert scale["encoder.norm.weight"] == 1.0

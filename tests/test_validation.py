@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_pretrain import train
 from ssl_pretrain.config import Run
 from ssl_pretrain.distributed import World
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.loop import probes, start
 
 HERE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -34,7 +34,7 @@ def names(source: Any) -> set[str]:
 
 def test_they_come_from_a_split_for_validation(photos: Path, tmp_path: Path) -> None:
     data = folder(tmp_path, photos, train=12, val=8, test=9)
-    source, held_out = train._open_data(run(data, val_images=5), HERE)
+    source, held_out = start.open_data(run(data, val_images=5), HERE)
     assert len(source) == 12
     assert held_out is not None
     assert len(names(held_out)) == 5
@@ -43,7 +43,7 @@ def test_they_come_from_a_split_for_validation(photos: Path, tmp_path: Path) -> 
 
 def test_they_never_come_from_a_test_split(photos: Path, tmp_path: Path) -> None:
     data = folder(tmp_path, photos, train=12, test=9)
-    source, held_out = train._open_data(run(data, val_images=5), HERE)
+    source, held_out = start.open_data(run(data, val_images=5), HERE)
     assert held_out is not None
     assert len(names(source)) == 7
     assert len(names(held_out)) == 5
@@ -54,9 +54,9 @@ def test_they_never_come_from_a_test_split(photos: Path, tmp_path: Path) -> None
 def test_fewer_than_processes_are_refused(photos: Path, tmp_path: Path) -> None:
     data = folder(tmp_path, photos, train=12)
     with pytest.raises(UserError, match="--val-images is 3; there are 12 images to hold out from, and 4 process"):
-        train._open_data(run(data, val_images=3), World(0, 4, 0, 4, HERE.device))
+        start.open_data(run(data, val_images=3), World(0, 4, 0, 4, HERE.device))
     with pytest.raises(UserError, match="--val-images is 12"):
-        train._open_data(run(data, val_images=12), HERE)
+        start.open_data(run(data, val_images=12), HERE)
 
 
 @pytest.mark.parametrize(("held", "batch_size", "used"), [(10, 4, 9), (10, 8, 10), (12, 8, 12), (5, 8, 5), (3, 2, 3)])
@@ -68,14 +68,14 @@ def test_next_to_all_of_them_count(held: int, batch_size: int, used: int, monkey
         sizes.extend([share.batch_size] * (len(source) // share.batch_size))
         return []
 
-    monkeypatch.setattr(train, "fixed_batches", batches)
+    monkeypatch.setattr(probes, "fixed_batches", batches)
 
-    class Asked:
-        batch_size, seed, in_chans, bad_images = 0, 0, 3, "replace"
+    class Settings:
+        batch_size, seed, in_chans, bad_images, steps = 0, 0, 3, "replace", 10
 
-    asked: Any = Asked()
-    asked.batch_size = batch_size
+    run: Any = Settings()
+    run.batch_size = batch_size
     with pytest.raises(ZeroDivisionError):  # no batch was made here
-        train._validate(asked, torch.nn.Identity(), range(held), (), None, HERE, 10)  # type: ignore[arg-type]
+        probes.validate(run, torch.nn.Identity(), range(held), (), None, HERE)  # type: ignore[arg-type]
     assert sum(sizes) == used
     assert max(sizes) <= batch_size

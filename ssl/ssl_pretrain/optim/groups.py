@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..pretext import Method
+from ..backbones.backbone import Backbone
 
 DECAYED_TOKENS = ("cls_token", "mask_token", "reg_tokens", "pos_embed")
 
@@ -25,27 +25,29 @@ def decays(name: str, parameter: Tensor, rule: Literal["no_1d", "no_1d_tokens", 
 
 
 def parameter_groups(
-    method: Method,
+    model: nn.Module,
+    encoder: Backbone,
     *,
     rule: Literal["no_1d", "no_1d_tokens", "all"],
     layer_decay: float = 1.0,
     matrices: bool = False,
     part: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters, of each the `part` that is here, in groups of equal weight decay and learning-rate scale.
+    """The trainable parameters of `model`, of which `encoder` is a part, in groups of equal weight decay and learning-rate
+    scale. Of each parameter the group holds `part(parameter)`: the part that this process has.
 
     Each group holds "params", "names", "decays" (bool), "matrices" (bool: those that are two-dimensional and of the
     encoder, what Muon is for; apart from the others only where `matrices` asks for it) and "lr_scale": layer_decay **
     (blocks between the parameter and the encoder's output), as in BEiT, section A; 1 for everything outside the encoder.
     """
-    inside = {id(p): name for name, p in method.encoder.named_parameters()}
+    inside = {id(p): name for name, p in encoder.named_parameters()}
     groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
-    for name, parameter in method.named_parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = 1.0
         if id(parameter) in inside:
-            scale = layer_decay ** (method.encoder.depth + 1 - method.encoder.layer_of(inside[id(parameter)]))
+            scale = layer_decay ** (encoder.depth + 1 - encoder.layer_of(inside[id(parameter)]))
         decay = decays(name, parameter, rule)
         matrix = matrices and parameter.ndim == 2 and id(parameter) in inside
         matrix = matrix and not name.endswith("relative_position_bias_table")

@@ -1,0 +1,144 @@
+"""What is measured now and then while training: feature statistics, pictures, validation loss, kNN accuracy.
+
+Shapes: n images, D features.
+"""
+
+import dataclasses
+import math
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..config import Resolved
+from ..data.loader import Share, fixed_batches, to_batch
+from ..data.source import Source
+from ..data.views import ViewSpec
+from ..distributed import World
+from ..pretext import Batch, Method, Step
+from ..randomness import key
+from . import parallel
+from .monitor import CollapseMonitor, feature_statistics
+from .report import Report
+from .saver import Saver
+from .score import KnnScore
+
+IMAGES = 256  # of a batch at most, whose features are looked at for collapse
+PICTURES = 8  # images that are shown
+
+
+@final
+class Probes:
+    """Measures what is due after a step, and reports it. All processes call it at the same steps."""
+
+    def __init__(
+        self,
+        run: Resolved,
+        method: Method,
+        world: World,
+        report: Report,
+        monitor: CollapseMonitor,
+        saver: Saver,
+        knn: KnnScore | None,
+        held_out: Source | None,
+        specs: tuple[ViewSpec, ...],
+        autocast: Any,
+    ) -> None:
+        """knn: on the first process, where kNN accuracy is asked for; held_out: validation images, seen with `specs`."""
+        self.run, self.method, self.world, self.report, self.monitor = run, method, world, report, monitor
+        self.saver, self.knn, self.held_out, self.specs, self.autocast = saver, knn, held_out, specs, autocast
+
+    def __call__(self, step: int, batch: Batch, specs: tuple[ViewSpec, ...]) -> None:
+        """After `step` steps, of which the last micro-batch was `batch`, with views as `specs` declare them."""
+        run = self.run
+        if is_due(step, run.monitor_every):
+            self._feature_statistics(step, batch, specs)
+        if is_due(step, run.picture_every) and (self.world.first or self.saver.sharded):
+            self._pictures(step, batch, specs)
+        if self.held_out is not None and (is_due(step, run.val_every) or step == run.steps):
+            with parallel.gathered(self.method):
+                scores = validate(run, self.method, self.held_out, self.specs, self.autocast, self.world)
+            self.report.scores("val", scores, step)
+        if is_due(step, run.knn_every):
+            self._knn(step)
+
+    def _feature_statistics(self, step: int, batch: Batch, specs: tuple[ViewSpec, ...]) -> None:
+        images = batch.views[specs[0].name]
+        images = images[0] if specs[0].count > 1 else images
+        with parallel.gathered(self.method):
+            statistics = feature_statistics(exported_features(self.method, images[:IMAGES], self.autocast))
+        self.report.scores("features", statistics, step)
+        for warning in self.monitor.features(statistics):
+            self.report.warn(warning)
+
+    def _pictures(self, step: int, batch: Batch, specs: tuple[ViewSpec, ...]) -> None:
+        views = {s.name: batch.views[s.name][:PICTURES] for s in specs if s.count == 1}
+        few = dataclasses.replace(batch, views=views, index=batch.index[:PICTURES])
+        with torch.no_grad(), self.autocast, parallel.gathered(self.method):
+            rows = slice(0, len(few.index))
+            images = self.method.pictures(few, step_of(self.run, step, rows, self.world))
+        if self.world.first:
+            self.report.pictures(images, self.run.mean, self.run.std, step)
+
+    def _knn(self, step: int) -> None:
+        self.saver.wait()  # it exports from the same copy
+        encoder = self.saver.copy_encoder()
+        if self.knn is not None and encoder is not None:
+            self.report.scores("knn", {"top1": self.knn(encoder.to(self.world.device).eval())}, step)
+            encoder.cpu()
+        distributed.barrier()
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def step_of(run: Resolved, number: int, rows: slice, world: World) -> Step:
+    """Optimiser step `number` (from 0) for the micro-batch that holds `rows` of the global batch."""
+    return Step(
+        step=number,
+        total=run.steps,
+        noise=key(run.seed, "step", number),
+        rows=rows,
+        batch_size=run.batch_size,
+        device=world.device,
+    )
+
+
+def exported_features(method: Method, images: Tensor, autocast: Any) -> Tensor:
+    """The exported encoder's vectors (n, D) float32 of a few images (n, C, H, W), as an evaluator would see them."""
+    exported = method.exported()
+    exported.eval()
+    with torch.no_grad(), autocast:
+        pooled = exported(images).pooled
+    method.train()
+    return pooled.float()
+
+
+def validate(
+    run: Resolved, method: Method, held_out: Source, specs: tuple[ViewSpec, ...], autocast: Any, world: World
+) -> dict[str, float]:
+    """The mean loss over the held-out images, always with the same views and the same noise."""
+    # Batches of one size, no larger than in training, that leave out fewer images than they are.
+    batches_needed = math.ceil(len(held_out) / run.batch_size)
+    each = max(1, len(held_out) // (batches_needed * world.size)) * world.size
+    share = Share(each, 1, world.rank, world.size)
+    total, count = torch.zeros((), device=world.device), 0
+    method.eval()
+    with torch.no_grad():
+        for raw in fixed_batches(held_out, specs, share, seed=run.seed, channels=run.in_chans, policy=run.bad_images):
+            step = Step(
+                step=run.steps - 1,
+                total=run.steps,
+                noise=key(run.seed, "validation", raw.step),
+                rows=share.rows(0),
+                batch_size=share.batch_size,
+                device=world.device,
+            )
+            with autocast:
+                total += method(to_batch(raw, specs, run.mean, run.std, world.device), step).total
+            count += 1
+    method.train()
+    return {"loss": float(distributed.all_reduce_(total)) / (count * world.size)}

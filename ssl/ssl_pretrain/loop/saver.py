@@ -1,0 +1,151 @@
+"""Checkpoints and exports of a run. Training waits only while the state is copied; files are written in the background."""
+
+import time
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch.optim import Optimizer
+
+from .. import checkpoint, distributed, encoder, optim
+from ..config import Resolved
+from ..distributed import World
+from ..encoder import Encoder, Preprocessing
+from ..pretext import Method
+from . import parallel
+
+
+@final
+class Saver:
+    """Saves the run: `save` begins a checkpoint and an export, `settle` finishes what was begun. All processes call both
+    at the same steps."""
+
+    def __init__(
+        self, run: Resolved, method: Method, optimizer: Optimizer, shards: parallel.Shards, world: World, start: int
+    ) -> None:
+        """start: the step that the run continues from, the newest one that is saved (0: none)."""
+        self.run, self.method, self.optimizer, self.shards, self.world = run, method, optimizer, shards, world
+        self.saved_step = start
+        self.seconds_blocked = 0.0  # that training waited for saving, since the last log; the log sets it back
+        self._writer = checkpoint.Writer(folder(run), sharded=parallel.is_sharded(method))
+        self._preprocessing = Preprocessing.for_size(run.image_size, run.mean, run.std)
+        self._writing = self._exporting = (
+            False  # a checkpoint, or an export from one, is on its way; same on all processes
+        )
+        self._prefix = parallel.name_of(method.exported(), method)  # of the exported encoder's names in the checkpoint
+        self._export_from_files = False  # the export of the checkpoint that is on its way is read from its files
+        self._lineage: dict[str, Any] = {}
+        self._copy: Encoder | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process saves its own part of the parameters."""
+        return self._writer.sharded
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process is still writing."""
+        return self._writer.busy
+
+    def wait(self) -> None:
+        """Wait until this process has written what was begun."""
+        self._writer.wait()
+
+    def copy_encoder(self) -> Encoder | None:
+        """A copy of the exported encoder as it is now, whole and in host memory, on the first process; None on the others,
+        which must call this too. The next call overwrites it."""
+        copy = self._host_encoder()
+        parallel.copy_whole(self.method.exported(), None if copy is None else copy.backbone)
+        return copy
+
+    def save(self, step: int, skipped: int, *, last: bool = False) -> None:
+        """Begin to write a checkpoint and the export of the state after `step` steps, of which `skipped` were not finite.
+
+        last: nothing changes the state any more, so it is not copied, and this returns when all is written.
+        Raises OSError on all processes where one could not write.
+        """
+        self.settle(wait=True)
+        began = time.perf_counter()
+        # Gathering a sharded encoder would block all processes for longer than copying their parts does.
+        self._export_from_files = self.sharded and not last and self._prefix is not None
+        exported = None
+        if last and not self.sharded:
+            exported = self._as_export() if self.world.first else None
+        elif not self._export_from_files:
+            exported = self.copy_encoder()
+        self._lineage = lineage = {
+            "method": self.run.method, "data": self.run.data, "step": step, "images_seen": step * self.run.batch_size,
+            "seed": self.run.seed,
+        }  # fmt: skip
+
+        def export() -> None:
+            if exported is not None:
+                exported.lineage = lineage
+                encoder.save(self.run.out / "encoder", exported)
+
+        state = {
+            "method": self.method.state_dict(),
+            "optimizer": self.shards.entries(optim.state_by_name(self.optimizer), self.method),
+            "skipped": skipped,
+        }
+        self._writer.begin(step, state, export, copy=not last)
+        self._writing, self.saved_step = True, step
+        self.seconds_blocked += time.perf_counter() - began
+        if last:
+            self.settle(wait=True)
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Publish the checkpoint that was begun, and begin its export where that is read from the files. With `wait` until
+        both are done. Raises OSError on all processes where one could not write."""
+        while self._writing or self._exporting:
+            began = time.perf_counter()
+            self._writer.wait()
+            (failed,) = distributed.any_of(self._writer.problem is not None)
+            if self._writing and not failed:
+                self._writer.publish(keep_last=self.run.keep_last, keep_every=self.run.keep_every)
+                (failed,) = distributed.any_of(self._writer.problem is not None)
+            self._exporting = self._writing and self._export_from_files and not failed
+            self._writing = False
+            if failed:
+                raise next(problem for problem in distributed.from_all(self._writer.problem) if problem)
+            if self._exporting and self.world.first:
+                self._writer.follow(self._export_written)
+            self.seconds_blocked += time.perf_counter() - began
+            if not wait:
+                return
+
+    def _as_export(self) -> Encoder:
+        return Encoder(self.method.exported(), self.run.encoder, self._preprocessing, {})
+
+    def _host_encoder(self) -> Encoder | None:
+        """Memory of the first process for a whole copy of the encoder; made once."""
+        if self.world.first and self._copy is None:
+            twin = encoder.another(self.run.encoder, self.method.exported())
+            self._copy = Encoder(twin, self.run.encoder, self._preprocessing, {})
+        return self._copy
+
+    def _export_written(self) -> None:
+        """Export the encoder of a sharded run from the files of its checkpoint."""
+        exported = self._host_encoder()
+        assert exported is not None
+        tensors = {f"method/{self._prefix}{name}": t for name, t in exported.backbone.state_dict().items()}
+        checkpoint.Reader(folder(self.run), self._lineage["step"]).read_some(tensors)
+        exported.lineage = self._lineage
+        encoder.save(self.run.out / "encoder", exported)
+
+
+def folder(run: Resolved) -> Path:
+    """Where the run's checkpoints are."""
+    return run.out / "checkpoints"
+
+
+def restore(run: Resolved, step: int, method: Method, optimizer: Optimizer, shards: parallel.Shards) -> int:
+    """Read the checkpoint of `step` into the method and its optimiser; returns how many steps were skipped before it."""
+    reader = checkpoint.Reader(folder(run), step)
+    entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        name: (shape, dtype) for (part, name), shape, dtype in reader.entries() if part == "optimizer"
+    }
+    state = optim.empty_state(optimizer, entries, method)
+    skipped = reader.read({"method": method.state_dict(), "optimizer": shards.entries(state, method)})["skipped"]
+    optim.load_state_by_name(optimizer, state)
+    return skipped

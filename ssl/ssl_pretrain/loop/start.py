@@ -1,0 +1,123 @@
+"""What a run starts from: its images, its folder, the checkpoint that it continues from, its batches."""
+
+from collections.abc import Generator
+from contextlib import ExitStack, closing
+from typing import Any, Literal
+
+import torch
+
+from .. import checkpoint, config, distributed, files
+from ..config import Resolved, Run
+from ..data.loader import RawBatch, Share, batches
+from ..data.source import Source, open_source, pretraining_split, splits
+from ..data.subset import Subset
+from ..data.views import ViewSpec
+from ..distributed import World
+from ..errors import UserError
+from ..randomness import numpy_generator
+from . import manifest, saver
+from .stages import Stage
+
+SECONDS_FOR_LOCK = 15.0  # to wait for a run that has the folder and may be about to end
+
+
+def open_data(run: Run, world: World) -> tuple[Source, Source | None]:
+    """The images to train on, and those held out for the validation loss (None without --val-images): of a split for
+    validation where there is one, else taken out of the training images."""
+    split = pretraining_split(run.data)
+    source = open_source(run.data, split)
+    if run.val_images == 0:
+        return source, None
+    validation_splits = [name for name in splits(run.data) if name != split and name.startswith("val")]
+    pool = open_source(run.data, validation_splits[0]) if validation_splits else source
+    if not world.size <= run.val_images < len(pool):
+        raise UserError(
+            f"--val-images is {run.val_images}; there are {len(pool)} images to hold out from, and {world.size} "
+            f"process(es) to share them"
+        )
+    order = numpy_generator(run.seed, "held out").permutation(len(pool))
+    held_out = Subset(pool, order[: run.val_images])
+    if pool is source:
+        source = Subset(source, order[run.val_images :])
+    return source, held_out
+
+
+def find_start(run: Resolved, record: dict[str, Any], source: Source, run_lock: ExitStack) -> int:
+    """The step to start from: 0, or that of the newest whole checkpoint. For the first process.
+
+    record: the flags as they are stored. The run folder is locked until `run_lock` is closed. Raises UserError where the
+    folder holds another run or something else, or another process trains in it.
+    """
+    out = run.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"--out {out} cannot be made: {problem.strerror}") from None
+    try:
+        run_lock.enter_context(files.lock_folder(out, SECONDS_FOR_LOCK))
+    except BlockingIOError:
+        raise UserError(
+            f"another process trains in {out} at this moment: wait for its end, or choose another --out"
+        ) from None
+    written = out / "config.yaml"
+    if not written.exists():
+        # Names with a dot are what a run leaves that was killed before it had begun.
+        if any(not path.name.startswith(".") for path in out.iterdir()):
+            raise UserError(f"--out {out} holds something else than a run: choose an empty or a new folder")
+        return 0
+    before = config.read_recorded(written)
+    allowed = config.CHANGEABLE | (config.LENGTH_KEYS if run.extend else frozenset())
+    changed = config.differences(before, record, allowed)
+    if changed:
+        remedy = "repeat the old flags, or choose another --out"
+        if not config.differences(before, record, config.CHANGEABLE | config.LENGTH_KEYS):
+            remedy += ", or add --extend to give this run another length"
+        raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}): {remedy}")
+    known = manifest.read(out).get("data", {}).get("fingerprint")
+    if known not in (None, source.fingerprint):
+        raise UserError(
+            f"the images in {run.data} are not those that the run in {out} began with: choose another --out"
+        )
+    folder = saver.folder(run)
+    checkpoint.clear(folder)
+    return checkpoint.newest(folder) or 0
+
+
+def precision(run: Run, device: torch.device) -> Literal["fp32", "bf16"]:
+    """The precision of the run; "auto" is mixed precision with bfloat16 where the device computes in it natively."""
+    if run.precision != "auto":
+        return run.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def stream(
+    plan: list[Stage], start: int, source: Source, share: Share, run: Resolved, world: World
+) -> Generator[tuple[tuple[ViewSpec, ...], RawBatch]]:
+    """The micro-batches from step `start` to the run's end, each with the views of its stage."""
+    for stage in plan:
+        if start < stage.last:
+            loader = batches(
+                source,
+                stage.specs,
+                share,
+                seed=run.seed,
+                channels=run.in_chans,
+                start_step=max(start, stage.first),
+                stop_step=stage.last,
+                workers=_workers(run, world),
+                policy=run.bad_images,
+                pin=world.device.type == "cuda",
+            )
+            with closing(loader):
+                for raw in loader:
+                    yield stage.specs, raw
+
+
+def _workers(run: Run, world: World) -> int:
+    """Loader processes: --workers, else the cores that training leaves free (on a CPU none are free, and one is enough)."""
+    if run.workers is not None:
+        return run.workers
+    own_cores = max(1, distributed.cores() // world.local_size)  # more processes than cores is slow, but no mistake
+    return max(1, min(16, own_cores - 1)) if world.device.type == "cuda" else min(1, own_cores - 1)

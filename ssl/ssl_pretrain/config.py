@@ -27,121 +27,122 @@ class Run:
     out: Path | None = None
     """Run folder; the same command resumes it (default: runs/METHOD-DATA)."""
     config: Path | None = None
-    """YAML file of flags (underscores for dashes), read below the flags of the command line."""
+    """YAML file with flags (underscores for dashes). Flags of the command line override it."""
     init_from: Path | None = None
-    """Start from the weights of this export or run instead of random ones."""
+    """Start from the weights of this export or run instead of random weights."""
 
     encoder: str = "vit_small"
     """Backbone to train (fractals: vit_micro)."""
     image_size: tuple[int, ...] = (224,)
-    """Pixels, one number or height and width (fractals: 32)."""
+    """Image size in pixels: one number, or height and width (fractals: 32)."""
     in_chans: int = 3
     """Channels of the images: 3, 1 (grey), or more from .npy files."""
     mean: tuple[float, ...] | None = None
-    """Channel means that views are normalised by, of [0, 1] (default: ImageNet's; 0.5 unless 3 channels)."""
+    """Channel means for normalisation, in [0, 1] (default: ImageNet's with 3 channels, else 0.5)."""
     std: tuple[float, ...] | None = None
-    """Channel standard deviations that views are normalised by (default: ImageNet's; 0.25 unless 3 channels)."""
+    """Channel standard deviations for normalisation (default: ImageNet's with 3 channels, else 0.25)."""
     aug: Literal["exact", "fast"] = "exact"
-    """How views are made: exact (torchvision's arithmetic), or fast: JPEGs decoded with fewer digits and no larger than
-    needed, colour jitter as one matrix an image (docs/performance.md says what differs)."""
+    """How views are made. exact: torchvision's arithmetic. fast: JPEGs are decoded with less precision and only as large as
+    needed, and colour jitter is one matrix per image (docs/performance.md lists the differences)."""
     bad_images: Literal["replace", "skip", "fail"] = "replace"
-    """An unreadable image: put another drawn image in its place, the next in order, or end the run."""
+    """What to do with an unreadable image: replace it by another random image, skip to the next one, or end the run."""
 
     steps: int | None = None
-    """Length in optimiser steps (give one of steps, epochs, images)."""
+    """Length in optimiser steps (give only one of --steps, --epochs, --images)."""
     epochs: float | None = None
     """Length in passes over the data (default: 100)."""
     images: int | None = None
     """Length in images seen."""
     extend: bool = False
-    """Say that a run that already has a length shall get another one; its schedules are stretched to it."""
+    """Give an existing run another length. Its schedules are stretched to the new length."""
     batch_size: int = 256
-    """Images an optimiser step, over all processes and micro-batches (fractals: 128)."""
+    """Global batch size: images per optimiser step, over all processes and micro-batches (fractals: 128)."""
     accumulate: int = 1
-    """Micro-batches that a step's batch is worked through in, to save memory."""
+    """Gradient accumulation: number of micro-batches per optimiser step, to save memory."""
 
     stages: tuple[str, ...] = ()
-    """Parts of the run that see other views, each 'SHARE KEY=VALUE ...', like '0.75 image_size=112' (docs/running.md)."""
+    """Stages of the run with other views, each 'SHARE KEY=VALUE ...', for example '0.75 image_size=112'
+    (docs/running.md)."""
 
     optimizer: Literal["adamw", "sgd", "lars", "muon"] | None = None
-    """Optimiser; muon: of the encoder's matrices, with AdamW for the rest (default: the method's)."""
+    """Optimiser. muon: Muon for the encoder's matrices, AdamW for the rest (default: the method's)."""
     lr: float | None = None
-    """Peak learning rate as used, not per 256 images (default: the method's, scaled to the batch size)."""
+    """Peak learning rate; it is not scaled by the batch size (default: the method's, scaled to the batch size)."""
     final_lr: float | None = None
     """Learning rate at the end (default: the method's)."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: half a cosine to the end, or constant and then a linear cooldown."""
+    """Learning rate after the warm-up: half a cosine, or constant with a linear cooldown at the end."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up from 0 (default: the method's share of the run)."""
+    """Steps of linear learning-rate warm-up from 0 (default: the method's share of the run)."""
     cooldown_steps: int | None = None
     """Steps of linear cooldown of the constant schedule (default: a fifth of the run)."""
     betas: tuple[float, float] | None = None
-    """AdamW's decay rates of the moments; SGD and LARS use the first as momentum (default: the method's)."""
+    """AdamW's two betas; SGD and LARS use the first one as momentum (default: the method's)."""
     weight_decay: float | None = None
     """Decoupled weight decay (default: the method's)."""
     final_weight_decay: float | None = None
-    """Weight decay at the end, by half a cosine (default: the method's, else as at the start)."""
+    """Weight decay at the end; it changes by half a cosine (default: the method's, else constant)."""
     clip_grad: float | None = None
-    """Largest gradient norm; none: no clipping (default: the method's)."""
+    """Gradient clipping: largest gradient norm; none: no clipping (default: the method's)."""
     clip_each: bool | None = None
     """Clip each parameter's gradient by its own norm instead of all by the global one (default: the method's)."""
     layer_decay: float = 1.0
-    """Factor on the learning rate for each block away from the encoder's output."""
+    """Layer decay: factor on the learning rate for each block below the encoder's output."""
 
     seed: int = 0
-    """Everything random in the run is a function of it."""
+    """Random seed of the whole run."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast; auto takes bf16 where the device has fast bf16."""
+    """Mixed precision (autocast); auto: bf16 where the device computes in bf16 natively."""
     workers: int | None = None
-    """Loader processes of each training process (default: by the cores there are)."""
+    """Data loader processes per training process (default: chosen from the number of cores)."""
     compile: bool = False
-    """torch.compile the model's blocks (costs about a minute at the start)."""
+    """Compile the model's blocks with torch.compile (takes about a minute at the start)."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    """Several processes: a copy of the model each, one shared by all, or one shared by those of each machine."""
+    """Several processes. ddp: each holds the model; fsdp: all share one; hsdp: those of each machine share one."""
     shard_size: int | None = None
-    """With --parallel hsdp: processes that share one copy of the model (default: those of a machine)."""
+    """With --parallel hsdp: number of processes that share one copy of the model (default: those of one machine)."""
     gradient_checkpointing: bool = field(default=False, metadata={"stored_as": "recompute"})
     """Gradient checkpointing (activation checkpointing): compute the blocks' activations again in the backward pass instead
     of keeping them. Less memory, about a third more time."""
     cpu_offload: bool = False
-    """With fsdp or hsdp: keep parameters and optimiser state in host memory."""
+    """With --parallel fsdp or hsdp: keep parameters and optimiser state in host memory."""
 
     preflight: bool = False
-    """Check the processes, machines and the run folder, print what was found, and leave."""
+    """Only check the processes, the machines and the run folder, print the result, and exit."""
     stall_after: float = 300.0
-    """Seconds without a step after which all processes write their stacks and the late ones are named; 0: never."""
+    """Seconds without a step after which all processes write their stacks and the late processes are named; 0: never."""
 
     checkpoint_every: int = 1000
     """Steps between checkpoints; the encoder is exported with each."""
     keep_last: int = 2
-    """Checkpoints kept, counted from the newest."""
+    """Number of newest checkpoints to keep."""
     keep_every: int | None = None
-    """Keep also every checkpoint at a multiple of these steps, for good; 0: none."""
+    """Also keep every checkpoint at a multiple of this many steps; 0: none."""
 
     log_every: int = 10
-    """Steps between lines of metrics.jsonl; the device is waited for only then."""
+    """Steps between lines of metrics.jsonl. The host waits for the device only then."""
     monitor_every: int = 100
-    """Steps between looks at the features for collapse (rank, spread); 0: never."""
+    """Steps between checks of the features for collapse (rank, standard deviation); 0: never."""
     picture_every: int = 500
     """Steps between pictures in TensorBoard; 0: never."""
     val_images: int = 0
-    """Images held out for a validation loss: of a split named val, valid or validation, else of the training images, which
-    are then fewer; never of a test split."""
+    """Number of images for the validation loss. They come from a split named val, valid or validation, else from the
+    training images, which are then fewer; never from a test split."""
     val_every: int = 500
     """Steps between validation losses."""
     knn_every: int = 0
-    """Steps between kNN scores of the encoder while training (needs labels); 0: never."""
+    """Steps between kNN evaluations of the encoder while training (needs labels); 0: never."""
     score: bool = True
-    """Compare the encoder with its untrained self by kNN at the end, where there are labels."""
+    """At the end, compare the kNN accuracy of the encoder with that of the untrained encoder, where there are labels."""
     bad_steps: int = 20
-    """Steps with a non-finite loss or gradient, one after another, that end the run."""
+    """Number of consecutive steps with a non-finite loss or gradient that ends the run."""
 
     def __post_init__(self) -> None:
         for range_, names in RANGES.items():
             within(self, range_, *names.split())
 
 
-# The numbers that each flag may be. What may be left open (None) is not looked at while it is.
+# The interval of each numeric flag. None is not checked.
 RANGES = {
     AT_LEAST_1: "image_size in_chans steps images batch_size accumulate shard_size checkpoint_every keep_last log_every "
     "val_every bad_steps",
@@ -176,7 +177,7 @@ class Resolved(Run):
     precision: Literal["fp32", "bf16"]
 
 
-# What may differ when a run is continued: where and how fast it runs, and what is watched, never what is computed.
+# Flags that may change when a run resumes: where and how fast it runs, and what is logged; never what is computed.
 CHANGEABLE = frozenset(
     "out config data workers preflight stall_after nproc accumulate compile parallel shard_size recompute cpu_offload "
     "checkpoint_every keep_last keep_every log_every monitor_every picture_every val_every knn_every score bad_steps "

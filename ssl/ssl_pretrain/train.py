@@ -99,7 +99,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     optimizer = optim.build(run.optimizer, groups, run.betas, shards.norms)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     skipped = restore(run, start, method, optimizer, shards) if start else 0
-    autocast = torch.autocast(world.device.type, torch.bfloat16) if run.precision == "bf16" else nullcontext()
+    mixed_precision = torch.autocast(world.device.type, torch.bfloat16) if run.precision == "bf16" else nullcontext()
 
     # ---- What is written while training. config.yaml comes first: it makes the folder a run's.
     if world.first:
@@ -116,7 +116,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
             report.say(f"continuing from step {start} of {steps}")
     saver = Saver(run, method, optimizer, shards, world, start)
     monitor = CollapseMonitor(method.collapsed(run.batch_size))
-    probes = Probes(run, method, world, report, monitor, saver, knn, held_out, plan[-1].specs, autocast)
+    probes = Probes(run, method, world, report, monitor, saver, knn, held_out, plan[-1].specs, mixed_precision)
     loader = run_start.stream(plan, start, source, share, run, world)
     log = Log(run, source, report, monitor, world, skipped)
 
@@ -167,11 +167,11 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                     parts.append((batch, step))
                     if last:
                         assert isinstance(method, WholeBatchMethod)
-                        losses = grad_cache.backward(method, parts, autocast, parameters)
+                        losses = grad_cache.backward(method, parts, mixed_precision, parameters)
                         results.append((torch.cat([part.index for part, _ in parts]), losses))
                     continue
                 with parallel.last_backward(wrapped, last):
-                    with autocast:
+                    with mixed_precision:
                         losses = wrapped(batch, step)
                     (losses.total / accumulate if accumulate > 1 else losses.total).backward()
                 results.append((batch.index, losses))

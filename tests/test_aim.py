@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from numpy_oracles import numpy_patches
 from one_step import batch, build
 from ssl_pretrain.methods.aim import AIM
-from test_mae import numpy_patches
 
 from ssl_pretrain import backbones
 from ssl_pretrain.backbones.backbone import UnsupportedByBackbone

@@ -1,80 +1,23 @@
-"""BYOL: loss and gradients against float64 NumPy from the encoders' vectors on, the target network, and the wiring.
-
-The oracle of heads and the finite differences serve the other siamese methods' tests too.
-"""
-
-from collections.abc import Callable
+"""BYOL: loss and gradients against float64 NumPy from the encoders' vectors on, the target network, and the wiring."""
 
 import numpy as np
 import pytest
 import torch
-from one_step import after_step, batch, build
+from method_helpers import double_batch, perturb_, step
+from numpy_oracles import Weights, check_gradients, numpy_head, numpy_normalize, weights_of
+from one_step import after_step, build
 from ssl_pretrain.methods.byol import BYOL
 from torch import nn
 
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.pretext import Batch, Step
 
-Arrays = dict[str, np.ndarray]
 PROJECTOR = PREDICTOR = "linear norm relu linear"
-
-
-def step(number: int = 3, ok: bool = True) -> Step:
-    made = Step(step=number, total=10, noise=1, rows=slice(0, 16), batch_size=16, device=torch.device("cpu"))
-    made.ok = torch.tensor(ok)
-    return made
-
-
-def doubles(method: nn.Module) -> Batch:
-    """The batch of `one_step` in float64."""
-    made = batch(method, slice(0, 16))  # type: ignore[arg-type]
-    made.views = {name: view.double() for name, view in made.views.items()}
-    return made
-
-
-def arrays(module: nn.Module, prefix: str) -> Arrays:
-    return {f"{prefix}{n}": v.detach().numpy().copy() for n, v in module.named_parameters()}
-
-
-def numpy_head(weights: Arrays, prefix: str, layout: str, x: np.ndarray) -> np.ndarray:
-    """A head's output from its parameters, by the numbers of its layers; batch norm with this batch's statistics."""
-    for i, layer in enumerate(layout.split()):
-        gain, shift = weights.get(f"{prefix}{i}.weight"), weights.get(f"{prefix}{i}.bias", 0.0)
-        if layer == "linear":
-            assert gain is not None
-            x = x @ gain.T + shift
-        elif layer == "norm":
-            x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) * (1.0 if gain is None else gain) + shift
-        else:
-            x = np.maximum(x, 0)
-    return x
-
-
-def numpy_unit(x: np.ndarray) -> np.ndarray:
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def check_gradients(oracle: Callable[[Arrays], float], at: Arrays, gradients: Arrays) -> None:
-    """Every gradient along a random direction against the oracle's central difference."""
-    rng = np.random.default_rng(0)
-    for name, value in at.items():
-        direction = rng.standard_normal(value.shape)
-        up, down = (oracle({**at, name: value + sign * 1e-8 * direction}) for sign in (1, -1))
-        slope = (up - down) / 2e-8  # so short that no ReLU turns
-        assert (gradients[name] * direction).sum() == pytest.approx(slope, rel=1e-5, abs=1e-6), name
-
-
-def shaken(module: nn.Module) -> None:
-    """A teacher unlike its student."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
 
 
 def made() -> BYOL:
     method = build("byol").double()
     assert isinstance(method, BYOL)
-    shaken(method.teacher)
+    perturb_(method.teacher)
     return method
 
 
@@ -82,16 +25,16 @@ def test_loss_and_gradients_against_numpy() -> None:
     method = made()
     rng = np.random.default_rng(0)
     at = {"online": rng.standard_normal((16, 2, method.encoder.dim))}
-    at |= arrays(method.projector, "projector.") | arrays(method.predictor, "predictor.")
+    at |= weights_of(method.projector, "projector.") | weights_of(method.predictor, "predictor.")
     target = rng.standard_normal(at["online"].shape)
-    held = arrays(method.teacher["projector"], "")
-    targets = [numpy_unit(numpy_head(held, "", PROJECTOR, target[:, v])) for v in (0, 1)]
+    held = weights_of(method.teacher["projector"], "")
+    targets = [numpy_normalize(numpy_head(held, "", PROJECTOR, target[:, v])) for v in (0, 1)]
 
-    def each(given: Arrays) -> np.ndarray:
+    def each(given: Weights) -> np.ndarray:
         predicted = []
         for v in (0, 1):
             z = numpy_head(given, "projector.", PROJECTOR, given["online"][:, v])
-            predicted.append(numpy_unit(numpy_head(given, "predictor.", PREDICTOR, z)))
+            predicted.append(numpy_normalize(numpy_head(given, "predictor.", PREDICTOR, z)))
         return ((predicted[0] - targets[1]) ** 2).sum(1) + ((predicted[1] - targets[0]) ** 2).sum(1)
 
     online = torch.tensor(at["online"], requires_grad=True)
@@ -121,7 +64,7 @@ def test_heads_have_the_papers_shape() -> None:
 
 def test_each_view_goes_through_both_networks() -> None:
     method = made()
-    images = doubles(method)
+    images = double_batch(method)
     embedded = method.embed(images, step())
     for v, name in enumerate(("view1", "view2")):
         with torch.no_grad():
@@ -138,7 +81,7 @@ def test_the_target_follows_the_online_network_where_the_step_was_good(ok: bool)
     before = {n: v.clone() for n, v in method.teacher.named_parameters()}
     after_step(method, step(3, ok), {})
     tau = 1 - (1 - 0.996) * (np.cos(np.pi * 3 / 10) + 1) / 2  # section 3.3
-    online = {**arrays(method.encoder, "encoder."), **arrays(method.projector, "projector.")}
+    online = {**weights_of(method.encoder, "encoder."), **weights_of(method.projector, "projector.")}
     assert before.keys() == online.keys()
     for name, now in method.teacher.named_parameters():
         old = before[name].numpy()

@@ -2,10 +2,18 @@
 
 import math
 
-import naive
 import numpy as np
 import pytest
 import torch
+from numpy_oracles import (
+    directional_derivative,
+    numpy_masked_patches,
+    numpy_normalize,
+    numpy_prototype_head,
+    numpy_sinkhorn,
+    numpy_softmax,
+    numpy_view_pairs,
+)
 from one_step import after_step
 from ssl_pretrain.methods.dinov2 import DINOv2
 
@@ -49,13 +57,13 @@ def batch(method: DINOv2) -> Batch:
 
 
 def koleo(x: np.ndarray) -> float:
-    x = naive.unit(x)
+    x = numpy_normalize(x)
     near = [min(np.linalg.norm(a - b) for j, b in enumerate(x) if j != i) for i, a in enumerate(x)]
     return -float(np.mean(np.log(near)))
 
 
 def kde(x: np.ndarray, kappa: float) -> float:
-    kernel = np.exp(kappa * naive.unit(x) @ naive.unit(x).T)
+    kernel = np.exp(kappa * numpy_normalize(x) @ numpy_normalize(x).T)
     np.fill_diagonal(kernel, 0)
     return float(np.mean(np.log(kernel.sum(1) / (len(x) - 1))))
 
@@ -72,21 +80,23 @@ def by_loops(method: DINOv2, batch: Batch, step: Step) -> dict[str, float]:
     share = min(1.0, step.progress / config.teacher_temperature_warmup)
     temperature = config.teacher_temperature_start * (1 - share) + config.teacher_temperature * share
     of_views = masks.transpose(0, 1).numpy()
-    teacher = np.stack([naive.head(method.teacher["heads"][names[0]], f.cls) for f in seen])
-    parts = np.stack([naive.head(method.teacher["heads"][names[1]], f.patches) for f in seen])
+    teacher = np.stack([numpy_prototype_head(method.teacher["heads"][names[0]], f.cls) for f in seen])
+    parts = np.stack([numpy_prototype_head(method.teacher["heads"][names[1]], f.patches) for f in seen])
     if config.centring == "centre":
-        assigned = naive.softmax((teacher - method.class_centre.numpy()) / temperature)
-        targets = naive.softmax((parts - method.patch_centre.numpy()) / temperature)
+        assigned = numpy_softmax((teacher - method.class_centre.numpy()) / temperature)
+        targets = numpy_softmax((parts - method.patch_centre.numpy()) / temperature)
     else:
         flat = teacher.reshape(-1, teacher.shape[-1])
-        assigned = naive.sinkhorn(flat, temperature, config.sinkhorn_iterations).reshape(teacher.shape)
+        assigned = numpy_sinkhorn(flat, temperature, config.sinkhorn_iterations).reshape(teacher.shape)
         targets = np.zeros_like(parts)
-        targets[of_views] = naive.sinkhorn(parts[of_views], temperature, config.sinkhorn_iterations)
-    student = np.stack([naive.head(method.heads[names[0]], f.cls) for f in masked + local])
-    of_class = naive.pairs(student, assigned, config.student_temperature)
+        targets[of_views] = numpy_sinkhorn(parts[of_views], temperature, config.sinkhorn_iterations)
+    student = np.stack([numpy_prototype_head(method.heads[names[0]], f.cls) for f in masked + local])
+    of_class = numpy_view_pairs(student, assigned, config.student_temperature)
     patch = np.mean(
         [
-            naive.patches(naive.head(method.heads[names[1]], f.patches), t, m, config.student_temperature)
+            numpy_masked_patches(
+                numpy_prototype_head(method.heads[names[1]], f.patches), t, m, config.student_temperature
+            )
             for f, t, m in zip(masked, targets, of_views, strict=True)
         ]
     )
@@ -126,7 +136,7 @@ def test_loss_and_gradient(knobs: dict) -> None:
     for group in (trained, [method.mask_token], list(method.heads.parameters())):
         directions = [torch.randn_like(p) for p in group]
         found = sum(float((p.grad * d).sum()) for p, d in zip(group, directions, strict=True))
-        slope = naive.slope_along(group, directions, lambda: by_loops(method, images, step())["total"], 1e-6)
+        slope = directional_derivative(group, directions, lambda: by_loops(method, images, step())["total"], 1e-6)
         assert found == pytest.approx(slope, rel=1e-4)
 
 
@@ -197,8 +207,8 @@ def test_teacher_and_centres_follow() -> None:
     views = [images.views["global1"], images.views["global2"]]
     with torch.no_grad():
         seen = [method.teacher["encoder"](v) for v in views]
-    outputs = [naive.head(method.teacher["heads"]["class"], f.cls) for f in seen]
-    parts = [naive.head(method.teacher["heads"]["patch"], f.patches)[masks[:, i]] for i, f in enumerate(seen)]
+    outputs = [numpy_prototype_head(method.teacher["heads"]["class"], f.cls) for f in seen]
+    parts = [numpy_prototype_head(method.teacher["heads"]["patch"], f.patches)[masks[:, i]] for i, f in enumerate(seen)]
     expected = {
         "class_centre": 0.7 * method.class_centre.numpy() + 0.3 * np.mean(outputs, axis=(0, 1)),
         "patch_centre": 0.7 * method.patch_centre.numpy() + 0.3 * np.concatenate(parts).mean(0),

@@ -16,26 +16,16 @@ import torch.nn.functional as F
 from oracles import import_transformers, to_transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_encoders import EXPORT_LINEAGE, EXPORT_PREPROCESSING, EXPORT_SIZE, small_export
 from torch import Tensor
 
-from ssl_pretrain import backbones, encoder
-from ssl_pretrain.encoder import Encoder, Preprocessing
+from ssl_pretrain import encoder
+from ssl_pretrain.encoder import Preprocessing
 from ssl_pretrain.errors import UserError
-
-SIZE = (16, 24)
-HOW = Preprocessing(20, SIZE, "bicubic", (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
-LINEAGE = {"method": "mae", "data": "photos", "step": 7}
-
-
-def make(seed: int = 0, *, how: Preprocessing = HOW, size: tuple[int, int] = SIZE, **options: Any) -> Encoder:
-    torch.manual_seed(seed)
-    options = {"patch_size": 8, "depth": 2, **options}
-    backbone = backbones.build("vit_micro", image_size=size, in_chans=how.channels, **options)
-    return Encoder(backbone, "vit_micro", how, LINEAGE).eval()
 
 
 def images(count: int = 2, seed: int = 0) -> Tensor:
-    return torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 3, *EXPORT_SIZE, generator=torch.Generator().manual_seed(seed))
 
 
 def pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -44,7 +34,7 @@ def pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndar
 
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
-    encoder.save(tmp_path / "run" / "encoder", make())
+    encoder.save(tmp_path / "run" / "encoder", small_export())
     return tmp_path / "run" / "encoder"
 
 
@@ -58,7 +48,7 @@ def export(tmp_path: Path) -> Path:
     ids=str,
 )
 def test_a_round_trip_is_exact_and_touches_no_random_state(options: dict[str, Any], tmp_path: Path) -> None:
-    written = make(3, **options)
+    written = small_export(3, **options)
     encoder.save(tmp_path / "run" / "encoder", written)
     torch.manual_seed(11)
     expected = torch.rand(3)
@@ -69,7 +59,7 @@ def test_a_round_trip_is_exact_and_touches_no_random_state(options: dict[str, An
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in before)
     assert read.backbone.config == written.backbone.config
-    assert (read.preprocessing, read.lineage, read.name) == (HOW, LINEAGE, "vit_micro")
+    assert (read.preprocessing, read.lineage, read.name) == (EXPORT_PREPROCESSING, EXPORT_LINEAGE, "vit_micro")
     assert read.fingerprint == written.fingerprint
     assert not read.training
     assert all(p.requires_grad for p in read.parameters())
@@ -88,8 +78,8 @@ def test_the_folder_holds_what_other_programs_read(export: Path) -> None:
     assert config["preprocessing"] == {
         "resize": 20, "crop": [16, 24], "interpolation": "bicubic", "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.3]
     }  # fmt: skip
-    assert config["lineage"] == LINEAGE
-    assert load_file(export / "model.safetensors").keys() == make().backbone.state_dict().keys()
+    assert config["lineage"] == EXPORT_LINEAGE
+    assert load_file(export / "model.safetensors").keys() == small_export().backbone.state_dict().keys()
     card = (export / "README.md").read_text()
     assert "pretrained with mae" in card
     assert "- data: photos" in card
@@ -99,8 +89,8 @@ def test_the_folder_holds_what_other_programs_read(export: Path) -> None:
 def test_the_same_encoder_gives_the_same_bytes(export: Path, tmp_path: Path) -> None:
     """In another process, too."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from test_encoder import *; "
-        "[encoder.save(Path(sys.argv[2]) / str(i), make()) for i in range(6)]"
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from small_encoders import small_export; "
+        "[encoder.save(Path(sys.argv[2]) / str(i), small_export()) for i in range(6)]"
     )
     subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=True)
     for i in range(6):
@@ -109,14 +99,16 @@ def test_the_same_encoder_gives_the_same_bytes(export: Path, tmp_path: Path) -> 
 
 
 def test_fingerprints_tell_weights_architecture_and_preprocessing_apart() -> None:
-    other = [make(1), make(0, shortcut_decay=0.9), make(0, how=Preprocessing(21, SIZE, "bicubic", HOW.mean, HOW.std))]
-    other.append(make(0))
+    mean, std = EXPORT_PREPROCESSING.mean, EXPORT_PREPROCESSING.std
+    resized = Preprocessing(21, EXPORT_SIZE, "bicubic", mean, std)
+    other = [small_export(1), small_export(0, shortcut_decay=0.9), small_export(0, preprocessing=resized)]
+    other.append(small_export(0))
     with torch.no_grad():
         next(other[-1].parameters())[0, 0] += 1e-6
-    assert len({one.fingerprint for one in (make(), *other)}) == 5
-    moved = make()
+    assert len({one.fingerprint for one in (small_export(), *other)}) == 5
+    moved = small_export()
     moved.lineage = {"method": "another"}
-    assert moved.fingerprint == make().fingerprint
+    assert moved.fingerprint == small_export().fingerprint
 
 
 def test_the_readme_example(export: Path, tmp_path: Path) -> None:
@@ -124,7 +116,7 @@ def test_the_readme_example(export: Path, tmp_path: Path) -> None:
     model = encoder.load(export.parent)
     batch = model.preprocess([Image.open(tmp_path / "cat.jpg")])
     features = model(batch)
-    assert batch.shape == (1, 3, *SIZE)
+    assert batch.shape == (1, 3, *EXPORT_SIZE)
     assert features.pooled.shape == (1, 128)
 
 
@@ -134,17 +126,17 @@ def test_the_readme_example(export: Path, tmp_path: Path) -> None:
 def test_preprocessing_is_resize_crop_and_normalise() -> None:
     """Against Pillow's bicubic, which like ours antialiases; 8-bit rounding is all they may differ by."""
     array = np.asarray(Image.fromarray(pixels(5, 6)).resize((60, 50), Image.Resampling.BICUBIC))
-    found = make().preprocess([array, Image.fromarray(array)])
+    found = small_export().preprocess([array, Image.fromarray(array)])
     assert found.dtype == torch.float32
     assert torch.equal(found[0], found[1])
     resized = np.asarray(Image.fromarray(array).resize((24, 20), Image.Resampling.BICUBIC))[2:18]
-    expected = (resized.astype(np.float64) / 255 - HOW.mean) / HOW.std
+    expected = (resized.astype(np.float64) / 255 - EXPORT_PREPROCESSING.mean) / EXPORT_PREPROCESSING.std
     np.testing.assert_allclose(found[0].permute(1, 2, 0).numpy(), expected, atol=1.01 / 255 / 0.2)
     assert np.abs(found[0].permute(1, 2, 0).numpy() - expected).mean() < 0.2 / 255 / 0.2
 
 
 def test_images_come_in_every_form_and_upright() -> None:
-    model, array = make(), pixels(30, 40)
+    model, array = small_export(), pixels(30, 40)
     expected = model.preprocess([array])
     file = io.BytesIO()
     Image.fromarray(array).save(file, "PNG")
@@ -164,18 +156,18 @@ def test_images_come_in_every_form_and_upright() -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_any_number_of_channels(channels: int) -> None:
-    how = Preprocessing(20, SIZE, "bilinear", (0.5,) * channels, (0.25,) * channels)
-    model, array = make(how=how), pixels(*SIZE, channels)
+    how = Preprocessing(20, EXPORT_SIZE, "bilinear", (0.5,) * channels, (0.25,) * channels)
+    model, array = small_export(preprocessing=how), pixels(*EXPORT_SIZE, channels)
     array = np.kron(array, np.ones((2, 2, 1), np.uint8))  # 32 x 48: halved to 20 x 30
     found = model.preprocess([array])
-    assert found.shape == (1, channels, *SIZE)
+    assert found.shape == (1, channels, *EXPORT_SIZE)
     assert model(found).pooled.shape == (1, 128)
     if channels == 1:
         assert torch.equal(model.preprocess([Image.fromarray(array[..., 0])]), found)
 
 
 def test_an_image_that_cannot_be_encoded_is_named() -> None:
-    model, good = make(), pixels(30, 40)
+    model, good = small_export(), pixels(30, 40)
     for bad, why in [
         (good.astype(np.float32), "float32"),
         (good[..., :2], "2 channels where 3 are wanted"),
@@ -189,7 +181,7 @@ def test_an_image_that_cannot_be_encoded_is_named() -> None:
     ("size", "resize"), [((224, 224), 256), ((32, 32), 32), ((96, 96), 96), ((384, 512), 439), ((448, 224), 256)]
 )
 def test_the_usual_crop_of_a_size(size: tuple[int, int], resize: int) -> None:
-    how = Preprocessing.for_size(size, HOW.mean, HOW.std)
+    how = Preprocessing.for_size(size, EXPORT_PREPROCESSING.mean, EXPORT_PREPROCESSING.std)
     assert (how.resize, how.crop, how.interpolation, how.channels) == (resize, size, "bicubic", 3)
 
 
@@ -290,10 +282,10 @@ def test_a_full_disk_leaves_the_export_before(export: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("ssl_pretrain.encoder.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        encoder.save(export, make(1))
+        encoder.save(export, small_export(1))
     monkeypatch.undo()
     assert sorted(file.name for file in export.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert encoder.load(export).fingerprint == make().fingerprint
+    assert encoder.load(export).fingerprint == small_export().fingerprint
 
 
 # ---- Other weights for the same architecture.
@@ -316,9 +308,10 @@ def test_random_like_is_a_function_of_the_seed_alone(export: Path) -> None:
 
 @pytest.mark.parametrize("positions", ["learned", "sincos", "rope"])
 def test_weights_start_an_encoder_for_another_image_size(positions: str, tmp_path: Path) -> None:
-    source = make(3, positions=positions)
+    source = small_export(3, positions=positions)
     encoder.save(tmp_path / "encoder", source)
-    same, larger = make(4, positions=positions), make(4, positions=positions, size=(48, 32), drop_path=0.1, pool="cls")
+    same = small_export(4, positions=positions)
+    larger = small_export(4, positions=positions, size=(48, 32), drop_path=0.1, pool="cls")
     for target in (same, larger):
         encoder.load_weights(tmp_path, target.backbone)
     state = source.backbone.state_dict()
@@ -342,19 +335,19 @@ def test_weights_start_an_encoder_for_another_image_size(positions: str, tmp_pat
         ({"heads": 8}, "--heads 8 instead of 4"),
         ({"positions": "sincos"}, "--positions sincos instead of learned"),
         ({"depth": 3, "dim": 64}, "--depth 3 instead of 2, --dim 64 instead of 128"),
-        ({"how": Preprocessing(20, SIZE, "bicubic", (0.5,), (0.5,))}, "--in-chans 1 instead of 3"),
+        ({"preprocessing": Preprocessing(20, EXPORT_SIZE, "bicubic", (0.5,), (0.5,))}, "--in-chans 1 instead of 3"),
     ],
 )
 def test_weights_of_another_architecture_are_refused(options: dict[str, Any], message: str, export: Path) -> None:
     with pytest.raises(UserError, match=f"is another than the one to start: .*{message}"):
-        encoder.load_weights(export, make(4, **options).backbone)
+        encoder.load_weights(export, small_export(4, **options).backbone)
 
 
 @pytest.mark.parametrize("name", ["ViT", "Dinov2"])
 def test_transformers_reads_an_export(name: str, tmp_path: Path) -> None:
     transformers = import_transformers()
-    how = Preprocessing.for_size((32, 32), HOW.mean, HOW.std)
-    written = make(5, size=(32, 32), how=how, layer_scale=0.3 if name == "Dinov2" else None)
+    how = Preprocessing.for_size((32, 32), EXPORT_PREPROCESSING.mean, EXPORT_PREPROCESSING.std)
+    written = small_export(5, size=(32, 32), preprocessing=how, layer_scale=0.3 if name == "Dinov2" else None)
     encoder.save(tmp_path, written)
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
     if name == "Dinov2":

@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from pixel_tasks import split_task
+from small_encoders import small_encoder
 from ssl_pretrain.eval import attentive
 from ssl_pretrain.eval._task import Data, Task
 from ssl_pretrain.launch.evaluate import main
-from test_features import small_encoder
-from test_knn import Arrays, noisy_classes, task_of
+from synthetic_data import ArraySource, noisy_classes
 
 from ssl_pretrain.encoder import Encoder
 from ssl_pretrain.errors import UserError
@@ -131,7 +132,7 @@ def test_it_finds_the_token_that_tells() -> None:
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
     monkeypatch.setenv("SSL_PRETRAIN_CACHE", str(tmp_path / "cache"))
-    made = task_of(noisy_classes(200, 1, noise=60), noisy_classes(60, 2, noise=60))
+    made = split_task(noisy_classes(200, 1, noise=60), noisy_classes(60, 2, noise=60))
     return replace(made, encoder=small_encoder(depth=4, patch_size=4), batch_size=40)
 
 
@@ -166,7 +167,7 @@ def test_the_test_labels_choose_nothing(task: Task) -> None:
     few = replace(FEW, blocks=(1, 2))
     outcome = attentive.evaluate(task, few)
     test = task.data.test.source
-    poisoned = task_of(task.data.train.source, Arrays(test.images, (test.labels + 1) % 7)).data
+    poisoned = split_task(task.data.train.source, ArraySource(test.images, (test.labels + 1) % 7)).data
     other = attentive.evaluate(replace(task, data=poisoned), few)
     assert other.all == outcome.all
     assert other.metrics["top1"] < outcome.metrics["top1"]
@@ -206,10 +207,10 @@ def test_tokens_are_those_of_the_blocks_after_the_final_norm(task: Task) -> None
 
 def test_without_augmentation_it_trains_on_the_crops_of_the_test(task: Task) -> None:
     wide = [np.asarray(picture(i, (20, 33))) for i in range(12)]
-    source = Arrays(np.stack(wide), np.arange(12) % 3)
+    source = ArraySource(np.stack(wide), np.arange(12) % 3)
     encoder = task.encoder
     how = replace(encoder.preprocessing, resize=18)
-    small = replace(task_of(source, source, 3), encoder=Encoder(encoder.backbone, encoder.name, how, {}))
+    small = replace(split_task(source, source, 3), encoder=Encoder(encoder.backbone, encoder.name, how, {}))
     supply = attentive._supply(small, replace(FEW, augment=False, probe_batch_size=6), np.arange(12), 2, {})
     for images, index in supply:
         torch.testing.assert_close(images, small.encoder.preprocess([wide[i] for i in index]))
@@ -227,7 +228,7 @@ def test_which_blocks_are_probed_unless_told() -> None:
 
 def test_encoders_without_blocks_and_other_tokens(task: Task) -> None:
     outcome = attentive.evaluate(
-        task_of(noisy_classes(60, 1), noisy_classes(20, 2)), replace(FEW, heads=None)
+        split_task(noisy_classes(60, 1), noisy_classes(20, 2)), replace(FEW, heads=None)
     )  # pixels
     assert {e["block"] for e in outcome.all} == {1}
     no_cls = replace(task, encoder=small_encoder(cls=False, pool="mean"))

@@ -3,18 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from pixel_tasks import unit_features, whole_task
 from scipy.optimize import linear_sum_assignment
 from sklearn import metrics as oracle
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from ssl_pretrain.eval import cluster
 from ssl_pretrain.eval._agreement import agreement, silhouette
 from ssl_pretrain.eval._assignment import assignment
-from ssl_pretrain.eval._task import Data, Images, Task
 from ssl_pretrain.eval._ward import ward
-from test_knn import Arrays, noisy_classes
+from synthetic_data import ArraySource, noisy_classes
 
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.features import extract, pixel_encoder
 from ssl_pretrain.features.kmeans import kmeans, lloyd, seeds
 from ssl_pretrain.randomness import numpy_generator
 
@@ -24,18 +23,6 @@ def blobs(n: int = 600, classes: int = 6, width: int = 10, noise: float = 1.0, s
     return (2 * rng.standard_normal((classes, width)))[rng.integers(0, classes, n)] + noise * rng.standard_normal(
         (n, width)
     )
-
-
-def task_of(images: Arrays, classes: int = 7) -> Task:
-    labels = np.full(len(images), -1) if images.labels is None else images.labels
-    of = Images("test", images, labels, int((labels < 0).sum()))
-    data = Data("arrays", of, of, tuple(f"class {c}" for c in range(classes)))
-    return Task(encoder=pixel_encoder((8, 8), 3), data=data, device=torch.device("cpu"), cache=False)
-
-
-def unit_features(task: Task) -> np.ndarray:
-    rows = extract(task.encoder, task.data.test.source, ["pooled"], cache=False).features["pooled"]
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (40, 40), (3, 9), (9, 3), (60, 45)])
@@ -135,7 +122,7 @@ def test_ward_of_copies_ends() -> None:
 
 
 def test_the_evaluator_scores_what_scikit_learn_says_of_its_clusters() -> None:
-    task = task_of(noisy_classes(300, 1, noise=150))
+    task = whole_task(noisy_classes(300, 1, noise=150))
     outcome = cluster.evaluate(task, cluster.Config(starts=20))
     rows, labels = unit_features(task), task.data.test.labels
     theirs = KMeans(7, n_init=20, random_state=0).fit_predict(rows)
@@ -145,8 +132,8 @@ def test_the_evaluator_scores_what_scikit_learn_says_of_its_clusters() -> None:
     assert outcome.all[1]["algorithm"] == "ward"
     assert outcome.all[1]["ami"] == pytest.approx(oracle.adjusted_mutual_info_score(labels, tree), abs=1e-6)
     assert outcome.metrics["accuracy"] > 50
-    shuffled = Arrays(task.data.test.source.images, np.random.default_rng(0).permutation(labels))
-    other = cluster.evaluate(task_of(shuffled), cluster.Config(starts=20))
+    shuffled = ArraySource(task.data.test.source.images, np.random.default_rng(0).permutation(labels))
+    other = cluster.evaluate(whole_task(shuffled), cluster.Config(starts=20))
     assert other.metrics["silhouette"] == outcome.metrics["silhouette"]  # labels take no part in the clustering
     assert abs(other.metrics["ami"]) < 0.05
 
@@ -154,14 +141,14 @@ def test_the_evaluator_scores_what_scikit_learn_says_of_its_clusters() -> None:
 def test_without_labels_the_silhouette_chooses() -> None:
     images = noisy_classes(200, 1, classes=5, noise=20)
     labels, images.labels = images.labels, None
-    outcome = cluster.evaluate(task_of(images, 0), cluster.Config())
+    outcome = cluster.evaluate(whole_task(images, 0), cluster.Config())
     assert {"nmi", "accuracy"}.isdisjoint(outcome.metrics)
     first = [entry for entry in outcome.all if entry["algorithm"] == "kmeans"]
     assert [entry["clusters"] for entry in first] == [2, 5, 10, 20, 50, 100]
     assert outcome.metrics["clusters"] == 5
     assert outcome.metrics["silhouette"] == max(entry["silhouette"] for entry in first)
-    partly = Arrays(images.images, np.where(np.arange(200) < 100, labels, -1))
-    scored = cluster.evaluate(task_of(partly), cluster.Config())
+    partly = ArraySource(images.images, np.where(np.arange(200) < 100, labels, -1))
+    scored = cluster.evaluate(whole_task(partly), cluster.Config())
     assert (scored.protocol["labelled"], scored.metrics["n"], scored.metrics["accuracy"]) == (100, 200, 100.0)
 
 
@@ -177,4 +164,4 @@ def test_without_labels_the_silhouette_chooses() -> None:
 )
 def test_what_cannot_be_clustered(count: int, config: cluster.Config, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        cluster.evaluate(task_of(noisy_classes(count, 1)), config)
+        cluster.evaluate(whole_task(noisy_classes(count, 1)), config)

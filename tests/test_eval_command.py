@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import command, picture
 from PIL import Image
+from small_encoders import small_encoder
 from ssl_pretrain.launch.evaluate import main
-from test_features import small_encoder
 
 from ssl_pretrain import encoder as exported
 from ssl_pretrain.encoder import Encoder

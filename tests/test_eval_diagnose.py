@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
+from pixel_tasks import whole_task
+from small_encoders import small_encoder
 from ssl_pretrain.eval import diagnose
 from ssl_pretrain.launch.evaluate import main
-from test_eval_cluster import task_of
-from test_features import small_encoder
-from test_knn import Arrays, noisy_classes
+from synthetic_data import ArraySource, noisy_classes
 
 from ssl_pretrain import encoder as exported
 from ssl_pretrain.errors import UserError
@@ -119,8 +119,8 @@ def test_an_earlier_block_that_serves_better_is_named() -> None:
 
 def test_views_are_those_of_their_images_and_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     colours = np.random.default_rng(0).integers(0, 256, (30, 1, 1, 3), dtype=np.uint8)
-    images = Arrays(np.tile(colours, (1, 8, 8, 1)), None)  # any crop of an image in one colour is the image
-    task = task_of(images, 0)
+    images = ArraySource(np.tile(colours, (1, 8, 8, 1)), None)  # any crop of an image in one colour is the image
+    task = whole_task(images, 0)
     config = diagnose.Config(view_images=24, views=4)
     outcome = diagnose.evaluate(task, config)
     assert outcome.metrics["alignment"] > 1e-3  # the colour jitter
@@ -143,7 +143,7 @@ def test_views_are_those_of_their_images_and_a_function_of_the_seed(monkeypatch:
 )
 def test_what_cannot_be_diagnosed(count: int, config: diagnose.Config, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        diagnose.evaluate(task_of(noisy_classes(count, 1)), config)
+        diagnose.evaluate(whole_task(noisy_classes(count, 1)), config)
 
 
 # ---- Commands on images without labels.

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import picture
 from pyarrow import parquet
+from small_encoders import small_encoder
 from ssl_pretrain.eval import embed
 from ssl_pretrain.eval._task import Data, Task
-from test_features import small_encoder
 
 from ssl_pretrain.errors import UserError
 

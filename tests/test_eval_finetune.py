@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from pixel_tasks import split_task
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_encoders import small_encoder
 from ssl_pretrain.eval import finetune, linear
 from ssl_pretrain.eval._task import Data, Images, Task
 from ssl_pretrain.launch.evaluate import main
-from test_features import small_encoder
-from test_knn import Arrays, noisy_classes, task_of
+from synthetic_data import ArraySource, noisy_classes
 from torch import nn
 
 from ssl_pretrain import backbones, optim
@@ -40,7 +41,7 @@ FEW = finetune.Config(epochs=2, lrs=(2e-3,), train_batch_size=32)
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
     monkeypatch.setenv("SSL_PRETRAIN_CACHE", str(tmp_path / "cache"))
-    made = task_of(noisy_classes(96, 1, noise=60), noisy_classes(40, 2, noise=60))
+    made = split_task(noisy_classes(96, 1, noise=60), noisy_classes(40, 2, noise=60))
     return replace(made, encoder=small_encoder(), batch_size=64)
 
 
@@ -94,7 +95,7 @@ def test_batch_norms_that_are_not_trained_keep_their_statistics() -> None:
     encoder = random_like(
         Encoder(backbone, "resnet18", Preprocessing(16, (16, 16), "bicubic", (0.5,) * 3, (0.2,) * 3), {})
     )
-    task = replace(task_of(noisy_classes(16, 1), noisy_classes(4, 2)), encoder=encoder)
+    task = replace(split_task(noisy_classes(16, 1), noisy_classes(4, 2)), encoder=encoder)
     config = replace(FEW, epochs=1, train_batch_size=8)
     found = finetune._train(task, replace(config, scope="last-1"), np.arange(16), 1e-3, "")
     assert {name.split(".")[0] + name.split(".")[1] for name in changed(encoder.backbone, found.encoder.backbone)} == {
@@ -269,7 +270,7 @@ def test_augmentation_is_drawn_for_an_epoch_and_a_sample(task: Task, monkeypatch
 # ---- The evaluator.
 
 
-def stripes(count: int, seed: int) -> Arrays:
+def stripes(count: int, seed: int) -> ArraySource:
     """Gratings that stand, lie, or cross, of random colours and phases: neither a pixel nor a mean tells the class."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 3
@@ -279,14 +280,14 @@ def stripes(count: int, seed: int) -> Arrays:
         standing, lying = (np.sin(1.2 * axis + rng.uniform(0, 2 * math.pi)) for axis in (x, y))
         wave = (standing, lying, standing * lying * math.sqrt(2))[label]
         images.append(127 + 100 * wave[..., None] * rng.uniform(-1, 1, 3) + 25 * rng.standard_normal((16, 16, 3)))
-    return Arrays(np.stack(images).clip(0, 255).astype(np.uint8), labels)
+    return ArraySource(np.stack(images).clip(0, 255).astype(np.uint8), labels)
 
 
 def striped_task() -> Task:
     backbone = backbones.build("vit_micro", image_size=(16, 16), in_chans=3, patch_size=4, dim=48, depth=2, heads=4)
     how = Preprocessing.for_size((16, 16), (0.5,) * 3, (0.25,) * 3)
     encoder = random_like(Encoder(backbone, "vit_micro", how, {}))
-    return replace(task_of(stripes(300, 1), stripes(150, 2), 3), encoder=encoder)
+    return replace(split_task(stripes(300, 1), stripes(150, 2), 3), encoder=encoder)
 
 
 def test_fine_tuning_learns_what_a_linear_probe_of_the_same_untrained_encoder_does_not() -> None:
@@ -350,7 +351,7 @@ def test_the_learning_rate_is_chosen_on_held_out_training_images(task: Task) -> 
     assert outcome.protocol["selected"] == max(outcome.all[:2], key=lambda e: (e["top1"], -e["loss"]))
     assert "held-out training images (0.25 of each class)" in outcome.protocol["selection"]
     test = task.data.test.source
-    poisoned = task_of(task.data.train.source, Arrays(test.images, (test.labels + 1) % 7)).data
+    poisoned = split_task(task.data.train.source, ArraySource(test.images, (test.labels + 1) % 7)).data
     other = finetune.evaluate(replace(task, data=poisoned), config)
     assert other.all == outcome.all
     assert other.metrics["top1"] != outcome.metrics["top1"]

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pixel_tasks import pooled_features, split_task
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import classification_report, f1_score
@@ -14,7 +15,7 @@ from ssl_pretrain.eval._intervals import bootstrap, by_class, wilson
 from ssl_pretrain.eval._logistic_regression import Rotation, path
 from ssl_pretrain.eval._results import classification
 from ssl_pretrain.eval.linear import hold_out
-from test_knn import Arrays, features_of, noisy_classes, task_of
+from synthetic_data import ArraySource, noisy_classes
 
 from ssl_pretrain.errors import UserError
 
@@ -108,9 +109,9 @@ def test_directions_without_variance_and_classes_without_rows() -> None:
 
 
 def test_the_sweep_chooses_as_scikit_learn_would_and_tests_once() -> None:
-    task = task_of(noisy_classes(400, 1), noisy_classes(200, 2))
+    task = split_task(noisy_classes(400, 1), noisy_classes(200, 2))
     outcome = logistic.evaluate(task, FEW)
-    train, test = (rows.astype(np.float64) for rows in features_of(task))
+    train, test = (rows.astype(np.float64) for rows in pooled_features(task))
     labels = task.data.train.labels
     fit, held = hold_out(labels, 0.1, 0)
     assert [entry["C"] for entry in outcome.all] == pytest.approx([1e-4, 1e-2, 1, 100])
@@ -125,8 +126,8 @@ def test_the_sweep_chooses_as_scikit_learn_would_and_tests_once() -> None:
     assert outcome.metrics["top1"] == pytest.approx(100 * oracle.score(test, task.data.test.labels), abs=0.6)
     assert outcome.metrics["top1_interval"][0] < outcome.metrics["top1"] < outcome.metrics["top1_interval"][1]
 
-    poisoned = Arrays(task.data.test.source.images, (task.data.test.labels + 1) % 7)
-    other = logistic.evaluate(task_of(noisy_classes(400, 1), poisoned), FEW)
+    poisoned = ArraySource(task.data.test.source.images, (task.data.test.labels + 1) % 7)
+    other = logistic.evaluate(split_task(noisy_classes(400, 1), poisoned), FEW)
     assert other.all == outcome.all
     assert other.metrics["top1"] < outcome.metrics["top1"]
 
@@ -140,13 +141,13 @@ def test_few_labels() -> None:
         np.testing.assert_array_equal(chosen, logistic.draw(labels, budget, 0, 0))
         assert not np.array_equal(chosen, logistic.draw(labels, budget, 0, 1))
 
-    task = task_of(noisy_classes(300, 1, noise=200), noisy_classes(150, 2, noise=200))
+    task = split_task(noisy_classes(300, 1, noise=200), noisy_classes(150, 2, noise=200))
     outcome = logistic.evaluate(task, replace(FEW, budgets=("1", "5", "50%"), draws=3))
     few = outcome.metrics["few_labels"]
     assert [row["images"] for row in few] == [7, 35, pytest.approx(150, abs=5)]
     assert few[0]["top1"] < few[1]["top1"] < few[2]["top1"] <= 100
     assert few[0]["C"] == [1.0] * 3  # nothing to choose it on
-    train, test = features_of(task)
+    train, test = pooled_features(task)
     for row in few:
         assert row["top1"] == pytest.approx(np.mean(row["draws"]))
         assert row["spread"] == pytest.approx(np.std(row["draws"], ddof=1))
@@ -171,17 +172,17 @@ def test_few_labels() -> None:
 )
 def test_knobs_out_of_range(config: logistic.Config, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        logistic.evaluate(task_of(noisy_classes(30, 1), noisy_classes(10, 2)), config)
+        logistic.evaluate(split_task(noisy_classes(30, 1), noisy_classes(10, 2)), config)
 
 
 def test_one_image_of_each_class_is_too_few_to_choose_on() -> None:
-    train = Arrays(noisy_classes(7, 1).images, np.arange(7))
+    train = ArraySource(noisy_classes(7, 1).images, np.arange(7))
     with pytest.raises(UserError, match="use knn"):
-        logistic.evaluate(task_of(train, noisy_classes(10, 2)), FEW)
+        logistic.evaluate(split_task(train, noisy_classes(10, 2)), FEW)
 
 
 def test_a_single_test_image_and_features_of_length_one() -> None:
-    task = task_of(noisy_classes(60, 1, 2), noisy_classes(1, 2, 2), classes=2)
+    task = split_task(noisy_classes(60, 1, 2), noisy_classes(1, 2, 2), classes=2)
     metrics = logistic.evaluate(task, replace(FEW, normalise="l2")).metrics
     assert metrics["n"] == 1
     assert metrics["top1"] in (0, 100)

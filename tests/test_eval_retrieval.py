@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pixel_tasks import unit_features, whole_task
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import NearestNeighbors
 from ssl_pretrain.eval import retrieval
-from test_eval_cluster import task_of, unit_features
-from test_knn import Arrays, noisy_classes
+from synthetic_data import ArraySource, noisy_classes
 
 from ssl_pretrain.errors import UserError
 
 
 def test_recall_and_precision_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "SCORES", 5000)  # several blocks of queries
-    task = task_of(noisy_classes(160, 1, noise=200))
+    task = whole_task(noisy_classes(160, 1, noise=200))
     labels = task.data.test.labels
     rows = unit_features(task).astype(np.float64)
     outcome = retrieval.evaluate(task, retrieval.Config(k=(1, 3, 5)))
@@ -44,7 +44,7 @@ def test_recall_and_precision_are_scikit_learns(monkeypatch: pytest.MonkeyPatch)
 def test_queries_that_have_nothing_to_find_are_left_out() -> None:
     images = noisy_classes(40, 1)
     labels = np.array([0] * 20 + [1] * 17 + [2, -1, -1])  # one alone in its class, two without a label
-    task = task_of(Arrays(images.images, labels))
+    task = whole_task(ArraySource(images.images, labels))
     outcome = retrieval.evaluate(task, retrieval.Config())
     assert (outcome.metrics["queries"], outcome.metrics["n"]) == (37, 40)
     some = retrieval.evaluate(task, retrieval.Config(queries=10))
@@ -56,7 +56,7 @@ def test_duplicates_and_sheets(tmp_path: Path) -> None:
     images = noisy_classes(30, 1)
     images.images[[20, 7]] = images.images[[3, 3]]
     images.images[11] = images.images[12] ^ 1
-    task = dataclasses.replace(task_of(images), out=tmp_path)
+    task = dataclasses.replace(whole_task(images), out=tmp_path)
     outcome = retrieval.evaluate(task, retrieval.Config(duplicate=0.999, sheet=4))
     written = json.loads((tmp_path / "duplicates.json").read_text())
     assert [tuple(map(int, pair["images"])) for pair in written["nearest"]] == [(3, 7), (3, 20), (7, 20), (11, 12)]
@@ -91,7 +91,7 @@ def test_duplicates_and_sheets(tmp_path: Path) -> None:
         np.testing.assert_array_equal(first, second)
         assert first.std() > 5
 
-    without = dataclasses.replace(task_of(noisy_classes(30, 1)), out=tmp_path)
+    without = dataclasses.replace(whole_task(noisy_classes(30, 1)), out=tmp_path)
     outcome = retrieval.evaluate(without, retrieval.Config(duplicate=1.0, sheet=0))
     assert not list(tmp_path.iterdir())  # what the evaluation before wrote is no longer so
     assert "no two images" in outcome.metrics["findings"][0]
@@ -109,4 +109,4 @@ def test_duplicates_and_sheets(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_retrieved(count: int, config: retrieval.Config, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        retrieval.evaluate(task_of(noisy_classes(count, 1)), config)
+        retrieval.evaluate(whole_task(noisy_classes(count, 1)), config)

@@ -11,18 +11,19 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from pixel_tasks import split_task
 from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier
+from small_encoders import small_encoder
 from ssl_pretrain.eval import robust
 from ssl_pretrain.eval._calibration import best_temperature, calibration, log_softmax, reliability
 from ssl_pretrain.eval._intervals import wilson
 from ssl_pretrain.eval._task import Helped, Task
 from ssl_pretrain.eval.linear import hold_out
 from ssl_pretrain.launch.evaluate import main
-from test_features import small_encoder
-from test_knn import Arrays, noisy_classes, task_of
+from synthetic_data import ArraySource, noisy_classes
 
 from ssl_pretrain import encoder as exported
 from ssl_pretrain.data.corruptions import FAMILIES, NAMES, corrupt
@@ -43,7 +44,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return task_of(noisy_classes(300, 1, noise=220), noisy_classes(150, 2, noise=220))
+    return split_task(noisy_classes(300, 1, noise=220), noisy_classes(150, 2, noise=220))
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
@@ -266,13 +267,13 @@ def test_the_cache_tells_conditions_apart(task: Task) -> None:
     np.testing.assert_allclose(found, pixels(np.stack([other[i] for i in range(150)])), atol=1e-5)
 
 
-def larger(count: int, seed: int) -> Arrays:
+def larger(count: int, seed: int) -> ArraySource:
     small = noisy_classes(count, seed, classes=3, noise=100)
-    return Arrays(small.images.repeat(3, 1).repeat(3, 2), small.labels)
+    return ArraySource(small.images.repeat(3, 1).repeat(3, 2), small.labels)
 
 
 def test_inputs_of_other_sizes_where_the_encoder_takes_them(task: Task) -> None:
-    vit = replace(task_of(larger(60, 1), larger(40, 2), classes=3), encoder=small_encoder())  # 16 x 16, patches of 8
+    vit = replace(split_task(larger(60, 1), larger(40, 2), classes=3), encoder=small_encoder())  # 16 x 16, patches of 8
     config = replace(FEW, severities=(1,), input_sizes=(0.5, 1.0, 1.4, 2.0))
     outcome = robust.evaluate(vit, config)
     sizes = outcome.metrics["input_sizes"]
@@ -291,7 +292,7 @@ def test_inputs_of_other_sizes_where_the_encoder_takes_them(task: Task) -> None:
 
 
 def test_a_crop_of_the_input_out_of_a_larger_image_is_corrupted_after_it(task: Task) -> None:
-    wide = replace(task_of(larger(60, 1), larger(40, 2), classes=3), encoder=small_encoder())
+    wide = replace(split_task(larger(60, 1), larger(40, 2), classes=3), encoder=small_encoder())
     how = replace(wide.encoder.preprocessing, resize=20)  # 24 x 24 images to 20 x 20, and of them 16 x 16
     wide.encoder.preprocessing = how
     config = replace(FEW, severities=(2,))
@@ -307,12 +308,14 @@ def test_a_crop_of_the_input_out_of_a_larger_image_is_corrupted_after_it(task: T
 
 
 def test_images_of_other_channels() -> None:
-    def of(count: int, seed: int, channels: int) -> Arrays:
+    def of(count: int, seed: int, channels: int) -> ArraySource:
         source = noisy_classes(count, seed, noise=100)
-        return Arrays(np.concatenate([source.images, source.images[:, :, :, :1]], 3)[..., :channels], source.labels)
+        return ArraySource(
+            np.concatenate([source.images, source.images[:, :, :, :1]], 3)[..., :channels], source.labels
+        )
 
     for channels, absent in ((1, {"saturate"}), (4, {"saturate", "jpeg_compression"})):
-        task = task_of(of(100, 1, channels), of(40, 2, channels))
+        task = split_task(of(100, 1, channels), of(40, 2, channels))
         task = replace(task, encoder=small_encoder(in_chans=channels))
         config = replace(FEW, corruptions=None, severities=(1,))
         assert set(robust._check(task, config)[1]) == set(NAMES) - absent
@@ -347,9 +350,9 @@ def test_knobs_out_of_range(task: Task, config: dict, message: str) -> None:
 
 
 def test_one_image_of_each_class_leaves_none_to_hold_out() -> None:
-    train = Arrays(noisy_classes(7, 1).images, np.arange(7))
+    train = ArraySource(noisy_classes(7, 1).images, np.arange(7))
     with pytest.raises(UserError, match="none can be held out"):
-        robust.evaluate(task_of(train, noisy_classes(10, 2)), FEW)
+        robust.evaluate(split_task(train, noisy_classes(10, 2)), FEW)
 
 
 def test_images_that_vanish_meanwhile(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 from sklearn import metrics as oracle
+from small_encoders import small_encoder
 from ssl_pretrain.eval import _dense, _foreground, _masks, _overlap, segment
 from ssl_pretrain.eval._propagate import Walk, propagate
 from ssl_pretrain.eval._task import Task
 from ssl_pretrain.launch.evaluate import main
-from test_features import small_encoder
 
 from ssl_pretrain.backbones.positions import Offsets
 from ssl_pretrain.encoder import Encoder, save

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pixel_tasks import split_task
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, r2_score
+from small_encoders import small_encoder
 from ssl_pretrain.eval import targets
 from ssl_pretrain.eval._targets import Targets
 from ssl_pretrain.launch.evaluate import main
-from test_features import small_encoder
-from test_knn import noisy_classes, task_of
+from synthetic_data import noisy_classes
 
 from ssl_pretrain import encoder as exported
 from ssl_pretrain.encoder import Encoder
@@ -36,7 +37,7 @@ def test_scores_against_scikit_learn() -> None:
 def test_models_against_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     rows, others = rng.normal(size=(80, 7)) * np.arange(1, 8), rng.normal(size=(30, 7))
-    task = task_of(noisy_classes(4, 1), noisy_classes(4, 2))
+    task = split_task(noisy_classes(4, 1), noisy_classes(4, 2))
     numbers = rows @ rng.normal(size=7) + rng.normal(size=80) + 5
     labels = (numbers > 4).astype(float)
     penalties = (1e-3, 0.1)

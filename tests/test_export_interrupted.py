@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_encoders import small_export
 
-from ssl_pretrain import backbones, encoder
-from ssl_pretrain.encoder import Encoder, Preprocessing
+from ssl_pretrain import encoder
 
 CODE = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from test_export_interrupted import make
+from small_encoders import small_export
 from ssl_pretrain import encoder
 path, at = Path(sys.argv[1]), int(sys.argv[2])
-encoder.save(path, make(1))
+encoder.save(path, small_export(1, lineage={"step": 1}))
 calls = [0]
 def die_at(real):
     def call(*args):
@@ -27,15 +27,8 @@ def die_at(real):
         return real(*args)
     return call
 os.replace, os.fsync = die_at(os.replace), die_at(os.fsync)
-encoder.save(path, make(2))
+encoder.save(path, small_export(2, lineage={"step": 2}))
 """
-
-
-def make(step: int) -> Encoder:
-    torch.manual_seed(step)
-    backbone = backbones.build("vit_micro", image_size=(16, 16), patch_size=8, depth=1)
-    preprocessing = Preprocessing.for_size((16, 16), (0.5,) * 3, (0.25,) * 3)
-    return Encoder(backbone, "vit_micro", preprocessing, {"method": "mae", "step": step})
 
 
 @pytest.mark.parametrize("at", range(1, 8))
@@ -46,13 +39,13 @@ def test_killed_before_each_sync_and_rename(at: int, tmp_path: Path) -> None:
     found = encoder.load(tmp_path / "encoder")
     step = found.lineage["step"]
     assert step == (1 if at <= 2 else 2)  # weights are the first rename
-    expected = make(step).backbone.state_dict()
+    expected = small_export(step, lineage={"step": step}).backbone.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in found.backbone.state_dict().items())
 
 
 def test_other_weights_under_a_description_are_refused(tmp_path: Path) -> None:
-    encoder.save(tmp_path / "a", make(1))
-    encoder.save(tmp_path / "b", make(2))
+    encoder.save(tmp_path / "a", small_export(1, lineage={"step": 1}))
+    encoder.save(tmp_path / "b", small_export(2, lineage={"step": 2}))
     from safetensors.torch import load_file, save_file
 
     save_file(load_file(tmp_path / "b" / "model.safetensors"), tmp_path / "a" / "model.safetensors")

@@ -4,48 +4,20 @@ import errno
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from small_encoders import MEAN, STD, ImageCounter, small_encoder
 from torch import nn
 
-from ssl_pretrain import backbones
 from ssl_pretrain.data.source import Source, open_source
 from ssl_pretrain.data.subset import Subset
-from ssl_pretrain.encoder import Encoder, Preprocessing, random_like
+from ssl_pretrain.encoder import Preprocessing
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import NotFinite, Tap, blocks, extract, pixel_encoder, poolings, vectors
-
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-
-
-def small_encoder(seed: int = 0, **options: Any) -> Encoder:
-    options = {"patch_size": 8, "dim": 32, "heads": 2, "depth": 3, **options}
-    channels = options.pop("in_chans", 3)
-    backbone = backbones.build("vit_micro", image_size=(16, 16), in_chans=channels, **options)
-    mean, std = (MEAN, STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
-    encoder = random_like(Encoder(backbone, "vit_micro", Preprocessing(16, (16, 16), "bicubic", mean, std), {}), seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():  # norms that are not the identity, so that leaving one out shows
-        for norm in (m for m in encoder.modules() if isinstance(m, nn.LayerNorm)):
-            norm.weight.uniform_(0.5, 1.5, generator=generator)
-            norm.bias.uniform_(-0.5, 0.5, generator=generator)
-    return encoder
-
-
-class Passes:
-    """Counts the images that come through an encoder."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.images = 0
-        encoder.backbone.register_forward_pre_hook(self)
-
-    def __call__(self, _: nn.Module, inputs: tuple) -> None:
-        self.images += len(inputs[0])
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +91,7 @@ def test_the_number_of_workers_and_the_batch_size_change_nothing(folder: Path) -
 
 def test_the_second_time_the_encoder_is_not_asked(folder: Path) -> None:
     source, encoder = open_source(str(folder), None), small_encoder()
-    passes = Passes(encoder)
+    passes = ImageCounter(encoder)
     first = extract(encoder, source, ["cls", "mean"])
     assert passes.images == 11  # and a blank one, for the widths of the taps
     second = extract(encoder, source, ["mean", "cls"])

@@ -2,10 +2,16 @@
 
 import math
 
-import naive
 import numpy as np
 import pytest
 import torch
+from numpy_oracles import (
+    directional_derivative,
+    numpy_masked_patches,
+    numpy_prototype_head,
+    numpy_softmax,
+    numpy_view_pairs,
+)
 from one_step import after_step
 from ssl_pretrain.methods.ibot import IBOT
 
@@ -59,13 +65,15 @@ def by_loops(method: IBOT, batch: Batch, step: Step) -> dict[str, float]:
     ends = (config.teacher_temperature, config.teacher_patch_temperature)
     temperature, patch_temperature = (start + (end - start) * min(1.0, share) for end in ends)
     centre, patch_centre = method.class_centre.numpy(), method.patch_centre.numpy()
-    teacher = np.stack([naive.head(method.teacher["head"], f.cls) for f in seen])
-    student = np.stack([naive.head(method.head, f.cls) for f in masked + local])
-    of_class = naive.pairs(student, naive.softmax((teacher - centre) / temperature), config.student_temperature)
+    teacher = np.stack([numpy_prototype_head(method.teacher["head"], f.cls) for f in seen])
+    student = np.stack([numpy_prototype_head(method.head, f.cls) for f in masked + local])
+    of_class = numpy_view_pairs(student, numpy_softmax((teacher - centre) / temperature), config.student_temperature)
     of_patches = [
-        naive.patches(
-            naive.head(method.head, masked[v].patches),
-            naive.softmax((naive.head(method.teacher["head"], seen[v].patches) - patch_centre) / patch_temperature),
+        numpy_masked_patches(
+            numpy_prototype_head(method.head, masked[v].patches),
+            numpy_softmax(
+                (numpy_prototype_head(method.teacher["head"], seen[v].patches) - patch_centre) / patch_temperature
+            ),
             masks[:, v].numpy(),
             config.student_temperature,
         )
@@ -96,7 +104,7 @@ def test_loss_and_gradient(knobs: dict) -> None:
     for group in (trained, [method.mask_token], list(method.head.parameters())):
         directions = [torch.randn_like(p) for p in group]
         found = sum(float((p.grad * d).sum()) for p, d in zip(group, directions, strict=True))
-        slope = naive.slope_along(group, directions, lambda: by_loops(method, images, step())["total"])
+        slope = directional_derivative(group, directions, lambda: by_loops(method, images, step())["total"])
         assert found == pytest.approx(slope, rel=1e-4)
 
 
@@ -154,8 +162,8 @@ def test_teacher_and_centres_follow() -> None:
     views = [images.views["global1"], images.views["global2"]]
     with torch.no_grad():
         seen = [method.teacher["encoder"](v) for v in views]
-    outputs = [naive.head(method.teacher["head"], f.cls) for f in seen]
-    parts = [naive.head(method.teacher["head"], f.patches) for f in seen]
+    outputs = [numpy_prototype_head(method.teacher["head"], f.cls) for f in seen]
+    parts = [numpy_prototype_head(method.teacher["head"], f.patches) for f in seen]
     expected = {
         "class_centre": 0.7 * method.class_centre.numpy() + 0.3 * np.mean(outputs, axis=(0, 1)),
         "patch_centre": 0.7 * method.patch_centre.numpy() + 0.3 * np.mean(parts, axis=(0, 1, 2)),

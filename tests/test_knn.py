@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from pixel_tasks import pooled_features, split_task
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from small_encoders import small_encoder
 from ssl_pretrain.eval import knn
-from ssl_pretrain.eval._task import Data, Images, Task
-from test_features import small_encoder
+from ssl_pretrain.eval._task import Data, Task
+from synthetic_data import ArraySource, noisy_classes
 
-from ssl_pretrain.data.source import Source
-from ssl_pretrain.encoder import Encoder
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.features import extract, neighbours, pixel_encoder, rounded_products
+from ssl_pretrain.features import neighbours, rounded_products
 from ssl_pretrain.features.neighbours import nearest, vote
 
 
@@ -217,52 +216,14 @@ def test_a_low_temperature_stays_finite() -> None:
 # ---- The evaluator, on images whose pixels are the features.
 
 
-class Arrays(Source):
-    """Images in memory."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...] | None = None) -> None:
-        self.images, self.labels, self.classes = images, labels, classes
-        self.fingerprint, self.description = "arrays", "arrays"
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.images[index]
-
-    def name(self, index: int) -> str:
-        return str(index)
-
-
-def noisy_classes(count: int, seed: int, classes: int = 7, noise: float = 300.0) -> Arrays:
-    """Images 8 x 8 of classes that overlap."""
-    centres = np.stack([np.asarray(picture(1000 + c, (8, 8))) for c in range(classes)]).astype(np.float64)
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, count)
-    images = centres[labels] + noise * rng.standard_normal((count, 8, 8, 3))
-    return Arrays(images.clip(0, 255).astype(np.uint8), labels.astype(np.int64))
-
-
-def task_of(train: Arrays, test: Arrays, classes: int = 7, **options: object) -> Task:
-    names = tuple(f"class {c}" for c in range(classes))
-    data = Data("arrays", Images("train", train, train.labels, 0), Images("test", test, test.labels, 0), names)
-    encoder: Encoder = pixel_encoder((8, 8), 3)
-    return Task(encoder=encoder, data=data, device=torch.device("cpu"), cache=False, **options)  # type: ignore[arg-type]
-
-
 @pytest.fixture
 def task() -> Task:
-    return task_of(noisy_classes(300, 1), noisy_classes(150, 2))
-
-
-def features_of(task: Task) -> list[np.ndarray]:
-    sides = (task.data.train.source, task.data.test.source)
-    return [extract(task.encoder, side, ["pooled"], cache=False).features["pooled"] for side in sides]
+    return split_task(noisy_classes(300, 1), noisy_classes(150, 2))
 
 
 def test_every_setting_scores_what_scikit_learn_says(task: Task) -> None:
     outcome = knn.evaluate(task, knn.Config())
-    train, test = features_of(task)
+    train, test = pooled_features(task)
     labels = task.data.test.labels
     assert [(entry["feature"], entry["k"]) for entry in outcome.all] == [("pooled", k) for k in (20, 5, 10, 100)]
     for entry in outcome.all:
@@ -283,7 +244,7 @@ def test_every_setting_scores_what_scikit_learn_says(task: Task) -> None:
 def test_the_choice_is_by_leave_one_out_and_never_by_the_test_labels(task: Task) -> None:
     config = knn.Config(k=(1, 3, 9, 250), select="train")
     outcome = knn.evaluate(task, config)
-    train, _ = features_of(task)
+    train, _ = pooled_features(task)
     labels = task.data.train.labels
     exact = unit(train) @ unit(train).T
     np.fill_diagonal(exact, -np.inf)
@@ -299,8 +260,8 @@ def test_the_choice_is_by_leave_one_out_and_never_by_the_test_labels(task: Task)
     assert found == pytest.approx(wanted)
     assert outcome.protocol["headline"] == f"feature pooled, k {max(wanted, key=wanted.__getitem__)}"
 
-    poisoned = Arrays(task.data.test.source.images, (task.data.test.labels + 1) % 7)
-    other = knn.evaluate(task_of(noisy_classes(300, 1), poisoned), config)
+    poisoned = ArraySource(task.data.test.source.images, (task.data.test.labels + 1) % 7)
+    other = knn.evaluate(split_task(noisy_classes(300, 1), poisoned), config)
     assert other.protocol["headline"] == outcome.protocol["headline"]
     assert other.metrics["top1"] != outcome.metrics["top1"]
 
@@ -327,7 +288,7 @@ def test_votes_and_blocks_are_swept_with_k(task: Task) -> None:
 
 
 def test_few_images_and_few_classes() -> None:
-    outcome = knn.evaluate(task_of(noisy_classes(8, 1, 2), noisy_classes(1, 2, 2), classes=2), knn.Config())
+    outcome = knn.evaluate(split_task(noisy_classes(8, 1, 2), noisy_classes(1, 2, 2), classes=2), knn.Config())
     assert sorted(entry["k"] for entry in outcome.all) == [5, 8]
     assert (outcome.metrics["n"], outcome.metrics["top5"]) == (1, 100.0)
 
@@ -335,8 +296,8 @@ def test_few_images_and_few_classes() -> None:
 def test_classes_are_the_same_by_name_and_images_without_label_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     images = np.zeros((6, 8, 8, 3), np.uint8)
     sides = {
-        "train": Arrays(images, np.array([2, 0, -1, 1, 1, 0]), ("ant", "bee", "cow")),
-        "test": Arrays(images[:4], np.array([0, 1, -1, 0]), ("cow", "ant")),
+        "train": ArraySource(images, np.array([2, 0, -1, 1, 1, 0]), ("ant", "bee", "cow")),
+        "test": ArraySource(images[:4], np.array([0, 1, -1, 0]), ("cow", "ant")),
     }
     monkeypatch.setattr("ssl_pretrain.eval._task.open_source", lambda name, split: sides[split])
     data = Data.open("insects", "train", "test")
@@ -346,7 +307,7 @@ def test_classes_are_the_same_by_name_and_images_without_label_are_left_out(monk
     assert (data.train.unlabelled, data.test.unlabelled) == (1, 1)
     assert [data.test.source.name(i) for i in range(3)] == ["0", "1", "3"]
 
-    sides["test"] = Arrays(images[:2], np.array([2, 4]))  # numbers only, and 4 is none of the three
+    sides["test"] = ArraySource(images[:2], np.array([2, 4]))  # numbers only, and 4 is none of the three
     with pytest.raises(UserError, match=r"1 images of split 'test' are of 1 class\(es\).* has: 4"):
         Data.open("insects", "train", "test")
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from numpy_oracles import numpy_sigreg
 from one_step import batch, build
 from ssl_pretrain.methods.lejepa import LeJEPA
-from test_sigreg import numpy_sigreg
 
 from ssl_pretrain import backbones
 from ssl_pretrain.errors import UserError

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pixel_tasks import pooled_features, split_task
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from small_encoders import ImageCounter, small_encoder
 from ssl_pretrain.eval import linear
 from ssl_pretrain.eval._task import Side, Task
 from ssl_pretrain.eval.linear import Heads, hold_out
-from test_features import Passes, small_encoder
-from test_knn import Arrays, features_of, noisy_classes, task_of
+from synthetic_data import ArraySource, noisy_classes
 
 from ssl_pretrain.errors import UserError
 
@@ -127,10 +128,10 @@ def test_a_head_that_diverges_leaves_the_others_alone() -> None:
     assert not together.logits(x)[:, 1].isfinite().all()
     torch.testing.assert_close(together.logits(x)[:, [0, 2]], calm.logits(x), rtol=1e-5, atol=1e-6)
 
-    outcome = linear.evaluate(task_of(noisy_classes(300, 1), noisy_classes(50, 2)), replace(FEW, lrs=(0.1, 1e39)))
+    outcome = linear.evaluate(split_task(noisy_classes(300, 1), noisy_classes(50, 2)), replace(FEW, lrs=(0.1, 1e39)))
     assert {(entry["lr"], entry["top1"] is None) for entry in outcome.all} == {(0.1, False), (1e39, True)}
     with pytest.raises(UserError, match="every head diverged"):
-        linear.evaluate(task_of(noisy_classes(300, 1), noisy_classes(50, 2)), replace(FEW, lrs=(1e39,)))
+        linear.evaluate(split_task(noisy_classes(300, 1), noisy_classes(50, 2)), replace(FEW, lrs=(1e39,)))
 
 
 def test_held_out_images() -> None:
@@ -191,7 +192,7 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 def test_a_single_head_is_trained_once_and_a_choice_on_test_images_says_so() -> None:
-    task = task_of(noisy_classes(300, 1), noisy_classes(150, 2))
+    task = split_task(noisy_classes(300, 1), noisy_classes(150, 2))
     single = linear.evaluate(task, replace(FEW, lrs=(0.1,), poolings=("mean",), layers=(1,)))
     assert single.protocol["selection"].startswith("a single head")
     assert single.all[0]["top1"] == pytest.approx(single.metrics["top1"])
@@ -204,7 +205,7 @@ def test_a_single_head_is_trained_once_and_a_choice_on_test_images_says_so() -> 
 
 @pytest.mark.parametrize("name", linear.PROTOCOLS)
 def test_published_protocols_run(name: str) -> None:
-    task = task_of(noisy_classes(300, 1), noisy_classes(150, 2))
+    task = split_task(noisy_classes(300, 1), noisy_classes(150, 2))
     values = linear.PROTOCOLS[name] | {"augment": False, "poolings": ("mean",), "layers": (1,)}
     values |= {"steps": 5} if "steps" in values else {"epochs": 2.0}
     outcome = linear.evaluate(task, linear.Config(**values))
@@ -215,9 +216,9 @@ def test_published_protocols_run(name: str) -> None:
 
 
 def test_it_reaches_what_logistic_regression_reaches() -> None:
-    task = task_of(noisy_classes(1500, 1), noisy_classes(600, 2))
+    task = split_task(noisy_classes(1500, 1), noisy_classes(600, 2))
     outcome = linear.evaluate(task, linear.Config(steps=400, probe_batch_size=256))
-    train, test = features_of(task)
+    train, test = pooled_features(task)
     scaler = StandardScaler().fit(train)
     best = max(
         LogisticRegression(C=c, max_iter=300)
@@ -231,8 +232,8 @@ def test_it_reaches_what_logistic_regression_reaches() -> None:
 
 def test_the_test_labels_choose_nothing() -> None:
     train, test = noisy_classes(400, 1), noisy_classes(150, 2)
-    outcome = linear.evaluate(task_of(train, test), FEW)
-    poisoned = linear.evaluate(task_of(train, Arrays(test.images, (test.labels + 1) % 7)), FEW)
+    outcome = linear.evaluate(split_task(train, test), FEW)
+    poisoned = linear.evaluate(split_task(train, ArraySource(test.images, (test.labels + 1) % 7)), FEW)
     assert poisoned.all == outcome.all
     assert poisoned.protocol["selected"] == outcome.protocol["selected"]
     assert poisoned.metrics["top1"] < outcome.metrics["top1"]
@@ -243,18 +244,18 @@ def test_the_test_labels_choose_nothing() -> None:
 
 def test_the_same_seed_gives_the_same_and_another_seed_another() -> None:
     def run(seed: int) -> tuple:
-        outcome = linear.evaluate(task_of(noisy_classes(400, 1), noisy_classes(150, 2), seed=seed), FEW)
+        outcome = linear.evaluate(split_task(noisy_classes(400, 1), noisy_classes(150, 2), seed=seed), FEW)
         return outcome.metrics, outcome.all
 
     assert run(0) == run(0)
     assert run(0)[1] != run(1)[1]
 
 
-def encoder_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[Task, Passes]:
+def encoder_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[Task, ImageCounter]:
     monkeypatch.setenv("SSL_PRETRAIN_CACHE", str(tmp_path))
     encoder = small_encoder(**options)
-    task = task_of(noisy_classes(200, 1), noisy_classes(60, 2))
-    return replace(task, encoder=encoder, cache=True), Passes(encoder)
+    task = split_task(noisy_classes(200, 1), noisy_classes(60, 2))
+    return replace(task, encoder=encoder, cache=True), ImageCounter(encoder)
 
 
 def test_which_inputs_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,4 +307,4 @@ def test_augmented_training_goes_through_the_encoder(tmp_path: Path, monkeypatch
 )
 def test_knobs_out_of_range(knobs: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        linear.evaluate(task_of(noisy_classes(20, 1), noisy_classes(5, 2)), replace(FEW, **knobs))
+        linear.evaluate(split_task(noisy_classes(20, 1), noisy_classes(5, 2)), replace(FEW, **knobs))

@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from synthetic_data import BIG_VIEW, NumberedFiles
 
 from ssl_pretrain.data.decode import decode
 from ssl_pretrain.data.loader import RawBatch, Share, _Restarted, batches, fixed_batches, to_batch
 from ssl_pretrain.data.sampler import samples
 from ssl_pretrain.data.source import Source
-from ssl_pretrain.data.views import Jitter, ViewSpec, cut
+from ssl_pretrain.data.views import ViewSpec, cut
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.randomness import numpy_generator
 
-BIG = ViewSpec(name="big", size=(24, 20), scale=(0.2, 1.0), jitter=Jitter(), blur=0.5)
-SMALL = ViewSpec(name="small", size=(12, 12), count=3, scale=(0.05, 0.3), vflip=0.5, interpolation="bilinear")
+SMALL_VIEW = ViewSpec(name="small", size=(12, 12), count=3, scale=(0.05, 0.3), vflip=0.5, interpolation="bilinear")
 
 
 def picture(number: int) -> np.ndarray:
@@ -44,30 +44,12 @@ def jpeg(number: int) -> bytes:
     return file.getvalue()
 
 
-class Files(Source):
-    """A folder's files by number, `0.jpg`, `1.jpg`, ..."""
-
-    def __init__(self, folder: Path, count: int, labelled: bool = True) -> None:
-        self.folder, self.count = folder, count
-        self.labels = np.arange(count, dtype=np.int64) * 10 if labelled else None
-        self.classes, self.fingerprint, self.description = None, "", ""
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> bytes | np.ndarray:
-        return (self.folder / f"{index}.jpg").read_bytes()
-
-    def name(self, index: int) -> str:
-        return f"{index}.jpg"
-
-
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Files:
+def good(tmp_path_factory: pytest.TempPathFactory) -> NumberedFiles:
     folder = tmp_path_factory.mktemp("good")
     for number in range(50):
         (folder / f"{number}.jpg").write_bytes(jpeg(number))
-    return Files(folder, 50)
+    return NumberedFiles(folder, 50)
 
 
 def run(
@@ -78,7 +60,7 @@ def run(
     stop: int = 4,
     workers: int = 0,
     policy: str = "replace",
-    specs: tuple[ViewSpec, ...] = (BIG, SMALL),
+    specs: tuple[ViewSpec, ...] = (BIG_VIEW, SMALL_VIEW),
     seed: int = 5,
 ) -> list[RawBatch]:
     return list(
@@ -113,7 +95,7 @@ def contents(raw: RawBatch) -> tuple:
 # ---- what a batch holds
 
 
-def test_a_batch_is_the_sampled_images_cut_by_their_own_keys(good: Files):
+def test_a_batch_is_the_sampled_images_cut_by_their_own_keys(good: NumberedFiles):
     """Each row against `decode` and `cut`, one view at a time, with a fresh generator of the documented key."""
     epochs, index = samples(0, 4 * 16, 50, seed=5)
     assert epochs.max() == 1
@@ -126,7 +108,7 @@ def test_a_batch_is_the_sampled_images_cut_by_their_own_keys(good: Files):
         assert raw.views["small"].shape == (3, 16, 12, 12, 3)
         for row, (epoch, sample) in enumerate(zip(epochs[rows].tolist(), index[rows].tolist(), strict=True)):
             image = decode(jpeg(sample), 3)
-            for spec in (BIG, SMALL):
+            for spec in (BIG_VIEW, SMALL_VIEW):
                 for copy in range(spec.count):
                     expected = cut(image, spec, numpy_generator(5, "view", epoch, sample, spec.name, copy))
                     at = (row,) if spec.count == 1 else (copy, row)
@@ -143,7 +125,7 @@ def test_the_restarted_generator_is_a_new_one_every_time():
             assert np.array_equal(draw(generator), draw(fresh))
 
 
-def test_views_change_with_epoch_seed_and_copy(good: Files):
+def test_views_change_with_epoch_seed_and_copy(good: NumberedFiles):
     raws = run(good, Share(50), stop=2)
     first, second = (raw.views["big"].numpy()[np.argsort(raw.index)] for raw in raws)
     assert (first != second).any((1, 2, 3)).mean() > 0.9
@@ -153,9 +135,9 @@ def test_views_change_with_epoch_seed_and_copy(good: Files):
     assert (copies[0] != copies[1]).any((1, 2, 3)).mean() > 0.9
 
 
-def test_to_batch_normalises_and_keeps_the_rest(good: Files):
-    raw = run(good, Share(8), stop=1, specs=(SMALL,))[0]
-    batch = to_batch(raw, (SMALL,), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), torch.device("cpu"))
+def test_to_batch_normalises_and_keeps_the_rest(good: NumberedFiles):
+    raw = run(good, Share(8), stop=1, specs=(SMALL_VIEW,))[0]
+    batch = to_batch(raw, (SMALL_VIEW,), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), torch.device("cpu"))
     expected = (raw.views["small"].numpy() / 255.0 - (0.5, 0.4, 0.3)) / (0.2, 0.3, 0.4)
     assert batch.views["small"].shape == (3, 8, 3, 12, 12)
     assert np.abs(batch.views["small"].numpy() - np.moveaxis(expected, -1, -3)).max() < 1e-5
@@ -164,15 +146,15 @@ def test_to_batch_normalises_and_keeps_the_rest(good: Files):
     assert batch.labels is not None
     assert batch.labels.tolist() == [10 * i for i in raw.index]
     assert batch.geometry["small"].shape == (3, 8, 5)
-    unlabelled = run(Files(good.folder, 50, labelled=False), Share(8), stop=1, specs=(SMALL,))[0]
-    assert to_batch(unlabelled, (SMALL,), (0.5,) * 3, (0.2,) * 3, torch.device("cpu")).labels is None
+    unlabelled = run(NumberedFiles(good.folder, 50, labelled=False), Share(8), stop=1, specs=(SMALL_VIEW,))[0]
+    assert to_batch(unlabelled, (SMALL_VIEW,), (0.5,) * 3, (0.2,) * 3, torch.device("cpu")).labels is None
 
 
 # ---- the same bytes
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(good: Files, workers: int):
+def test_workers_change_nothing(good: NumberedFiles, workers: int):
     share = Share(12, accumulate=2)
     alone = [contents(raw) for raw in run(good, share)]
     assert [contents(raw) for raw in run(good, share, workers=workers)] == alone
@@ -180,7 +162,7 @@ def test_workers_change_nothing(good: Files, workers: int):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_later_start_is_the_tail_of_the_whole(good: Files, workers: int):
+def test_a_later_start_is_the_tail_of_the_whole(good: NumberedFiles, workers: int):
     share = Share(12, accumulate=2)
     whole = [contents(raw) for raw in run(good, share, stop=6)]
     assert [contents(raw) for raw in run(good, share, start=4, stop=6, workers=workers)] == whole[8:]
@@ -188,7 +170,7 @@ def test_a_later_start_is_the_tail_of_the_whole(good: Files, workers: int):
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (4, 1), (2, 3)])
-def test_however_it_is_shared_the_global_batch_is_the_same(good: Files, world: int, accumulate: int):
+def test_however_it_is_shared_the_global_batch_is_the_same(good: NumberedFiles, world: int, accumulate: int):
     whole = run(good, Share(24), stop=3)
     parts = {rank: run(good, Share(24, accumulate, rank, world), stop=3) for rank in range(world)}
     for step, batch in enumerate(whole):
@@ -203,7 +185,7 @@ def test_however_it_is_shared_the_global_batch_is_the_same(good: Files, world: i
                 assert torch.equal(batch.views["big"][rows], raw.views["big"])
 
 
-def test_the_global_generators_are_left_alone(good: Files):
+def test_the_global_generators_are_left_alone(good: NumberedFiles):
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
     before = torch.get_rng_state(), np.random.get_state()[1].tobytes()  # type: ignore[index]  # noqa: NPY002
@@ -214,9 +196,9 @@ def test_the_global_generators_are_left_alone(good: Files):
     assert before[1] == after[1]
 
 
-def test_fixed_batches_are_the_same_every_time_in_order(good: Files):
+def test_fixed_batches_are_the_same_every_time_in_order(good: NumberedFiles):
     def made(share: Share, workers: int = 0) -> list[RawBatch]:
-        return list(fixed_batches(good, (BIG,), share, seed=5, channels=3, policy="replace", workers=workers))
+        return list(fixed_batches(good, (BIG_VIEW,), share, seed=5, channels=3, policy="replace", workers=workers))
 
     once = made(Share(16))
     assert np.concatenate([raw.index for raw in once]).tolist() == list(range(48))
@@ -245,7 +227,7 @@ def test_a_batch_that_does_not_divide_is_refused(share: tuple[int, int, int, int
 
 
 @pytest.fixture(scope="module")
-def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Files, dict[int, str]]:
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[NumberedFiles, dict[int, str]]:
     """300 files of which 1 % are bad, each in its own way, and one is an odd but good 16-bit PNG."""
     folder = tmp_path_factory.mktemp("spoilt")
     for number in range(300):
@@ -257,13 +239,13 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Files, dict[int, s
     (folder / "111.jpg").write_bytes(b"")
     (folder / "250.jpg").write_text("not a picture")
     (folder / "251.jpg").unlink()
-    return Files(folder, 300), {20: "", 111: "empty", 250: "not an image", 251: "FileNotFoundError"}
+    return NumberedFiles(folder, 300), {20: "", 111: "empty", 250: "not an image", 251: "FileNotFoundError"}
 
 
 @pytest.mark.parametrize("policy", ["replace", "skip"])
-def test_bad_files_are_replaced_and_listed(spoilt: tuple[Files, dict[int, str]], policy: str):
+def test_bad_files_are_replaced_and_listed(spoilt: tuple[NumberedFiles, dict[int, str]], policy: str):
     source, bad = spoilt
-    alone = run(source, Share(30), stop=20, policy=policy, specs=(BIG,))
+    alone = run(source, Share(30), stop=20, policy=policy, specs=(BIG_VIEW,))
     failures = [failure for raw in alone for failure in raw.failures]
     assert sorted(index for index, _, _ in failures if index != 251) == sorted([20, 111, 250] * 2)  # once an epoch
     for index, name, reason in failures:
@@ -281,15 +263,15 @@ def test_bad_files_are_replaced_and_listed(spoilt: tuple[Files, dict[int, str]],
     raw = next(raw for raw in alone if raw.failures)
     row = int(np.flatnonzero(raw.index != wanted[raw.step * 30 : raw.step * 30 + 30])[0])
     rng = numpy_generator(5, "view", raw.step // 10, int(raw.index[row]), "big", 0)
-    expected = cut(decode(source[int(raw.index[row])], 3), BIG, rng)
+    expected = cut(decode(source[int(raw.index[row])], 3), BIG_VIEW, rng)
     assert np.array_equal(raw.views["big"][row].numpy(), expected.image)
-    again = run(source, Share(30), stop=20, policy=policy, specs=(BIG,), workers=2)
+    again = run(source, Share(30), stop=20, policy=policy, specs=(BIG_VIEW,), workers=2)
     assert [contents(raw) for raw in again] == [contents(raw) for raw in alone]
 
 
-def test_skip_takes_the_next_of_the_epochs_order(spoilt: tuple[Files, dict[int, str]]):
+def test_skip_takes_the_next_of_the_epochs_order(spoilt: tuple[NumberedFiles, dict[int, str]]):
     source, bad = spoilt
-    used = np.concatenate([raw.index for raw in run(source, Share(30), stop=10, policy="skip", specs=(BIG,))])
+    used = np.concatenate([raw.index for raw in run(source, Share(30), stop=10, policy="skip", specs=(BIG_VIEW,))])
     order = samples(0, 300, 300, seed=5)[1]
     for place in np.flatnonzero(np.isin(order, list(bad))):
         following = np.roll(order, -int(place) - 1)
@@ -297,10 +279,10 @@ def test_skip_takes_the_next_of_the_epochs_order(spoilt: tuple[Files, dict[int, 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_fail_names_the_file_and_the_reason(spoilt: tuple[Files, dict[int, str]], workers: int):
+def test_fail_names_the_file_and_the_reason(spoilt: tuple[NumberedFiles, dict[int, str]], workers: int):
     source, _ = spoilt
     with pytest.raises(UserError, match=r"^(20|111|250|251)\.jpg cannot be used: .+--bad-images replace$"):
-        run(source, Share(30), stop=10, policy="fail", workers=workers, specs=(BIG,))
+        run(source, Share(30), stop=10, policy="fail", workers=workers, specs=(BIG_VIEW,))
 
 
 @pytest.mark.parametrize("policy", ["replace", "skip"])
@@ -309,18 +291,18 @@ def test_data_that_is_all_bad_ends_with_one_message(tmp_path: Path, policy: str,
     for number in range(150):
         (tmp_path / f"{number}.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"^nearly all images are unreadable: 100 in a row .*\d+\.jpg: not an image"):
-        run(Files(tmp_path, 150), Share(4), policy=policy, workers=workers)
+        run(NumberedFiles(tmp_path, 150), Share(4), policy=policy, workers=workers)
     with pytest.raises(UserError, match=r"^the data is not where it was.*No such file"):
-        run(Files(tmp_path / "gone", 150), Share(4), policy=policy, workers=workers)
+        run(NumberedFiles(tmp_path / "gone", 150), Share(4), policy=policy, workers=workers)
 
 
-class Broken(Files):
+class Broken(NumberedFiles):
     def __getitem__(self, index: int) -> bytes | np.ndarray:
         raise ZeroDivisionError("a bug, not a bad file")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bug_is_not_taken_for_a_bad_file(good: Files, workers: int):
+def test_a_bug_is_not_taken_for_a_bad_file(good: NumberedFiles, workers: int):
     with pytest.raises(ZeroDivisionError, match="a bug"):
         run(Broken(good.folder, 50), Share(4), workers=workers)
 
@@ -328,7 +310,7 @@ def test_a_bug_is_not_taken_for_a_bad_file(good: Files, workers: int):
 # ---- processes
 
 
-class Bus(Files):
+class Bus(NumberedFiles):
     """What the kernel does to a worker that writes where /dev/shm has no room left."""
 
     def __getitem__(self, index: int) -> bytes | np.ndarray:
@@ -336,13 +318,13 @@ class Bus(Files):
         return b""
 
 
-def test_a_bus_error_in_a_worker_is_explained(good: Files, capfd: pytest.CaptureFixture[str]):
+def test_a_bus_error_in_a_worker_is_explained(good: NumberedFiles, capfd: pytest.CaptureFixture[str]):
     with pytest.raises(UserError, match=r"ran out of shared memory.*--workers 0"):
         run(Bus(good.folder, 50), Share(4), workers=1)
     assert capfd.readouterr().err == ""
 
 
-def test_too_little_shared_memory_is_said_before_the_start(good: Files, monkeypatch: pytest.MonkeyPatch):
+def test_too_little_shared_memory_is_said_before_the_start(good: NumberedFiles, monkeypatch: pytest.MonkeyPatch):
     usage = type("Usage", (), {"free": 64 * 2**20})
     monkeypatch.setattr("ssl_pretrain.data.loader.shutil.disk_usage", lambda path: usage)
     large = ViewSpec(name="v", size=(224, 224))
@@ -352,18 +334,21 @@ def test_too_little_shared_memory_is_said_before_the_start(good: Files, monkeypa
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_a_machine_with_little_shared_memory(good: Files, checked: bool):
+def test_a_machine_with_little_shared_memory(good: NumberedFiles, checked: bool):
     """A real one of 1 MiB, in a mount namespace; also where it fills up only after the start, as others use it."""
     script = f"""
         import sys, types
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
-        from test_loader import Files, Share, UserError, ViewSpec, batches
+        from synthetic_data import NumberedFiles
         from ssl_pretrain.data import loader
+        from ssl_pretrain.data.loader import Share, batches
+        from ssl_pretrain.data.views import ViewSpec
+        from ssl_pretrain.errors import UserError
         if not {checked}:
             plenty = types.SimpleNamespace(free=2**40)
             loader.shutil = types.SimpleNamespace(disk_usage=lambda path: plenty)
-        source = Files(Path({str(good.folder)!r}), 50)
+        source = NumberedFiles(Path({str(good.folder)!r}), 50)
         try:
             for raw in batches(source, [ViewSpec(name="v", size=(224, 224))], Share(16), seed=0, channels=3,
                                start_step=0, stop_step=9, workers=2, policy="fail"):
@@ -413,15 +398,17 @@ SCRIPT = """
     import signal, sys, time
     sys.path.insert(0, {tests!r})
     from pathlib import Path
-    from test_loader import BIG, Files, Share, batches
+    from synthetic_data import BIG_VIEW, NumberedFiles
+    from ssl_pretrain.data.loader import Share, batches
 
     def stop(number, frame):
         print("main got", signal.Signals(number).name, flush=True)
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, stop)
-    made = batches(Files(Path({folder!r}), 50), (BIG,), Share(8), seed=0, channels=3, start_step=0, stop_step=1000,
-                   workers=2, policy="fail")
+    source = NumberedFiles(Path({folder!r}), 50)
+    made = batches(source, (BIG_VIEW,), Share(8), seed=0, channels=3, start_step=0, stop_step=1000, workers=2,
+                   policy="fail")
     next(made)
     print("ready", flush=True)
     time.sleep({sleep})
@@ -434,7 +421,7 @@ SCRIPT = """
 
 
 @pytest.fixture
-def started(good: Files, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen]:
+def started(good: NumberedFiles, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen]:
     """A process that holds two workers, in a process group of its own."""
     script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(good.folder), sleep=request.param)
     process = subprocess.Popen(
@@ -468,14 +455,15 @@ def test_workers_end_when_their_parent_is_killed(started: subprocess.Popen):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
-def test_workers_that_start_after_their_parent_was_killed_end_too(good: Files):
+def test_workers_that_start_after_their_parent_was_killed_end_too(good: NumberedFiles):
     """On a busy machine a worker may come to its first line after that; torch's own watch takes the new parent, which
     never ends, for the old one."""
     script = f"""
         import sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
-        from test_loader import BIG, Files, Share, batches
+        from synthetic_data import BIG_VIEW, NumberedFiles
+        from ssl_pretrain.data.loader import Share, batches
         from torch.utils.data._utils import signal_handling
 
         before = signal_handling._set_worker_signal_handlers
@@ -486,8 +474,9 @@ def test_workers_that_start_after_their_parent_was_killed_end_too(good: Files):
             before()
 
         signal_handling._set_worker_signal_handlers = late
-        next(batches(Files(Path({str(good.folder)!r}), 50), (BIG,), Share(8), seed=0, channels=3, start_step=0,
-                     stop_step=1000, workers=2, policy="fail"))
+        source = NumberedFiles(Path({str(good.folder)!r}), 50)
+        next(batches(source, (BIG_VIEW,), Share(8), seed=0, channels=3, start_step=0, stop_step=1000, workers=2,
+                     policy="fail"))
     """
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, start_new_session=True
@@ -521,9 +510,11 @@ def test_signals_to_the_whole_job_are_the_main_processes_business(started: subpr
     assert not any(alive(pid) for pid in workers)
 
 
-def test_closing_early_leaves_no_worker(good: Files):
+def test_closing_early_leaves_no_worker(good: NumberedFiles):
     before = children(os.getpid())
-    made = batches(good, (BIG,), Share(8), seed=0, channels=3, start_step=0, stop_step=1000, workers=2, policy="fail")
+    made = batches(
+        good, (BIG_VIEW,), Share(8), seed=0, channels=3, start_step=0, stop_step=1000, workers=2, policy="fail"
+    )
     next(made)
     workers = [pid for pid in children(os.getpid()) if pid not in before]
     assert len(workers) == 2

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from numpy_oracles import numpy_patches
 from ssl_pretrain.methods.mae import MAE
 from torch import nn
 
@@ -31,17 +32,6 @@ def step(batch: int = 4, noise: int = 1) -> Step:
 
 def images(batch: int = 4, size: tuple[int, int] = (32, 48), seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def numpy_patches(x: np.ndarray, p: int) -> np.ndarray:
-    b, c, height, width = x.shape
-    out = np.empty((b, (height // p) * (width // p), p * p * c))
-    for i in range(b):
-        for n in range(out.shape[1]):
-            top, left = n // (width // p) * p, n % (width // p) * p
-            values = [x[i, ch, top + r, left + q] for r in range(p) for q in range(p) for ch in range(c)]
-            out[i, n] = values
-    return out
 
 
 def test_patchify_and_its_inverse() -> None:

@@ -4,9 +4,10 @@ order of the release, the frozen patch embedding, and the wiring."""
 import numpy as np
 import pytest
 import torch
+from method_helpers import double_batch, perturb_, step
+from numpy_oracles import Weights, check_gradients, numpy_head, numpy_normalize, weights_of
 from one_step import after_step, build
 from ssl_pretrain.methods.mocov3 import MoCoV3
-from test_byol import Arrays, arrays, check_gradients, doubles, numpy_head, numpy_unit, shaken, step
 from torch import nn
 
 from ssl_pretrain import backbones
@@ -26,19 +27,19 @@ def made(**knobs: object) -> MoCoV3:
 @pytest.mark.parametrize("temperature", [0.2, 0.5])
 def test_loss_and_gradients_against_numpy(temperature: float) -> None:
     method = made(temperature=temperature)
-    shaken(method.teacher)
+    perturb_(method.teacher)
     rng = np.random.default_rng(0)
     at = {"query": rng.standard_normal((16, 2, method.encoder.dim))}
-    at |= arrays(method.projector, "projector.") | arrays(method.predictor, "predictor.")
+    at |= weights_of(method.projector, "projector.") | weights_of(method.predictor, "predictor.")
     key = rng.standard_normal(at["query"].shape)
-    held = arrays(method.teacher["projector"], "")
-    keys = [numpy_unit(numpy_head(held, "", PROJECTOR, key[:, v])) for v in (0, 1)]
+    held = weights_of(method.teacher["projector"], "")
+    keys = [numpy_normalize(numpy_head(held, "", PROJECTOR, key[:, v])) for v in (0, 1)]
 
-    def each(given: Arrays) -> np.ndarray:
+    def each(given: Weights) -> np.ndarray:
         total = np.zeros(16)
         for v in (0, 1):
             z = numpy_head(given, "projector.", PROJECTOR, given["query"][:, v])
-            q = numpy_unit(numpy_head(given, "predictor.", PREDICTOR, z))
+            q = numpy_normalize(numpy_head(given, "predictor.", PREDICTOR, z))
             for i in range(16):
                 chances = np.exp(keys[1 - v] @ q[i] / temperature)
                 total[i] -= 2 * temperature * np.log(chances[i] / chances.sum())
@@ -71,8 +72,8 @@ def test_heads_have_the_papers_shape() -> None:
 
 def test_each_view_goes_through_both_encoders() -> None:
     method = made()
-    shaken(method.teacher)
-    images = doubles(method)
+    perturb_(method.teacher)
+    images = double_batch(method)
     embedded = method.embed(images, step())
     for v, name in enumerate(("view1", "view2")):
         with torch.no_grad():
@@ -87,10 +88,10 @@ def test_the_momentum_encoder_is_the_releases_at_the_time_it_makes_keys() -> Non
     method = made()
     names = [n for n, _ in method.projector.named_parameters()]
     rng = np.random.default_rng(0)
-    expected = arrays(method.projector, "")
+    expected = weights_of(method.projector, "")
     for number in range(5):
         momentum = 1 - (1 - 0.99) * (np.cos(np.pi * number / 10) + 1) / 2
-        queries = arrays(method.projector, "")
+        queries = weights_of(method.projector, "")
         expected = {n: momentum * expected[n] + (1 - momentum) * queries[n] for n in names}
         for name, parameter in method.teacher["projector"].named_parameters():
             np.testing.assert_allclose(
@@ -104,7 +105,7 @@ def test_the_momentum_encoder_is_the_releases_at_the_time_it_makes_keys() -> Non
 
 def test_a_bad_step_moves_no_teacher() -> None:
     method = made()
-    shaken(method.teacher)
+    perturb_(method.teacher)
     before = {n: v.clone() for n, v in method.teacher.state_dict().items()}
     after_step(method, step(ok=False), {})
     assert all(torch.equal(v, before[n]) for n, v in method.teacher.state_dict().items())
@@ -118,7 +119,7 @@ def test_the_patch_embedding_stays_at_its_random_start_where_asked_for(frozen: b
     assert ("encoder.patch_embed.proj.bias" in names) is not frozen
     assert "encoder.blocks.0.attn.qkv.weight" in names
     assert not any(name.startswith("teacher") for name in names)
-    method(doubles(method), step()).total.backward()
+    method(double_batch(method), step()).total.backward()
     gradient = method.encoder.get_parameter("patch_embed.proj.weight").grad
     assert gradient is None if frozen else gradient is not None and bool(gradient.any())
 

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from method_helpers import double_batch, step
+from numpy_oracles import Weights, check_gradients, numpy_head, numpy_normalize, weights_of
 from one_step import after_step, build
 from ssl_pretrain.methods.nnclr import NNCLR
-from test_byol import Arrays, arrays, check_gradients, doubles, numpy_head, numpy_unit, step
 from torch import nn
 
 from ssl_pretrain.errors import UserError
@@ -25,17 +26,17 @@ def made(**knobs: object) -> NNCLR:
 def test_loss_and_gradients_against_numpy(kind: str, temperature: float) -> None:
     method = made(loss=kind, temperature=temperature)
     at = {"pooled": np.random.default_rng(0).standard_normal((16, 2, method.encoder.dim))}
-    at |= arrays(method.projector, "projector.") | arrays(method.predictor, "predictor.")
+    at |= weights_of(method.projector, "projector.") | weights_of(method.predictor, "predictor.")
     queue = method.queue.rows.numpy().copy()
     # Neighbours are constants: no gradient goes through the choice of them, nor into the queue.
-    projected = [numpy_unit(numpy_head(at, "projector.", PROJECTOR, at["pooled"][:, v])) for v in (0, 1)]
+    projected = [numpy_normalize(numpy_head(at, "projector.", PROJECTOR, at["pooled"][:, v])) for v in (0, 1)]
     neighbours = [[queue[np.argmin(((queue - z) ** 2).sum(1))] for z in view] for view in projected]
 
-    def each(given: Arrays) -> np.ndarray:
+    def each(given: Weights) -> np.ndarray:
         predicted = []
         for v in (0, 1):
             z = numpy_head(given, "projector.", PROJECTOR, given["pooled"][:, v])
-            predicted.append(numpy_unit(numpy_head(given, "predictor.", PREDICTOR, z)))
+            predicted.append(numpy_normalize(numpy_head(given, "predictor.", PREDICTOR, z)))
         total = np.zeros(16)
         for v in (0, 1):
             for i in range(16):
@@ -70,7 +71,7 @@ def test_heads_have_the_papers_shape() -> None:
 
 def test_each_view_goes_through_the_encoder() -> None:
     method = made()
-    images = doubles(method)
+    images = double_batch(method)
     pooled = method.embed(images, step())["pooled"]
     with torch.no_grad():
         for v, name in enumerate(("view1", "view2")):
@@ -80,7 +81,7 @@ def test_each_view_goes_through_the_encoder() -> None:
 def test_the_queue_takes_the_first_views_projections() -> None:
     method = made()
     before = method.queue.rows.clone()
-    losses = method(doubles(method), step())
+    losses = method(double_batch(method), step())
     assert torch.equal(method.queue.rows, before)  # forward changes nothing
     after_step(method, step(), losses.carry)
     assert torch.equal(method.queue.rows[:16], losses.carry["projected"])

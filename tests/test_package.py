@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -92,6 +93,19 @@ def test_the_core_imports_no_outer_folder_and_they_do_not_import_each_other() ->
             for name in imports(path):
                 others = [o for o in outer if o != folder]
                 assert not any(name.startswith(f"ssl_pretrain.{o}") for o in others), f"{path} imports {name}"
+
+
+def test_no_test_file_imports_from_another() -> None:
+    """What several need is in a module of its own. Code that a test gives to another process counts, too."""
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    statement = re.compile(r"(?:^|;)\s*(?:from|import)\s+([\w.]+(?:\s*,\s*[\w.]+)*)", re.MULTILINE)
+    for path in (ROOT / "tests").rglob("*.py"):
+        found = set(imports(path))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found |= {name for names in statement.findall(node.value) for name in re.split(r"\s*,\s*", names)}
+        taken = {name for name in found if name.removeprefix("tests.").split(".")[0] in tests}
+        assert not taken, f"{path.name} imports {', '.join(sorted(taken))}"
 
 
 def test_listing_backbones_and_commands_imports_no_torch() -> None:

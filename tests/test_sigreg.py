@@ -3,23 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from numpy_oracles import numpy_sigreg
 
 from ssl_pretrain.parts import sigreg as module
 from ssl_pretrain.parts.sigreg import END, KNOTS, sigreg, sigreg_of_a_point
-
-
-def numpy_sigreg(z: np.ndarray, directions: np.ndarray) -> float:
-    """Section 4.2 as it stands: one direction and one knot after the other."""
-    t = np.linspace(0, END, KNOTS)
-    phi = np.exp(-(t**2) / 2)
-    spacing = END / (KNOTS - 1)
-    trapezoid = 2 * spacing * np.where((t == 0) | (t == END), 0.5, 1.0)
-    total = []
-    for a in directions.T:
-        x = z @ (a / np.linalg.norm(a))
-        ecf = np.array([np.exp(1j * tk * x).mean() for tk in t])
-        total.append(len(z) * np.sum(trapezoid * phi * np.abs(ecf - phi) ** 2))
-    return float(np.mean(total))
 
 
 def clouds(n: int = 40, d: int = 6, s: int = 9) -> tuple[np.ndarray, np.ndarray]:

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from method_helpers import double_batch, step
+from numpy_oracles import Weights, check_gradients, numpy_head, numpy_normalize, weights_of
 from one_step import build
 from ssl_pretrain.methods.simsiam import SimSiam
-from test_byol import Arrays, arrays, check_gradients, doubles, numpy_head, numpy_unit, step
 from torch import nn
 
 PROJECTOR, PREDICTOR = "linear norm relu linear norm relu linear norm", "linear norm relu linear"
@@ -20,15 +21,15 @@ def made() -> SimSiam:
 def test_loss_and_gradients_against_numpy() -> None:
     method = made()
     at = {"pooled": np.random.default_rng(0).standard_normal((16, 2, method.encoder.dim))}
-    at |= arrays(method.projector, "projector.") | arrays(method.predictor, "predictor.")
+    at |= weights_of(method.projector, "projector.") | weights_of(method.predictor, "predictor.")
     # What the gradient must not flow through: the projections as they are, constant while parameters move.
-    stopped = [numpy_unit(numpy_head(at, "projector.", PROJECTOR, at["pooled"][:, v])) for v in (0, 1)]
+    stopped = [numpy_normalize(numpy_head(at, "projector.", PROJECTOR, at["pooled"][:, v])) for v in (0, 1)]
 
-    def each(given: Arrays) -> np.ndarray:
+    def each(given: Weights) -> np.ndarray:
         predicted = []
         for v in (0, 1):
             z = numpy_head(given, "projector.", PROJECTOR, given["pooled"][:, v])
-            predicted.append(numpy_unit(numpy_head(given, "predictor.", PREDICTOR, z)))
+            predicted.append(numpy_normalize(numpy_head(given, "predictor.", PREDICTOR, z)))
         return -((predicted[0] * stopped[1]).sum(1) + (predicted[1] * stopped[0]).sum(1)) / 2
 
     pooled = torch.tensor(at["pooled"], requires_grad=True)
@@ -45,7 +46,7 @@ def test_loss_and_gradients_against_numpy() -> None:
 def test_without_a_way_through_the_predictor_the_encoder_gets_no_gradient() -> None:
     method = made()
     nn.init.zeros_(method.predictor[3].weight)  # predictions are the last bias, whatever the image
-    losses = method(doubles(method), step())
+    losses = method(double_batch(method), step())
     losses.total.backward()
     assert all(
         p.grad is None or not p.grad.any() for p in (*method.encoder.parameters(), *method.projector.parameters())
@@ -67,7 +68,7 @@ def test_heads_have_the_papers_shape() -> None:
 
 def test_each_view_goes_through_the_encoder() -> None:
     method = made()
-    images = doubles(method)
+    images = double_batch(method)
     pooled = method.embed(images, step())["pooled"]
     with torch.no_grad():
         for v in (0, 1):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import picture
-from test_features import small_encoder
+from small_encoders import small_encoder
 
 from ssl_pretrain import encoder as exported
 from ssl_pretrain.data.source import open_source
@@ -25,9 +25,8 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from ssl_pretrain import encoder
-from ssl_pretrain.features import feature_cache
 from ssl_pretrain.data.source import Source, open_source
-from ssl_pretrain.features import extract
+from ssl_pretrain.features import extract, feature_cache
 
 run, data, log, pause = sys.argv[1:5]
 feature_cache.BLOCK = 4

@@ -109,5 +109,5 @@ class BarlowTwins(WholeBatchMethod):
         k = self.config.projector_dim
         return {
             "invariance": (float(k), "the two views' embeddings are uncorrelated, or all images get the same one"),
-            "redundancy": (float(k * (k - 1)), "all channels of the embedding are the same one"),
+            "redundancy": (float(k * (k - 1)), "all channels of the embedding are the same one, alike in both views"),
         }

@@ -315,10 +315,13 @@ class DINOv2(WholeBatchMethod):
         """Uniform outputs, outputs that are always the same prototype, and class tokens that are all alike."""
         uniform = math.log(self.config.prototypes)
         masked = int(2 * batch_size * self.config.mask_probability) / (2 * batch_size)
-        return {
+        stated = {
             "class": (uniform, "student and teacher give every image the uniform distribution"),
-            "patch": (masked * uniform, "student and teacher give every patch the uniform distribution"),
-            "teacher_entropy": (0.0, "the teacher gives every image one prototype with certainty"),
-            "koleo": (-2 * math.log(DUPLICATES), "all images get the same class token"),
-            "kde": (2 * self.config.concentration, "all images get the same class token"),
+            "patch": (masked * uniform, "student and teacher give every masked patch the uniform distribution"),
         }
+        if self.config.centring == "centre":  # Sinkhorn-Knopp lets no prototype have all images
+            stated["teacher_entropy"] = (0.0, "the teacher gives every image one prototype with certainty")
+        if self.config.regulariser_weight:
+            alike = -2 * math.log(DUPLICATES) if self.config.regulariser == "koleo" else 2 * self.config.concentration
+            stated[self.config.regulariser] = (alike, "all images get the same class token")
+        return stated

@@ -122,5 +122,5 @@ class LeJEPA(WholeBatchMethod):
         )
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
-        """SIGReg of one point."""
-        return {"sigreg": (sigreg_of_a_point(batch_size), "all images get the same embedding")}
+        """SIGReg of one point, which is least for zero, so that embeddings that are all the same go there."""
+        return {"sigreg": (sigreg_of_a_point(batch_size), "all images get the same embedding, which is zero")}

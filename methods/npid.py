@@ -137,7 +137,8 @@ class NPID(WholeBatchMethod):
         self.normaliser.copy_(torch.where(step.ok, step.carried["normaliser"].mean(), self.normaliser))
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
-        """The loss where every image is as like all others as itself: h = 1 / (1 + m), or 1 of M."""
+        """The loss where every image is as like all others as itself: h = 1 / (1 + m), or 1 of M. For NCE it is the least
+        that equal similarities can have, whatever the constant of normalisation, so training without success ends there."""
         m = self.config.negatives
         softmax = self.config.loss == "softmax"
         return {

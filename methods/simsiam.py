@@ -107,5 +107,7 @@ class SimSiam(WholeBatchMethod):
         return -(l2_normalize(self.predictor(source)) * l2_normalize(target.detach())).sum(-1)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
-        """The least value there is: no real pair of views is predicted so well."""
-        return {"loss": (-1.0, "every view predicts the other perfectly, all images get the same embedding")}
+        """The least value there is: no real pair of views is predicted so well. Not one vector alone, of which the
+        projector's last batch norm leaves nothing, but one and its opposite."""
+        words = "every view predicts the other perfectly, all images get the same embedding or its opposite"
+        return {"loss": (-1.0, words)}

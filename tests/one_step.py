@@ -47,13 +47,13 @@ SMALL = {
 }
 
 
-def build(name: str) -> pretext.Method:
+def build(name: str, **knobs: object) -> pretext.Method:
     """A small instance of the method, its weights a function of its name."""
     kind = pretext.load(name)
     torch.manual_seed(key("one step", name))
     options = {**backbones.defaults("vit_micro"), "patch_size": 8, "depth": 2, **kind.recipe.encoder}
     encoder = backbones.build("vit_micro", image_size=SIZE, **options)
-    method = kind(encoder, kind.Config(**SMALL.get(name, {})))
+    method = kind(encoder, kind.Config(**{**SMALL.get(name, {}), **knobs}))
     method.prepare(BATCH)
     return method
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from method_helpers import check_stated, losses_of, make_zero_
 from numpy_oracles import numpy_patches
-from one_step import batch, build
+from one_step import BATCH, batch, build
 from ssl_pretrain.methods.aim import AIM
 
 from ssl_pretrain import backbones
@@ -69,7 +70,6 @@ def test_plain_pixels_and_another_size_of_image() -> None:
     encoder = build("aim").encoder
     method = AIM(encoder, AIM.Config(norm_pix=False, head_dim=32, head_depth=1))
     images = batch(method, slice(0, 16))
-    assert method.collapsed(16) == {}
     images.views = {"image": torch.zeros(16, 3, 24, 40)}
     assert torch.isfinite(method(images, step()).total)
     shown = method.pictures(images, step())
@@ -86,3 +86,11 @@ def test_what_cannot_work_is_refused() -> None:
     blind.supports = frozenset()
     with pytest.raises(UnsupportedByBackbone, match="aim needs an encoder that supports 'attention'"):
         AIM(blind, AIM.Config())
+
+
+def test_collapsed_state_has_the_stated_loss() -> None:
+    """The mean colour is zero where the target is normalised; in plain pixels the loss depends on the images."""
+    method = build("aim", norm_pix=True)
+    make_zero_(method.head_pred)
+    check_stated(method, {"loss": losses_of(method)})
+    assert build("aim", norm_pix=False).collapsed(BATCH) == {}

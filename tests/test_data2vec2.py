@@ -3,11 +3,12 @@
 import math
 
 import numpy as np
+import one_step
 import pytest
 import torch
+from method_helpers import check_stated, losses_of, make_zero_
 from one_step import after_step
 from ssl_pretrain.methods.data2vec2 import ConvBlock, Data2Vec2
-from torch import nn
 
 from ssl_pretrain import backbones
 from ssl_pretrain.errors import UserError
@@ -187,12 +188,11 @@ def test_the_teacher_follows_with_a_momentum_that_rises_in_the_first_share() -> 
     assert method.exported() is method.encoder
 
 
-def test_predicting_the_mean_gives_the_collapsed_value() -> None:
-    method = build()
-    nn.init.zeros_(method.decoder_proj.weight)
-    nn.init.zeros_(method.decoder_proj.bias)
-    value, _ = method.collapsed(256)["patches"]
-    assert float(method(a_batch(images()), step()).terms["patches"]) == pytest.approx(value, rel=1e-3)
+@pytest.mark.parametrize("cls_loss", [0.0, 0.01])
+def test_collapsed_state_has_the_stated_loss(cls_loss: float) -> None:
+    method = one_step.build("data2vec2", cls_loss=cls_loss)
+    make_zero_(method.decoder_proj)
+    check_stated(method, {"patches": losses_of(method)})
 
 
 def test_other_image_sizes_than_the_configured_one() -> None:

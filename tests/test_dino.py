@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from method_helpers import check_stated, losses_of, make_certain_, make_uniform_
+from numpy_oracles import numpy_softmax
 from one_step import after_step, batch, build
 from ssl_pretrain.methods.dino import DINO
 
@@ -23,25 +25,20 @@ def step(number: int = 3, total: int = 10) -> Step:
     return Step(step=number, total=total, noise=1, rows=slice(0, 16), batch_size=16, device=torch.device("cpu"))
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
 def numpy_loss(student: np.ndarray, teacher: np.ndarray, temperature: float) -> np.ndarray:
     """(B,), pair by pair."""
     total, pairs = np.zeros(student.shape[1]), 0
     for t in range(len(teacher)):
         for s in range(len(student)):
             if s != t:
-                total -= (teacher[t] * np.log(softmax(student[s] / temperature))).sum(-1)
+                total -= (teacher[t] * np.log(numpy_softmax(student[s] / temperature))).sum(-1)
                 pairs += 1
     return total / pairs
 
 
 def test_cross_entropy_and_its_gradient_are_those_of_the_pairs() -> None:
     rng = np.random.default_rng(0)
-    student, teacher = rng.normal(size=(5, 3, 7)), softmax(rng.normal(size=(2, 3, 7)) * 3)
+    student, teacher = rng.normal(size=(5, 3, 7)), numpy_softmax(rng.normal(size=(2, 3, 7)) * 3)
     x = torch.tensor(student, requires_grad=True)
     each, entropy = cross_entropy_of_pairs(x, torch.tensor(teacher), 0.3)
     np.testing.assert_allclose(each.detach().numpy(), numpy_loss(student, teacher, 0.3), rtol=1e-12)
@@ -83,7 +80,7 @@ def test_loss_centre_and_teacher_of_two_steps() -> None:
     centre = np.zeros(48)
     for number in (3, 4):
         losses = method(images, step(number))
-        expected = numpy_loss(student, softmax((seen - centre) / 0.04), 0.1)
+        expected = numpy_loss(student, numpy_softmax((seen - centre) / 0.04), 0.1)
         np.testing.assert_allclose(losses.per_sample.numpy(), expected, rtol=1e-5)  # type: ignore[union-attr]
         weight = method.teacher["head"].prototypes.weight.numpy().copy()
         here = step(number)
@@ -189,3 +186,14 @@ def test_colour_jitter_is_that_of_the_papers_with_saturation_at_half(name: str) 
     kind = pretext.load(name)
     for spec in kind.views(kind.Config(), (224, 224)):
         assert spec.jitter == Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8)
+
+
+def test_collapsed_state_has_the_stated_loss() -> None:
+    method = build("dino")
+    for head in (method.head, method.teacher["head"]):
+        make_uniform_(head.prototypes)
+    uniform = losses_of(method)
+
+    method = build("dino")
+    make_certain_(method.teacher["head"])
+    check_stated(method, {"loss": uniform, "teacher_entropy": losses_of(method)})

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from method_helpers import check_stated, losses_of, make_zero_
 from numpy_oracles import numpy_sigreg
 from one_step import batch, build
 from ssl_pretrain.methods.lejepa import LeJEPA
@@ -67,12 +68,12 @@ def test_gradients_reach_the_centre_nothing_is_stopped() -> None:
     torch.testing.assert_close(z.grad, x.grad)
 
 
-def test_a_point_gives_the_collapsed_value() -> None:
+def test_collapsed_state_has_the_stated_loss() -> None:
     method = build("lejepa")
-    method.projector = torch.nn.Sequential(torch.nn.Identity())
-    losses = method.loss({"pooled": torch.zeros(16, 4, 8)}, step())
-    assert losses.terms["sigreg"].item() == pytest.approx(method.collapsed(16)["sigreg"][0], rel=1e-5)
-    assert losses.terms["prediction"].item() == 0
+    make_zero_(method.projector[-1])
+    losses = losses_of(method)
+    assert losses.terms["prediction"] == 0
+    check_stated(method, {"sigreg": losses})
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,10 @@ order of the release, the frozen patch embedding, and the wiring."""
 import numpy as np
 import pytest
 import torch
-from method_helpers import double_batch, perturb_, step
+from method_helpers import check_stated, double_batch, losses_of, make_constant_, perturb_, step
 from numpy_oracles import Weights, check_gradients, numpy_head, numpy_normalize, weights_of
 from one_step import after_step, build
 from ssl_pretrain.methods.mocov3 import MoCoV3
-from torch import nn
 
 from ssl_pretrain import backbones
 from ssl_pretrain.errors import UserError
@@ -160,12 +159,12 @@ def test_the_query_encoder_is_exported() -> None:
     assert method.exported() is method.encoder
 
 
-def test_the_collapsed_value_is_the_loss_of_equal_embeddings() -> None:
-    method = made()
-    method.projector, method.predictor, method.teacher["projector"] = (nn.Sequential() for _ in range(3))
-    equal = torch.ones(16, 2, 8)
-    losses = method.loss({"query": equal, "key": equal}, step())
-    assert method.collapsed(16)["loss"][0] == pytest.approx(losses.total.item(), rel=1e-6)
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_collapsed_state_has_the_stated_loss(temperature: float) -> None:
+    method = build("mocov3", temperature=temperature)
+    make_constant_(method.encoder)
+    make_constant_(method.teacher.backbone)
+    check_stated(method, {"loss": losses_of(method)})
 
 
 @pytest.mark.parametrize("knob", [{"momentum": -0.1}, {"temperature": 0.0}])

@@ -3,8 +3,10 @@
 import math
 
 import numpy as np
+import one_step
 import pytest
 import torch
+from method_helpers import check_stated, losses_of, make_nearest_, make_uniform_, make_zero_
 from one_step import after_step
 from ssl_pretrain.methods.msn import MSN
 from torch import Tensor, nn
@@ -196,25 +198,26 @@ def test_the_target_network_follows_and_gets_no_gradient() -> None:
     assert method.exported() is method.teacher["encoder"]
 
 
-def test_the_collapsed_values_are_those_of_collapse() -> None:
-    method = build()
-    values = {name: value for name, (value, _) in method.collapsed(N).items()}
-    same = torch.ones(N, A, E)
-    found = loss_of(method, same, same[:, 0])
-    assert found.terms["target_entropy"].item() == pytest.approx(values["target_entropy"], rel=1e-5)
-    with torch.no_grad():
-        method.prototypes.weight.copy_(torch.ones(K, E))  # no prototype is nearer than another
-    anchors, target = (torch.tensor(z, dtype=torch.float32) for z in embeddings())
-    uniform = loss_of(method, anchors, target)
-    assert uniform.terms["cross_entropy"].item() == pytest.approx(values["cross_entropy"], rel=1e-5)
-    assert uniform.terms["unevenness"].item() == pytest.approx(0, abs=1e-5)
+@pytest.mark.parametrize("sinkhorn", [True, False])
+def test_collapsed_state_has_the_stated_loss(sinkhorn: bool) -> None:
+    method = one_step.build("msn", sinkhorn=sinkhorn)
+    make_uniform_(method.prototypes)
+    uniform = losses_of(method)
+
+    method = one_step.build("msn", sinkhorn=sinkhorn)
+    for head in (method.head, method.teacher["head"]):
+        make_zero_(head[-1])
+        torch.nn.init.ones_(head[-1].bias)
+    make_nearest_(method.prototypes, 3)
+    one = losses_of(method)
+    check_stated(method, {"cross_entropy": uniform, "unevenness": one, "target_entropy": uniform})
+
+
+def test_collapsed_embeddings_have_a_finite_gradient() -> None:
     method = build(temperature=0.01)
-    with torch.no_grad():
-        method.prototypes.weight.copy_(-torch.ones(K, E))
-        method.prototypes.weight[3] = 1.0  # the one that every image is at
-    one = loss_of(method, same.requires_grad_(), same[:, 0])
-    assert one.terms["unevenness"].item() == pytest.approx(values["unevenness"], rel=1e-5)
-    one.total.backward()
+    same = torch.ones(N, A, E, requires_grad=True)
+    make_nearest_(method.prototypes, 3)
+    loss_of(method, same, same[:, 0]).total.backward()
     assert same.grad is not None
     assert bool(torch.isfinite(same.grad).all())
 

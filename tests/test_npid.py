@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from method_helpers import check_stated, losses_of, make_constant_
 from one_step import BATCH, after_step, batch, build
 from ssl_pretrain.methods.npid import NPID
 
@@ -124,9 +125,25 @@ def test_a_step_that_is_not_finite_leaves_bank_and_normaliser() -> None:
 
 
 @pytest.mark.parametrize("loss", ["nce", "softmax"])
-def test_equal_similarities_give_the_collapsed_value(loss: str) -> None:
-    method = given(loss=loss)[0].float()
-    method.bank[:] = torch.nn.functional.normalize(torch.ones(16), dim=0)
-    v = torch.nn.functional.normalize(torch.ones(16, 16))
-    losses = method.loss({"embedding": v, "index": torch.arange(16)}, step())
-    assert losses.terms["contrast"].item() == pytest.approx(method.collapsed(16)["contrast"][0], rel=1e-5)
+def test_collapsed_state_has_the_stated_loss(loss: str) -> None:
+    method = build("npid", loss=loss)
+    make_constant_(method.encoder)
+    method.bank.copy_(method.bank[:1].clone().expand_as(method.bank))
+    check_stated(method, {"contrast": losses_of(method)})
+
+
+def test_of_equal_similarities_none_has_a_lower_loss_than_the_collapsed_value() -> None:
+    """Whatever the first step made of the constant of normalisation."""
+    method = build("npid")
+    make_constant_(method.encoder)
+    with torch.no_grad():
+        embedded = method.embed(batch(method, slice(0, BATCH)), step())
+    v = embedded["embedding"][0]
+    method.normaliser.fill_(40.0)
+    losses = []
+    for cosine in np.linspace(-1, 1, 401):
+        other = torch.nn.functional.normalize(torch.eye(len(v))[0] - v[0] * v, dim=0)
+        method.bank.copy_((cosine * v + math.sqrt(1 - cosine**2) * other).expand_as(method.bank))
+        losses.append(float(method.loss(embedded, step()).terms["contrast"]))
+    assert min(losses) == pytest.approx(method.collapsed(BATCH)["contrast"][0], rel=1e-3)
+    assert max(losses) > 2 * min(losses)

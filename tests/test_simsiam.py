@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from method_helpers import double_batch, step
+from method_helpers import check_stated, double_batch, losses_of, step
 from numpy_oracles import Weights, check_gradients, numpy_head, numpy_normalize, weights_of
-from one_step import build
+from one_step import BATCH, batch, build
 from ssl_pretrain.methods.simsiam import SimSiam
 from torch import nn
 
@@ -83,8 +83,23 @@ def test_the_views_are_mocos() -> None:
     assert strengths == (0.4, 0.4, 0.4, 0.1, 0.8)
 
 
-def test_the_collapsed_value_is_the_loss_of_equal_embeddings() -> None:
-    method = made()
-    method.projector, method.predictor = nn.Sequential(), nn.Sequential()
-    losses = method.loss({"pooled": torch.ones(16, 2, 8)}, step())
-    assert method.collapsed(16)["loss"][0] == pytest.approx(losses.total.item(), rel=1e-6)
+def test_collapsed_state_has_the_stated_loss() -> None:
+    """The projector gives one vector or its opposite, for its last batch norm leaves nothing of one vector alone; the
+    predictor gives what it gets; the views are equal, so that every image's agree."""
+    method = build("simsiam")
+    signs = 1 - 2 * (torch.arange(method.config.embedding_dim) % 2)
+    with torch.no_grad():
+        rows = method.projector[6].weight  # the map before the last norm
+        rows.copy_(signs[:, None] * rows[:1].clone())
+        # x as relu(x) - relu(-x), with x the length along the one vector
+        method.predictor[0].weight.zero_()
+        method.predictor[0].weight[:2] = torch.stack([signs, -signs])
+        method.predictor[3].weight.zero_()
+        method.predictor[3].weight[:, :2] = torch.stack([signs, -signs], dim=1)
+        method.predictor[3].bias.zero_()
+    images = batch(method, slice(0, BATCH))
+    images.views["view"] = images.views["view"][:1].repeat(2, 1, 1, 1, 1)
+    projected = method.projector(method.embed(images, step())["pooled"][:, 0])
+    cosines = torch.nn.functional.normalize(projected, dim=1)
+    torch.testing.assert_close((cosines @ cosines.T).abs(), torch.ones(BATCH, BATCH), rtol=0, atol=1e-4)
+    check_stated(method, {"loss": losses_of(method, images)})

@@ -1,10 +1,9 @@
 """The supervised control against float64 NumPy."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
+from method_helpers import check_stated, losses_of, make_zero_
 from one_step import batch, build
 from ssl_pretrain.methods.supervised import Supervised
 
@@ -57,6 +56,8 @@ def test_images_without_labels_and_a_single_class_are_refused() -> None:
         Supervised(method.encoder, Supervised.Config(classes=1))
 
 
-def test_collapsed_value() -> None:
-    method = build("supervised")
-    assert method.collapsed(16)["loss"][0] == pytest.approx(math.log(6))
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_collapsed_state_has_the_stated_loss(label_smoothing: float) -> None:
+    method = build("supervised", label_smoothing=label_smoothing)
+    make_zero_(method.head)
+    check_stated(method, {"loss": losses_of(method)})

@@ -1,14 +1,15 @@
 """SwAV against float64 NumPy written from the paper: assignments, swapped prediction, queue."""
 
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import one_step
 import pytest
 import torch
+from method_helpers import check_stated, losses_of, make_constant_, make_uniform_
 from one_step import after_step
 from ssl_pretrain.methods.swav import SwAV
 from torch import nn
@@ -218,16 +219,18 @@ def test_no_queue_carries_nothing() -> None:
     after_step(method, step(), found.carry)
 
 
-def test_the_collapsed_values_are_those_of_collapse() -> None:
-    method = build()
-    values = method.collapsed(N)
-    assert values["loss"][0] == values["code_entropy"][0] == pytest.approx(math.log(K))
-    same = loss_of(method, torch.ones(N, V, E))
-    assert same.terms["code_entropy"].item() == pytest.approx(math.log(K), rel=1e-5)
-    with torch.no_grad():
-        method.prototypes.weight.copy_(torch.ones(K, E))  # no prototype is nearer than another
-    found = loss_of(method, torch.tensor(embeddings(), dtype=torch.float32))
-    assert found.total.item() == pytest.approx(math.log(K), rel=1e-5)
+@pytest.mark.parametrize("queue", [0, 24])
+def test_collapsed_state_has_the_stated_loss(queue: int) -> None:
+    method = one_step.build("swav", queue=queue)
+    make_constant_(method.encoder)
+    for _ in range(2):  # fills the queue
+        one_step.after_step(method, step(), losses_of(method).carry)
+    assert method.queue.norm(dim=-1).sum() == pytest.approx(2 * queue)
+    constant = losses_of(method)
+
+    method = one_step.build("swav", queue=queue)
+    make_uniform_(method.prototypes)
+    check_stated(method, {"loss": losses_of(method), "code_entropy": constant})
 
 
 def test_the_released_scales() -> None:

@@ -125,7 +125,7 @@ def loop(arguments: argparse.Namespace, clock: Clock) -> None:
     from ssl_pretrain import backbones, train
     from ssl_pretrain.config import Run
     from ssl_pretrain.data.loader import RawBatch
-    from ssl_pretrain.data.views import COLOUR_PARAMS
+    from ssl_pretrain.data.views import COLOUR_PARAMS, GEOMETRY_PARAMS
     from ssl_pretrain.loop import start
 
     size, count = arguments.image_size, arguments.batch_size
@@ -135,7 +135,7 @@ def loop(arguments: argparse.Namespace, clock: Clock) -> None:
         index=np.arange(count),
         labels=None,
         views={"image": torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)},
-        geometry={"image": np.zeros((count, 5), np.float32)},
+        geometry={"image": np.zeros((count, GEOMETRY_PARAMS), np.float32)},
         colour={"image": np.zeros((count, COLOUR_PARAMS), np.float32)},
     )
 

@@ -145,7 +145,7 @@ def test_to_batch_normalises_and_keeps_the_rest(good: NumberedFiles):
     assert batch.index.dtype == torch.int64
     assert batch.labels is not None
     assert batch.labels.tolist() == [10 * i for i in raw.index]
-    assert batch.geometry["small"].shape == (3, 8, 5)
+    assert batch.geometry["small"].shape == (3, 8, 6)
     unlabelled = run(NumberedFiles(good.folder, 50, labelled=False), Share(8), stop=1, specs=(SMALL_VIEW,))[0]
     assert to_batch(unlabelled, (SMALL_VIEW,), (0.5,) * 3, (0.2,) * 3, torch.device("cpu")).labels is None
 

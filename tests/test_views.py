@@ -192,7 +192,7 @@ def test_flips(hflip: float, vflip: float):
     flipped = cut(image, ViewSpec(name="v", size=(30, 20), hflip=hflip, vflip=vflip), rngs(1)[0])
     expected = straight.image[:: -1 if vflip else 1, :: -1 if hflip else 1]
     assert np.array_equal(flipped.image, expected)
-    assert flipped.geometry.tolist() == [*straight.geometry[:4].tolist(), hflip]
+    assert flipped.geometry.tolist() == [*straight.geometry[:4].tolist(), hflip, vflip]
 
 
 def test_a_crop_of_the_views_own_size_is_copied_and_inputs_may_be_read_only_or_mirrored():

@@ -34,7 +34,7 @@ from .batch import Batch
 from .decode import SHRINKS, BadImage, Picture, Scratch, shrink
 from .sampler import permute, samples
 from .source import Source
-from .views import COLOUR_PARAMS, Draw, ViewSpec, draw, render
+from .views import COLOUR_PARAMS, GEOMETRY_PARAMS, Draw, ViewSpec, draw, render
 
 Policy = Literal["replace", "skip", "fail"]
 Failure = tuple[int, str, str]  # index in the source, its name, why it could not be used
@@ -96,7 +96,7 @@ class RawBatch:
     views: dict[
         str, Tensor
     ]  # by spec name, uint8 (B, H, W, C), or (count, B, H, W, C) where the spec's count is above 1
-    geometry: dict[str, np.ndarray]  # float32 (B, 5) or (count, B, 5), see `pretext.Batch`
+    geometry: dict[str, np.ndarray]  # float32 (B, 6) or (count, B, 6), see `pretext.Batch`
     colour: dict[str, np.ndarray]  # float32 (B, P) or (count, B, P)
     failures: list[Failure] = field(default_factory=list)
 
@@ -234,7 +234,7 @@ class _Maker(Dataset, ABC):
         size, specs = self.share.micro_size, self.specs
         views = {s.name: torch.empty(s.count, size, *s.size, self.channels, dtype=torch.uint8) for s in specs}
         targets = {name: view.permute(0, 1, 4, 2, 3) for name, view in views.items()}
-        geometry = {s.name: np.empty((s.count, size, 5), dtype=np.float32) for s in specs}
+        geometry = {s.name: np.empty((s.count, size, GEOMETRY_PARAMS), dtype=np.float32) for s in specs}
         colour = {s.name: np.empty((s.count, size, COLOUR_PARAMS), dtype=np.float32) for s in specs}
         index = np.empty(size, dtype=np.int64)
         failures: list[Failure] = []

@@ -78,6 +78,9 @@ _TRIES = 10
 _COLOUR_AT = 2 * _TRIES + 4
 _DRAWS = _COLOUR_AT + 19
 
+# A row of geometry, float32: top, left, height, width as shares of the whole image, flipped left-right, flipped top-bottom
+GEOMETRY_PARAMS = 6
+
 # A row of colour parameters, float32: see `colour.apply`
 JITTER, FACTORS, ORDER, GRAYSCALE, BLUR_SIGMA, SOLARIZE = 0, slice(1, 5), slice(5, 9), 9, 10, 11
 NOISE_SIGMA, NOISE_SQUARE, NOISE_KEY = 12, slice(13, 16), 16
@@ -91,7 +94,7 @@ class Draw:
     box: tuple[int, int, int, int]  # top, left, height, width in pixels of the whole image
     hflip: bool
     vflip: bool
-    geometry: np.ndarray  # (5,) float32: the box as shares of the whole image, and 1 where flipped left to right
+    geometry: np.ndarray  # (GEOMETRY_PARAMS,) float32: the box as shares of the whole image, then both flips as 0 or 1
     colour: (
         np.ndarray
     )  # (COLOUR_PARAMS,) float32: jitter yes/no, its four factors, their order, grayscale yes/no, the blur's
@@ -113,7 +116,7 @@ def draw(spec: ViewSpec, rng: np.random.Generator, height: int, width: int) -> D
     uniform = rng.random(_DRAWS).tolist()
     top, left, h, w = box = _random_box(spec, uniform, height, width)
     hflip, vflip = uniform[2 * _TRIES + 2] < spec.hflip, uniform[2 * _TRIES + 3] < spec.vflip
-    geometry = np.array((top / height, left / width, h / height, w / width, hflip), dtype=np.float32)
+    geometry = np.array((top / height, left / width, h / height, w / width, hflip, vflip), dtype=np.float32)
     return Draw(box, hflip, vflip, geometry, _colour_row(spec, uniform[_COLOUR_AT:]))
 
 
@@ -124,6 +127,18 @@ def cut(image: np.ndarray, spec: ViewSpec, rng: np.random.Generator) -> Cut:
     top, left, height, width = drawn.box
     render(image[top : top + height, left : left + width], spec, drawn, pixels.permute(0, 3, 1, 2))
     return Cut(pixels[0].numpy(), drawn.geometry, drawn.colour)
+
+
+def to_image(points: Tensor, geometry: Tensor) -> Tensor:
+    """Where points of a view lie in the whole image: undoes the flips of both axes, then the crop.
+
+    points: (N, 2) or (..., N, 2), row and column as shares of the view in [0, 1] (the centre of pixel i of n is
+    (i + 0.5) / n). geometry: (..., GEOMETRY_PARAMS) of the views, as in `pretext.Batch`. Returns (..., N, 2): row and
+    column as shares of the whole image.
+    """
+    corner, size, flips = geometry.unsqueeze(-2).split(2, dim=-1)
+    flipped = flips.flip(-1) > 0  # left-right comes first, it is the second coordinate
+    return corner + size * torch.where(flipped, 1 - points, points)
 
 
 def render(crop: np.ndarray, spec: ViewSpec, drawn: Draw, out: Tensor) -> None:

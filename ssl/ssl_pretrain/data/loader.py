@@ -96,7 +96,7 @@ class RawBatch:
     views: dict[
         str, Tensor
     ]  # by spec name, uint8 (B, H, W, C), or (count, B, H, W, C) where the spec's count is above 1
-    geometry: dict[str, np.ndarray]  # float32 (B, 6) or (count, B, 6), see `pretext.Batch`
+    geometry: dict[str, np.ndarray]  # float32 (B, 6) or (count, B, 6), see `batch.Batch`
     colour: dict[str, np.ndarray]  # float32 (B, P) or (count, B, P)
     failures: list[Failure] = field(default_factory=list)
 

@@ -133,7 +133,7 @@ def to_image(points: Tensor, geometry: Tensor) -> Tensor:
     """Where points of a view lie in the whole image: undoes the flips of both axes, then the crop.
 
     points: (N, 2) or (..., N, 2), row and column as shares of the view in [0, 1] (the centre of pixel i of n is
-    (i + 0.5) / n). geometry: (..., GEOMETRY_PARAMS) of the views, as in `pretext.Batch`. Returns (..., N, 2): row and
+    (i + 0.5) / n). geometry: (..., GEOMETRY_PARAMS) of the views, as in `batch.Batch`. Returns (..., N, 2): row and
     column as shares of the whole image.
     """
     corner, size, flips = geometry.unsqueeze(-2).split(2, dim=-1)

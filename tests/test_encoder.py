@@ -89,7 +89,8 @@ def test_the_folder_holds_what_other_programs_read(export: Path) -> None:
 def test_the_same_encoder_gives_the_same_bytes(export: Path, tmp_path: Path) -> None:
     """In another process, too."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from small_encoders import small_export; "
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
+        "from ssl_pretrain import encoder; from small_encoders import small_export; "
         "[encoder.save(Path(sys.argv[2]) / str(i), small_export()) for i in range(6)]"
     )
     subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=True)

@@ -11,7 +11,7 @@ CORE = ROOT / "ssl" / "ssl_pretrain"
 LAYERS = (
     ("errors", "memory", "randomness", "files"),
     ("plugins", "flags"),
-    ("distributed",),
+    ("distributed", "loggers"),
     ("data", "backbones"),
     ("pretext",),
     ("parts", "encoder", "optim", "checkpoint"),

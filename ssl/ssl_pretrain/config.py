@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 
 import yaml
 
+from . import loggers
 from .errors import UserError
 from .flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, stored_name, within
 
@@ -121,6 +122,8 @@ class Run:
 
     log_every: int = 10
     """Steps between lines of metrics.jsonl. The host waits for the device only then."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: tensorboard, and loggers of other packages (docs/contributing/loggers.md)."""
     monitor_every: int = 100
     """Steps between checks of the features for collapse (rank, standard deviation); 0: never."""
     picture_every: int = 500
@@ -140,6 +143,7 @@ class Run:
     def __post_init__(self) -> None:
         for range_, names in RANGES.items():
             within(self, range_, *names.split())
+        loggers.check(self.loggers)
 
 
 # The interval of each numeric flag. None is not checked.
@@ -180,8 +184,8 @@ class Resolved(Run):
 # Flags that may change when a run resumes: where and how fast it runs, and what is logged; never what is computed.
 CHANGEABLE = frozenset(
     "out config data workers preflight stall_after nproc accumulate compile parallel shard_size recompute cpu_offload "
-    "checkpoint_every keep_last keep_every log_every monitor_every picture_every val_every knn_every score bad_steps "
-    "extend".split()
+    "checkpoint_every keep_last keep_every log_every loggers monitor_every picture_every val_every knn_every score "
+    "bad_steps extend".split()
 )
 LENGTH_KEYS = frozenset({"steps", "epochs", "images", "warmup_steps", "cooldown_steps"})
 

@@ -149,7 +149,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(f"{folder / 'config.json'} is no description of an encoder: {problem!r}") from None
     except UserError as problem:
-        raise UserError(f"{folder / 'config.json'}: {problem}") from None
+        hint = (
+            "" if backbones.known(described["name"]) else ". An encoder of another package needs that package installed"
+        )
+        raise UserError(f"{folder / 'config.json'}: {problem}{hint}") from None
     _check_names(backbone, weights, folder)
     backbone.load_state_dict(weights)
     if _hash(weights) != saved:

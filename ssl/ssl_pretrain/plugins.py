@@ -1,6 +1,7 @@
-"""Finding a method or an evaluator by its name: a file of that name in our folder, else another package's entry point.
+"""Finding a plugin (method, backbone, evaluator, source, logger) by its name: ours, else another package's entry point.
 
-Listing imports nothing, so that a mistyped name is answered before torch is loaded.
+Listing imports nothing, so that a mistyped name is answered before torch is loaded. Only what an installed package
+declares as an entry point is ever imported: a name that was read from a file chooses among those, and is no module.
 """
 
 import importlib
@@ -24,7 +25,21 @@ def own(package: str) -> list[str]:
 def names(package: str) -> list[str]:
     """Every plugin: our own files, then the entry points that other packages declare in the group called `package`."""
     mine = own(package)
-    return mine + sorted({e.name for e in importlib.metadata.entry_points(group=package)} - set(mine))
+    return mine + [name for name in installed(package) if name not in mine]
+
+
+def installed(group: str) -> list[str]:
+    """The names of the entry points that other packages declare in `group`, sorted."""
+    return sorted({entry.name for entry in importlib.metadata.entry_points(group=group)})
+
+
+def load_installed(group: str, name: str) -> ModuleType | Any:
+    """The object that the entry point `name` of `group` names; of several, the one of the package found first. Raises
+    KeyError where no installed package declares one, and what importing the package raises."""
+    for entry in importlib.metadata.entry_points(group=group):
+        if entry.name == name:
+            return entry.load()
+    raise KeyError(name)
 
 
 def load(package: str, name: str, what: str) -> ModuleType | Any:
@@ -34,7 +49,6 @@ def load(package: str, name: str, what: str) -> ModuleType | Any:
     """
     if name in own(package):
         return importlib.import_module(f"{package}.{name}")
-    for entry in importlib.metadata.entry_points(group=package):
-        if entry.name == name:
-            return entry.load()
+    if name in installed(package):
+        return load_installed(package, name)
     raise UserError(f"unknown {what} {name!r}{nearest(name, names(package))}")

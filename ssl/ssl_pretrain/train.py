@@ -57,11 +57,11 @@ def train(run: Run, knobs: Any, options: Any) -> Outcome:
 
     Raises UserError for a user's mistake, OSError where the run folder cannot be written (a full disk), Diverged.
     """
-    with distributed.world() as world, StopRequest() as stop, ExitStack() as run_lock:
-        return _train(run, knobs, options, world, stop, run_lock)
+    with distributed.world() as world, StopRequest() as stop, ExitStack() as cleanup:
+        return _train(run, knobs, options, world, stop, cleanup)
 
 
-def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest, run_lock: ExitStack) -> Outcome:
+def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest, cleanup: ExitStack) -> Outcome:
     method_class = pretext.load(flags.method)
 
     # ---- Data. The first process opens it first, so that an index is built once.
@@ -77,7 +77,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     # ---- Where to start: this run's own checkpoint, or step 0 with random weights or another encoder's.
     record = config.plain(run, knobs, options)
     start = distributed.from_first(
-        distributed.on_all(lambda: run_start.find_start(run, record, source, run_lock) if world.first else 0)
+        distributed.on_all(lambda: run_start.find_start(run, record, source, cleanup) if world.first else 0)
     )
     began = time.monotonic()
     processes = preflight.check(world, run.out) if world.size > 1 else []
@@ -104,7 +104,8 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     # ---- What is written while training. config.yaml comes first: it makes the folder a run's.
     if world.first:
         files.write_text(run.out / "config.yaml", yaml.safe_dump(record, sort_keys=False))
-    report = Report(run.out, step=start, steps=steps, silent=not world.first)
+    report = Report(run.out, step=start, steps=steps, silent=not world.first, names=run.loggers, config=record)
+    cleanup.enter_context(report)
     if world.first:
         data_facts = {"path": run.data, "images": len(source), "fingerprint": source.fingerprint}
         manifest.begin(run.out, world=world, step=start, data=data_facts, hosts=[facts.host for facts in processes])
@@ -217,11 +218,11 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     if saver.saved_step != step_number or not_exported:
         saver.save(step_number, log.skipped, last=True)
     bad_images = 0
+    state = f"stopped: {stopped} at step {step_number}" if step_number < steps else "finished"
     if world.first:
         bad_images = report.merge_bad_images()
-        state = f"stopped: {stopped} at step {step_number}" if step_number < steps else "finished"
         manifest.end(run.out, state, step=step_number, steps=steps, skipped_steps=log.skipped, bad_images=bad_images)
-    report.close()
+    report.close(state)
     distributed.barrier()
     return Outcome(run.out, step_number, steps, stopped, bad_images)
 

@@ -2,32 +2,54 @@
 
 Such a file holds `SIZES`, a literal dict (name -> the options that make that size), and one final subclass of
 `backbone.Backbone` with a nested `Config`, the frozen dataclass of its options. Importing this package, `names` and
-`defaults` need no torch; `config_class` and `build` do.
+`defaults` of ours need no torch; `config_class` and `build` do.
+
+Another package adds encoders by entry points of the group `ssl_pretrain.backbones`, one for each name that `--encoder`
+takes. It names a module as above, or a Backbone whose module may have `SIZES`. It is imported when the name is used.
 """
 
 import ast
 import importlib
 import re
+import sys
 import typing
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .. import plugins
 from ..errors import UserError, nearest
 from ..flags import check
 
 if TYPE_CHECKING:
     from .backbone import Backbone
 
+GROUP = "ssl_pretrain.backbones"  # the entry points of other packages
+
+
+def own() -> list[str]:
+    """Every size of every architecture of ours, in the order of each file's `SIZES`."""
+    return [name for file in sorted(Path(__file__).parent.glob("*.py")) for name in _sizes(file)]
+
 
 def names() -> list[str]:
-    """Every size of every architecture, in the order of each file's `SIZES`."""
-    return [name for file in sorted(Path(__file__).parent.glob("*.py")) for name in _sizes(file)]
+    """Our own encoders, then those that other packages declare. Imports nothing."""
+    mine = own()
+    return mine + [name for name in plugins.installed(GROUP) if name not in mine]
+
+
+def known(name: str) -> bool:
+    """Whether there is an encoder of that name, ours or another package's. Imports nothing."""
+    return name in own() or name in plugins.installed(GROUP)
 
 
 def defaults(name: str) -> dict[str, Any]:
     """The options that make the size `name`, e.g. {"dim": 192, "depth": 12, "heads": 3}; every other option has the
-    default of `config_class(name)`. Raises UserError for an unknown name, with the nearest one."""
-    return _sizes(_file(name))[name]
+    default of `config_class(name)`. Raises UserError for an unknown name, with the nearest one. Another package's encoder
+    is imported."""
+    file = _file(name)
+    return dict(_sizes(file)[name]) if file is not None else _installed(name)[1]
 
 
 def config_class(name: str) -> type:
@@ -56,15 +78,18 @@ def build(name: str, *, image_size: tuple[int, int], in_chans: int = 3, **option
     return architecture(image_size, in_chans, architecture.Config(**defaults(name) | given))
 
 
-def _file(name: str) -> Path:
-    """The file that `name` is a size in."""
-    if name not in names():
+def _file(name: str) -> Path | None:
+    """The file of ours that `name` is a size in; None where it is another package's encoder. Raises UserError."""
+    if name in own():
+        letters = re.match("[a-z]+", name)
+        assert letters is not None, f"the size {name!r} must begin with the name of its file"
+        return Path(__file__).parent / f"{letters[0]}.py"
+    if name not in plugins.installed(GROUP):
         raise UserError(f"unknown encoder {name!r}{nearest(name, names())}")
-    letters = re.match("[a-z]+", name)
-    assert letters is not None, f"the size {name!r} must begin with the name of its file"
-    return Path(__file__).parent / f"{letters[0]}.py"
+    return None
 
 
+@cache
 def _sizes(file: Path) -> dict[str, dict[str, Any]]:
     """The literal `SIZES` of a file, read without importing it; empty where there is none."""
     for line in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -74,10 +99,32 @@ def _sizes(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _architecture(name: str) -> Any:
-    """The one Backbone that the file of `name` defines."""
+    """The Backbone class of an encoder."""
+    file = _file(name)
+    return _only_backbone(importlib.import_module(f"{__name__}.{file.stem}")) if file else _installed(name)[0]
+
+
+def _installed(name: str) -> tuple[Any, dict[str, Any]]:
+    """The Backbone class of another package's encoder, and the options that make its size. Raises TypeError where the
+    entry point names neither a Backbone nor a module with one and this size."""
     from .backbone import Backbone
 
-    module = importlib.import_module(f"{__name__}.{_file(name).stem}")
+    found = plugins.load_installed(GROUP, name)
+    if isinstance(found, ModuleType):
+        architecture, module = _only_backbone(found), found
+        if name not in getattr(module, "SIZES", {}):
+            raise TypeError(f"{module.__name__} must hold SIZES with the encoder {name!r}, which its entry point names")
+    elif isinstance(found, type) and issubclass(found, Backbone):
+        architecture, module = found, sys.modules[found.__module__]
+    else:
+        raise TypeError(f"the entry point {name!r} must name a Backbone, or a module with one and SIZES, not {found!r}")
+    return architecture, dict(getattr(module, "SIZES", {}).get(name, {}))
+
+
+def _only_backbone(module: ModuleType) -> Any:
+    """The one Backbone that a module defines."""
+    from .backbone import Backbone
+
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Backbone)]
     classes = [c for c in classes if c.__module__ == module.__name__]
     if len(classes) != 1:

@@ -1,21 +1,26 @@
 """Where images come from: the contract of a source, and finding out what kind of data a path holds.
 
 A `data` string is the path of a folder of images, of tar or parquet shards (a directory of them or one file), of packed
-pixels (`ssl-data pack`), or 'fractals' with options (see data/fractals.py).
+pixels (`ssl-data pack`), 'fractals' with options (see data/fractals.py), or 'KIND:...', where another package's entry point
+KIND (group `ssl_pretrain.sources`) names a PluginSource.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from abc import ABC, abstractmethod
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
+from .. import plugins
 from ..errors import UserError, nearest
 
 Kind = Literal["fractals", "folder", "tar", "parquet", "packed"]
+GROUP = "ssl_pretrain.sources"  # the entry points of other packages
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
@@ -42,8 +47,45 @@ class Source(ABC):
         """The sample's name for messages: its path, or shard:member."""
 
 
+class PluginSource(Source, ABC):
+    """A source of another package, opened as `--data KIND:REST`. A final subclass is what its entry point names."""
+
+    @abstractmethod
+    def __init__(self, data: str, split: str | None) -> None:
+        """Open one split, or with None everything. data: REST, what follows the first colon; a relative path in it is
+        relative to the working directory. split: one of `splits(data)`. Raises UserError for a user's mistake."""
+
+    @classmethod
+    def splits(cls, data: str) -> list[str]:
+        """The splits of the data in lower case, e.g. ["train", "val"]; [] (the default) where it is not split."""
+        return []
+
+    @classmethod
+    def example(cls, folder: Path) -> str:
+        """Make a small data set in an empty folder and return the REST that opens it. For the conformance check."""
+        raise NotImplementedError
+
+
+def kinds() -> list[str]:
+    """The kinds of data: ours, then those that other packages declare. Imports nothing."""
+    mine: tuple[str, ...] = get_args(Kind)
+    return [*mine, *(name for name in plugins.installed(GROUP) if name not in mine)]
+
+
+def plugin(kind: str) -> type[PluginSource]:
+    """The source that another package's entry point `kind` names. Raises TypeError where that is no PluginSource."""
+    found = plugins.load_installed(GROUP, kind)
+    if not (isinstance(found, type) and issubclass(found, PluginSource)):
+        raise TypeError(
+            f"the entry point {kind!r} must name a subclass of ssl_pretrain.data.source.PluginSource, not {found!r}"
+        )
+    return found
+
+
 def splits(data: str) -> list[str]:
     """The splits of the data, e.g. ["train", "val"]; [] where it is not split. Raises UserError as `open_source`."""
+    if (kind := _plugin_kind(data)) is not None:
+        return plugin(kind).splits(data.partition(":")[2])
     return _splits(data, _kind(data))
 
 
@@ -52,6 +94,10 @@ def open_source(data: str, split: str | None) -> Source:
 
     Raises UserError where there is no such data or split, or nothing in it that can be read.
     """
+    if (installed := _plugin_kind(data)) is not None:
+        if split is not None:
+            split = _known_split(data, split, splits(data))
+        return plugin(installed)(data.partition(":")[2], split)
     kind = _kind(data)
     if split is not None:
         split = _known_split(data, split, _splits(data, kind))
@@ -136,6 +182,12 @@ def _path(data: str) -> str:
     return os.path.abspath(os.path.expanduser(data))
 
 
+def _plugin_kind(data: str) -> str | None:
+    """The kind that another package adds, in front of the first colon; None for ours, which are looked at first."""
+    kind, colon, _ = data.partition(":")
+    return kind if colon and kind != "fractals" and kind in plugins.installed(GROUP) else None
+
+
 def _kind(data: str) -> Kind:
     """What the data is, found out by looking. A folder known from before is not listed again."""
     from . import folder, packed
@@ -190,10 +242,11 @@ def missing(data: str) -> str | None:
     """None where the data is there; else that it is not, and what has nearly its name."""
     built_in, colon, options = data.partition(":")
     path = _path(data)
-    if built_in == "fractals" or os.path.exists(path):
+    if built_in == "fractals" or os.path.exists(path) or _plugin_kind(data) is not None:
         return None
-    if difflib.get_close_matches(built_in, ["fractals"], cutoff=0.8):
-        return f"there is no {data}: did you mean fractals{colon}{options}?"
+    named = ["fractals", *(plugins.installed(GROUP) if colon else ())]  # kinds that are named, not found by looking
+    if nearly := difflib.get_close_matches(built_in, named, 1, cutoff=0.8):
+        return f"there is no {data}: did you mean {nearly[0]}{colon}{options}?"
     parent, name = os.path.split(path)
     below = ""  # what follows the first folder that is not there
     while not os.path.isdir(parent):
@@ -203,9 +256,12 @@ def missing(data: str) -> str | None:
         close = difflib.get_close_matches(name, os.listdir(parent), n=1)
     except OSError:
         close = []
+    if not close and colon and re.fullmatch(r"[\w.-]+", built_in):
+        hint = nearest(built_in, named)
+        return f"there is no {data}: it is no path, and no installed package adds the kind {built_in!r}{hint}"
     if not close:
         return f"there is no {data}: {parent} exists, and holds no {name}"
-    nearly = os.path.join(parent, close[0])
-    if below and os.path.exists(os.path.join(nearly, below)):
-        nearly = os.path.join(nearly, below)
-    return f"there is no {data}: did you mean {nearly}?"
+    other = os.path.join(parent, close[0])
+    if below and os.path.exists(os.path.join(other, below)):
+        other = os.path.join(other, below)
+    return f"there is no {data}: did you mean {other}?"

@@ -478,7 +478,7 @@ def _vit(weights: Mapping[str, Tensor], options: Mapping[str, Any], size: tuple[
 
 def _name(options: Mapping[str, Any]) -> str:
     """The size in vit.py with that width and depth, else any: all its options are given."""
-    vits = [name for name in backbones.names() if name.startswith("vit_")]
+    vits = [name for name in backbones.own() if name.startswith("vit_")]
     same = [n for n in vits if all(backbones.defaults(n)[k] == options[k] for k in ("dim", "depth"))]
     return same[0] if same else "vit_base"
 

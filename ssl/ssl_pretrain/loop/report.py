@@ -1,28 +1,48 @@
-"""What a person sees of a run: the progress bar, metrics.jsonl, TensorBoard, the list of bad images, warnings.
+"""What a person sees of a run: the progress bar, metrics.jsonl, the list of bad images, warnings, and the loggers, of
+which TensorBoard is one.
 
 Only the first process reports; the others hold a silent Report.
 """
 
 import contextlib
+import copy
 import json
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from .. import loggers
 from ..files import read_lines, write_text
 
 
 class Report:
-    """Opens the run's logs at `step`, dropping what an earlier process logged past it; close with `close`."""
+    """Opens the run's logs at `step`, dropping what an earlier process logged past it; close with `close`. As a context
+    it tells the loggers how the run failed, where `close` was not reached.
 
-    def __init__(self, out: Path, *, step: int, steps: int, silent: bool = False) -> None:
+    names: the loggers, which get `config` (plain data) at the start.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        step: int,
+        steps: int,
+        silent: bool = False,
+        names: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.out, self.steps, self.silent = out, steps, silent
         self.bad_images = read_lines(out / "bad_images.jsonl")
         self._bad_known = {line["index"] for line in self.bad_images}
@@ -33,9 +53,6 @@ class Report:
         kept = [line for line in read_lines(out / "metrics.jsonl") if line.get("step", 0) <= step]
         write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = open(out / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run is)
-        from torch.utils.tensorboard import SummaryWriter  # a second to import; only this process needs it
-
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=30)
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -49,15 +66,30 @@ class Report:
             self._task = self._bar.add_task("", total=steps, completed=step, name=out.name, shown="")
             self._bar.start()
         self._last_line = 0.0
+        self._loggers: dict[str, loggers.Logger] = {}
+        self._thread: int | None = None  # that tells the loggers; none before all have begun
+        self._untold: list[str] = []  # warnings that the loggers have not got
+        for name in names:
+            with self._surviving(name):
+                logger = loggers.load(name)()
+                logger.begin(out, copy.deepcopy(dict(config or {})), step)
+                self._loggers[name] = logger
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not self.silent:
+            self._tell(lambda logger: logger.end(f"failed: {error or type(error).__name__}"))
+            self._loggers = {}
 
     def metrics(self, line: dict[str, Any], seconds_left: float) -> None:
         """Log one line (plain numbers; must hold step, loss, images_per_s, data_wait)."""
         if self.silent:
             return
         self._metrics.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if name not in ("step", "time") and isinstance(value, int | float):
-                self._board.add_scalar(f"train/{name}", value, line["step"])
+        self._tell(lambda logger: logger.metrics(dict(line)))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         shown = (
             f"loss {loss}  {line['images_per_s']:.0f} images/s  data wait {line['data_wait']:.0%}  "
@@ -75,8 +107,7 @@ class Report:
             return
         named = {f"{group}/{name}": value for name, value in values.items()}
         self._metrics.write(json.dumps({"step": step, **named}) + "\n")
-        for name, value in named.items():
-            self._board.add_scalar(name, value, step)
+        self._tell(lambda logger: logger.scores(group, dict(values), step))
         self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in named.items()))
 
     def pictures(self, images: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...], step: int) -> None:
@@ -89,7 +120,8 @@ class Report:
             x = (picture.float().cpu() * channels[0] + channels[1]).clamp(0, 1)
             x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
             rows.append(torch.cat(list(x), dim=-1))
-        self._board.add_image(" | ".join(images), torch.cat(rows, dim=-2), step)
+        pixels = (torch.cat(rows, dim=-2).permute(1, 2, 0) * 255).to(torch.uint8).numpy()
+        self._tell(lambda logger: logger.picture(" | ".join(images), pixels.copy(), step))
 
     def bad_image(self, index: int, name: str, reason: str) -> None:
         """Count and list an unreadable image, once a run, in bad_images.jsonl. Every process may call this."""
@@ -133,16 +165,41 @@ class Report:
             self.console.print(f"warning: {text}", markup=False, highlight=False, style="yellow")
             with open(self.out / "warnings.log", "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._untold.append(text)
+            if threading.get_ident() == self._thread:
+                self._tell()
 
-    def close(self) -> None:
-        """Flush and close everything; safe where the disk is full."""
+    def close(self, state: str) -> None:
+        """Flush and close everything; safe where the disk is full. state: how the run stands, for the loggers."""
         if self.silent:
             return
         if self._bar:
             self._bar.stop()
-        for close in (self._metrics.close, self._board.close):
-            with contextlib.suppress(OSError):
-                close()
+        with contextlib.suppress(OSError):
+            self._metrics.close()
+        with contextlib.suppress(OSError):  # of a warning
+            self._tell(lambda logger: logger.end(state))
+        self._loggers = {}
+
+    def _tell(self, call: Callable[[loggers.Logger], None] = lambda logger: None) -> None:
+        """Make a call to every logger, after the warnings that came before it."""
+        while self._untold:
+            self._each(methodcaller("warning", self._untold.pop(0)))
+        self._each(call)
+
+    def _each(self, call: Callable[[loggers.Logger], None]) -> None:
+        for name, logger in list(self._loggers.items()):
+            with self._surviving(name):
+                call(logger)
+
+    @contextlib.contextmanager
+    def _surviving(self, name: str) -> Iterator[None]:
+        """Leave a logger out that raises, with one warning."""
+        try:
+            yield
+        except Exception as problem:
+            self._loggers.pop(name, None)
+            self.warn(f"the logger {name} failed and is left out from here on: {type(problem).__name__}: {problem}")
 
 
 def _duration(seconds: float) -> str:

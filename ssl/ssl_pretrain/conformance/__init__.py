@@ -1,0 +1,5 @@
+"""Checks of a plugin against its contract, by its name."""
+
+
+class Fault(AssertionError):
+    """What a plugin does wrong; the message names it."""

@@ -225,7 +225,8 @@ def test_an_export_is_built_again_by_an_installed_package_only(
     same = ["--method", "lejepa", "--data", photos, "--out", out, "--encoder", "acme_wide", *ACME]
     pretrain(*same, **packages)
     imported(packages)
-    load = f"from ssl_pretrain import encoder; e = encoder.load({str(out)!r}).backbone; print(type(e).__name__, e.dim)"
+    read = f"encoder.load({str(out)!r}).backbone"
+    load = f"from ssl_pretrain import encoder; e = {read}; print(type(e).__name__, e.dim)"
     assert python(load, packages) == "Acme 48\n"
     assert imported(packages) == {"acme_net"}
 

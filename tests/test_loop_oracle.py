@@ -11,6 +11,7 @@ The optimisers here compute in float64. Parameters are rounded to float32 once a
 import contextlib
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import metrics
-from one_step import SMALL
 from torch import Tensor
 
 from ssl_pretrain import backbones, checkpoint, pretext, train
@@ -33,6 +33,12 @@ from ssl_pretrain.randomness import key
 STEPS, BATCH, SIZE, SEED, DEPTH = 10, 16, (32, 32), 3, 2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPTIONS = {"patch_size": 8, "depth": DEPTH}
+SMALL = {
+    "mae": {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
+    "dino": {"hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 48, "local_views": 2},
+    "simclr": {"hidden_dim": 64, "embedding_dim": 32},
+    "byol": {"hidden_dim": 64, "embedding_dim": 16},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +64,18 @@ class Case:
 
     @property
     def config(self) -> Any:
-        return pretext.load(self.method).Config(**SMALL.get(self.method, {}), **self.knobs)
+        return pretext.load(self.method).Config(**SMALL[self.method], **self.knobs)
+
+    @property
+    def options(self) -> Any:
+        return backbones.config_class("vit_micro")(**backbones.defaults("vit_micro") | OPTIONS)
 
     def run(self, data: Path, out: Path) -> Run:
         given = {name: value for name, value in vars(self).items() if name not in ("knobs", "bad")}
         return Run(
             data=str(data), out=out, encoder="vit_micro", image_size=SIZE, batch_size=BATCH, steps=STEPS, seed=SEED,
-            workers=0, precision="fp32", log_every=1, checkpoint_every=STEPS, monitor_every=0, picture_every=0, **given,
+            workers=0, precision="fp32", log_every=1, checkpoint_every=STEPS // 2, monitor_every=0, picture_every=0,
+            **given,
         )  # fmt: skip
 
 
@@ -73,22 +84,22 @@ ADAMW = Case(
 )
 SGD = Case(method="mae", optimizer="sgd", lr=0.05, weight_decay=0.01)
 CASES = {
-    "adamw: warm-up, cosine, weight-decay schedule, layer decay, global clipping": replace(
+    "adamw": replace(
         ADAMW, layer_decay=0.65, clip_grad=0.3
     ),
-    "adamw: constant with cooldown, clipping of each parameter, teacher": replace(
+    "adamw and a teacher": replace(
         ADAMW, method="dino", schedule="constant", warmup_steps=2, cooldown_steps=5, clip_grad=0.1, clip_each=True,
         knobs={"momentum": 0.8},
     ),
-    "adamw: steps that are not finite": replace(ADAMW, bad=(4, 7)),
-    "sgd: accumulation, clipping, constant without a cooldown": replace(
+    "adamw and skipped steps": replace(ADAMW, bad=(4, 7)),
+    "sgd, accumulated": replace(
         SGD, schedule="constant", accumulate=4, clip_grad=0.3
     ),
-    "lars: accumulation by GradCache, warm-up, cosine": Case(
+    "lars, accumulated by GradCache": Case(
         method="simclr", optimizer="lars", lr=0.3, final_lr=0.05, warmup_steps=3, weight_decay=1e-2, accumulate=2,
         knobs={"temperature": 1.0},  # at 0.1 the biases' steps are long enough to magnify rounding
     ),
-    "sgd: accumulation by GradCache, teacher, steps that are not finite": replace(
+    "sgd, accumulated by GradCache, and a teacher": replace(
         SGD, method="byol", final_weight_decay=0.05, accumulate=2, warmup_steps=3, knobs={"momentum": 0.7}, bad=(2, 5)
     ),
 }  # fmt: skip
@@ -261,28 +272,37 @@ def update_teacher(case: Case, method: Method, losses: Losses, t: int) -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_ten_steps_are_those_of_a_plain_loop(case: Case, photos: Path, tmp_path: Path) -> None:
-    options = backbones.config_class("vit_micro")(**backbones.defaults("vit_micro") | OPTIONS)
     with broken(case):
-        train.train(case.run(photos, tmp_path / "run"), case.config, options)
+        train.train(case.run(photos, tmp_path), case.config, case.options)
         expected = plain_loop(case, photos)
-    found = checkpoint.load(tmp_path / "run" / "checkpoints", STEPS)
-
-    # -- that the case shows what it is for
+    # that the case shows what it is for
     moved = {n: float((expected.state[n] - v).abs().max()) for n, v in expected.first.items() if v.is_floating_point()}
     assert max(v for name, v in moved.items() if not name.startswith("teacher.")) > 1e-3
     assert "momentum" not in case.knobs or max(v for name, v in moved.items() if name.startswith("teacher.")) > 1e-3
     assert any(expected.clipped) == (case.clip_grad is not None)
-    assert found["skipped"] == len(case.bad)
+    assert_equal(tmp_path, expected, case)
 
-    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+
+def test_so_are_those_of_a_run_that_continues_after_five(photos: Path, tmp_path: Path) -> None:
+    case = CASES["adamw and skipped steps"]  # one of them before the checkpoint, one after it
+    with broken(case):
+        train.train(case.run(photos, tmp_path), case.config, case.options)
+        shutil.rmtree(tmp_path / "checkpoints" / f"step-{STEPS:08d}")
+        train.train(case.run(photos, tmp_path), case.config, case.options)
+        expected = plain_loop(case, photos)
+    assert_equal(tmp_path, expected, case)
+
+
+def assert_equal(out: Path, expected: Result, case: Case) -> None:
+    """The run's last checkpoint and its metrics are those of the plain loop."""
+    found = checkpoint.load(out / "checkpoints", STEPS)
+    assert found["skipped"] == len(case.bad)
+    lines = [line for line in metrics(out) if "loss" in line]
     assert [line["lr"] for line in lines] == pytest.approx([learning_rate(case, t) for t in range(STEPS)], rel=1e-12)
     decays = [weight_decay(case, t) for t in range(STEPS)]
     assert [line["weight_decay"] for line in lines] == pytest.approx(decays, rel=1e-12)
-    norms = [norm if math.isfinite(norm) else None for norm in expected.norms]
-    assert all(
-        found_norm == (None if norm is None else pytest.approx(norm, rel=1e-4))
-        for found_norm, norm in zip([line["grad_norm"] for line in lines], norms, strict=True)
-    )
+    for line, norm in zip(lines, expected.norms, strict=True):
+        assert line["grad_norm"] == (pytest.approx(norm, rel=1e-4) if math.isfinite(norm) else None)
     assert found["method"].keys() == expected.state.keys()
     for name, value in expected.state.items():
         same(name, found["method"][name], value, 1e-5 if "running" in name else 1e-6)

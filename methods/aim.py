@@ -1,7 +1,8 @@
 """AIM (El-Nouby et al., "Scalable Pre-training of Large Autoregressive Image Models", ICML 2024).
 
-Patches in raster order; from each patch beyond a prefix and all before it, the pixels of the next one are predicted.
-Shapes: B images, C channels, N patches, p patch side, D encoder width, E width of the head, F = p * p * C values a patch.
+Patches are in raster order. From each patch beyond a prefix, and all patches before it, the pixels of the next patch
+are predicted. Shapes: B images, C channels, N patches, p patch side, D encoder width, E width of the head,
+F = p * p * C values a patch.
 """
 
 from dataclasses import dataclass
@@ -38,9 +39,9 @@ class ResidualMlp(nn.Module):
 class AIM(Method):
     """Predict the next patch; the mean squared error of normalised pixels beyond the prefix is the loss (section 3.1).
 
-    Attention is causal, but full within a prefix of random length, so that the encoder is used to the full attention it
-    is evaluated with (section 3.2, "prefix Transformer"). Raises UnsupportedByBackbone for an encoder without attention
-    masks, UserError for images of a single patch.
+    Attention is causal, but bidirectional within a prefix of random length. So the encoder is also trained with the
+    bidirectional attention that evaluation uses (section 3.2, "prefix Transformer"). Raises UnsupportedByBackbone for
+    an encoder without attention masks, UserError for images of a single patch.
     """
 
     head_pos_embed: Tensor
@@ -54,7 +55,7 @@ class AIM(Method):
         clip_grad=1.0,
         warmup=31250 / 500000,
         encoder={"positions": "sincos", "cls": False, "pool": "mean", "qkv_bias": False},
-        # Plain pixels: the built-in images' classes differ by colour first, which normalised patches leave out.
+        # Plain pixels: classes of the built-in images differ mainly by colour, which normalised patches do not contain.
         small={"lr": 1e-3, "head_dim": 128, "head_depth": 2, "norm_pix": False, "steps": 100},
     )
 
@@ -65,11 +66,11 @@ class AIM(Method):
         head_dim: int = 2048
         """Width of the prediction head."""
         head_depth: int = 12
-        """Residual MLP blocks of the prediction head."""
+        """Number of residual MLP blocks of the prediction head."""
         norm_pix: bool = True
         """Predict each patch's pixels normalised by their own mean and variance."""
         crop_scale: tuple[float, float] = (0.4, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
 
         def __post_init__(self) -> None:
             within(self, AT_LEAST_1, "head_dim")
@@ -103,7 +104,7 @@ class AIM(Method):
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """Loss over batch.views["image"] (B, C, H, W): the mean over all patches beyond the prefixes of the global batch.
-        `per_sample` is each image's share, their mean the loss."""
+        The mean of `per_sample` (B,) is the loss."""
         images = batch.views["image"]
         predicted, prefixes = self.predict(images, step)
         target = patchify(images, self.encoder.stride).float()
@@ -112,7 +113,7 @@ class AIM(Method):
         errors = (predicted.float() - target[:, 1:]).square().mean(-1)  # (B, N - 1): of patches 1 to N - 1
         patches = target.shape[1]
         wanted = torch.arange(1, patches, device=images.device) >= prefixes[step.rows, None]
-        counted = (patches - prefixes).float().mean()  # a share of the global batch's count: ranks weigh patches alike
+        counted = (patches - prefixes).float().mean()  # the global batch's: equal weights on all ranks
         per_sample = (errors * wanted).sum(1) / counted
         return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
 
@@ -139,12 +140,12 @@ class AIM(Method):
         if not self.config.norm_pix:
             return {}
         values = self.head_pred.out_features
-        return {"loss": ((values - 1) / values, "every patch is predicted in its mean colour, nothing is learned")}
+        return {"loss": ((values - 1) / values, "every patch is predicted as its mean colour; nothing is learned")}
 
     @torch.no_grad()
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Input, and each patch as predicted from those before it (n, C, H, W), with its true mean and variance where the
-        target is normalised; the first patch, which nothing predicts, as it is."""
+        """The input, and each patch as predicted from the patches before it, (n, C, H, W). Predictions of normalised
+        targets get the true mean and variance. The first patch, which is not predicted, is shown as it is."""
         images = batch.views["image"]
         predicted, _ = self.predict(images, step)
         patches = patchify(images, self.encoder.stride).float()

@@ -1,8 +1,8 @@
 """Barlow Twins (Zbontar, Jing, Misra, LeCun & Deny, "Barlow Twins: Self-Supervised Learning via Redundancy Reduction",
 ICML 2021).
 
-The cross-correlation of two views' embeddings, taken over the batch, shall be the identity. Shapes: B images of this
-process, D encoder width, K embedding width; two views of each image.
+The loss drives the cross-correlation of two views' embeddings, computed over the batch, to the identity. Shapes: B
+images of this process, D encoder width, K embedding width; two views of each image.
 """
 
 from dataclasses import dataclass
@@ -60,12 +60,12 @@ class BarlowTwins(WholeBatchMethod):
         redundancy_weight: float = 0.0051
         """Weight of the correlations between different channels (the paper's lambda)."""
         loss_scale: float = 0.024
-        """Factor on the loss. LARS takes steps of the same length whatever it is, except on biases and norms, whose
-        learning rate (0.0048 in the paper beside 0.2) it stands for."""
+        """Factor on the loss. The length of LARS' steps does not depend on it, except for biases and norms: there it
+        replaces their own learning rate (0.0048 in the paper, with 0.2 for the weights)."""
         crop_scale: tuple[float, float] = (0.08, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 1.0
-        """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+        """Factor on the blur probabilities (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "projector_dim")
@@ -81,7 +81,7 @@ class BarlowTwins(WholeBatchMethod):
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
-        """BYOL's two kinds of view: the one always blurred, the other solarized now and then (section 2.2)."""
+        """BYOL's two kinds of view: one is always blurred, the other is sometimes solarized (section 2.2)."""
         return asymmetric_views(("first", "second"), image_size, config.crop_scale, config.blur)
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -91,8 +91,8 @@ class BarlowTwins(WholeBatchMethod):
         return dict(zip(names, seen, strict=True))
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
-        """`loss_scale` * ("invariance" + `redundancy_weight` * "redundancy"), the sums of squares on and off the diagonal
-        of the correlation less the identity. Each view is normalised by its own statistics over the global batch."""
+        """`loss_scale` * ("invariance" + `redundancy_weight` * "redundancy"): the sums of squares on and off the
+        diagonal of (correlation - identity). Each view is normalised by its own statistics over the global batch."""
         first, second = (self.norm(self.projector(embedded[name]).float()) for name in ("first", "second"))
         with torch.autocast(first.device.type, enabled=False):
             correlation = distributed.mean(first.T @ second / len(first))  # (K, K)
@@ -108,6 +108,6 @@ class BarlowTwins(WholeBatchMethod):
         """Views that have nothing in common, and channels that are all the same."""
         k = self.config.projector_dim
         return {
-            "invariance": (float(k), "the two views' embeddings are uncorrelated, or all images get the same one"),
-            "redundancy": (float(k * (k - 1)), "all channels of the embedding are the same one, alike in both views"),
+            "invariance": (float(k), "the two views' embeddings are uncorrelated, or equal for all images"),
+            "redundancy": (float(k * (k - 1)), "all channels of the embedding are equal, in both views"),
         }

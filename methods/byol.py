@@ -1,8 +1,8 @@
 """BYOL (Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", NeurIPS 2020).
 
-An online network predicts, from one view of an image, what a target network says of the other view; the target is a
-moving average of the online one, and nothing is pushed apart. Shapes: B images of this process, two views of each, D
-encoder width, K embedding width.
+An online network predicts, from one view of an image, the target network's projection of the other view. The target is
+an EMA of the online network; there are no negatives. Shapes: B images of this process, two views of each, D encoder
+width, K embedding width.
 """
 
 from dataclasses import dataclass
@@ -54,15 +54,15 @@ class BYOL(WholeBatchMethod):
         """Bootstrap your own latent (BYOL)."""
 
         momentum: float = 0.996
-        """Target network's momentum at the start; it rises to 1 by half a cosine."""
+        """Target network's momentum at the start; it rises to 1 along half a cosine."""
         hidden_dim: int = 4096
         """Width of the hidden layer of projector and predictor."""
         embedding_dim: int = 256
-        """Width of the vectors that are predicted."""
+        """Width of the projections that are predicted."""
         crop_scale: tuple[float, float] = (0.08, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 1.0
-        """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+        """Factor on the blur probabilities (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
 
         def __post_init__(self) -> None:
             within(self, FROM_0_TO_1, "momentum")
@@ -72,7 +72,7 @@ class BYOL(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        # Unlike SimCLR's, the outputs are not normalised (section 3.3); their maps have no bias, as released.
+        # Unlike SimCLR's, the outputs are not normalised (section 3.3); their linear layers have no bias, as released.
         self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim), last_bias=False)
         self.predictor = mlp((config.embedding_dim, config.hidden_dim, config.embedding_dim), last_bias=False)
 
@@ -82,12 +82,12 @@ class BYOL(WholeBatchMethod):
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
-        """Two crops, the one always blurred, the other solarized now and then (appendix B, table 6)."""
+        """Two crops: one is always blurred, the other is sometimes solarized (appendix B, table 6)."""
         return asymmetric_views(("view1", "view2"), image_size, config.crop_scale, config.blur)
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Both views' vectors (B, 2, D) by the online encoder, "online", and by the target's, "target"."""
-        # As two batches: where an encoder has batch norm, its statistics are of one view, as in the paper.
+        # Two batches: if the encoder has batch norm, its statistics are those of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
         online = encode_pooled(self.encoder, views, step)
         with torch.no_grad():

@@ -1,9 +1,9 @@
 """data2vec 2.0 (Baevski et al., "Efficient Self-supervised Learning with Contextualized Target Representations for Vision,
 Speech and Language", ICML 2023).
 
-A teacher (a moving average of the encoder) sees the whole image once; the encoder sees several differently masked copies of
-it, and a small convolutional decoder regresses the teacher's contextualised features of what was masked. Shapes: B images,
-V masks of each, N patches on an (h, w) grid, K of them kept, M = N - K masked, D width of encoder and decoder.
+An EMA teacher sees the whole image once. The encoder sees several differently masked copies of it, and a small
+convolutional decoder regresses the teacher's contextualised features of the masked patches. Shapes: B images, V masks
+of each, N patches on an (h, w) grid, K of them kept, M = N - K masked, D width of encoder and decoder.
 """
 
 import math
@@ -33,7 +33,7 @@ from ssl_pretrain.parts.self_distillation import warmed_up
 from ssl_pretrain.parts.views import by_image, encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
-NOISE = 0.01  # deviation of what stands in the places of masked patches before the decoder
+NOISE = 0.01  # standard deviation of the noise that the decoder gets at masked patches
 
 
 class ConvBlock(nn.Module):
@@ -75,29 +75,29 @@ class Data2Vec2(Method):
         """data2vec 2.0."""
 
         masks: int = 16
-        """Masked copies of an image for one pass of the teacher."""
+        """Number of masked copies of an image for one pass of the teacher."""
         mask_ratio: float = 0.8
-        """Share of patches removed before the encoder."""
+        """Masking ratio: share of the patches that are removed before the encoder."""
         mask_block: int = 3
-        """Side in patches of the blocks that are kept."""
+        """Side, in patches, of the blocks that are kept."""
         top_blocks: int = 10
-        """Last blocks of the teacher whose outputs are averaged; all of an encoder that has fewer."""
+        """Number of last teacher blocks whose outputs are averaged; all blocks if the encoder has fewer."""
         decoder_depth: int = 6
-        """Convolutions of the decoder."""
+        """Number of convolutions of the decoder."""
         decoder_kernel: int = 3
-        """Side of their kernels; odd."""
+        """Kernel size of the decoder's convolutions; odd."""
         decoder_groups: int = 16
-        """Groups of their channels; must divide the encoder's width."""
+        """Channel groups of the decoder's convolutions; must divide the encoder's width."""
         cls_loss: float = 0.01
         """Weight of the class token's loss."""
         momentum: float = 0.9998
         """Teacher's momentum at the start."""
         momentum_end: float = 0.99999
-        """Teacher's momentum after it has risen, linearly."""
+        """Teacher's momentum after its linear rise."""
         momentum_warmup: float = 100 / 375
         """Share of the run in which the momentum rises."""
         crop_scale: tuple[float, float] = (0.2, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
 
         def __post_init__(self) -> None:
             within(self, AT_LEAST_1, "masks", "mask_block", "top_blocks")
@@ -145,8 +145,8 @@ class Data2Vec2(Method):
         return int(patches * (1 - self.config.mask_ratio))
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        """Loss over batch.views["image"] (B, C, H, W): squared distances over sqrt(D), the mean over masked patches and
-        masks, and as much of the class tokens' as `cls_loss` says; `per_sample` is each image's."""
+        """Loss over batch.views["image"] (B, C, H, W): squared distances / sqrt(D), the mean over masked patches and
+        masks, plus `cls_loss` times that of the class tokens. `per_sample` (B,) is the loss of each image."""
         images = batch.views["image"]
         wanted = self.targets(images, step)
         predicted, masked, cls = self.predict(images, step)
@@ -174,7 +174,7 @@ class Data2Vec2(Method):
         noise = step.rand(count, n).transpose(0, 1).flatten(0, 1)
         keep, masked = inverse_block_masking(centre_noise, noise, (grid[0], grid[1]), self.kept(n), block)
         seen = encode(self.encoder, images.expand(count, *images.shape), step, keep=keep)
-        # The copies of an image share it: to draw it for each of them, and for the global batch, would fill memory.
+        # The copies of an image share the noise. One draw for each copy of the global batch would need too much memory.
         filling = NOISE * step.randn(n, self.encoder.dim).to(seen.patches.dtype)
         x = put(filling.repeat(count, 1, 1), keep, seen.patches)
         x = self.decoder(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)

@@ -1,8 +1,8 @@
 """DINO (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021).
 
-A student sees all crops of an image, its teacher (a moving average of it) the large ones only; the student predicts the
-teacher's soft assignment to K prototypes from every other crop. Shapes: B images of this process, V views of each, G of
-them global, D encoder width, K prototypes.
+A student sees all crops of an image; its EMA teacher sees only the large ones. The student predicts the teacher's soft
+assignment to K prototypes from every other crop. Shapes: B images of this process, V views of each, G of them global, D
+encoder width, K prototypes.
 """
 
 import math
@@ -36,7 +36,7 @@ from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 class DINO(Method):
     """Self-distillation with no labels; the exported encoder is the teacher's.
 
-    Defaults are the paper's for ViT-S/16 (section 3 and appendix), where it differs the released code's. Raises
+    Defaults are the paper's for ViT-S/16 (section 3 and appendix), and the released code's where the two differ. Raises
     UserError for knobs out of range.
     """
 
@@ -72,35 +72,35 @@ class DINO(Method):
         """DINO."""
 
         prototypes: int = 65536
-        """Outputs of the head."""
+        """Number of prototypes (outputs of the head)."""
         hidden_dim: int = 2048
         """Width of the head's two hidden layers."""
         bottleneck_dim: int = 256
-        """Width of the vectors that are compared with the prototypes."""
+        """Width of the bottleneck vectors that are compared with the prototypes."""
         momentum: float = 0.996
-        """Teacher's momentum at the start; it rises to 1 by half a cosine."""
+        """Teacher's momentum at the start; it rises to 1 along half a cosine."""
         student_temperature: float = 0.1
         """Temperature of the student's softmax."""
         teacher_temperature: float = 0.04
         """Temperature of the teacher's softmax at the end of its warm-up."""
         teacher_temperature_start: float = 0.04
-        """The same at the start; long runs of the paper warm up from 0.04 to 0.07."""
+        """Temperature of the teacher's softmax at the start; long runs of the paper warm up from 0.04 to 0.07."""
         teacher_temperature_warmup: float = 0.1
         """Share of the run in which the teacher's temperature goes from start to end."""
         centre_momentum: float = 0.9
-        """Momentum of the centre that is taken from the teacher's outputs."""
+        """Momentum of the moving average of the teacher's outputs (centering)."""
         freeze_prototypes: float = 0.01
-        """Share of the run at its start in which the prototypes stay as they are (1 of 100 epochs)."""
+        """Share of the run, from its start, in which the prototypes are frozen (1 of 100 epochs)."""
         local_views: int = 8
-        """Small crops of each image."""
+        """Number of small crops of each image."""
         global_scale: tuple[float, float] = (0.4, 1.0)
-        """Share of the image's area that a global crop covers, from and to."""
+        """Smallest and largest share of the image's area that a global crop covers."""
         local_scale: tuple[float, float] = (0.05, 0.4)
-        """Share of the image's area that a local crop covers, from and to."""
+        """Smallest and largest share of the image's area that a local crop covers."""
         local_ratio: float = 96 / 224
-        """Side of a local view over that of a global one, rounded to what the encoder takes."""
+        """Side of a local view divided by that of a global view, rounded to a size that the encoder accepts."""
         blur: float = 1.0
-        """Factor on the probabilities of blur (1, 0.1 and 0.5 for the two global and the local views); 0 is usual for
+        """Factor on the blur probabilities (1, 0.1 and 0.5 for the two global and the local views); 0 is usual for
         images of 32 pixels."""
 
         def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class DINO(Method):
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
-        """Two global crops, the one always blurred, the other solarized now and then, and local ones (appendix E)."""
+        """Two global crops, one always blurred and the other sometimes solarized, and local ones (appendix E)."""
         return multi_crop(
             image_size,
             global_scale=config.global_scale,
@@ -163,7 +163,7 @@ class DINO(Method):
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
-        """The teacher follows the student, the centre the teacher's outputs (eq. 4)."""
+        """Update the teacher from the student, and the centre from the teacher's outputs (eq. 4)."""
         student = EncoderWithHeads({"encoder": self.encoder, "head": self.head})
         ema_update_(self.teacher, student, cosine_momentum(self.config.momentum, step.progress), step.ok)
         seen = distributed.mean(step.carried["teacher"].mean(0))
@@ -179,5 +179,5 @@ class DINO(Method):
         uniform = math.log(self.config.prototypes)
         return {
             "loss": (uniform, "student and teacher give every image the uniform distribution"),
-            "teacher_entropy": (0.0, "the teacher gives every image one prototype with certainty"),
+            "teacher_entropy": (0.0, "the teacher assigns every image to the same prototype with certainty"),
         }

@@ -1,8 +1,9 @@
 """DINOv2 (Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024).
 
-DINO on class tokens, iBOT on masked patches, and a regulariser that spreads the class tokens of a batch. Shapes: B images
-of this process, V views of each, two of them global, N patches of a global view, M of them masked at most, D encoder
-width, K prototypes.
+DINO on class tokens, iBOT on masked patches, and a regulariser that spreads the class tokens of a batch.
+
+Shapes: B images of this process, V views of each (two of them global), N patches of a global view, at most M of them
+masked, D encoder width, K prototypes.
 """
 
 import math
@@ -47,7 +48,7 @@ BLUR = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5), "none": (0.0, 0.0
 
 @final
 class DINOv2(WholeBatchMethod):
-    """DINO, iBOT and a spread of features; the exported encoder is the teacher's.
+    """DINO, iBOT and a spreading regulariser; the exported encoder is the teacher's.
 
     Defaults are the paper's (section 4 and appendix B) in the size of its released ImageNet-1k recipe. Raises UserError
     for knobs out of range and for encoders that cannot replace patches or have no class token.
@@ -86,60 +87,60 @@ class DINOv2(WholeBatchMethod):
         """DINOv2."""
 
         prototypes: int = 65536
-        """Outputs of each head."""
+        """Number of prototypes (outputs of each head)."""
         hidden_dim: int = 2048
         """Width of the heads' two hidden layers."""
         bottleneck_dim: int = 256
         """Width of the vectors that are compared with the prototypes."""
         shared_head: bool = False
-        """One head for class tokens and patches, as in iBOT, instead of one each."""
+        """Use one head for class tokens and patches, as in iBOT, instead of one head for each."""
         centring: Literal["sinkhorn", "centre"] = "sinkhorn"
-        """What keeps the teacher from always naming one prototype: Sinkhorn-Knopp over the batch, or DINO's centre."""
+        """How collapse to one prototype is prevented: Sinkhorn-Knopp over the batch, or DINO's centering."""
         centre_momentum: float = 0.9
-        """Momentum of the centres that are taken from the teacher's outputs (with --centring centre)."""
+        """Momentum of the moving averages of the teacher's outputs (only with --centring centre)."""
         sinkhorn_iterations: int = 3
         """Iterations of Sinkhorn-Knopp."""
         momentum: float = 0.992
-        """Teacher's momentum at the start; it rises to 1 by half a cosine."""
+        """Teacher's momentum at the start; it rises to 1 along half a cosine."""
         student_temperature: float = 0.1
         """Temperature of the student's softmax."""
         teacher_temperature: float = 0.07
         """Temperature of the teacher's softmax at the end of its warm-up."""
         teacher_temperature_start: float = 0.04
-        """The same at the start."""
+        """Temperature of the teacher's softmax at the start."""
         teacher_temperature_warmup: float = 0.3
         """Share of the run in which the teacher's temperature goes from start to end (30 of 100 epochs)."""
         freeze_prototypes: float = 0.01
-        """Share of the run at its start in which the prototypes stay as they are (1 of 100 epochs)."""
+        """Share of the run, from its start, in which the prototypes are frozen (1 of 100 epochs)."""
         class_weight: float = 1.0
         """Weight of the class tokens' loss (DINO)."""
         patch_weight: float = 1.0
         """Weight of the masked patches' loss (iBOT)."""
         regulariser: Literal["koleo", "kde"] = "koleo"
-        """What spreads the class tokens of global views: KoLeo, or Virchow 2's kernel-density estimate."""
+        """Regulariser that spreads the class tokens of global views: KoLeo, or Virchow 2's kernel density estimate."""
         regulariser_weight: float = 0.1
-        """Its weight, on the sum over both global views; 0: none."""
+        """Weight of the regulariser, on the sum over both global views; 0: no regulariser."""
         concentration: float = 5.0
         """Concentration of the kernel of --regulariser kde."""
         mask_probability: float = 0.5
-        """Share of the batch's global views that are masked at all."""
+        """Share of the batch's global views that are masked."""
         mask_ratio: tuple[float, float] = (0.1, 0.5)
-        """Share of a masked view's patches that are masked, from and to, spread evenly over the batch."""
+        """Smallest and largest masking ratio of a masked view; the ratios are spread evenly over the batch."""
         complete_masks: bool = False
-        """Fill masks up with random patches to exactly the wanted number, as DINOv3 does; else some stay short."""
+        """Add random patches to a mask until it has exactly the requested number (DINOv3); else some have fewer."""
         local_views: int = 8
-        """Small crops of each image."""
+        """Number of small crops of each image."""
         global_scale: tuple[float, float] = (0.32, 1.0)
-        """Share of the image's area that a global crop covers, from and to."""
+        """Smallest and largest share of the image's area that a global crop covers."""
         local_scale: tuple[float, float] = (0.05, 0.32)
-        """Share of the image's area that a local crop covers, from and to."""
+        """Smallest and largest share of the image's area that a local crop covers."""
         local_ratio: float = 96 / 224
-        """Side of a local view over that of a global one, rounded to what the encoder takes."""
+        """Side of a local view divided by that of a global view, rounded to a size that the encoder accepts."""
         noise_patch: float = 0.0
         """Probability of Gaussian noise on a random square of a view (the last stage of FastDINOv2)."""
         blur: Literal["paper", "released", "none"] = "paper"
-        """Blur of the two global and the local views: with probability 1, 0.1, 0.5; as the released code has it, 0, 0.9,
-        0.5; or never, usual for images of 32 pixels."""
+        """Blur probabilities of the two global and the local views: 1, 0.1, 0.5; as in the released code, 0, 0.9, 0.5;
+        or never, which is usual for images of 32 pixels."""
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "prototypes")
@@ -173,7 +174,7 @@ class DINOv2(WholeBatchMethod):
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
-        """DINO's: two global crops, the second solarized now and then, and local ones."""
+        """DINO's: two global crops, the second sometimes solarized, and local ones."""
         return multi_crop(
             image_size,
             global_scale=config.global_scale,
@@ -185,14 +186,14 @@ class DINOv2(WholeBatchMethod):
         )
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """What the encoders say: "student" (B, V, D), the class tokens of the masked global views and of the local ones;
-        "teacher" (B, 2, D), those of the global views unmasked; "student_patches" and "teacher_patches" (B, 2, M, D),
-        the masked patches, and "counted" bool (B, 2, M), False where there are fewer of them than M."""
+        """Outputs of the encoders. "student" (B, V, D): class tokens of the masked global views and of the local views.
+        "teacher" (B, 2, D): class tokens of the global views, unmasked. "student_patches" and "teacher_patches"
+        (B, 2, M, D): the masked patches. "counted" bool (B, 2, M): False at places beyond the masked patches."""
         views = torch.stack([batch.views["global1"], batch.views["global2"]])
         with torch.no_grad():
             seen = encode(self.teacher.backbone, views, step)
             whole = class_token(seen, "dinov2")
-        masks = self.masks(seen.grid, step).transpose(0, 1).flatten(0, 1)  # (2B, N), view by view as the rest
+        masks = self.masks(seen.grid, step).transpose(0, 1).flatten(0, 1)  # (2B, N), views in sequence
         index, counted = listed(masks, math.ceil(masks.shape[1] * self.config.mask_ratio[1]))
         crops = [views, batch.views["local"]] if self.config.local_views else [views]
         student = encode_crops(self.encoder, crops, step, replace=(masks, self.mask_token))
@@ -249,8 +250,8 @@ class DINOv2(WholeBatchMethod):
         return losses
 
     def masks(self, grid: tuple[int, int], step: Step) -> Tensor:
-        """Which patches of both global views are masked: bool (B, 2, N). Half of the global batch's views (by default)
-        are, each to another share of its patches (as released)."""
+        """Masks of both global views: bool (B, 2, N), True for a masked patch. Half of the global batch's views (by
+        default) are masked, each with another masking ratio (as released)."""
         n, crops = grid[0] * grid[1], 2 * step.batch_size
         with step.on_host() as host:
             orders, places = host.shared_rand(crops), host.shared_rand(crops)
@@ -274,8 +275,8 @@ class DINOv2(WholeBatchMethod):
     def _assigned(
         self, logits: Tensor, tokens: Literal["class", "patch"], step: Step, counted: Tensor | None = None
     ) -> Tensor:
-        """The teacher's distributions over the prototypes, of its logits' (..., K) shape and dtype; where `counted` (...)
-        is False they stand for nothing."""
+        """The teacher's distributions over the prototypes, from logits (..., K), of the same shape and dtype. Values
+        where `counted` (...) is False have no meaning."""
         if self.config.centring == "centre":
             centre = self.class_centre if tokens == "class" else self.patch_centre
             return torch.softmax((logits - centre) / self.temperature(step), dim=-1)
@@ -320,7 +321,7 @@ class DINOv2(WholeBatchMethod):
             "patch": (masked * uniform, "student and teacher give every masked patch the uniform distribution"),
         }
         if self.config.centring == "centre":  # Sinkhorn-Knopp lets no prototype have all images
-            stated["teacher_entropy"] = (0.0, "the teacher gives every image one prototype with certainty")
+            stated["teacher_entropy"] = (0.0, "the teacher assigns every image to the same prototype with certainty")
         if self.config.regulariser_weight:
             alike = -2 * math.log(DUPLICATES) if self.config.regulariser == "koleo" else 2 * self.config.concentration
             stated[self.config.regulariser] = (alike, "all images get the same class token")

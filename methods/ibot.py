@@ -1,8 +1,10 @@
 """iBOT (Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer", ICLR 2022).
 
 DINO on class tokens, and the same for patches: where the student sees a mask token, it predicts the teacher's soft
-assignment of that patch, which the teacher sees. Shapes: B images of this process, V views of each, two of them global,
-N patches of a global view, M of them masked at most, D encoder width, K prototypes.
+assignment of that patch, which the teacher sees.
+
+Shapes: B images of this process, V views of each (two of them global), N patches of a global view, at most M of them
+masked, D encoder width, K prototypes.
 """
 
 import math
@@ -82,47 +84,47 @@ class IBOT(Method):
         """iBOT."""
 
         prototypes: int = 8192
-        """Outputs of the head that class tokens and patches share."""
+        """Number of prototypes (outputs of the head that class tokens and patches share)."""
         hidden_dim: int = 2048
         """Width of the head's two hidden layers."""
         bottleneck_dim: int = 256
         """Width of the vectors that are compared with the prototypes."""
         momentum: float = 0.996
-        """Teacher's momentum at the start; it rises to 1 by half a cosine."""
+        """Teacher's momentum at the start; it rises to 1 along half a cosine."""
         student_temperature: float = 0.1
         """Temperature of the student's softmax."""
         teacher_temperature: float = 0.07
         """Temperature of the teacher's softmax of class tokens at the end of its warm-up."""
         teacher_patch_temperature: float = 0.07
-        """The same for patches."""
+        """Temperature of the teacher's softmax of patches at the end of its warm-up."""
         teacher_temperature_start: float = 0.04
-        """Both at the start."""
+        """Both teacher temperatures at the start."""
         teacher_temperature_warmup: float = 0.0375
-        """Share of the run in which the teacher's temperatures go from start to end (30 of 800 epochs)."""
+        """Share of the run in which the teacher's temperatures rise from start to end (30 of 800 epochs)."""
         centre_momentum: float = 0.9
-        """Momentum of the two centres that are taken from the teacher's outputs."""
+        """Momentum of the moving averages of the teacher's outputs (centering)."""
         freeze_prototypes: float = 0.00125
-        """Share of the run at its start in which the prototypes stay as they are (1 of 800 epochs)."""
+        """Share of the run, from its start, in which the prototypes are frozen (1 of 800 epochs)."""
         class_weight: float = 1.0
         """Weight of the class tokens' loss (the paper's lambda 1)."""
         patch_weight: float = 1.0
         """Weight of the masked patches' loss (the paper's lambda 2)."""
         masking: Literal["block", "random"] = "block"
-        """Masks of rectangles, or of patches anywhere."""
+        """Masks of rectangular blocks, or of random patches."""
         mask_probability: float = 0.5
-        """Probability that a global view is masked at all."""
+        """Probability that a global view is masked."""
         mask_ratio: tuple[float, float] = (0.1, 0.5)
-        """Share of a masked view's patches that are masked, from and to."""
+        """Smallest and largest masking ratio of a masked view."""
         local_views: int = 10
-        """Small crops of each image."""
+        """Number of small crops of each image."""
         global_scale: tuple[float, float] = (0.25, 1.0)
-        """Share of the image's area that a global crop covers, from and to."""
+        """Smallest and largest share of the image's area that a global crop covers."""
         local_scale: tuple[float, float] = (0.05, 0.25)
-        """Share of the image's area that a local crop covers, from and to."""
+        """Smallest and largest share of the image's area that a local crop covers."""
         local_ratio: float = 96 / 224
-        """Side of a local view over that of a global one, rounded to what the encoder takes."""
+        """Side of a local view divided by that of a global view, rounded to a size that the encoder accepts."""
         blur: float = 1.0
-        """Factor on the probabilities of blur (1, 0.1 and 0.5 for the two global and the local views); 0 is usual for
+        """Factor on the blur probabilities (1, 0.1 and 0.5 for the two global and the local views); 0 is usual for
         images of 32 pixels."""
 
         def __post_init__(self) -> None:
@@ -151,7 +153,7 @@ class IBOT(Method):
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
-        """DINO's: two global crops, the one always blurred, the other solarized now and then, and local ones."""
+        """DINO's: two global crops, one always blurred and the other sometimes solarized, and local ones."""
         return multi_crop(
             image_size,
             global_scale=config.global_scale,
@@ -170,7 +172,7 @@ class IBOT(Method):
             seen = encode(self.teacher.backbone, views, step)
             whole = to_float32(self.teacher["head"](class_token(seen, "ibot")))
             parts = to_float32(self.teacher["head"](seen.patches))  # (2B, N, K)
-        masks = self.masks(seen.grid, step).transpose(0, 1).flatten(0, 1)  # (2B, N), view by view as the rest
+        masks = self.masks(seen.grid, step).transpose(0, 1).flatten(0, 1)  # (2B, N), views in sequence
         index, counted = listed(masks, math.ceil(masks.shape[1] * self.config.mask_ratio[1]))
 
         crops = [views, batch.views["local"]] if self.config.local_views else [views]
@@ -197,8 +199,8 @@ class IBOT(Method):
         )
 
     def masks(self, grid: tuple[int, int], step: Step) -> Tensor:
-        """Which patches of both global views are masked: bool (B, 2, N). A view is masked with some probability, and then
-        to a share drawn uniformly (section 3.2)."""
+        """Masks of both global views: bool (B, 2, N), True for a masked patch. A view is masked with some probability;
+        its masking ratio is drawn uniformly (section 3.2)."""
         n = grid[0] * grid[1]
         low, high = self.config.mask_ratio
         with step.on_host() as host:
@@ -244,5 +246,5 @@ class IBOT(Method):
         uniform = math.log(self.config.prototypes)
         return {
             "class": (uniform, "student and teacher give every image the uniform distribution"),
-            "teacher_entropy": (0.0, "the teacher gives every image one prototype with certainty"),
+            "teacher_entropy": (0.0, "the teacher assigns every image to the same prototype with certainty"),
         }

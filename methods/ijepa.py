@@ -1,8 +1,8 @@
 """I-JEPA (Assran et al., "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture", CVPR 2023).
 
-From the features of one part of an image, those of other parts are predicted: not their pixels, but what a moving average
-of the encoder says of them. Shapes: B images, N patches on an (h, w) grid, K of them context, T target blocks of M patches,
-D encoder width, E predictor width.
+From the features of one part of an image (the context), a predictor predicts the features of other parts. The target
+features come from an EMA teacher; pixels are not predicted. Shapes: B images, N patches on an (h, w) grid, K of them
+context, T target blocks of M patches, D encoder width, E predictor width.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
 @final
 class IJEPA(Method):
-    """Predict the teacher's features of target blocks from the encoder's of a context; the exported encoder is the teacher.
+    """Predict the teacher's features of target blocks from those of a context; the exported encoder is the teacher.
 
     Defaults are the paper's (section 3 and appendix A). Raises UserError for knobs out of range and for grids of less
     than 2 x 2 patches, UnsupportedByBackbone for an encoder that cannot drop tokens.
@@ -60,28 +60,28 @@ class IJEPA(Method):
         """I-JEPA."""
 
         targets: int = 4
-        """Target blocks of an image."""
+        """Number of target blocks of an image."""
         target_scale: tuple[float, float] = (0.15, 0.2)
-        """Share of the image that a target block covers, from and to."""
+        """Smallest and largest share of the image that a target block covers."""
         target_aspect: tuple[float, float] = (0.75, 1.5)
-        """Height over width of a target block, from and to; it rises with the block's share."""
+        """Smallest and largest aspect ratio (height / width) of a target block; it rises with the block's share."""
         context_scale: tuple[float, float] = (0.85, 1.0)
-        """Share of the image that the context's block covers before the targets are taken out, from and to."""
+        """Smallest and largest share of the image that the context block covers before the targets are removed."""
         min_keep: int = 10
-        """Fewest patches of a context: where the targets leave less, the last of them are not taken out."""
+        """Minimum number of context patches: if the targets leave fewer, the last targets are not removed."""
         context_truncation: Literal["random", "reference"] = "random"
-        """How contexts get the length of the shortest: random patches are dropped, or, as in the released code, the last
-        in raster order; there the last row and column are never masked either."""
+        """How contexts are cut to the length of the shortest one: random patches are dropped, or, as in the released
+        code, the last patches in raster order (then the last row and column are never masked either)."""
         predictor_dim: int = 384
         """Width of the predictor."""
         predictor_depth: int = 12
-        """Blocks of the predictor."""
+        """Number of predictor blocks."""
         predictor_heads: int = 12
-        """Attention heads of the predictor."""
+        """Number of attention heads of the predictor."""
         momentum: float = 0.996
         """Teacher's momentum at the start; it rises to 1 linearly."""
         crop_scale: tuple[float, float] = (0.3, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
 
         def __post_init__(self) -> None:
             within(self, AT_LEAST_1, "targets", "min_keep", "predictor_dim", "predictor_depth", "predictor_heads")
@@ -134,7 +134,7 @@ class IJEPA(Method):
         predicted = self.predict(images, context, targets, step)
         wanted_here = rows(wanted, targets.flatten(1)).unflatten(1, targets.shape[1:])
         per_sample = F.smooth_l1_loss(predicted.float(), wanted_here, reduction="none").mean(dim=(1, 2, 3))
-        # Across images at each place: a teacher that tells only where a patch is has collapsed too.
+        # Across images, at each position: a teacher whose features depend only on the position has collapsed too.
         spread = wanted.std(0, correction=0).mean()
         terms = {"target_std": spread} if len(images) > 1 else {}
         return Losses(total=per_sample.mean(), terms=terms, per_sample=per_sample.detach())
@@ -166,7 +166,7 @@ class IJEPA(Method):
         *others, last = self.predictor_blocks
         for block in others:
             x = block(x)
-        x = last(x, first=m)  # what it says of the context is not looked at
+        x = last(x, first=m)  # its outputs for the context are not used
         return self.predictor_proj(self.predictor_norm(x)).unflatten(0, (b, t))
 
     @torch.no_grad()
@@ -187,8 +187,8 @@ class IJEPA(Method):
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """A teacher that does not look at the image."""
         return {
-            "loss": (0.0, "the teacher gives every patch the same features, which are no work to predict"),
-            "target_std": (0.0, "the teacher's features of a place are the same for all images"),
+            "loss": (0.0, "the teacher gives every patch the same features, so the prediction is trivial"),
+            "target_std": (0.0, "the teacher's features of a position are the same for all images"),
         }
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """LeJEPA (Balestriero & LeCun, "LeJEPA: Provable and Scalable Self-Supervised Learning Without the Heuristics", 2025).
 
-All views of an image predict the centre of its global views, and SIGReg keeps the embeddings an isotropic normal cloud.
-No teacher, no stop-gradient, no predictor. Shapes: B images of this process, V views of each, D encoder width, K
-embedding width.
+All views of an image predict the mean embedding of its global views. SIGReg drives the distribution of the embeddings
+to an isotropic normal distribution. There is no teacher, no stop-gradient and no predictor. Shapes: B images of this
+process, V views of each, D encoder width, K embedding width.
 """
 
 from dataclasses import dataclass
@@ -53,19 +53,19 @@ class LeJEPA(WholeBatchMethod):
         """LeJEPA."""
 
         sigreg_weight: float = 0.05
-        """Weight of SIGReg (the paper's lambda); the prediction has 1 minus it."""
+        """Weight of SIGReg (the paper's lambda); the prediction term has the weight 1 - lambda."""
         slices: int = 1024
-        """Random directions of SIGReg, new in every step."""
+        """Number of random directions of SIGReg; they are drawn again in every step."""
         global_views: int = 2
-        """Large crops of each image; the centre that all views predict is theirs."""
+        """Number of large crops of each image; all views predict the mean of their embeddings."""
         local_views: int = 6
-        """Small crops of each image."""
+        """Number of small crops of each image."""
         global_scale: tuple[float, float] = (0.3, 1.0)
-        """Share of the image's area that a global crop covers, from and to."""
+        """Smallest and largest share of the image's area that a global crop covers."""
         local_scale: tuple[float, float] = (0.05, 0.3)
-        """Share of the image's area that a local crop covers, from and to."""
+        """Smallest and largest share of the image's area that a local crop covers."""
         local_ratio: float = 98 / 224
-        """Side of a local view over that of a global one, rounded to what the encoder takes."""
+        """Side of a local view divided by that of a global view, rounded to a size that the encoder accepts."""
         hidden_dim: int = 2048
         """Width of the projector's two hidden layers."""
         embedding_dim: int = 64
@@ -84,7 +84,7 @@ class LeJEPA(WholeBatchMethod):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         if config.global_views < 1 or config.global_views + config.local_views < 2:
-            raise UserError("--global-views must be at least 1, and with --local-views there must be two views")
+            raise UserError("--global-views must be at least 1, and --global-views plus --local-views at least 2")
         hidden = config.hidden_dim
         self.projector = mlp((encoder.dim, hidden, hidden, config.embedding_dim))
 

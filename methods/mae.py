@@ -1,6 +1,6 @@
 """Masked autoencoders (He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022).
 
-Most patches are hidden, the encoder sees only the rest, and a small decoder paints the hidden ones from its output.
+Most patches are masked. The encoder sees only the others. A small decoder reconstructs the masked ones from its output.
 Shapes: B images, C channels, N patches on an (h, w) grid, K of them kept, M = N - K masked, p patch side, D encoder
 width, E decoder width, F = p * p * C values a patch.
 """
@@ -41,7 +41,7 @@ class MAE(Method):
         weight_decay=0.05,
         warmup=40 / 800,
         encoder={"positions": "sincos"},
-        # The class token tells the fractals apart long before the mean of the patches does.
+        # The class token separates the fractals' classes much earlier in training than the mean of the patches does.
         small={"lr": 2e-3, "decoder_dim": 128, "decoder_depth": 1, "decoder_heads": 4, "pool": "cls"},
     )
 
@@ -50,17 +50,17 @@ class MAE(Method):
         """Masked autoencoder (MAE)."""
 
         mask_ratio: float = 0.75
-        """Share of patches removed before the encoder."""
+        """Masking ratio: share of the patches that are removed before the encoder."""
         norm_pix: bool = True
         """Reconstruct each patch's pixels normalised by their own mean and variance."""
         decoder_dim: int = 512
         """Width of the decoder."""
         decoder_depth: int = 8
-        """Blocks of the decoder."""
+        """Number of decoder blocks."""
         decoder_heads: int = 16
-        """Attention heads of the decoder."""
+        """Number of attention heads of the decoder."""
         crop_scale: tuple[float, float] = (0.2, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
 
         def __post_init__(self) -> None:
             within(self, BETWEEN_0_AND_1, "mask_ratio")
@@ -97,7 +97,7 @@ class MAE(Method):
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
-        """One random resized crop, flipped; no colour (section 4, "data augmentation")."""
+        """One random resized crop with flips and no colour augmentation (section 4, "data augmentation")."""
         return (ViewSpec(name="image", size=image_size, scale=config.crop_scale),)
 
     def kept(self, patches: int) -> int:
@@ -127,13 +127,13 @@ class MAE(Method):
         positions = self.decoder_pos_embed
         if grid != self.grid:
             positions = sincos_table(grid, self.config.decoder_dim)[None].to(images.device)
-        # Prefix tokens take part in the decoder's attention, without a position.
+        # Prefix tokens take part in the decoder's attention, but have no position.
         tokens = self.decoder_embed(seen.patches if seen.tokens is None else seen.tokens)
         prefix, tokens = tokens.split([tokens.shape[1] - keep.shape[1], keep.shape[1]], dim=1)
         tokens = tokens + F.embedding(keep, positions[0]).to(tokens.dtype)
         asked = (self.mask_token + F.embedding(masked, positions[0])).to(tokens.dtype)
-        # In any order, for only positions tell places apart; the masked ones first, where the last block can be asked for
-        # them alone.
+        # The order does not matter, because positions are added as embeddings. Masked tokens come first, so that the
+        # last block can compute its outputs for them alone.
         x = torch.cat([asked, prefix, tokens], dim=1)
         *others, last = self.decoder_blocks
         for block in others:
@@ -146,14 +146,12 @@ class MAE(Method):
         if not self.config.norm_pix:
             return {}
         values = self.decoder_pred.out_features
-        return {
-            "loss": ((values - 1) / values, "the decoder paints every patch in its mean colour, nothing is learned")
-        }
+        return {"loss": ((values - 1) / values, "every patch is reconstructed as its mean colour; nothing is learned")}
 
     @torch.no_grad()
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Input, masked input and reconstruction (n, C, H, W); masked patches repainted, with their true mean and
-        variance where the target is normalised (what the loss does not ask for cannot be shown otherwise)."""
+        """Input, masked input and reconstruction of the masked patches, (n, C, H, W). Reconstructions of normalised
+        targets get the true mean and variance, because the loss does not train these."""
         images = batch.views["image"]
         predicted, masked, _, grid = self.reconstruct(images, step)
         patches = patchify(images, self.encoder.stride).float()

@@ -1,8 +1,8 @@
 """MoCo v3 (Chen, Xie & He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021).
 
-A query encoder finds each image's other view among the keys of the whole batch; the keys come from a moving average of
-it, and there is no memory queue. Shapes: B images of this process, N of all processes, two views of each, D encoder
-width, K embedding width.
+A query encoder identifies each image's other view among the keys of the whole batch. The keys come from a momentum
+encoder, and there is no memory queue. Shapes: B images of this process, N of all processes, two views of each, D
+encoder width, K embedding width.
 """
 
 import math
@@ -58,17 +58,17 @@ class MoCoV3(WholeBatchMethod):
         temperature: float = 0.2
         """Temperature of the similarities."""
         momentum: float = 0.99
-        """Momentum encoder's momentum at the start; it rises to 1 by half a cosine."""
+        """Momentum encoder's momentum at the start; it rises to 1 along half a cosine."""
         freeze_patch_embed: bool = True
-        """Leave a ViT's patch embedding at its random start (section 4.2); other encoders have none to freeze."""
+        """Freeze a ViT's patch embedding at its random initial values (section 4.2); other encoders have none."""
         hidden_dim: int = 4096
         """Width of the hidden layers of projector and predictor."""
         embedding_dim: int = 256
         """Width of the embeddings that are contrasted."""
         crop_scale: tuple[float, float] = (0.08, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 1.0
-        """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+        """Factor on the blur probabilities (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
 
         def __post_init__(self) -> None:
             within(self, POSITIVE, "temperature")
@@ -93,14 +93,14 @@ class MoCoV3(WholeBatchMethod):
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
-        """BYOL's two crops: the one always blurred, the other solarized now and then (section 5, "augmentation")."""
+        """BYOL's two crops: one is always blurred, the other is sometimes solarized (section 5, "augmentation")."""
         return asymmetric_views(
             ("view1", "view2"), image_size, config.crop_scale, config.blur, interpolation="bilinear"
         )
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Both views' vectors (B, 2, D) by the query encoder, "query", and by the momentum encoder, "key"."""
-        # As two batches: where an encoder has batch norm, its statistics are of one view, as in the paper.
+        # Two batches: if the encoder has batch norm, its statistics are those of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
         query = encode_pooled(self.encoder, views, step)
         with torch.no_grad():
@@ -123,10 +123,10 @@ class MoCoV3(WholeBatchMethod):
         return 2 * self.config.temperature * F.cross_entropy(scores, own, reduction="none")
 
     def after_step(self, step: Step) -> None:
-        """The momentum encoder follows the query encoder, for the keys of the next step.
+        """Update the momentum encoder from the query encoder, for the keys of the next step.
 
-        The release moves it before it takes a step's keys; in the first step that changes nothing, for both begin alike.
-        So this is the same sequence, with the momentum of the step to come.
+        The release updates it before it computes a step's keys. In the first step that changes nothing, because both
+        encoders have the same initial weights. So this is the same sequence, with the momentum of the next step.
         """
         queries = EncoderWithHeads({"encoder": self.encoder, "projector": self.projector})
         ema_update_(self.teacher, queries, cosine_momentum(self.config.momentum, (step.step + 1) / step.total), step.ok)
@@ -134,12 +134,12 @@ class MoCoV3(WholeBatchMethod):
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss where all similarities are equal."""
         equal = 4 * self.config.temperature * math.log(batch_size)
-        return {"loss": (equal, "all views get the same embedding, nothing is told apart")}
+        return {"loss": (equal, "all views get the same embedding, so images cannot be distinguished")}
 
 
 def _initialise(encoder: Backbone) -> None:
-    """A ViT's weights as in the release: Xavier uniform, queries, keys and values as three matrices (the bound is that of
-    (D, D), not of the joint (3D, D)), a class token next to zero."""
+    """Initialise a ViT as in the release: Xavier uniform, with queries, keys and values as three matrices (the bound is
+    that of (D, D), not of the joint (3D, D)), and a class token near zero."""
     xavier_(encoder)
     for name, parameter in encoder.named_parameters():
         if name.endswith("qkv.weight"):

@@ -1,8 +1,8 @@
 """Masked Siamese Networks (Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022).
 
-Views with patches dropped, and small crops, are assigned to the prototypes that a moving average of the network assigns
-the whole image to. Shapes: B images of this process, A anchor views of each, D encoder width, E embedding width, K
-prototypes, P patches of a view.
+Anchors (views with dropped patches, and small crops) are trained to match the soft assignment to prototypes that an EMA
+of the network gives to the whole image. Shapes: B images of this process, A anchor views of each, D encoder width, E
+embedding width, K prototypes, P patches of a view.
 """
 
 import math
@@ -42,7 +42,7 @@ class MSN(WholeBatchMethod):
     target's.
 
     Defaults are the released ones for ViT-S/16 (section 4 and appendix). Raises UserError for knobs out of range and
-    UnsupportedByBackbone for an encoder that cannot drop tokens, where it is asked to.
+    UnsupportedByBackbone for an encoder that cannot drop tokens, where `drop_ratio` is above 0.
     """
 
     recipe = Recipe(
@@ -77,7 +77,7 @@ class MSN(WholeBatchMethod):
         """Masked Siamese networks (MSN)."""
 
         prototypes: int = 1024
-        """Learnable prototypes."""
+        """Number of learnable prototypes."""
         hidden_dim: int = 2048
         """Width of the head's two hidden layers."""
         embedding_dim: int = 256
@@ -85,23 +85,23 @@ class MSN(WholeBatchMethod):
         temperature: float = 0.1
         """Temperature of the anchors' softmax."""
         sharpening: float = 0.25
-        """Factor on the temperature for the target's softmax."""
+        """The temperature of the target's softmax is this times the anchors' temperature."""
         sinkhorn: bool = True
-        """Even the targets out over the prototypes by Sinkhorn-Knopp."""
+        """Balance the targets over the prototypes with Sinkhorn-Knopp."""
         entropy_weight: float = 1.0
-        """Weight of the entropy of the mean prediction, which is made large (the paper's lambda)."""
+        """Weight of the entropy of the mean prediction, which is maximised (the paper's lambda)."""
         drop_ratio: float = 0.15
-        """Share of patches dropped from the large anchor view; 0: none."""
+        """Masking ratio: share of the patches that are dropped from the large anchor view; 0: none."""
         momentum: float = 0.996
         """The target's momentum at the start; it rises to 1 linearly."""
         local_views: int = 10
-        """Small anchor crops of each image ("focal" views)."""
+        """Number of small anchor crops of each image ("focal" views)."""
         global_scale: tuple[float, float] = (0.3, 1.0)
-        """Share of the image's area that a large crop covers, from and to."""
+        """Smallest and largest share of the image's area that a large crop covers."""
         local_scale: tuple[float, float] = (0.05, 0.3)
-        """Share of the image's area that a small crop covers, from and to."""
+        """Smallest and largest share of the image's area that a small crop covers."""
         local_ratio: float = 96 / 224
-        """Side of a small view over that of a large one, rounded to what the encoder takes."""
+        """Side of a small view divided by that of a large view, rounded to a size that the encoder accepts."""
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
 
@@ -124,7 +124,7 @@ class MSN(WholeBatchMethod):
         hidden = config.hidden_dim
         self.head = mlp((encoder.dim, hidden, hidden, config.embedding_dim), activation=nn.GELU)
         self.prototypes = Prototypes(config.embedding_dim, config.prototypes)
-        # As released: larger than those of DINO, so that AdamW turns them more slowly.
+        # As released: larger than those of DINO, so that AdamW changes their directions more slowly.
         bound = config.embedding_dim**-0.5
         nn.init.uniform_(self.prototypes.weight, -bound, bound)
 
@@ -167,8 +167,8 @@ class MSN(WholeBatchMethod):
         return {"anchors": torch.cat(anchors, dim=1), "target": target}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
-        """The cross-entropy of the anchors' assignments and the target's, less `entropy_weight` times the entropy of
-        their mean over the global batch (eq. 1), the latter counted from its largest value, ln K: term "unevenness"."""
+        """The cross-entropy of the anchors' assignments and the target's, minus `entropy_weight` times the entropy of
+        their mean over the global batch (eq. 1). Term "unevenness" is ln K (the largest value) minus that entropy."""
         anchors = embedded["anchors"].transpose(0, 1)  # (A, B, D)
         scores = self.prototypes(self.head(anchors.flatten(0, 1))).float() / self.config.temperature
         with torch.no_grad():
@@ -190,7 +190,7 @@ class MSN(WholeBatchMethod):
 
     def assign(self, similarities: Tensor) -> Tensor:
         """The target's distributions (B, K) from its similarities to the prototypes: sharpened (section 3, "target
-        predictions"), and evened out."""
+        predictions"), and balanced by Sinkhorn-Knopp if `sinkhorn`."""
         logs = F.log_softmax(similarities / (self.config.temperature * self.config.sharpening), dim=-1)
         return sinkhorn(logs, 1.0) if self.config.sinkhorn else logs.exp()
 

@@ -1,9 +1,9 @@
 """NNCLR (Dwibedi et al., "With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual
 Representations", ICCV 2021), and decoupled contrastive learning (Yeh et al., ECCV 2022) as its loss.
 
-The positive of an image is not its other view but that view's nearest neighbour among recent embeddings of other
-images. Shapes: B images of this process, N of all processes, two views of each, M places in the queue, D encoder width,
-K embedding width.
+The positive of an image is the nearest neighbour of its other view in a queue of recent embeddings of other images.
+Shapes: B images of this process, N of all processes, two views of each, M entries of the queue, D encoder width, K
+embedding width.
 """
 
 import math
@@ -59,11 +59,11 @@ class NNCLR(WholeBatchMethod):
         """NNCLR."""
 
         loss: Literal["infonce", "dcl"] = "infonce"
-        """InfoNCE, or decoupled: the positive is left out of the denominator."""
+        """InfoNCE, or decoupled: without the positive in the denominator."""
         temperature: float = 0.1
         """Temperature of the similarities."""
         queue: int = 98304
-        """Embeddings among which neighbours are looked for."""
+        """Length of the queue of embeddings in which neighbours are searched."""
         hidden_dim: int = 2048
         """Width of the projector's two hidden layers."""
         predictor_dim: int = 4096
@@ -71,9 +71,9 @@ class NNCLR(WholeBatchMethod):
         embedding_dim: int = 256
         """Width of the embeddings."""
         crop_scale: tuple[float, float] = (0.08, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 1.0
-        """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+        """Factor on the blur probabilities (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
 
         def __post_init__(self) -> None:
             within(self, POSITIVE, "temperature")
@@ -90,12 +90,12 @@ class NNCLR(WholeBatchMethod):
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
-        """BYOL's two crops: the one always blurred, the other solarized now and then."""
+        """BYOL's two crops: one is always blurred, the other is sometimes solarized."""
         return asymmetric_views(("view1", "view2"), image_size, config.crop_scale, config.blur)
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of both views: "pooled" (B, 2, D)."""
-        # As two batches: where an encoder has batch norm, its statistics are of one view, as in the paper.
+        # Two batches: if the encoder has batch norm, its statistics are those of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
         return {"pooled": torch.stack(encode_pooled(self.encoder, views, step), dim=1)}
 
@@ -125,4 +125,4 @@ class NNCLR(WholeBatchMethod):
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss where all similarities are equal."""
         told_from = batch_size if self.config.loss == "infonce" else batch_size - 1
-        return {"loss": (math.log(told_from), "all views get the same embedding, nothing is told apart")}
+        return {"loss": (math.log(told_from), "all views get the same embedding, so images cannot be distinguished")}

@@ -1,7 +1,8 @@
 """NPID (Wu, Xiong, Yu & Lin, "Unsupervised Feature Learning via Non-Parametric Instance-level Discrimination", CVPR 2018).
 
-Every image is a class of its own, its weight vector the embedding that the image had when it was last seen, kept in a
-bank. Shapes: B images of this process, M images of the data set, D encoder width, K embedding width, m negatives.
+Every image is its own class. The class's weight vector is the embedding that the image had when it was last seen; a
+memory bank stores it. Shapes: B images of this process, M images of the data set, D encoder width, K embedding width, m
+negatives.
 """
 
 import math
@@ -23,11 +24,11 @@ from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 @final
 class NPID(WholeBatchMethod):
-    """Tell each image from m others of the bank by noise-contrastive estimation (section 3.2), or from all of them by the
-    exact softmax (section 3.1).
+    """Discriminate each image from m others of the bank by noise-contrastive estimation (section 3.2), or from all of
+    them by the exact softmax (section 3.1).
 
-    Defaults are the paper's and its release's (sections 3 and 4.2): momentum SGD, learning rate 0.03 with 256 images, 4,096
-    negatives, temperature 0.07. Raises UserError for knobs out of range.
+    Defaults are the paper's and its release's (sections 3 and 4.2): momentum SGD, learning rate 0.03 for 256 images,
+    4,096 negatives, temperature 0.07. Raises UserError for knobs out of range.
     """
 
     bank: Tensor
@@ -50,21 +51,21 @@ class NPID(WholeBatchMethod):
         """Non-parametric instance discrimination (NPID)."""
 
         embedding_dim: int = 128
-        """Width of the embeddings; the bank holds one for each image of the data."""
+        """Width of the embeddings; the memory bank stores one for each image of the data."""
         negatives: int = 4096
-        """Images of the bank that each image is told from, drawn anew each time."""
+        """Number of negatives of each image, drawn from the bank again in each step."""
         loss: Literal["nce", "softmax"] = "nce"
-        """nce: noise-contrastive estimation with that many negatives; softmax: exact, over the whole bank, for data of up
-        to some hundred thousand images."""
+        """nce: noise-contrastive estimation with --negatives; softmax: exact, over the whole bank, for data of up to
+        some hundred thousand images."""
         temperature: float = 0.07
         """Temperature of the similarities."""
         bank_momentum: float = 0.5
-        """Share of an image's old embedding that stays in the bank."""
+        """Momentum of the bank: weight of an image's old embedding when it is updated."""
         proximal: float = 0.0
-        """Weight of the squared distance to the image's embedding in the bank (the paper's lambda; its release leaves this
-        to the bank's momentum)."""
+        """Weight of the squared distance to the image's embedding in the bank (the paper's lambda; the release uses the
+        bank's momentum instead)."""
         crop_scale: tuple[float, float] = (0.2, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
 
         def __post_init__(self) -> None:
             within(self, AT_LEAST_1, "embedding_dim", "negatives")
@@ -76,7 +77,7 @@ class NPID(WholeBatchMethod):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         self.projector = nn.Linear(encoder.dim, config.embedding_dim)
-        # The constant of normalisation (section 3.2, "Z"), estimated in the first step; 0 until then.
+        # The normalisation constant (section 3.2, "Z"), estimated in the first step; 0 until then.
         self.register_buffer("normaliser", torch.zeros(()))
 
     def prepare(self, images: int) -> None:
@@ -111,7 +112,7 @@ class NPID(WholeBatchMethod):
     def _nce(self, v: Tensor, index: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The loss of each image (B,), and Z, which the first step estimates, from its whole batch."""
         count, m = len(self.bank), self.config.negatives
-        others = (step.rand(m) * count).long().clamp_max(count - 1)  # (B, m), uniform; itself is not left out
+        others = (step.rand(m) * count).long().clamp_max(count - 1)  # (B, m), uniform; the image itself is not excluded
         bank = self.bank[torch.cat([index[:, None], others], dim=1)]  # (B, 1 + m, K)
         logits = torch.einsum("bk,bmk->bm", v, bank) / self.config.temperature
         first = distributed.mean(logits.detach()[:, 1:].exp().mean()) * count
@@ -128,7 +129,7 @@ class NPID(WholeBatchMethod):
     def after_step(self, step: Step) -> None:
         """Every image seen moves its place in the bank (section 3.1; momentum as released)."""
         index, v = distributed.gather(step.carried["index"]), distributed.gather(step.carried["embedding"])
-        # An image that is twice in a batch writes its last embedding twice, so that the order of writing is no matter.
+        # For an image that is twice in a batch both writes have the last embedding, so their order does not matter.
         same = index[:, None] == index
         last = (same * torch.arange(1, len(index) + 1, device=index.device)).argmax(1)
         keep = self.config.bank_momentum
@@ -137,13 +138,13 @@ class NPID(WholeBatchMethod):
         self.normaliser.copy_(torch.where(step.ok, step.carried["normaliser"].mean(), self.normaliser))
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
-        """The loss where every image is as like all others as itself: h = 1 / (1 + m), or 1 of M. For NCE it is the least
-        that equal similarities can have, whatever the constant of normalisation, so training without success ends there."""
+        """The loss if all similarities are equal: h = 1 / (1 + m), or 1 / M for the softmax. For NCE it is the smallest
+        loss that equal similarities can have, for any normalisation constant, so unsuccessful training ends there."""
         m = self.config.negatives
         softmax = self.config.loss == "softmax"
         return {
             "contrast": (
                 math.log(len(self.bank)) if softmax else math.log(1 + m) + m * math.log1p(1 / m),
-                "no image is told from the others, all similarities are equal",
+                "no image is distinguished from the others: all similarities are equal",
             )
         }

@@ -1,9 +1,9 @@
 """SemAIM (Song et al., "Semantic-Aware Autoregressive Image Modeling for Visual Representation Learning", AAAI 2024).
 
-Patches are predicted one after another, those that look most like what the image is about first. Two streams, as in XLNet:
-the content stream (the encoder) knows a patch and all before it, the query stream (the decoder) knows where the next patch
-is and looks at the content of those before it. Shapes: B images, N patches, p patch side, D encoder width, E decoder width,
-F = p * p * C values a patch.
+Patches are predicted one after another, in an order of similarity to the image's main content. There are two streams,
+as in XLNet. The content stream (the encoder) sees a patch and all before it. The query stream (the decoder) gets the
+position of the next patch and attends to the content of the patches before it. Shapes: B images, N patches, p patch
+side, D encoder width, E decoder width, F = p * p * C values a patch.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class CrossBlock(nn.Module):
 
 @final
 class SemAIM(Method):
-    """Predict each patch's blurred pixels from those before it in an order of meaning; the mean squared error is the loss.
+    """Predict each patch's blurred pixels from those before it in a semantic order; the loss is the mean squared error.
 
     With pixels as targets (section 3). Raises UserError for knobs out of range and images of a single patch,
     UnsupportedByBackbone for an encoder that cannot reorder its tokens or mask its attention.
@@ -73,22 +73,22 @@ class SemAIM(Method):
         """Semantic-aware autoregressive image model (SemAIM)."""
 
         order: Literal["semantic", "raster", "random", "centre"] = "semantic"
-        """Which patches come first: those most like the patch that is most like the whole image, or row by row, at random,
+        """Order of the patches: by similarity to the patch that is most similar to the whole image; row by row; random;
         or from the centre of the image outwards."""
         decoder_dim: int = 512
         """Width of the query stream."""
         decoder_depth: int = 8
-        """Blocks of the query stream."""
+        """Number of blocks of the query stream."""
         decoder_heads: int = 16
-        """Attention heads of the query stream."""
+        """Number of attention heads of the query stream."""
         norm_pix: bool = True
         """Predict each patch's pixels normalised by their own mean and variance."""
         blur_kernel: int = 9
-        """Side of the Gaussian that blurs the targets, pixels; odd; 1: no blur."""
+        """Kernel size in pixels of the Gaussian that blurs the targets; odd; 1: no blur."""
         blur_sigma: float = 1.0
-        """Deviation of that Gaussian, pixels."""
+        """Standard deviation of that Gaussian in pixels."""
         crop_scale: tuple[float, float] = (0.2, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
 
         def __post_init__(self) -> None:
             within(self, AT_LEAST_1, "decoder_dim", "decoder_depth", "decoder_heads", "blur_kernel")
@@ -129,8 +129,8 @@ class SemAIM(Method):
         return (ViewSpec(name="image", size=image_size, scale=config.crop_scale),)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        """Loss over batch.views["image"] (B, C, H, W), the mean over all patches but the first of each order; `per_sample`
-        is each image's."""
+        """Loss over batch.views["image"] (B, C, H, W): the mean over all patches except the first of each order.
+        `per_sample` (B,) is the loss of each image."""
         images = batch.views["image"]
         order = self.order(images, step)
         predicted = self.predict(images, order, step)
@@ -144,8 +144,8 @@ class SemAIM(Method):
     def order(self, images: Tensor, step: Step) -> Tensor:
         """The patches in the order in which they are predicted, (B, N) int64 (section 3.2).
 
-        "semantic" asks the encoder, with full attention: by falling cosine similarity with the patch that is itself the
-        most similar to the pooled vector.
+        "semantic" uses the encoder's features with full attention: patches are sorted by falling cosine similarity to
+        the patch that is most similar to the pooled vector.
         """
         h, w = self._grid((images.shape[-2], images.shape[-1]))
         if self.config.order == "random":
@@ -165,7 +165,7 @@ class SemAIM(Method):
     def predict(self, images: Tensor, order: Tensor, step: Step) -> Tensor:
         """Predictions (B, N - 1, F) of the patches order[:, 1:], each from all those before it.
 
-        In their order, what a patch may see is what comes before it: both streams are plainly causal.
+        In this order a patch may attend to what comes before it, so both streams use causal attention.
         """
         grid = self._grid((images.shape[-2], images.shape[-1]))
         positions = self.decoder_pos_embed
@@ -192,12 +192,13 @@ class SemAIM(Method):
         if not self.config.norm_pix:
             return {}
         values = self.decoder_pred.out_features
-        return {"loss": ((values - 1) / values, "every patch is predicted in its mean colour, nothing is learned")}
+        return {"loss": ((values - 1) / values, "every patch is predicted as its mean colour; nothing is learned")}
 
     @torch.no_grad()
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Input, when each patch is predicted (bright: early), and the predictions (n, C, H, W), with the targets' mean and
-        variance where they are normalised; the first patch, which nothing predicts, as it is."""
+        """The input, the place of each patch in the order (bright: early), and the predictions, (n, C, H, W).
+        Predictions of normalised targets get their mean and variance. The first patch, which is not predicted, is
+        shown as it is."""
         images = batch.views["image"]
         order = self.order(images, step)
         predicted = self.predict(images, order, step).float()

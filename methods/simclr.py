@@ -21,7 +21,7 @@ from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 @final
 class SimCLR(WholeBatchMethod):
-    """Find each image's other view among all views of the batch.
+    """Identify each image's other view among all views of the batch (contrastive loss).
 
     Defaults are the paper's (section 2, appendix A and B.6): batch 4,096 on ImageNet with ResNet-50.
     """
@@ -59,7 +59,7 @@ class SimCLR(WholeBatchMethod):
         embedding_dim: int = 128
         """Width of the embeddings that are contrasted."""
         crop_scale: tuple[float, float] = (0.08, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
         colour: float = 1.0
         """Strength of the colour jitter."""
         blur: float = 0.5
@@ -106,4 +106,4 @@ class SimCLR(WholeBatchMethod):
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss where all similarities are equal."""
         others = 2 * batch_size - (1 if self.config.loss == "infonce" else 2)
-        return {"loss": (math.log(others), "all views get the same embedding, nothing is told apart")}
+        return {"loss": (math.log(others), "all views get the same embedding, so images cannot be distinguished")}

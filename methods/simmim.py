@@ -1,8 +1,8 @@
 """SimMIM (Xie et al., "SimMIM: a Simple Framework for Masked Image Modeling", CVPR 2022).
 
-Large squares of an image are hidden from an encoder that sees the whole grid, with a learned token in the hidden places,
-and one linear map paints them. Shapes: B images, N of the global batch, P patches on an (h, w) grid, p patch side, D
-encoder width, F = p * p * C values a patch.
+Large squares of an image are masked. The encoder sees the whole grid, with a mask token in the masked places, and one
+linear layer reconstructs their pixels. Shapes: B images, N of the global batch, P patches on an (h, w) grid, p patch
+side, D encoder width, F = p * p * C values a patch.
 """
 
 import math
@@ -19,7 +19,7 @@ from ssl_pretrain.parts.patches import patchify, unpatchify
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
-UNITS = 6  # mask units that the image's shorter side holds at least: as many as 32 pixels are of the paper's 192
+UNITS = 6  # smallest number of mask units along the image's shorter side: the paper's 192 pixels hold six of 32
 
 
 @final
@@ -45,12 +45,12 @@ class SimMIM(Method):
         """SimMIM."""
 
         mask_unit: int = 32
-        """Side in pixels of the squares that are masked or not as a whole: at most a sixth of the image's shorter side,
-        and to the nearest multiple of the patch."""
+        """Side in pixels of the squares that are masked as a whole. At most a sixth of the image's shorter side is
+        used, rounded to the nearest multiple of the patch."""
         mask_ratio: float = 0.6
-        """Share of the squares that is masked, rounded up to a whole number of them."""
+        """Masking ratio: share of the squares that are masked; their number is rounded up."""
         crop_scale: tuple[float, float] = (0.67, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
 
         def __post_init__(self) -> None:
             within(self, AT_LEAST_1, "mask_unit")
@@ -72,8 +72,8 @@ class SimMIM(Method):
         return (ViewSpec(name="image", size=image_size, scale=config.crop_scale),)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        """Loss over batch.views["image"] (B, C, H, W): the mean over all masked pixels of the global batch. `per_sample` is
-        each image's share, their mean the loss."""
+        """Loss over batch.views["image"] (B, C, H, W): the mean over all masked pixels of the global batch. The mean of
+        `per_sample` (B,) is the loss."""
         images = batch.views["image"]
         masked, counted = self.mask(images, step)
         painted = self.paint(images, masked, step)
@@ -82,9 +82,10 @@ class SimMIM(Method):
         return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
 
     def mask(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Which patches are masked, bool (B, P), and how many of an image's are on the mean over the global batch, ().
+        """The mask, bool (B, P), True for masked patches; and the mean number of masked patches of an image over the
+        global batch, ().
 
-        Where squares do not divide the grid, those at the right and the bottom are cut off by its edge, so that images
+        If the squares do not divide the grid, those at the right and the bottom are cut off by its edge. Then images
         differ in their number of masked patches.
         """
         height, width = images.shape[-2:]

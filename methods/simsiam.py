@@ -1,6 +1,6 @@
 """SimSiam (Chen & He, "Exploring Simple Siamese Representation Learning", CVPR 2021).
 
-Each view of an image predicts the other's projection, through which no gradient flows; no teacher, no negatives.
+Each view of an image predicts the other's projection, to which a stop-gradient is applied; no teacher, no negatives.
 Shapes: B images of this process, two views of each, D encoder width, K embedding width.
 """
 
@@ -55,11 +55,11 @@ class SimSiam(WholeBatchMethod):
         hidden_dim: int = 2048
         """Width of the projector's two hidden layers."""
         embedding_dim: int = 2048
-        """Width of the vectors that are predicted."""
+        """Width of the projections that are predicted."""
         bottleneck_dim: int = 512
         """Width of the predictor's hidden layer."""
         crop_scale: tuple[float, float] = (0.2, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
 
@@ -77,7 +77,7 @@ class SimSiam(WholeBatchMethod):
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
-        """Two crops with colour (appendix A, "data augmentation")."""
+        """Two crops with colour augmentation (appendix A, "data augmentation")."""
         return (
             ViewSpec(
                 name="view",
@@ -93,7 +93,7 @@ class SimSiam(WholeBatchMethod):
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of both views: "pooled" (B, 2, D)."""
-        # As two batches: where an encoder has batch norm, its statistics are of one view, as in the paper.
+        # Two batches: if the encoder has batch norm, its statistics are those of one view, as in the paper.
         return {"pooled": torch.stack(encode_pooled(self.encoder, batch.views["view"].unbind(0), step), dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
@@ -107,7 +107,7 @@ class SimSiam(WholeBatchMethod):
         return -(l2_normalize(self.predictor(source)) * l2_normalize(target.detach())).sum(-1)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
-        """The least value there is: no real pair of views is predicted so well. Not one vector alone, of which the
-        projector's last batch norm leaves nothing, but one and its opposite."""
+        """The smallest possible value: no real pair of views is predicted so well. It needs two vectors, one and its
+        opposite: with a single vector the projector's last batch norm would give zero."""
         words = "every view predicts the other perfectly, all images get the same embedding or its opposite"
         return {"loss": (-1.0, words)}

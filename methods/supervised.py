@@ -1,4 +1,4 @@
-"""Supervised classification in the same loop: the control that says what labels would have given.
+"""Supervised classification in the same loop: a control experiment that shows what training with labels gives.
 
 Shapes: B images, D encoder width, K classes.
 """
@@ -41,11 +41,11 @@ class Supervised(Method):
         """Supervised control."""
 
         classes: int = 1000
-        """Outputs of the classifier; at least as many as the data has classes."""
+        """Number of outputs of the classifier; at least the number of classes of the data."""
         label_smoothing: float = 0.1
         """Share of the target that is spread over all classes."""
         crop_scale: tuple[float, float] = (0.08, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "classes")
@@ -64,16 +64,16 @@ class Supervised(Method):
         return (ViewSpec(name="image", size=image_size, scale=config.crop_scale),)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        """The mean over the images of the cross-entropy; term "accuracy" is the share of right answers in percent."""
+        """The mean cross-entropy over the images; term "accuracy" is the share of correct predictions in percent."""
         labels = batch.labels
         if labels is None:
             raise UserError(
-                "--method supervised needs labels, and these images have none: put them into a folder a class"
+                "--method supervised needs labels, and these images have none: put them into one folder for each class"
             )
         (pooled,) = encode_pooled(self.encoder, [batch.views["image"]], step)
         logits = self.head(pooled).float()
         known = labels >= 0
-        # A label beyond the classes would read past the logits' end, on a GPU as a crash much later: NaN names it instead.
+        # A label beyond the classes would read past the logits' end, and a GPU would crash much later: so it gives NaN.
         inside = labels < self.config.classes
         each = F.cross_entropy(
             logits,
@@ -87,4 +87,4 @@ class Supervised(Method):
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss of equal answers to every image."""
-        return {"loss": (math.log(self.config.classes), "every class is as likely as any other, for every image")}
+        return {"loss": (math.log(self.config.classes), "all classes have the same probability for every image")}

@@ -1,9 +1,9 @@
 """SwAV (Caron, Misra, Mairal, Goyal, Bojanowski & Joulin, "Unsupervised Learning of Visual Features by Contrasting
 Cluster Assignments", NeurIPS 2020).
 
-Images are assigned to prototypes, evenly over the batch, and each view predicts the assignment of the others. Shapes: B
-images of this process, N of all processes, V views of each image, the first 2 of them global, D encoder width, E
-embedding width, K prototypes, Q places of the queue.
+Views are assigned to prototypes by Sinkhorn-Knopp, balanced over the batch, and each view predicts the assignment of
+the other views. Shapes: B images of this process, N of all processes, V views of each image, the first 2 of them
+global, D encoder width, E embedding width, K prototypes, Q entries of the queue.
 """
 
 import math
@@ -70,7 +70,7 @@ class SwAV(WholeBatchMethod):
         """SwAV."""
 
         prototypes: int = 3000
-        """Prototypes that images are assigned to."""
+        """Number of prototypes."""
         hidden_dim: int = 2048
         """Width of the projection head's hidden layer."""
         embedding_dim: int = 128
@@ -78,24 +78,24 @@ class SwAV(WholeBatchMethod):
         temperature: float = 0.1
         """Temperature of the predictions."""
         epsilon: float = 0.05
-        """Temperature of the assignments: the smaller, the harder."""
+        """Temperature of the assignments (Sinkhorn-Knopp); smaller values give harder assignments."""
         sinkhorn_iterations: int = 3
-        """Rounds of Sinkhorn-Knopp that even the assignments out."""
+        """Number of Sinkhorn-Knopp iterations."""
         freeze_prototypes: float = 1 / 800
-        """Share of the run at its start in which the prototypes stay as they are (313 steps, one of 800 epochs)."""
+        """Share of the run, from its start, in which the prototypes are frozen (313 steps, one of 800 epochs)."""
         queue: int = 0
-        """Embeddings of earlier images that are assigned together with the batch, of each global view, over all
-        processes; 3840 for batches that are small beside the prototypes, 0: none."""
+        """Length of each global view's queue, over all processes: embeddings of earlier images that are assigned
+        together with the batch. 3840 for batches that are small compared with the prototypes; 0: no queue."""
         queue_start: float = 15 / 200
-        """Share of the run after which the queue begins to fill; it is used once it is full."""
+        """Share of the run after which the queue starts to fill; it is used once it is full."""
         local_views: int = 6
-        """Small crops of each image."""
+        """Number of small crops of each image."""
         global_scale: tuple[float, float] = (0.14, 1.0)
-        """Share of the image's area that a global crop covers, from and to."""
+        """Smallest and largest share of the image's area that a global crop covers."""
         local_scale: tuple[float, float] = (0.05, 0.14)
-        """Share of the image's area that a local crop covers, from and to."""
+        """Smallest and largest share of the image's area that a local crop covers."""
         local_ratio: float = 96 / 224
-        """Side of a local view over that of a global one, rounded to what the encoder takes."""
+        """Side of a local view divided by that of a global view, rounded to a size that the encoder accepts."""
         colour: float = 1.0
         """Strength of the colour jitter."""
         blur: float = 0.5
@@ -113,9 +113,9 @@ class SwAV(WholeBatchMethod):
         super().__init__(encoder, config)
         self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim))
         self.prototypes = Prototypes(config.embedding_dim, config.prototypes)
-        with torch.no_grad():  # of length 1, so that steps of AdamW turn them no faster than the projector's rows
+        with torch.no_grad():  # unit length, so that AdamW does not turn them faster than the projector's rows
             self.prototypes.weight.copy_(l2_normalize(self.prototypes.weight))
-        # The newest first; zero where nothing has come yet.
+        # The newest come first; entries that are not filled yet are zero.
         self.register_buffer("queue", torch.zeros(2, config.queue, config.embedding_dim))
 
     @classmethod
@@ -153,9 +153,9 @@ class SwAV(WholeBatchMethod):
 
     @torch.no_grad()
     def assign(self, scores: Tensor) -> Tensor:
-        """Assignments (2, B, K) of the global views, each evened out over its global batch and, where it is full, its
-        queue; from similarities (2, B, K)."""
-        mine = self.queue[:, distributed.rank() :: distributed.size()]  # the processes share the queue's work
+        """Assignments (2, B, K) of the global views, from similarities (2, B, K). Each is balanced over its global
+        batch and, if the queue is full, its queue."""
+        mine = self.queue[:, distributed.rank() :: distributed.size()]  # each process does a part
         full = self.queue[:, -1:].any()
         codes = []
         for own, earlier in zip(scores, mine, strict=True):
@@ -167,7 +167,7 @@ class SwAV(WholeBatchMethod):
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
-        """The batch's global views enter the queue, the oldest leave it (appendix A, "small batches")."""
+        """Put the batch's global views into the queue and remove the oldest entries (appendix A, "small batches")."""
         if not self.config.queue or step.progress < self.config.queue_start:
             return
         # In the order of the global batch, so that the queue is the same on any number of processes.

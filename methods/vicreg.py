@@ -1,8 +1,9 @@
 """VICReg (Bardes, Ponce & LeCun, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
 ICLR 2022).
 
-Two views' embeddings agree, each channel keeps its spread over the batch, and no two channels say the same. Shapes: B
-images of this process, N of all processes, D encoder width, K embedding width; two views of each image.
+The loss makes two views' embeddings agree, keeps the variance of each channel over the batch, and decorrelates the
+channels. Shapes: B images of this process, N of all processes, D encoder width, K embedding width; two views of each
+image.
 """
 
 import math
@@ -62,13 +63,13 @@ class VICReg(WholeBatchMethod):
         invariance_weight: float = 25.0
         """Weight of the mean squared distance between the two views."""
         variance_weight: float = 25.0
-        """Weight of the hinge that keeps each channel's standard deviation at 1 or above."""
+        """Weight of the hinge loss that keeps each channel's standard deviation at 1 or above."""
         covariance_weight: float = 1.0
         """Weight of the squared covariances of different channels."""
         crop_scale: tuple[float, float] = (0.08, 1.0)
-        """Share of the image's area that a crop covers, from and to."""
+        """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 1.0
-        """Factor on the probabilities of blur (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+        """Factor on the blur probabilities (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "projector_dim")
@@ -82,7 +83,7 @@ class VICReg(WholeBatchMethod):
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
-        """BYOL's two kinds of view, as released: the one always blurred, the other solarized now and then."""
+        """BYOL's two kinds of view, as released: one is always blurred, the other is sometimes solarized."""
         return asymmetric_views(("first", "second"), image_size, config.crop_scale, config.blur)
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -121,7 +122,7 @@ def _variance_and_covariance(view: Tensor) -> tuple[Tensor, Tensor]:
     total = len(view) * distributed.size()
     with torch.autocast(view.device.type, enabled=False):
         centred = view - distributed.mean(view.mean(0))
-        # One exchange gives both: the variances are the diagonal.
+        # One collective gives both: the variances are the diagonal.
         matrix = distributed.mean(centred.T @ centred / len(view)) * (total / (total - 1))  # (K, K)
     variances = matrix.diagonal()
     hinge = torch.relu(1 - (variances + EPSILON).sqrt()).mean()

@@ -1,1 +1,1 @@
-"""Evaluators of exported encoders: one file an evaluator; the file name is the word after `ssl-eval`."""
+"""Evaluators of exported encoders. Each file is one evaluator; its name is the subcommand of `ssl-eval`."""

@@ -1,4 +1,4 @@
-"""How far two partitions of the same images agree, whatever their clusters are called; and how clear a partition is.
+"""Agreement of two partitions of the same images, independent of the clusters' numbers; and the silhouette of one.
 
 Shapes: n images, K clusters, C classes; the table (K, C) counts the images in cluster k and class c.
 """
@@ -13,14 +13,15 @@ from torch import Tensor
 from ._assignment import assignment
 from ._intervals import wilson
 
-CHUNK = 1024  # rows whose distances to all others exist at a time
+CHUNK = 1024  # rows whose distances to all others are in memory at a time
 
 
 def agreement(clusters: np.ndarray, classes: np.ndarray) -> dict[str, Any]:
-    """Of partitions (n,) int64 >= 0: "nmi" and "ami" (normalised by the mean of the entropies; Vinh et al., JMLR 2010),
-    "ari" (Hubert & Arabie, 1985), and in percent "accuracy", the share of images whose cluster is paired with their class
-    where clusters and classes are paired one to one as well as can be, with its 95 % interval (of the images; the pairing
-    is taken as given)."""
+    """Agreement of two partitions (n,) int64 >= 0.
+
+    "nmi" and "ami" (normalised by the mean of the entropies; Vinh et al., JMLR 2010), "ari" (Hubert & Arabie, 1985),
+    and "accuracy" in percent: the share of images whose cluster is matched with their class, under the best one-to-one
+    matching of clusters and classes; with its 95 % interval (over images, for this matching)."""
     _, a = np.unique(clusters, return_inverse=True)
     _, b = np.unique(classes, return_inverse=True)
     table = np.zeros((a.max() + 1, b.max() + 1), np.int64)
@@ -54,13 +55,13 @@ def _entropy(counts: np.ndarray) -> float:
 
 
 def _expected(rows: np.ndarray, columns: np.ndarray) -> float:
-    """The mutual information that chance gives to partitions of those sizes (Vinh et al., 2010, eq. 24a)."""
+    """The expected mutual information of random partitions with those cluster sizes (Vinh et al., 2010, eq. 24a)."""
     n = int(rows.sum())
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    sizes, many = np.unique(columns, return_counts=True)  # clusters of a size give the same terms
+    sizes, repeats = np.unique(columns, return_counts=True)  # clusters of the same size give the same terms
     total = 0.0
     for a, times in zip(*np.unique(rows, return_counts=True), strict=True):
-        for b, count in zip(sizes, many, strict=True):
+        for b, count in zip(sizes, repeats, strict=True):
             x = np.arange(max(1, a + b - n), min(a, b) + 1)
             chance = np.exp(
                 log_factorial[a] + log_factorial[b] + log_factorial[n - a] + log_factorial[n - b] - log_factorial[n]
@@ -83,9 +84,10 @@ def _ari(table: np.ndarray) -> float:
 
 
 def silhouette(rows: Tensor, clusters: np.ndarray) -> float | None:
-    """The mean over rows (n, F) of (b - a) / max(a, b): a the mean Euclidean distance to the others of its cluster, b the
-    smallest mean distance to those of another (Rousseeuw, 1987); 0 for a row alone in its cluster. None where there are
-    not between 2 and n - 1 clusters. Needs no labels."""
+    """The mean over rows (n, F) of (b - a) / max(a, b) (Rousseeuw, 1987). Needs no labels.
+
+    a is the mean Euclidean distance to the other rows of the cluster, b the smallest mean distance to the rows of
+    another cluster. A row alone in its cluster counts as 0. None unless there are between 2 and n - 1 clusters."""
     _, given = np.unique(clusters, return_inverse=True)
     k, n = given.max() + 1, len(given)
     if not 2 <= k <= n - 1:

@@ -1,14 +1,15 @@
-"""The assignment problem: which row goes with which column so that the sum is largest. Shapes: K x K, or K x L, pairs."""
+"""The assignment problem: match rows with columns so that the sum of gains is largest. Shapes: K x K or K x L gains."""
 
 import numpy as np
 
 
 def assignment(gain: np.ndarray) -> np.ndarray:
-    """The column of each row, (K,) int64, -1 for a row without: one to one, as many pairs as the shorter side has, of the
-    largest total `gain` (K, L).
+    """The column of each row, (K,) int64, or -1 for a row without a column.
 
-    Shortest augmenting paths (Jonker & Volgenant, 1987) in O(K^2 L): rows come one at a time, and each is put in by the
-    cheapest chain of exchanges, found as Dijkstra finds a path, with prices on both sides that keep every cost >= 0.
+    The matching is one to one, has min(K, L) pairs, and maximises the total `gain` (K, L).
+
+    Shortest augmenting paths (Jonker & Volgenant, 1987) in O(K^2 L): rows are added one at a time. Each is added by the
+    cheapest chain of exchanges, found with Dijkstra's algorithm; prices of rows and columns keep every cost >= 0.
     """
     if gain.shape[0] > gain.shape[1]:
         rows = assignment(gain.T)
@@ -21,7 +22,7 @@ def assignment(gain: np.ndarray) -> np.ndarray:
     holder = np.full(width, -1)  # the row of each column
     for new in range(k):
         distance = np.full(width, np.inf)
-        before = np.full(width, -1)  # the column before on the cheapest chain; -1: it begins with `new`
+        before = np.full(width, -1)  # the previous column on the cheapest chain; -1: the chain starts with `new`
         done = np.zeros(width, bool)
         row, column, length = new, -1, 0.0
         while row != -1:

@@ -1,5 +1,4 @@
-"""Images and masks as a segmentation sees them: images resized as a whole, features of their patches, and of what classes
-the pixels of a patch are.
+"""Images and masks for segmentation: resized images, features of their patches, and the classes of a patch's pixels.
 
 Shapes: B images, n of a split, H x W pixels of a mask, (h, w) grid of patches, N = h * w, D channels, C classes.
 """
@@ -22,12 +21,12 @@ from ssl_pretrain.features import Bad, NotFinite, crops_of
 from ._masks import Masked
 from ._task import UNKNOWN, Images, Task
 
-BINARY = 255  # what stands for 1 where masks hold nothing else but 0
+BINARY = 255  # means 1 in masks whose only other value is 0
 
 
 def masked(images: Images) -> Masked:
-    """The images of a segmentation, which have masks."""
-    assert isinstance(images.source, Masked)  # segment.open_data saw to it
+    """The source of a segmentation's images, with masks."""
+    assert isinstance(images.source, Masked)  # guaranteed by segment.open_data
     return images.source
 
 
@@ -35,7 +34,7 @@ def masked(images: Images) -> Masked:
 
 
 def ignored(labels: Sequence[int], *sources: Masked) -> set[int]:
-    """Those of `labels` that mean nothing is known. Masks of 0 and 255 alone are black and white: there 255 is a
+    """The values of `labels` that mean "unknown". Masks with only 0 and 255 are black and white: there 255 is a
     class."""
     values = set().union(*(source.values for source in sources))
     return set(labels) - ({BINARY} if values == {0, BINARY} else set())
@@ -43,15 +42,15 @@ def ignored(labels: Sequence[int], *sources: Masked) -> set[int]:
 
 @final
 class Reader:
-    """Reads masks in the numbering of an evaluation."""
+    """Reads masks and maps their values to the evaluation's class numbers."""
 
     def __init__(self, table: np.ndarray) -> None:
-        self.table = table  # (V,) int64, by value of the mask: the class, or UNKNOWN
+        self.table = table  # (V,) int64: the class of each mask value, or UNKNOWN
 
     @classmethod
     def of_classes(cls, train: Masked, test: Masked, labels: Sequence[int]) -> "Reader":
-        """For the classes of the training masks, in the order of their values; labels: those that mean nothing is
-        known."""
+        """A reader for the classes of the training masks, in the order of their values. labels: the values that mean
+        "unknown"."""
         table = np.full(max([*train.values, *test.values]) + 1, UNKNOWN)
         values = sorted(train.values.keys() - ignored(labels, train, test))
         table[values] = np.arange(len(values))
@@ -59,13 +58,13 @@ class Reader:
 
     @classmethod
     def of_objects(cls, source: Masked, labels: Sequence[int]) -> "Reader":
-        """Values as they are."""
+        """A reader that keeps the values, for masks of objects."""
         table = np.arange(max(source.values) + 1)
         table[[value for value in ignored(labels, source) if 0 <= value < len(table)]] = UNKNOWN
         return cls(table)
 
     def read(self, source: Masked, index: int) -> np.ndarray:
-        """The mask (H, W) int64 of an image, UNKNOWN where nothing is known."""
+        """The mask (H, W) int64 of an image, UNKNOWN for unknown pixels."""
         return self.table[source.mask(index)]
 
 
@@ -73,8 +72,8 @@ class Reader:
 
 
 def whole_patches(task: Task, requested: tuple[int, ...] | None) -> tuple[int, int]:
-    """What every image is resized to (height, width): one side or two of `asked`, else what the encoder was trained at.
-    Raises UserError for a size that cannot be."""
+    """The size (height, width) that every image is resized to: `requested` (one side or two), else the encoder's
+    training size. Raises UserError for an invalid size."""
     if requested is None:
         size = task.encoder.preprocessing.crop
     elif len(requested) > 2 or min(requested, default=0) < 1:
@@ -92,15 +91,15 @@ def whole_patches(task: Task, requested: tuple[int, ...] | None) -> tuple[int, i
     if min(cells) < 2:
         raise UserError(
             f"this encoder gives {cells[0]} x {cells[1]} patches of an image of {size[0]} x {size[1]} pixels, and a map "
-            f"needs at least 2 x 2: take a larger --image-size, or an encoder with patches"
+            f"needs at least 2 x 2: choose a larger --image-size, or an encoder with patches"
         )
     return size
 
 
 @torch.no_grad()
 def grid_of(task: Task, size: tuple[int, int]) -> tuple[int, int]:
-    """Of how many patches (h, w) the encoder gives features for images of that size. Raises UserError where it takes
-    none."""
+    """The grid (h, w) of patches that the encoder gives for images of that size. Raises UserError if it does not accept
+    them."""
     blank = torch.zeros(1, task.encoder.preprocessing.channels, *size, device=task.device)
     try:
         return task.encoder.to(task.device).eval()(blank).grid
@@ -114,7 +113,7 @@ def grid_of(task: Task, size: tuple[int, int]) -> tuple[int, int]:
 
 @final
 class Resized(Source):
-    """The images of a source resized as a whole to `size`, (H, W, channels) uint8; those of `rows` alone."""
+    """The images `rows` of a source, resized as a whole to `size`, (H, W, channels) uint8."""
 
     def __init__(self, source: Source, rows: Sequence[int], size: tuple[int, int], task: Task) -> None:
         self.source, self.rows, self.size = source, rows, size
@@ -140,8 +139,8 @@ class Resized(Source):
 def batches(
     task: Task, images: Images, rows: Sequence[int], size: tuple[int, int], bad: list[Bad], what: str
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Those of the images that can be read, normalised (B, channels, *size), with their places in the source; the
-    others go into `bad`."""
+    """Yields the readable images, normalised (B, channels, *size), with their indices in the source. Unreadable images
+    are added to `bad`."""
     how = dataclasses.replace(task.encoder.preprocessing, resize=min(size), crop=size)
     source = Resized(images.source, rows, size, task)
     done = 0
@@ -156,7 +155,7 @@ def batches(
 
 
 def none_read(images: Images, bad: list[Bad]) -> UserError:
-    """What to raise where none of the images can be read."""
+    """The error to raise if no image can be read."""
     return UserError(f"no image of {images.source.description} can be read; {bad[-1].name}: {bad[-1].reason}")
 
 
@@ -166,7 +165,7 @@ def _rows(bad: list[Bad]) -> set[int]:
 
 @torch.no_grad()
 def forward(task: Task, images: Tensor) -> Features:
-    """Features of normalised images. Raises NotFinite where the patches are NaN or infinite."""
+    """Features of normalised images. Raises NotFinite if the patches are NaN or infinite."""
     with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
         features = task.encoder(images)
     if not features.patches.isfinite().all():
@@ -181,7 +180,7 @@ def patches_of(task: Task, images: Tensor) -> Tensor:
 
 
 def enlarged(scores: Tensor, size: tuple[int, ...]) -> np.ndarray:
-    """Scores (h, w, C) at (C, H, W), bilinearly."""
+    """Scores (h, w, C), enlarged bilinearly to (C, H, W)."""
     return F.interpolate(scores.permute(2, 0, 1)[None], size, mode="bilinear", align_corners=False)[0].cpu().numpy()
 
 
@@ -189,7 +188,7 @@ def enlarged(scores: Tensor, size: tuple[int, ...]) -> np.ndarray:
 
 
 def shares_of(mask: np.ndarray, grid: tuple[int, int], classes: int) -> np.ndarray:
-    """Of each patch the share of its area that is of each class (N, C) float32; what is unknown is of none."""
+    """The share of each patch's area that each class covers, (N, C) float32. Unknown pixels count for no class."""
     rows, columns = (
         np.minimum(np.arange(sides) * cells // sides, cells - 1) for sides, cells in zip(mask.shape, grid, strict=True)
     )

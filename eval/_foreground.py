@@ -1,7 +1,7 @@
-"""The object in an image, found without labels and scored against its mask: a score of each patch from frozen features or
-attention, and a threshold.
+"""Finds the object in an image without labels and scores it against its mask: a score for each patch from frozen
+features or attention, and a threshold.
 
-Shapes: B images, (h, w) grid of patches, N = h * w, D channels, d channels of one of the heads of attention.
+Shapes: B images, (h, w) grid of patches, N = h * w, D channels, d channels of one attention head.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,9 @@ Map = Literal["pca", "attention"]
 
 
 def principal(patches: Tensor) -> Tensor:
-    """Scores (B, h, w) float32 of features (B, h, w, D): the first principal component of each image's patches (as in
-    DINOv2, section 7.6), its sign such that the border of the image, where objects are rarer, scores low."""
+    """Scores (B, h, w) float32 from features (B, h, w, D): the first principal component of each image's patches (as in
+    DINOv2, section 7.6). The sign is chosen so that the border of the image, where objects are rarer, has low
+    scores."""
     grid = patches.shape[1:3]
     rows = patches.flatten(1, 2).float()
     left, values, _ = torch.linalg.svd(rows - rows.mean(1, keepdim=True), full_matrices=False)
@@ -39,13 +40,13 @@ def principal(patches: Tensor) -> Tensor:
 
 
 def has_attention(encoder: Encoder) -> bool:
-    """Whether `attention` can be read: of our ViTs with a CLS token."""
+    """Whether `attention` works with this encoder: a ViT of this package with a CLS token."""
     return isinstance(encoder.backbone, ViT) and encoder.backbone.config.cls
 
 
 def attention(encoder: Encoder, run: Callable[[], Any]) -> Tensor:
-    """Scores (B, h, w) float32: how much the CLS token attends to each patch in the last block, the mean over the heads
-    (DINO: Caron et al., ICCV 2021, figure 1). run: one forward of images through the encoder, which gives their
+    """Scores (B, h, w) float32: the attention of the CLS token to each patch in the last block, averaged over the heads
+    (DINO: Caron et al., ICCV 2021, figure 1). run: one forward pass of images through the encoder, which returns their
     Features."""
     backbone = encoder.backbone
     assert isinstance(backbone, ViT)
@@ -64,7 +65,7 @@ def attention(encoder: Encoder, run: Callable[[], Any]) -> Tensor:
             hook.remove()
     q, k = seen["q"], seen["k"]  # (B, heads, L, d), before rotary positions
     prefix = backbone.prefix_tokens
-    if backbone.config.positions == "rope":  # prefix tokens, CLS among them, are not rotated
+    if backbone.config.positions == "rope":  # prefix tokens, including CLS, are not rotated
         angles = rope_angles(features.grid, k.shape[3], k.device)
         k = torch.cat([k[:, :, :prefix], rotate(k[:, :, prefix:], angles.cos(), angles.sin())], dim=2)
     scores = q[:, :, :1] @ k.mT / k.shape[3] ** 0.5
@@ -76,11 +77,12 @@ def attention(encoder: Encoder, run: Callable[[], Any]) -> Tensor:
 
 
 def otsu(scores: np.ndarray) -> float:
-    """The threshold that splits values (any shape) into two groups whose means are farthest apart, by the variance
-    between them (Otsu, 1979), over all values and not a histogram: halfway between two neighbours. Of equal values, the
-    value."""
+    """The threshold that splits values (any shape) into two groups with the largest variance between them (Otsu, 1979).
+
+    It is computed from all values, not from a histogram, and lies halfway between two neighbouring values. If all
+    values are equal, it is that value."""
     ordered = np.sort(scores, axis=None).astype(np.float64)
-    low = np.arange(1, len(ordered))  # how many are below
+    low = np.arange(1, len(ordered))  # how many values are below each split
     if not len(low) or ordered[0] == ordered[-1]:
         return float(ordered[0])
     sums = ordered.cumsum()
@@ -96,13 +98,15 @@ def otsu(scores: np.ndarray) -> float:
 def objects(
     task: Task, requested: Sequence[Map] | None, ignore_label: Sequence[int], *, size: tuple[int, int], bad: list[Bad]
 ) -> tuple[_overlap.Scores, dict[str, Any]]:
-    """J of what stands out in each test image with everything that its mask says is not 0, by map; and what it depends
-    on, for the protocol. asked: the maps, None for those that the encoder has; size: of the images; bad: takes up what
-    cannot be read. Raises UserError for a map that the encoder does not have."""
+    """J between the region above the threshold and the non-zero part of the mask, for each map; and the settings for
+    the protocol.
+
+    requested: the maps, None for all that the encoder has; size: of the images; bad: unreadable images are added to it.
+    Raises UserError for a map that the encoder does not have."""
     readable = has_attention(task.encoder)
     maps: list[Map] = list(dict.fromkeys(requested or (("pca", "attention") if readable else ("pca",))))
     if "attention" in maps and not readable:
-        raise UserError("--maps attention: this encoder is no ViT of ours with a CLS token; --maps pca takes any")
+        raise UserError("--maps attention needs a ViT of this package with a CLS token; --maps pca takes any encoder")
     test, reader = task.data.test, Reader.of_objects(masked(task.data.test), ignore_label)
     source = masked(test)
     shares: dict[str, dict[int, float]] = {name: {} for name in maps}
@@ -134,7 +138,7 @@ def objects(
 
 @torch.no_grad()
 def _maps(task: Task, images: Tensor, maps: Sequence[Map]) -> dict[str, Tensor]:
-    """Scores (B, h, w) by map, from one forward."""
+    """Scores (B, h, w) by map, from one forward pass."""
     features: list[Features] = []
 
     def run() -> Features:

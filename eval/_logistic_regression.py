@@ -6,11 +6,12 @@ Shapes: n rows, F floats each, R <= min(n, F) directions in which the rows vary,
 transpose (C, F), which makes the two products of a step twice as fast where C is small; b (C,). In scikit-learn's and
 LIBLINEAR's terms penalty = 1 / (C n).
 
-The rows are centred and turned once into the axes of their covariance, whose eigenvalues are s_1, ..., s_R. There the
-Hessian is near a s_r + penalty for axis r of W and a for b, a the mean of p (1 - p) over rows and classes, so L-BFGS runs
-on weights divided by the roots of that: directions of very different variance no longer slow each other down. All
-penalties share the axes, and each starts where the one before it, stronger, ended. Turning is orthogonal, so the penalty
-stays the same, and directions without variance cannot matter: at the minimum their weights are 0.
+The rows are centred and rotated once into the axes of their covariance, whose eigenvalues are s_1, ..., s_R. In these
+axes the Hessian is about a s_r + penalty for axis r of W, and a for b, where a is the mean of p (1 - p) over rows and
+classes. L-BFGS runs on weights divided by the square roots of these values, so directions of very different variance do
+not slow down the convergence. All penalties share the axes. Each starts from the solution of the next stronger penalty.
+The rotation is orthogonal, so it does not change the penalty. Directions without variance are dropped: at the minimum
+their weights are 0.
 """
 
 import math
@@ -23,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 4096  # rows read, turned or scored at a time
-LOGITS = 2**20  # logits that exist at a time
+CHUNK = 4096  # rows read, rotated or scored at a time
+LOGITS = 2**20  # logits in memory at a time
 MEMORY = 10  # pairs of L-BFGS
-DECREASE = 1e-4  # of what the slope promises, that a step must bring (Armijo)
+DECREASE = 1e-4  # share of the decrease predicted by the slope that a step must reach (Armijo)
 HALVINGS = 20
-SEPARATED = 0.01  # nats: an objective below it is as good as this one, for hardly a row is on the wrong side
+SEPARATED = 0.01  # nats: below this value nearly all rows are classified correctly, and the tolerance is relative to it
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ class Fit:
 
 @final
 class Rotation:
-    """Centres rows and turns them into the axes of their covariance, found from `rows` (n, F), float32 or float64, perhaps
-    memory-mapped, or from some of them (`chosen`, indices)."""
+    """Centres rows and rotates them into the axes of their covariance.
+
+    The axes are computed from `rows` (n, F), float32 or float64 (memory-mapped arrays too), or from the rows with the
+    indices `chosen`."""
 
     def __init__(self, rows: np.ndarray, chosen: np.ndarray | None = None, device: torch.device | str = "cpu") -> None:
         chosen = np.arange(len(rows)) if chosen is None else chosen
@@ -67,7 +70,7 @@ class Rotation:
         self.variance, self.axes = variance[there], axes[:, there].contiguous()  # (R,), (F, R)
 
     def __call__(self, rows: np.ndarray, chosen: np.ndarray | None = None) -> Tensor:
-        """Rows (n, F), or those of `chosen`, as (n, R) in their own precision, on the device."""
+        """Rows (n, F), or those with the indices `chosen`, rotated: (n, R) in their own precision, on the device."""
         order = np.arange(len(rows)) if chosen is None else chosen
         like = self._centred(rows[:0])
         turned = torch.empty(len(order), self.axes.shape[1], dtype=like.dtype, device=like.device)
@@ -77,7 +80,7 @@ class Rotation:
         return turned
 
     def original(self, fit: Fit) -> tuple[Tensor, Tensor]:
-        """The weights (C, F) and biases (C,), float64, for rows as they were given."""
+        """The weights (C, F) and biases (C,), float64, for rows that are not centred and rotated."""
         weight = fit.weight @ self.axes.T
         return weight, fit.bias - weight @ self.mean
 
@@ -96,17 +99,16 @@ def path(
     tolerance: float = 1e-5,
     max_iterations: int = 1000,
 ) -> Iterator[Fit]:
-    """The minimum for each penalty > 0, from the strongest to the weakest, whatever their order.
+    """Yields the minimum for each penalty > 0, from the strongest to the weakest, in any order of `penalties`.
 
-    rows (n, R): centred and turned by a `Rotation`, float32 or float64 (the products are of that precision, sums and
-    weights float64); variance (R,): the rotation's; labels (n,) int64 in [0, C). A fit ends where the objective lies, as
-    far as L-BFGS's own quadratic model tells, less than `tolerance` of its value (of SEPARATED, where it is below that)
-    above the minimum, where rounding hides
-    what a step would still bring, or after `max_iterations`.
+    rows (n, R): centred and rotated by a `Rotation`, float32 or float64 (products have that precision, sums and weights
+    are float64); variance (R,): the rotation's; labels (n,) int64 in [0, C). A fit ends when L-BFGS's quadratic model
+    estimates that the objective is less than `tolerance` times its value (times SEPARATED, if it is smaller) above the
+    minimum, when a step's gain is below rounding errors, or after `max_iterations`.
     """
     tolerance = max(tolerance, torch.finfo(rows.dtype).eps)
     weight = torch.zeros(classes, rows.shape[1], dtype=torch.float64, device=rows.device)
-    # the minimum of an infinite penalty; a class without rows gets the share of half a one, for log 0 is no start
+    # The minimum for an infinite penalty. A class without rows counts as half a row, because log 0 is not finite.
     share = torch.bincount(labels, minlength=classes).double().clamp_min(0.5) / len(rows)
     bias = share.log() - share.log().mean()
     for penalty in sorted(penalties, reverse=True):
@@ -167,10 +169,10 @@ def _minimise(
             there, slopes, _ = objective(trial)
             if there <= value + DECREASE * length * slope:
                 break
-            # the minimum of the parabola through the value and the slope here and the value there
+            # the minimum of the parabola through the value and slope at the point and the value at the trial
             length *= min(max(-slope * length / (2 * (there - value - slope * length)), 0.1), 0.5)
         else:
-            break  # rounding hides what is left to gain
+            break  # the remaining gain is below rounding errors
         slopes = slopes * scale
         change, turn = length * direction, slopes - gradient
         bend = float((change * turn).sum())

@@ -1,13 +1,14 @@
-"""Images with segmentation masks: which files belong together, in folders and in tar archives, and reading a mask.
+"""Images with segmentation masks: pairs images and masks in folders and tar archives, and reads masks.
 
-A mask is an image file of class numbers, one a pixel: a palette's indices or grey values. It is found by its name:
+A mask is an image file with one class number for each pixel: palette indices or grey values. It is found by its name:
 
     X.jpg beside X.seg.png, X.mask.png or X.png
-    images/.../X.jpg and masks/.../X.png, in any place of the path; the words are those of IMAGE_TREES and MASK_TREES,
-    so that ADE20K (images, annotations), VOC (JPEGImages, SegmentationClass), DAVIS (JPEGImages, Annotations) and
-    Cityscapes (leftImg8bit, gtFine; labelTrainIds where they are, else labelIds) are read as they come
+    images/.../X.jpg and masks/.../X.png, anywhere in the path; the folder names are those of IMAGE_TREES and MASK_TREES
 
-Splits are folders named train (training), val (validation), test, the same words in the names of tar shards, or VOC's
+So ADE20K (images, annotations), VOC (JPEGImages, SegmentationClass), DAVIS (JPEGImages, Annotations) and Cityscapes
+(leftImg8bit, gtFine; labelTrainIds if they exist, else labelIds) can be read without changes.
+
+Splits are folders named train (training), val (validation) or test, the same words in the names of tar shards, or VOC's
 lists ImageSets/Segmentation/*.txt. Shapes: an image and its mask are H x W pixels.
 """
 
@@ -31,14 +32,15 @@ from ssl_pretrain.errors import UserError, nearest
 
 IMAGE_TREES = frozenset({"images", "image", "imgs", "img", "jpegimages", "leftimg8bit"})
 MASK_TREES = frozenset({"masks", "mask", "annotations", "annotation", "labels", "label", "segmentationclass", "gtfine"})
-# Before the extension. Where a mask is there with both of the last two endings, the latter counts: it is read later.
+# Before the extension. If a mask exists with both of the last two endings, the last one is used, because it is read
+# later.
 IMAGE_ENDING = "_leftimg8bit"
 MASK_ENDINGS = (".seg", ".mask", "_gtfine_labelids", "_gtfine_labeltrainids")
 SPLIT_ALIASES = {"training": "train", "testing": "test"}
 LISTS = "imagesets/segmentation/"
 LAYOUTS = (
     "put X.seg.png (or X.png) beside each X.jpg, or masks/X.png for each images/X.jpg (annotations/ and "
-    "SegmentationClass/ with JPEGImages/ are known, too), class numbers as pixel values"
+    "SegmentationClass/ with JPEGImages/ also work), with class numbers as pixel values"
 )
 _GREY = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes of one number a pixel
 _LOSSLESS = ("PNG", "BMP", "TIFF", "GIF", "PPM")
@@ -53,7 +55,7 @@ class _File:
     size: int
 
     def read(self) -> bytes:
-        """Its bytes. Raises OSError, also where it is shorter than it was."""
+        """Its bytes. Raises OSError, also if the file has become shorter."""
         with open(self.path, "rb") as file:
             file.seek(self.start)
             data = file.read(self.size)
@@ -66,7 +68,7 @@ class _File:
 class Pair:
     """An image and its mask."""
 
-    folder: str  # of both, without the words that tell images from masks; frames of one video share it
+    folder: str  # of both, without the folder names for images and masks; frames of one video share it
     image: str  # names within the data
     mask: str
     split: str  # "" where the data is not split
@@ -74,11 +76,11 @@ class Pair:
 
 @final
 class Masked(Source):
-    """Images that have masks, in the order of their names. It reads all masks once when it is made.
+    """Images with masks, in the order of their names. The constructor reads all masks once.
 
-    Attributes: `pairs`; `values`, in how many masks each value is. Raises UserError for a mask that is no map of class
-    numbers or of another size than its image, and where no mask can be read. One mask that cannot be read makes its
-    image one that cannot be read.
+    Attributes: `pairs`; `values`, the number of masks that contain each value. Raises UserError for a mask that is not
+    a map of class numbers or has another size than its image, and if no mask can be read. An image whose mask cannot be
+    read counts as unreadable.
     """
 
     def __init__(self, data: str, pairs: list[Pair], files: dict[str, _File]) -> None:
@@ -110,11 +112,11 @@ class Masked(Source):
         return names.printable(os.fsencode(self.pairs[index].image))
 
     def mask(self, index: int) -> np.ndarray:
-        """Class numbers (H, W) int64, as they are in the file."""
+        """Class numbers (H, W) int64, as in the file."""
         return read_mask(self.files[self.pairs[index].mask].read(), self.pairs[index].mask)
 
     def folders(self) -> dict[str, list[int]]:
-        """The images by the folder they are in, each in the order of their names."""
+        """The images of each folder, in the order of their names."""
         found: dict[str, list[int]] = {}
         for i, pair in enumerate(self.pairs):
             found.setdefault(pair.folder, []).append(i)
@@ -125,7 +127,7 @@ class Masked(Source):
         return names.as_item(os.fsencode(name), self.files[name].read())
 
     def _look(self, index: int) -> None:
-        """Note the values of a mask, and whether it fits its image."""
+        """Record the values of a mask and check that it fits its image."""
         pair = self.pairs[index]
         try:
             mask = self.mask(index)
@@ -137,7 +139,7 @@ class Masked(Source):
             image = self._image(index)
             picture = image if isinstance(image, np.ndarray) else Picture(image, 3)
         except (BadImage, OSError, ValueError):
-            return  # whoever wants the image is told
+            return  # reading the image reports this error
         height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
         if mask.shape != (height, width):
             raise UserError(
@@ -148,7 +150,7 @@ class Masked(Source):
 
 @dataclass(frozen=True)
 class Found:
-    """What there is."""
+    """The images and masks that were found."""
 
     data: str
     files: dict[str, _File]  # by name within the data
@@ -157,13 +159,13 @@ class Found:
 
     @property
     def splits(self) -> list[str]:
-        """The splits there are; [] where the data is not split."""
+        """The splits of the data; [] if the data is not split."""
         there = {pair.split for pair in self.pairs} - {""}
         return [word for word in names.SPLIT_WORDS if word in there]
 
     def open(self, split: str | None) -> tuple[Masked, int]:
-        """The images with masks of a split, or all of them; and how many images there are without. Raises UserError
-        where there is no such split."""
+        """The images with masks of a split, or of all data; and the number of images without a mask. Raises UserError
+        for an unknown split."""
         if split is not None and split not in self.splits:
             known = nearest(split, self.splits) if self.splits else ": it is not split"
             raise UserError(f"{self.data} has no images with masks in a split {split!r}{known}")
@@ -172,7 +174,7 @@ class Found:
 
 
 def find(data: str) -> Found:
-    """The images and masks of a folder, a .tar, or a folder of .tar shards. Raises UserError where there are none."""
+    """The images and masks of a folder, a .tar, or a folder of .tar shards. Raises UserError if there are none."""
     files = _files(data)
     images: dict[tuple[str, str], list[str]] = {}  # by folder and name without ending
     masks: dict[tuple[str, str], str] = {}
@@ -202,7 +204,7 @@ def find(data: str) -> Found:
         image, *others = sorted(candidates, key=lambda name: name.lower().endswith(".png"))
         if others and key not in masks:
             masks[key] = others[-1]
-        if not in_trees or image in in_trees:  # beside image trees, other pictures are neither images nor masks
+        if not in_trees or image in in_trees:  # if image folders exist, pictures outside them are not used
             chosen[key] = image
     if not masks or not chosen.keys() & masks.keys():
         raise UserError(_no_pairs(data, list(chosen.values()), list(masks.values())))
@@ -216,7 +218,8 @@ def find(data: str) -> Found:
 def read_mask(data: bytes, name: str) -> np.ndarray:
     """The class numbers (H, W) int64 in an image file: a palette's indices, or grey values of 1, 8 or 16 bits.
 
-    Raises BadImage where it cannot be read, UserError where it holds colours and not numbers, or lost some as a JPEG.
+    Raises BadImage if it cannot be read, UserError if it contains colours instead of numbers or is a lossy format
+    (JPEG).
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -233,19 +236,19 @@ def read_mask(data: bytes, name: str) -> np.ndarray:
             return np.asarray(image).astype(np.int64)
     except UserError:
         raise
-    except Exception as problem:  # damaged files make codecs raise nearly anything; all of it means unreadable
+    except Exception as problem:  # codecs raise many kinds of errors for damaged files; all of them mean unreadable
         raise BadImage(f"{type(problem).__name__}: {problem}") from problem
 
 
 def class_names(data: str) -> dict[int, str]:
-    """Names of class numbers, from "classes" in an info.json in or beside the data (names in order, or objects with
-    "index" and "name"); {} where there is none."""
+    """Names of class numbers, from "classes" in an info.json in or next to the data (names in order, or objects with
+    "index" and "name"); {} if there is no such file."""
     path = Path(data)
     try:
         given = json.loads(((path if path.is_dir() else path.parent) / "info.json").read_text(encoding="utf-8"))
         return dict(map(_named, enumerate(given["classes"])))
     except (OSError, ValueError, TypeError, KeyError):
-        return {}  # no such file, or one that says something else
+        return {}  # no such file, or another format
 
 
 def _named(entry: tuple[int, Any]) -> tuple[int, str]:
@@ -254,12 +257,13 @@ def _named(entry: tuple[int, Any]) -> tuple[int, str]:
 
 
 def _files(data: str) -> dict[str, _File]:
-    """Every file by its name within the data, "/" between folders; below its split, for a shard named after one."""
+    """Every file by its name within the data, with "/" between folders. Files of a shard that is named after a split
+    are below that split's name."""
     path = os.path.abspath(os.path.expanduser(data))
     if not os.path.exists(path):
-        raise UserError(f"{data} holds no masks: there is no such folder or archive")
+        raise UserError(f"{data} has no masks: there is no such folder or archive")
     if os.path.isfile(path) and not path.lower().endswith(".tar"):
-        raise UserError(f"{data} holds no masks that are read: give a folder of images and masks, or a .tar of one")
+        raise UserError(f"{data} cannot be read as masks: give a folder of images and masks, or a .tar of one")
     shards = names.list_shards(path, ".tar")
     if os.path.isfile(path) or shards:
         found: dict[str, _File] = {}
@@ -290,7 +294,7 @@ def _members(shard: str) -> list[tuple[str, _File]]:
 
 
 def _splits(files: dict[str, _File], keys: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """The split of each image, by folder and name; "" for those in none."""
+    """The split of each image, by folder and name; "" for images that are in no split."""
     lists = {
         PurePosixPath(name).stem: set(file.read().decode("utf-8", "replace").split())
         for name, file in files.items()

@@ -1,5 +1,5 @@
-"""How well regions of an image were found: intersection over union of classes, region similarity J and contour accuracy
-F of objects (Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", CVPR 2016,
+"""Scores of segmentations: intersection over union of classes, and region similarity J and contour accuracy F of
+objects (Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", CVPR 2016,
 section 5.1), with bootstrap intervals.
 
 Shapes: n images, C classes, H x W pixels, g groups of images, R = 1000 draws.
@@ -15,14 +15,16 @@ from ssl_pretrain.randomness import numpy_generator
 
 from ._intervals import DRAWS
 
-Scores = list[tuple[str, dict[str, Any]]]  # settings and their scores on the test images, the headline's first
-TOLERANCE = 0.008  # of the image's diagonal: how far apart two contours may be and still meet
+Scores = list[tuple[str, dict[str, Any]]]  # settings and their scores on the test images, the headline first
+TOLERANCE = 0.008  # as a share of the image's diagonal: the largest distance of contours that still match
 HITS, TRUE, FOUND = 0, 1, 2
 
 
 def counts(found: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
-    """Of one image, by class, the pixels that were found rightly, that are of it, and that were found of it: (3, C)
-    int64. found, true: (H, W) int64 in [0, C); -1 in `true` where nothing is known, which counts nowhere."""
+    """Pixel counts of one image for each class, (3, C) int64: correctly predicted, true, and predicted pixels.
+
+    found, true: predicted and true classes, (H, W) int64 in [0, C). Pixels with -1 in `true` are unknown and do not
+    count."""
     known = true >= 0
     found, true = found[known], true[known]
     parts = found[found == true], true, found
@@ -30,13 +32,14 @@ def counts(found: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
 
 
 def segmentation(table: np.ndarray, names: Sequence[str], seed: int) -> dict[str, Any]:
-    """Of `counts` of n images, (n, 3, C) with at least one known pixel, all in percent: "miou", the mean over the classes
-    that have pixels of the intersection over union of all images together; "pixel_accuracy"; both with the 95 % interval
-    of a bootstrap over images; "per_class_iou" of those classes; "n"."""
+    """Scores in percent from the `counts` of n images, (n, 3, C), with at least one known pixel.
+
+    "miou": the mean of the intersection over union of all images together, over the classes that have pixels;
+    "pixel_accuracy"; both with the 95 % interval of a bootstrap over images; "per_class_iou" of those classes; "n"."""
     total = table.sum(0, dtype=np.float64)
     iou, accuracy = _iou(total[None])
     drawn = np.tensordot(resamples(len(table), seed), table.astype(np.float64), axes=1)
-    drawn = drawn[drawn[:, TRUE].sum(1) > 0]  # images without a known pixel may be all that was drawn
+    drawn = drawn[drawn[:, TRUE].sum(1) > 0]  # a bootstrap sample may contain only images without known pixels
     ious, accuracies = _iou(drawn)
     return {
         "miou": 100 * float(np.nanmean(iou)),
@@ -52,13 +55,13 @@ def segmentation(table: np.ndarray, names: Sequence[str], seed: int) -> dict[str
 
 def mean(sums: np.ndarray, sizes: np.ndarray, seed: int) -> tuple[float, list[float]]:
     """The mean of shares in groups, in percent, and its 95 % interval by a bootstrap over the groups. sums, sizes: (g,)
-    the sum of a group's shares and how many they are."""
+    the sum and the number of each group's shares."""
     drawn = resamples(len(sums), seed).astype(np.float64)
     return 100 * float(sums.sum() / sizes.sum()), _percentiles((drawn @ sums) / (drawn @ sizes))
 
 
 def resamples(n: int, seed: int) -> np.ndarray:
-    """How often each of n things is in each of R samples of n drawn with replacement: (R, n) int64."""
+    """How often each of n items is in each of R samples of n items drawn with replacement: (R, n) int64."""
     return numpy_generator(seed, "bootstrap").multinomial(n, np.full(n, 1 / n), size=DRAWS)
 
 
@@ -69,11 +72,11 @@ def region_similarity(found: np.ndarray, true: np.ndarray) -> float:
 
 
 def contour_accuracy(found: np.ndarray, true: np.ndarray) -> float:
-    """F: the harmonic mean of the share of the found contour that lies within the tolerance of the true one and of the
-    share of the true contour that lies within it of the found one. Masks (H, W) bool; 1 where both have no contour, 0
-    where one has none.
+    """F: the harmonic mean of contour precision and contour recall of two masks (H, W) bool.
 
-    A contour's pixels are those whose lower, right or lower right neighbour is on the other side; the tolerance is a
+    Precision is the share of the found contour that lies within the tolerance of the true one; recall is the share of
+    the true contour that lies within the tolerance of the found one. F is 1 if both masks have no contour, 0 if one has
+    none. Contour pixels are those whose lower, right or lower right neighbour is on the other side. The tolerance is a
     disk whose radius is 0.008 of the image's diagonal, rounded up.
     """
     ours, theirs = _contour(found), _contour(true)
@@ -101,7 +104,7 @@ def _dilated(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _iou(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of pixel counts (R, 3, C) the IoU (R, C), NaN for classes without pixels, and the pixel accuracy (R,)."""
+    """IoU (R, C), NaN for classes without pixels, and pixel accuracy (R,), from pixel counts (R, 3, C)."""
     hits, true, found = table[:, HITS], table[:, TRUE], table[:, FOUND]
     union = true + found - hits
     iou = np.where(true > 0, hits / np.maximum(union, 1), np.nan)

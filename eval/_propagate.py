@@ -1,8 +1,8 @@
-"""Labels of a video's first frame carried to the others by the similarity of frozen patch features (Jabri et al., "Space-
-Time Correspondence as a Contrastive Random Walk", NeurIPS 2020, section 3.2; the settings of DINO: Caron et al., ICCV
-2021, section 4.2.2), and scored: nothing is trained.
+"""Propagates the labels of a video's first frame to the other frames by the similarity of frozen patch features, and
+scores them. Nothing is trained (Jabri et al., "Space-Time Correspondence as a Contrastive Random Walk", NeurIPS 2020,
+section 3.2; settings of DINO: Caron et al., ICCV 2021, section 4.2.2).
 
-Shapes: H x W pixels of a mask, (h, w) grid of patches, D channels, C labels, T frames that are looked back to.
+Shapes: H x W pixels of a mask, (h, w) grid of patches, D channels, C labels, T context frames.
 """
 
 import contextlib
@@ -24,25 +24,25 @@ from . import _overlap
 from ._dense import Reader, batches, enlarged, masked, patches_of, shares_of
 from ._task import UNKNOWN, Task
 
-LEAST_FRAMES = 3  # of a video: the first is given, the last is not scored
+LEAST_FRAMES = 3  # of a video: the first frame's labels are given, and the last frame is not scored
 
 
 @dataclass(frozen=True, kw_only=True)
 class Walk:
-    """How labels are carried."""
+    """Settings of the label propagation."""
 
-    frames: int  # the frames just before, that are looked back to besides the first one
-    top: int  # patches of all those frames that a patch takes its label from
-    radius: int  # patches up, down, left and right that a label may move from one frame to the other
+    frames: int  # number of preceding context frames, besides the first frame
+    top: int  # number of patches of all context frames from which a patch takes its label
+    radius: int  # largest distance in patches, on each axis, between a patch and those that it takes its label from
     temperature: float  # T of a patch's weight, exp(cosine / T)
 
 
 def propagate(features: Iterable[Tensor], first: Tensor, walk: Walk) -> Iterator[Tensor]:
     """Labels (h, w, C) float32 of every frame after the first.
 
-    features: of each frame, the first included, (h, w, D); first: the first frame's labels (h, w, C), shares of each
-    patch. A patch takes the mean of the labels of the `top` patches most similar to it among those nearer than `radius`
-    on both axes, in the first frame and the `frames` before it, weighted by exp(cosine / T).
+    features: of each frame including the first, (h, w, D); first: the first frame's labels (h, w, C), as shares of each
+    patch. A patch's label is the mean of the labels of the `top` most similar patches, weighted by exp(cosine / T).
+    They are selected among the patches at most `radius` away on both axes, in the first frame and the `frames` before.
     """
     frames = iter(features)
     start = normalize(next(frames), dim=2), first
@@ -55,8 +55,8 @@ def propagate(features: Iterable[Tensor], first: Tensor, walk: Walk) -> Iterator
 
 
 def _carry(now: Tensor, context: list[tuple[Tensor, Tensor]], walk: Walk) -> Tensor:
-    """Labels (h, w, C) of unit features (h, w, D), from T frames' features and labels. Row by row, for which only a band
-    of 2 * radius + 1 rows of the others is in reach."""
+    """Labels (h, w, C) of unit features (h, w, D), from the features and labels of T context frames. It works row by
+    row, because only a band of 2 * radius + 1 rows of the context frames is within the radius."""
     h, w, _ = now.shape
     features = torch.stack([unit for unit, _ in context])  # (T, h, w, D)
     labels = torch.stack([known for _, known in context])
@@ -67,7 +67,7 @@ def _carry(now: Tensor, context: list[tuple[Tensor, Tensor]], walk: Walk) -> Ten
         band = slice(max(0, y - walk.radius), y + walk.radius + 1)
         similarity = now[y] @ features[:, band].flatten(0, 2).T
         similarity.view(w, -1, w).masked_fill_(far[:, None], -torch.inf)
-        # Where fewer are near, those beyond weigh exp(-inf) = 0.
+        # If fewer patches are near enough, the others have the weight exp(-inf) = 0.
         best, index = similarity.topk(min(walk.top, similarity.shape[1]), dim=1)
         weight = (best / walk.temperature).softmax(1)
         rows.append((weight[:, :, None] * labels[:, band].flatten(0, 2)[index]).sum(1))
@@ -80,9 +80,10 @@ def _carry(now: Tensor, context: list[tuple[Tensor, Tensor]], walk: Walk) -> Ten
 def follow(
     task: Task, walk: Walk, ignore_label: Sequence[int], *, size: tuple[int, int], bad: list[Bad]
 ) -> tuple[_overlap.Scores, dict[str, Any]]:
-    """J and F of each object of the first mask of each video, the mean over its frames but the first and the last (as
-    DAVIS has it), and over all objects; and what they depend on, for the protocol. size: of the images; bad: takes up
-    what cannot be read. Raises UserError where there is no object to follow."""
+    """J and F of each object of the first mask of each video; and the settings for the protocol.
+
+    They are means over a video's frames except the first and the last (as in DAVIS), then over all objects. size: of
+    the images; bad: unreadable images are added to it. Raises UserError if there is no object to follow."""
     source, reader = masked(task.data.test), Reader.of_objects(masked(task.data.test), ignore_label)
     videos = {name: rows for name, rows in source.folders().items() if len(rows) >= LEAST_FRAMES}
     per_video: dict[str, dict[str, float]] = {}
@@ -121,7 +122,7 @@ def follow(
 def _video(
     task: Task, reader: Reader, rows: list[int], walk: Walk, *, size: tuple[int, int], bad: list[Bad]
 ) -> np.ndarray:
-    """J and F of the frames but the first and the last, (frames, objects, 2); empty where the first mask has no object
+    """J and F of the frames except the first and the last, (frames, objects, 2); empty if the first mask has no object
     or too few frames can be read."""
     source = masked(task.data.test)
     order: list[int] = []
@@ -161,8 +162,8 @@ def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 def _stretched(scores: np.ndarray) -> np.ndarray:
-    """Each label's scores (C, H, W) from 0 to 1, as DINO's protocol has them: what is carried far grows faint, and small
-    objects faster. A label without any stays at 0."""
+    """Each label's scores (C, H, W), scaled to 0 ... 1 as in DINO's protocol: scores decrease with the number of
+    frames, faster for small objects. A label whose scores are all 0 stays at 0."""
     low = scores.min((1, 2), keepdims=True)
     high = scores.max((1, 2), keepdims=True)
     return np.where(high > 0, (scores - low) / np.maximum(high - low, 1e-12), 0.0)

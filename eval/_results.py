@@ -1,4 +1,4 @@
-"""A result: the numbers of a classification, the file they are kept in with their protocol, and how a person sees them.
+"""Results: the numbers of a classification, the results file with the protocol, and the printed summary.
 
 Shapes: n images, C classes.
 """
@@ -16,13 +16,13 @@ from ssl_pretrain.files import write_text
 
 from ._intervals import by_class, wilson
 
-LISTED = 12  # rows of a sweep, or classes, that a person is shown
-UNBALANCED = 1.5  # the largest class over the smallest, from which a person is shown the classes one by one
+LISTED = 12  # rows of a sweep, or classes, that are printed
+UNBALANCED = 1.5  # ratio of the largest to the smallest class above which the single classes are printed
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an evaluator found out about one encoder."""
+    """The result of one evaluator for one encoder."""
 
     metrics: dict[str, Any]  # the headline, as `classification` gives it
     protocol: dict[str, Any]  # what the headline depends on
@@ -30,9 +30,9 @@ class Outcome:
 
 
 def classification(ranked: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Of a classification, all in percent: top-1 and top-5 (of at most C) with their 95 % intervals; of each class that
-    has images its accuracy (`per_class`), precision and F1; their unweighted means `balanced` (of the accuracies) and
-    `macro_f1`; and how many images there are.
+    """Scores of a classification, in percent: top-1 and top-5 (of at most C) with their 95 % intervals; accuracy
+    (`per_class`), precision and F1 of each class that has images; the unweighted means `balanced` (of the accuracies)
+    and `macro_f1`; and the numbers of images.
 
     ranked: (n, at least min(5, C)) int64, each image's likeliest classes, best first; labels: (n,) int64 in [0, C).
     """
@@ -56,8 +56,7 @@ def classification(ranked: np.ndarray, labels: np.ndarray, classes: tuple[str, .
 def record(
     evaluator: str, outcome: Outcome, *, baselines: dict[str, Any], encoder: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """The content of results.json. encoder: where it came from; seconds: what the evaluation took, baselines
-    included."""
+    """The content of results.json. encoder: its origin; seconds: duration of the evaluation, including baselines."""
     return {
         "evaluator": evaluator,
         "metrics": outcome.metrics,
@@ -70,15 +69,15 @@ def record(
 
 
 def write(folder: Path, result: dict[str, Any]) -> Path:
-    """Write results.json into an existing folder, whole or not at all."""
+    """Write results.json atomically into an existing folder."""
     path = folder / "results.json"
     write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return path
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a result: what else was tried, best first, then the headline with the baselines beside it, and what the
-    evaluator has to say in words."""
+    """Print a result: all settings that were tried, best first; the headline number with the baselines; and the
+    evaluator's findings."""
     console = Console()
     metrics, protocol, encoder = result["metrics"], result["protocol"], result["encoder"]
 

@@ -1,7 +1,7 @@
-"""A table of targets: a CSV file with a line an image, columns of yes/no labels and columns of numbers.
+"""A table of targets: a CSV file with one line for each image, columns of yes/no labels and columns of numbers.
 
-`file` names an image, `split` (where the data itself is not split) says train, val or test; every other column is a target.
-A column of nothing but 0 and 1 is a label, any other a number; an empty field is not known.
+`file` names an image. `split` (if the data itself is not split) is train, val or test. Every other column is a target:
+a label if it has only the values 0 and 1, else a number. An empty field means unknown.
 
 Shapes: n images, T targets.
 """
@@ -17,22 +17,22 @@ import numpy as np
 from ssl_pretrain.errors import UserError, nearest
 
 FILE, SPLIT = "file", "split"
-TRAIN, TEST = ("train",), ("test", "val", "validation")  # of a split column, the first that there are images of
+TRAIN, TEST = ("train",), ("test", "val", "validation")  # names of a split; the first with images is used
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the file says."""
+    """The content of the file."""
 
     files: list[str]
-    splits: list[str] | None  # None: it has no such column
+    splits: list[str] | None  # None: the file has no such column
     names: tuple[str, ...]  # of the T targets
-    values: np.ndarray  # (lines, T) float64, NaN where not known
+    values: np.ndarray  # (lines, T) float64, NaN if unknown
     labels: np.ndarray  # (T,) bool: whether a target is a yes/no label
 
     @classmethod
     def read(cls, path: Path, columns: Sequence[str] | None) -> "Targets":
-        """The file, or of its targets only `columns`. Raises UserError for what is no such file."""
+        """Read the file, with all targets or only `columns`. Raises UserError for an invalid file."""
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
                 lines = list(csv.reader(file))
@@ -41,7 +41,7 @@ class Targets:
                 f"--targets {path} cannot be read: {getattr(problem, 'strerror', None) or problem}"
             ) from None
         if len(lines) < 2:
-            raise UserError(f"--targets {path}: a line of column names and a line an image are needed")
+            raise UserError(f"--targets {path}: it needs a line of column names and one line for each image")
         heads = [head.strip() for head in lines[0]]
         if FILE not in heads:
             raise UserError(
@@ -52,7 +52,7 @@ class Targets:
         there = [head for head in heads if head not in (FILE, SPLIT)]
         names = tuple(columns or there)
         if not names:
-            raise UserError(f"--targets {path}: there is no column but {', '.join(heads)}: nothing to predict")
+            raise UserError(f"--targets {path}: there is no column except {', '.join(heads)}: nothing to predict")
         for name in names:
             if name not in there:
                 raise UserError(f"--columns {name}: {path} has no such column{nearest(name, there)}")
@@ -73,9 +73,9 @@ class Targets:
         return cls(files, splits, names, values, labels)
 
     def rows(self, images: Sequence[str], root: str) -> np.ndarray:
-        """Which line each image (by its source's name) has, (n,) int64, -1 for none. A file of the table is a path below
-        `root`, a shard's member, or a bare name that only one image has. Raises UserError for one that fits no image or
-        several."""
+        """The line of each image (by its name in the source), (n,) int64, -1 for none. A file in the table is a path
+        below `root`, a shard's member, or a base name that only one image has. Raises UserError if a name fits several
+        images, if an image has two lines, or if no name fits an image."""
         found = np.full(len(images), -1)
         by_path: dict[str, list[int]] = {}
         by_name: dict[str, list[int]] = {}
@@ -91,12 +91,12 @@ class Targets:
                     f"--targets, line {line + 2}: {file!r} is the name of {len(hits)} images: give their paths"
                 )
             if hits and found[hits[0]] >= 0:
-                raise UserError(f"--targets, line {line + 2}: {file!r} stands in line {found[hits[0]] + 2} too")
+                raise UserError(f"--targets, line {line + 2}: {file!r} is also in line {found[hits[0]] + 2}")
             if hits:
                 found[hits[0]] = line
         if not (found >= 0).any():
             raise UserError(
-                f"--targets: none of its files is among the images: it says {self.files[0]!r}, an image is {images[0]!r}"
+                f"--targets: none of its files is among the images: it has {self.files[0]!r}, an image is {images[0]!r}"
             )
         return found
 
@@ -113,6 +113,6 @@ def _number(path: Path, line: int, column: str, text: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise UserError(
-            f"--targets {path}, line {line}: {column} is {text!r}, not a number (leave it empty if not known)"
+            f"--targets {path}, line {line}: {column} is {text!r}, not a number (leave it empty if unknown)"
         )
     return value

@@ -1,5 +1,5 @@
-"""What an evaluator is given: an encoder, labelled images to train on and to test on, or a single set of images, and how
-to get features of them.
+"""The input of an evaluator: an encoder, labelled images for training and test, or a single set of images, and
+functions that extract their features.
 
 Shapes: N images of a split, n of them readable, F floats a feature, C classes.
 """
@@ -26,32 +26,34 @@ UNKNOWN = -1  # the label of an image that has none
 
 
 class Helped(Exception):
-    """The features are there, and this process has nothing more to do for them."""
+    """Raised in a helping process once the features are extracted: it has nothing more to do."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """The labelled images of one split; or all images of a single set, where UNKNOWN is the label of one without."""
+    """The labelled images of one split; or all images of a single set, with the label UNKNOWN for unlabelled ones."""
 
     split: str
     source: Source
     labels: np.ndarray  # (N,) int64 in [0, C): the task's numbering of the classes, not the source's
-    unlabelled: int  # images of the split that have no label: left out, or of a single set there and UNKNOWN
+    unlabelled: int  # number of unlabelled images of the split; they are left out, or UNKNOWN in a single set
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images to train an evaluator on, images to test it on, and the classes of both. Of a single set both are it."""
+    """Images for training and test of an evaluator, and the classes of both. For a single set of images the two are
+    the same."""
 
     name: str  # as the user wrote it
     train: Images
     test: Images
-    classes: tuple[str, ...]  # () where nothing has a label
+    classes: tuple[str, ...]  # () if there are no labels
 
     @classmethod
     def open(cls, name: str, train_split: str | None = None, test_split: str | None = None) -> "Data":
-        """The data of that name; splits not given are found by their names. Raises UserError where there is no such
-        data or split, no labels, fewer than two classes, or a class to test that no training image has."""
+        """The data of that name; splits that are not given are detected by their names. Raises UserError if the data or
+        a split does not exist, without labels, with fewer than two classes, or if a test class has no training
+        image."""
         if train_split is None or test_split is None:
             found = evaluation_splits(name)
             train_split, test_split = train_split or found[0], test_split or found[1]
@@ -64,7 +66,7 @@ class Data:
         present = np.unique(known)
         if len(present) < 2:
             raise UserError(
-                f"all training images of {name} are of one class, {classes[present[0]]}: nothing to tell apart"
+                f"all training images of {name} are of one class, {classes[present[0]]}: at least two are needed"
             )
         strange = np.setdiff1d(test_labels, present)
         if len(strange):
@@ -82,9 +84,9 @@ class Data:
 
     @classmethod
     def single(cls, name: str, split: str | None, *, everything: bool = False) -> "Data":
-        """A single set of images, labelled or not: `split`; without one all there is (`everything`, or where there are
-        no splits), else the test split. Raises UserError where there is no such data or split, or a test split cannot be
-        told."""
+        """A single set of images, labelled or not: `split`; if it is None, all images (with `everything`, or if the
+        data has no splits), else the test split. Raises UserError if the data or the split does not exist, or if it is
+        not clear which split is the test split."""
         if split is None and not everything:
             known = splits(name)
             split = evaluation_splits(name)[1] if len(known) > 1 else next(iter(known), None)
@@ -96,8 +98,8 @@ class Data:
 
     @classmethod
     def pair(cls, name: str, train_split: str | None = None, test_split: str | None = None) -> "Data":
-        """Images to train and to test on that need no labels; where there are no splits, both are all images, as `single`
-        has them. Raises UserError where there is no such data or split."""
+        """Images for training and test that need no labels. If the data has no splits, both are all images, as from
+        `single`. Raises UserError if the data or a split does not exist."""
         if train_split is None and test_split is None and len(splits(name)) < 2:
             return cls.single(name, None, everything=True)
         sides = []
@@ -112,8 +114,8 @@ class Data:
         return cls(name, sides[0], sides[1], ())
 
     def majority(self, protocol: dict[str, Any]) -> dict[str, Any]:
-        """What it scores to say the most frequent training class of every test image, those aside that `Task.protocol`
-        says could not be read."""
+        """The score of predicting the most frequent training class for every test image. Images that `Task.protocol`
+        lists as unreadable do not count."""
         train, test = (
             np.delete(images.labels, [bad["index"] for bad in protocol[side]["bad"]])
             for side, images in (("train", self.train), ("test", self.test))
@@ -144,8 +146,8 @@ class Task:
     workers: int = 0  # processes that decode images
     precision: Precision = "fp32"
     cache: bool = True  # keep features on the disk
-    progress: Callable[[str, int, int], None] | None = None  # what is being done, how much of it, of how much
-    out: Path | None = None  # folder for files beside results.json; None: none are wanted, this is a baseline
+    progress: Callable[[str, int, int], None] | None = None  # name of the stage, units done, units in total
+    out: Path | None = None  # folder for files beside results.json; None: write no files (baselines)
     helps: bool = False  # this process only helps another one to extract features
 
     def features(self, taps: Sequence[str]) -> tuple[Side, Side]:
@@ -163,8 +165,8 @@ class Task:
         return side
 
     def protocol(self, train: Side | None, test: Side) -> dict[str, Any]:
-        """What any evaluator's number depends on: the images (train None: a single set of them), their preparation, and
-        the encoder."""
+        """What the results of every evaluator depend on: the images (train None: a single set of images), their
+        preprocessing, and the encoder."""
         return {
             "data": self.data.name,
             **({"train": _facts(self.data.train, train)} if train else {}),
@@ -179,7 +181,8 @@ class Task:
     def crops(
         self, source: Source, specs: Sequence[ViewSpec], share: Share, steps: int
     ) -> Generator[RawBatch, None, None]:
-        """So many steps of random views of `source`, for training on more than one fixed crop of each image."""
+        """`steps` steps of random views of `source`, for training on random crops instead of one fixed crop per
+        image."""
         return batches(
             source,
             specs,
@@ -194,7 +197,7 @@ class Task:
         )
 
     def report(self, what: str, done: int, total: int) -> None:
-        """Tell whoever watches how far it is."""
+        """Report the progress, if `progress` is set."""
         if self.progress:
             self.progress(what, done, total)
 
@@ -236,8 +239,8 @@ def _labelled(name: str, split: str) -> tuple[Source, Source]:
 
 
 def _agree(train: Source, test: Source) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """Class names of a common numbering, and the labels of both sides in it: by name where both sides name their
-    classes, else by number. A class that only the test side has comes last."""
+    """Class names in a common numbering, and the labels of both sides in it. Classes are matched by name if both sides
+    have names, else by number. A class that only the test side has comes last."""
     known, test_labels = np.asarray(train.labels), np.asarray(test.labels)
     if train.classes is None or test.classes is None:
         return tuple(map(str, range(max(known.max(), test_labels.max()) + 1))), known, test_labels

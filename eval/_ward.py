@@ -4,12 +4,12 @@ import numpy as np
 
 
 def ward(rows: np.ndarray, k: int) -> np.ndarray:
-    """Clusters (n,) int64 in [0, k) of rows (n, F), n >= k >= 1: from single rows on, always the two are joined whose
-    union adds least to the sum of squared distances from the centres (Ward, 1963).
+    """Clusters (n,) int64 in [0, k) of rows (n, F), n >= k >= 1. Starting from single rows, the two clusters are joined
+    whose union increases the sum of squared distances from the centres least (Ward, 1963).
 
-    By chains of nearest neighbours (Murtagh, 1983): a chain ends in two clusters that are each other's nearest, and those
-    can be joined at once, since joining others brings nothing nearer to them. O(n^2 F) and n^2 floats; the n - k cheapest
-    joins are the tree's lower part. Distances are updated as Lance & Williams (1967) have it.
+    Nearest-neighbour chains (Murtagh, 1983): a chain ends in two clusters that are each other's nearest. They can be
+    joined at once, because no other join can come closer to them. O(n^2 F) and n^2 floats. The n - k cheapest joins are
+    the lower part of the tree. Distances are updated with the formula of Lance & Williams (1967).
     """
     n = len(rows)
     x = rows.astype(np.float64) - rows.mean(0, dtype=np.float64)
@@ -26,7 +26,7 @@ def ward(rows: np.ndarray, k: int) -> np.ndarray:
         while True:
             last = chain[-1]
             near = int(distance[last].argmin())
-            # of equal ones the one before in the chain, or the chain would go round for ever
+            # among equal ones the previous cluster of the chain; otherwise the chain could be endless
             if len(chain) > 1 and distance[last, chain[-2]] <= distance[last, near]:
                 break
             chain.append(near)
@@ -48,7 +48,7 @@ def ward(rows: np.ndarray, k: int) -> np.ndarray:
             i = int(parent[i])
         return i
 
-    joins.sort(key=lambda join: join[0])  # stable, and no cluster costs less than its parts: they come before it
+    joins.sort(key=lambda join: join[0])  # stable; no cluster costs less than its parts, so the parts come first
     for _, a, b in joins[: n - k]:
         parent[root(a)] = root(b)
     return np.unique([root(i) for i in range(n)], return_inverse=True)[1]

@@ -1,5 +1,5 @@
-"""Attentive probe of the frozen encoder: a learned query that looks at all patch tokens, and a linear classifier (AIM,
-V-JEPA, CAPI). Many are trained in one pass, over blocks, learning rates and weight decays.
+"""Attentive probe of the frozen encoder: a learned query that attends to all patch tokens, and a linear classifier
+(AIM, V-JEPA, CAPI). Probes for all blocks, learning rates and weight decays are trained in one pass.
 
 Shapes: B images of a step, n of a split, N patch tokens of an image, D channels, G probes of a block, C classes.
 """
@@ -34,7 +34,7 @@ from .linear import hold_out
 
 BASELINES = ("random",)
 # El-Nouby et al. (2024), AIM; Bardes et al. (2024), V-JEPA, whose probe has one learning rate; Darcet et al. (2025), CAPI,
-# whose length is given in steps of its own batch: ours is in passes over the images.
+# which gives its length in steps of its own batch size; here it is in passes over the images.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "aim": {"variant": "aim"},
     "vjepa": {"variant": "vjepa", "blocks": (1,), "lrs": (1e-3,), "weight_decays": (1e-3,), "epochs": 20.0},
@@ -47,7 +47,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 BETAS = (0.9, 0.95)
 WARMUP = 0.1  # share of the steps
-HEAD_CHANNELS = 64  # of an attention head, where their number is not given
+HEAD_CHANNELS = 64  # channels of an attention head, if --heads is not given
 REPORT_EVERY = 10  # steps
 
 
@@ -56,33 +56,32 @@ class Config:
     """Attentive probe."""
 
     variant: Variant = "aim"
-    """The pooling: aim (batch norm, keys and values), capi (keys and values), or vjepa (a cross-attention block with an
-    MLP)."""
+    """Kind of pooling: aim (batch norm, keys and values), capi (keys and values), or vjepa (a cross-attention block
+    with an MLP)."""
     blocks: tuple[int, ...] | None = None
-    """Blocks whose tokens are probed, counted from the end, 1 the last (default: the last, and those at 5/6, 2/3 and 1/2
-    of the depth, where the encoder gives blocks)."""
+    """Blocks whose tokens are probed, counted from the end (1: the last). Default: the last, and those at 5/6, 2/3 and
+    1/2 of the depth, if the encoder gives outputs of blocks."""
     lrs: tuple[float, ...] = (1e-4, 5e-4, 2e-3, 1e-2)
     """Peak learning rates to try (CAPI: ten from 1e-5 to 1e-2)."""
     weight_decays: tuple[float, ...] = (5e-4, 5e-2)
-    """Weight decays to try with each (CAPI: 5e-4, 1e-3 and 5e-2)."""
+    """Weight decays to try with each learning rate (CAPI: 5e-4, 1e-3 and 5e-2)."""
     heads: int | None = None
-    """Attention heads; must divide the channels (default: one for each 64 channels)."""
+    """Number of attention heads; must divide the channels (default: one for each 64 channels)."""
     epochs: float = 20
     """Passes over the training images (V-JEPA: 20)."""
     probe_batch_size: int = 256
-    """Images a step of the probes (at most the training images)."""
+    """Images per training step of the probes (at most the number of training images)."""
     augment: bool = True
-    """Train on random crops (0.08 to 1 of the area) and flips, not on the crops of the test."""
+    """Train on random crops (0.08 to 1 of the area) and flips instead of the test crops."""
     held_out: float = 0.1
-    """Share of the training images, of each class, that the best probe is chosen on."""
+    """Share of the training images of each class that is held out to select the best probe."""
 
 
 def evaluate(task: Task, config: Config) -> Outcome:
-    """Train probes on a part of the training images, choose the best on the rest of them, train that one again on all
-    training images, and test it once.
+    """Train probes on a part of the training images, select the best on the others, train it again on all training
+    images, and test it once.
 
-    Raises UserError for knobs out of range, where every class has a single training image, and where all probes
-    diverge.
+    Raises UserError for options out of range, if every class has a single training image, and if all probes diverge.
     """
     _check(config)
     wanted = _blocks(task.encoder, config)
@@ -177,7 +176,7 @@ def _steps(config: Config, images: int) -> int:
 @torch.no_grad()
 def _tokens(task: Task, images: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
     """The frozen encoder's patch tokens (B, N, D) float32 of normalised images, by block from the end, after the final
-    norm; in passes of at most the task's batch size."""
+    norm. Each pass has at most the task's batch size."""
     earlier = tuple(-block for block in wanted if block > 1)
     parts: list[list[Tensor]] = []
     for some in images.split(task.batch_size):
@@ -192,7 +191,7 @@ def _tokens(task: Task, images: Tensor, wanted: Sequence[int]) -> dict[int, Tens
 
 @final
 class _Cropped(Source):
-    """The images of a source as a test sees them, (H, W, C) uint8."""
+    """The images of a source with the test's resizing and cropping, (H, W, C) uint8."""
 
     def __init__(self, source: Source, how: Preprocessing) -> None:
         self.source, self.how = source, how
@@ -217,7 +216,7 @@ class _Cropped(Source):
 
 @final
 class _Bank(nn.Module):
-    """Probes of the tokens of one block, that differ in how they are trained."""
+    """Probes of the tokens of one block; they differ in learning rate and weight decay."""
 
     def __init__(self, dim: int, classes: int, count: int, config: Config, seed: int) -> None:
         super().__init__()
@@ -228,7 +227,7 @@ class _Bank(nn.Module):
         self.norm = TokenNorm(dim, config.variant)
         self.pools, self.classifiers = nn.ModuleList(), nn.ModuleList()
         for _ in range(count):
-            generator = torch.Generator().manual_seed(seed)  # all begin alike
+            generator = torch.Generator().manual_seed(seed)  # the same initial weights
             self.pools.append(AttentivePool(dim, self.heads, config.variant, generator))
             classifier = nn.utils.skip_init(nn.Linear, dim, classes)
             nn.init.trunc_normal_(classifier.weight, std=INIT_STD, a=-1, b=1, generator=generator)
@@ -245,8 +244,8 @@ class _Bank(nn.Module):
 def _train(
     task: Task, config: Config, rows: np.ndarray, wanted: Sequence[int], settings: list[tuple[float, float]], what: str
 ) -> tuple[dict[int, _Bank], list[Bad]]:
-    """Probes of each block for each (learning rate, weight decay), trained on those rows of the training images; and
-    which of these could not be read."""
+    """Probes of each block for each (learning rate, weight decay), trained on the training images `rows`; and the
+    images of these that could not be read."""
     how, device = task.encoder.preprocessing, task.device
     task.encoder.to(device).eval()
     blank = _tokens(task, torch.zeros(1, how.channels, *how.crop, device=device), wanted)
@@ -272,9 +271,7 @@ def _train(
             batch_labels = labels[index]
             for block, tokens in _tokens(task, images, wanted).items():
                 for logits in banks[block](tokens):
-                    F.cross_entropy(
-                        logits, batch_labels
-                    ).backward()  # one at a time: the graph of one is all that is kept
+                    F.cross_entropy(logits, batch_labels).backward()  # one at a time, so that only one graph is kept
             share = schedules.learning_rate(
                 step, steps=steps, peak=1.0, final=0.0, warmup=round(WARMUP * steps), kind="cosine"
             )
@@ -292,8 +289,8 @@ def _train(
 def _supply(
     task: Task, config: Config, rows: np.ndarray, steps: int, failures: dict[int, Bad]
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Normalised images (B, channels, H, W) and their places (B,) among the rows; what cannot be read goes into
-    `failures`, by its place in the training images."""
+    """Normalised images (B, channels, H, W) and their indices (B,) into `rows`. Unreadable images are added to
+    `failures`, by their index in the training images."""
     how = task.encoder.preprocessing
     source: Source = Subset(task.data.train.source, rows)
     spec = ViewSpec(name="image", size=how.crop, interpolation=how.interpolation)
@@ -309,7 +306,7 @@ def _supply(
 
 
 def _side(images: Images, bad: list[Bad]) -> Side:
-    """Those of the images that could be read."""
+    """The images that could be read."""
     index = np.delete(np.arange(len(images.labels)), [one.index for one in bad])
     return Side({}, images.labels[index], index, bad)
 
@@ -320,7 +317,8 @@ def _side(images: Images, bad: list[Bad]) -> Side:
 def _passes(
     task: Task, images: Images, wanted: Sequence[int], bad: list[Bad]
 ) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
-    """Tokens by block and labels (B,) of the readable images, in order; the others go into `bad`. Raises NotFinite."""
+    """Tokens by block and labels (B,) of the readable images, in order; the others are added to `bad`. Raises
+    NotFinite."""
     done = 0
     how = task.encoder.preprocessing
     for pixels, failures in crops_of(how, images.source, task.batch_size, task.workers):
@@ -342,8 +340,8 @@ def _passes(
 
 @torch.no_grad()
 def _score(task: Task, banks: dict[int, _Bank], images: Images) -> dict[int, list[tuple[float | None, float | None]]]:
-    """By block, for each probe: top-1 in percent and mean cross-entropy on those images; None, None for one that
-    diverged."""
+    """For each block, and each of its probes: top-1 in percent and mean cross-entropy on those images; None, None for a
+    probe that diverged."""
     count = 0
     right, loss = ({block: torch.zeros(len(bank.pools)).double() for block, bank in banks.items()} for _ in range(2))
     for tokens, labels in _passes(task, images, list(banks), []):
@@ -363,7 +361,7 @@ def _score(task: Task, banks: dict[int, _Bank], images: Images) -> dict[int, lis
 
 @torch.no_grad()
 def _test(task: Task, bank: _Bank, block: int) -> tuple[np.ndarray, Side]:
-    """Of the readable test images: the classes, likeliest first, (n, min(5, C)) int64; and which they are."""
+    """The most probable classes of the readable test images, best first, (n, min(5, C)) int64; and these images."""
     bad: list[Bad] = []
     ranked = [
         next(bank(tokens[block])).sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()

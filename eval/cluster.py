@@ -1,5 +1,6 @@
-"""Clusters of frozen features, found without labels and compared with them (k-means as in DeepCluster, ECCV 2018, and
-agglomerative; SCAN, ECCV 2020, for the matched accuracy). Without labels the silhouette alone tells.
+"""Clusters frozen features without labels and compares the clusters with the labels (k-means as in DeepCluster, ECCV
+2018, and agglomerative clustering; matched accuracy as in SCAN, ECCV 2020). Without labels only the silhouette is
+given.
 
 Shapes: n images, F floats a feature, K clusters, C classes.
 """
@@ -24,7 +25,7 @@ from ._ward import ward
 IMAGES = "test"
 BASELINES = ("random", "pixels")
 SHARED = True
-MOST = 5000  # images that Ward's joins and the silhouette take: both need all distances
+MOST = 5000  # largest number of images for Ward's clustering and the silhouette: both need all distances
 UNLABELLED_K = (2, 5, 10, 20, 50, 100)
 Algorithm = Literal["kmeans", "ward"]
 
@@ -34,38 +35,42 @@ class Config:
     """Clustering."""
 
     clusters: tuple[int, ...] | None = None
-    """Numbers of clusters to make; the first is the headline's (default: as many as there are classes; without labels
-    2 5 10 20 50 100, and the headline is the one of the best silhouette)."""
+    """Numbers of clusters; the first one gives the headline number. Default: the number of classes; without labels
+    2 5 10 20 50 100, and the best silhouette gives the headline."""
     algorithms: tuple[Algorithm, ...] = ("kmeans", "ward")
-    """kmeans, or ward (agglomerative, of at most 5000 images drawn by the seed); the first is the headline's."""
+    """kmeans, or ward (agglomerative, on at most 5000 images drawn by the seed); the first one gives the headline
+    number."""
     features: tuple[str, ...] = ("pooled",)
-    """Features to cluster: pooled, cls, mean, or of earlier blocks cls@-4, mean@-4; the first is the headline's."""
+    """Features to cluster: pooled, cls, mean, or of earlier blocks cls@-4, mean@-4; the first one gives the headline
+    number."""
     normalise: Literal["l2", "none"] = "l2"
-    """Each image's feature scaled to length 1, or as it is."""
+    """Normalisation of the features: l2 (each image's feature scaled to length 1) or none."""
     starts: int = 10
-    """Runs of k-means; the one of the lowest inertia counts, whatever its labels say."""
+    """Number of runs of k-means; the one with the lowest inertia counts (labels are not used)."""
 
 
 def evaluate(task: Task, config: Config) -> Outcome:
     """Cluster the images; labels are only compared with, never used.
 
-    Raises UserError for knobs out of range, fewer images than clusters, and as `Task.single`.
+    Raises UserError for options out of range, fewer images than clusters, and as `Task.single`.
     """
     names = tuple(dict.fromkeys(str(Tap.parse(name)) for name in config.features))
     if isinstance(task.encoder.backbone, Pixels):
         names = ("pooled",)
     if not config.algorithms or not names or config.starts < 1:
-        raise UserError(f"--starts is {config.starts}; it, --algorithms and --features need at least one")
+        raise UserError(f"--starts is {config.starts}; it, --algorithms and --features need at least 1")
     side = task.single(names)
     known = side.labels != UNKNOWN
     classes = len(np.unique(side.labels[known]))
     n = len(side.labels)
     numbers = config.clusters or ((classes,) if classes >= 2 else tuple(k for k in UNLABELLED_K if k < n))
     if not numbers or min(numbers) < 2 or max(numbers) > n:
-        raise UserError(f"--clusters {' '.join(map(str, numbers or (2,)))}: between 2 and the images, which are {n}")
+        raise UserError(
+            f"--clusters {' '.join(map(str, numbers or (2,)))}: at least 2 and at most the images, which are {n}"
+        )
     part = np.sort(numpy_generator(task.seed, "cluster").permutation(n)[:MOST])
     if "ward" in config.algorithms and max(numbers) > len(part):
-        raise UserError(f"--clusters {max(numbers)}: ward takes {MOST} images, so at most as many clusters")
+        raise UserError(f"--clusters {max(numbers)}: ward takes at most {MOST} images, so at most as many clusters")
 
     tried: list[dict[str, Any]] = []
     done, total = 0, len(names) * len(config.algorithms) * len(numbers)

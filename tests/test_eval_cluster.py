@@ -155,7 +155,7 @@ def test_without_labels_the_silhouette_chooses() -> None:
 @pytest.mark.parametrize(
     ("count", "config", "message"),
     [
-        (1, cluster.Config(), r"--clusters 2: between 2 and the images, which are 1"),
+        (1, cluster.Config(), r"--clusters 2: at least 2 and at most the images, which are 1"),
         (20, cluster.Config(clusters=(30,)), "--clusters 30"),
         (20, cluster.Config(clusters=(1,)), "--clusters 1"),
         (20, cluster.Config(starts=0), "--starts is 0"),

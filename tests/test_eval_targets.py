@@ -154,7 +154,7 @@ def test_splits_from_the_file_and_lines_without_an_image(photos: Path) -> None:
             lambda lines: [{**line, "file": "x" + line["file"]} for line in lines],
             "none of its files is among the images",
         ),
-        (lambda lines: [*lines, lines[0]], "stands in line 2 too"),
+        (lambda lines: [*lines, lines[0]], "is also in line 2"),
         (lambda lines: [{**lines[0], "level": "bright"}, *lines[1:]], "line 2: level is 'bright', not a number"),
         (
             lambda lines: [{**line, "bright": 1} for line in lines],

@@ -1,4 +1,4 @@
-"""One evaluation, from what the user asked for to results.json: the encoder, the data, the evaluator, the baselines."""
+"""One evaluation, from the options to results.json: the encoder, the data, the evaluator, the baselines."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from ssl_pretrain.foreign.specs import Spec
 from ._results import record, write
 from ._task import Data, Helped, Task
 
-UNTRAINED, PIXELS = "random", "pixels"  # what --encoder may be beside a path
+UNTRAINED, PIXELS = "random", "pixels"  # values of --encoder that are not paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,34 +33,35 @@ class Options:
     """The evaluation."""
 
     encoder: str
-    """A run folder, an exported encoder, another library's (timm:NAME, hf:FOLDER, torch:FILE, module:PACKAGE:FUNCTION),
-    or a baseline: random (untrained) or pixels."""
+    """A run folder, an exported encoder, an encoder of another library (timm:NAME, hf:FOLDER, torch:FILE,
+    module:PACKAGE:FUNCTION), or a baseline: random (untrained) or pixels."""
     like: Path | None = None
-    """With --encoder random: the run or encoder whose shape it has (default: vit_tiny at the images' size)."""
+    """With --encoder random: a run or an encoder with the architecture to use (default: vit_tiny at the images'
+    size)."""
     protocol: str | None = None
-    """A published way of doing it by its name, which sets the evaluator's flags that are not given (docs/evaluators.md)."""
+    """Name of a published protocol: it sets the evaluator's flags that are not given (docs/evaluators.md)."""
     data: str | None = None
-    """Labelled images: a folder, tar shards, parquet, or fractals (default: what the encoder was trained on)."""
+    """Labelled images: a folder, tar shards, parquet, or fractals (default: the encoder's training data)."""
     train_split: str | None = None
-    """Split to train on, or to find neighbours in (default: train)."""
+    """Split for training, or for the search of neighbours (default: train)."""
     test_split: str | None = None
-    """Split to test on, or the only images of an evaluator that trains nothing (default: test, else val)."""
+    """Split for the test, or the only split of an evaluator without training (default: test, else val)."""
     out: Path | None = None
-    """Folder for results.json (default: eval/EVALUATOR-DATA in the folder of the encoder)."""
+    """Folder for results.json (default: eval/EVALUATOR-DATA in the encoder's folder)."""
     baselines: bool = True
-    """Evaluate the untrained encoder, and where it makes sense raw pixels, beside this one."""
+    """Also evaluate the untrained encoder and, for some evaluators, raw pixels."""
     batch_size: int = 256
-    """Images a pass through the encoder."""
+    """Images per pass through the encoder."""
     workers: int | None = None
-    """Processes that read images (default: the cores that are left, at most 16)."""
+    """Number of processes that read images (default: the free CPU cores, at most 16)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the encoder runs (auto: a GPU where there is one)."""
+    """Device of the encoder (auto: a GPU if there is one)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the encoder; features are float32."""
+    """Precision of the encoder's arithmetic; features are float32."""
     cache: bool = True
-    """Keep features on the disk and use those kept before."""
+    """Cache features on disk and reuse cached ones."""
     seed: int = 0
-    """Seed of everything random: the untrained encoder, the held-out images, heads and their batches."""
+    """Seed of all randomness: the untrained encoder, the held-out images, the heads and their batches."""
 
 
 def run(
@@ -70,31 +71,31 @@ def run(
     config: Any,
     progress: Callable[[str], Callable[[str, int, int], None] | None],
 ) -> tuple[dict[str, Any], Path]:
-    """Evaluate as asked; returns what results.json holds, and its path. Of several processes the first does; the others
-    help it to extract features, and return nothing.
+    """Run an evaluator; returns the content of results.json, and its path. With several processes, the first one does
+    this; the others help it to extract features, and return nothing.
 
-    evaluator: a module of this package, or a plugin, with `evaluate(task, config) -> Outcome` and perhaps BASELINES, and
-    perhaps IMAGES, what it takes in the place of labelled images to train and to test on: a single set of images,
-    labelled or not, that is the "test" split or "everything"; or images with "masks", that its `open_data(name,
-    train_split, test_split, config) -> Data` opens.
-    SHARED says that others can help an evaluator: with `Task.features` or `Task.single`, which they leave by `Helped`, and
-    with what it extracts before that if `task.helps`.
-    progress: for what encoder is at work ("" for the one asked for), the function that is told how far it is.
-    Raises UserError for whatever the user must change.
+    evaluator: a module of this package, or a plugin, with `evaluate(task, config) -> Outcome`. It may have BASELINES,
+    and IMAGES: its kind of data if that is not labelled images for training and test. "test" and "everything" are a
+    single set of images, labelled or not (the test split, or all images); "pair" is images for training and test
+    without labels; "masks" is images with masks, opened by its `open_data(name, train_split, test_split, config) ->
+    Data`. SHARED means that other processes can help the evaluator: in `Task.features` or `Task.single`, which raise
+    `Helped` there, and with everything that it extracts before if `task.helps`. progress: gives the progress callback
+    for an encoder, named by its baseline ("" for the evaluated encoder). Raises UserError for every error that the user
+    can correct.
     """
     started = time.monotonic()
     if options.batch_size < 1 or (options.workers or 0) < 0:
         raise UserError("--batch-size must be at least 1 and --workers at least 0")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; --device cpu")
+        raise UserError("--device cuda: torch finds no GPU; use --device cpu")
     cuda = options.device != "cpu" and torch.cuda.is_available()
     place = environment.find()
     spare = (distributed.cores() - 1 if cuda else distributed.cores() // 2) // place.local_size
     if place.size > 1:
         if not getattr(evaluator, "SHARED", False):
-            raise UserError(f"{name} is one process: leave --nproc, --nodes and --gpus-per-node at 1")
+            raise UserError(f"{name} runs in one process: leave --nproc, --nodes and --gpus-per-node at 1")
         if not options.cache:
-            raise UserError("several processes share the extraction through the cache: leave --no-cache out")
+            raise UserError("several processes share the extraction through the cache: do not use --no-cache")
         if not cuda and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, distributed.cores() // place.local_size))
     encoder, chosen = _open(options)
@@ -113,7 +114,7 @@ def run(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise UserError(f"{out} cannot be made ({problem.strerror}): choose another folder with --out") from None
+        raise UserError(f"{out} cannot be created ({problem.strerror}): choose another folder with --out") from None
 
     task = Task(
         encoder=encoder,
@@ -173,7 +174,7 @@ def _baseline(kind: str, task: Task) -> Encoder:
 
 
 def _help(evaluator: Any, options: Options, config: Any, task: Task) -> None:
-    """Extract, together with the process that evaluates, the features that it asks for first, of every encoder."""
+    """Help the evaluating process: extract with it the features that it requests first, for every encoder."""
     kinds = getattr(evaluator, "BASELINES", ()) if options.baselines else ()
     others = [_baseline(kind, task) for kind in kinds if options.encoder not in (PIXELS, kind)]
     for encoder in (task.encoder, *others):
@@ -184,7 +185,7 @@ def _help(evaluator: Any, options: Options, config: Any, task: Task) -> None:
 def _open(options: Options) -> tuple[Encoder, str]:
     """The encoder and the name of the data to evaluate it on."""
     if options.encoder == PIXELS:
-        assert options.data is not None  # _check_paths saw to it
+        assert options.data is not None  # guaranteed by _check_paths
         return _pixels(_training_images(options, options.data)), options.data
     if options.encoder == UNTRAINED and options.like is None:
         assert options.data is not None
@@ -193,12 +194,12 @@ def _open(options: Options) -> tuple[Encoder, str]:
     encoder = libraries.load(named) if Spec.parse(named) else load(named)
     data = options.data or encoder.lineage.get("data")
     if not data:
-        raise UserError(f"{options.encoder} does not say what it was trained on: name labelled images with --data")
+        raise UserError(f"the training data of {options.encoder} is not known: name labelled images with --data")
     if not options.data:
         try:
             splits(data)
         except UserError as problem:
-            raise UserError(f"{problem} (what the encoder was trained on; name other data with --data)") from None
+            raise UserError(f"{problem} (the encoder's training data; name other data with --data)") from None
     return (_untrained_like(encoder, options.seed) if options.encoder == UNTRAINED else encoder), data
 
 
@@ -213,14 +214,14 @@ def _training_images(options: Options, data: str) -> Source:
 
 
 def _pixels(source: Source, channels: int | None = None) -> Encoder:
-    """Raw pixels of such images in the place of an encoder."""
+    """The raw pixels of such images, used as an encoder."""
     height, width, channels = _shape(source, channels)
     return pixel_encoder((height, width), channels)
 
 
 def _untrained(source: Source, seed: int) -> Encoder:
-    """An untrained vit_tiny for such images: of their own size in patches of 4 or 8 pixels where they are small, else
-    of 224 in patches of 16."""
+    """An untrained vit_tiny for such images. Small images keep their size, with patches of 4 or 8 pixels; larger ones
+    have 224 pixels and patches of 16."""
     height, width, channels = _shape(source, None)
     side = min(height, width)
     patch = 4 if side <= 48 else 8 if side <= 96 else 16
@@ -231,7 +232,7 @@ def _untrained(source: Source, seed: int) -> Encoder:
 
 
 def _shape(source: Source, channels: int | None) -> tuple[int, int, int]:
-    """Height, width and channels of the first image that can be read; `channels`, where they are known before."""
+    """Height, width and channels of the first readable image; `channels` if they are given."""
     for i in range(len(source)):
         with contextlib.suppress(BadImage, OSError, ValueError):
             item = source[i]
@@ -242,7 +243,7 @@ def _shape(source: Source, channels: int | None) -> tuple[int, int, int]:
 
 
 def _facts(options: Options, encoder: Encoder) -> dict[str, Any]:
-    """What encoder it was, for the record."""
+    """Description of the encoder for results.json."""
     return {
         "path": options.encoder,
         **({"like": str(options.like)} if options.like else {}),
@@ -254,7 +255,7 @@ def _facts(options: Options, encoder: Encoder) -> dict[str, Any]:
 
 
 def _default_out(options: Options, name: str) -> Path:
-    """Where a result goes: beside the encoder it is about, or for a baseline or a foreign encoder into the current
+    """Default folder of a result: in the encoder's folder; for a baseline or another library's encoder in the current
     folder."""
     if options.encoder in (UNTRAINED, PIXELS):
         return Path(f"eval-{options.encoder}-{name}")

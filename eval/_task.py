@@ -59,7 +59,7 @@ class Data:
             train_split, test_split = train_split or found[0], test_split or found[1]
         if train_split == test_split:
             raise UserError(
-                f"--train-split and --test-split are both {train_split!r}: a test on training images says nothing"
+                f"--train-split and --test-split are both {train_split!r}: a test on training images is not meaningful"
             )
         (train, of_train), (test, of_test) = _labelled(name, train_split), _labelled(name, test_split)
         classes, known, test_labels = _agree(train, test)
@@ -109,7 +109,7 @@ class Data:
             sides.append(Images(split, source, np.full(len(source), UNKNOWN), len(source)))
         if sides[0].split == sides[1].split:
             raise UserError(
-                f"--train-split and --test-split are both {train_split!r}: a test on training images says nothing"
+                f"--train-split and --test-split are both {train_split!r}: a test on training images is not meaningful"
             )
         return cls(name, sides[0], sides[1], ())
 

@@ -1,16 +1,17 @@
-"""What the features of an encoder are like, without labels: how many directions they fill, how their spectrum falls, how
-near two views of an image are, block by block; and in words what looks wrong.
+"""Diagnosis of an encoder's features without labels, block by block: number of directions they fill, decay of their
+spectrum, distance of two views of an image; and sentences that name problems.
 
-Shapes: n images, F floats a feature, V views of each of M images. Measures, on features as they are unless it says unit
-vectors:
+Shapes: n images, F floats a feature, V views of each of M images. Measures (on the features as they are, except where
+unit vectors are named):
 
 - `rankme`: exp of the entropy of the singular values of the (n, F) matrix (Garrido et al., ICML 2023, eq. 1-2).
-- `effective_rank`: the same of the centred matrix's (Roy & Vetterli, 2007).
-- `utilised_rank`: directions that hold 99 % of the variance.
+- `effective_rank`: the same for the centred matrix (Roy & Vetterli, 2007).
+- `utilised_rank`: number of directions that contain 99 % of the variance.
 - `alpha`: the covariance's eigenvalues fall as rank^-alpha (alpha-ReQ, Agrawal et al., NeurIPS 2022); best near 1.
-- `spread`: standard deviation of the unit vectors over 1 / sqrt(F): 1 where they fill the sphere (SimSiam, section 4.1).
-- `uniformity`: log of the mean of exp(-2 |u - v|^2) over pairs of unit vectors (Wang & Isola, ICML 2020); low is even.
-- `alignment`: mean |u - v|^2 of unit vectors of two views of an image (the same paper); low is near.
+- `spread`: standard deviation of the unit vectors * sqrt(F): 1 if they fill the sphere (SimSiam, section 4.1).
+- `uniformity`: log of the mean of exp(-2 |u - v|^2) over pairs of unit vectors (Wang & Isola, ICML 2020); lower values
+  mean a more uniform distribution.
+- `alignment`: mean |u - v|^2 of unit vectors of two views of an image (the same paper); lower values mean closer views.
 - `lidar`: rank, as in `rankme`, of the images' means in units of the views' scatter (LiDAR, Thilak et al., ICLR 2024).
 - `views_found`: percent of views whose nearest other vector is a view of the same image.
 """
@@ -39,8 +40,8 @@ from ._task import UNKNOWN, Side, Task
 IMAGES = "test"
 BASELINES = ("random",)
 SHARED = True
-PAIRS = 4096  # images whose pairs uniformity is the mean over
-DELTA = 1e-4  # LiDAR's share of the identity in the scatter of views
+PAIRS = 4096  # number of images whose pairs uniformity averages over
+DELTA = 1e-4  # weight of the identity that LiDAR adds to the scatter of views
 VARIANCE = 0.99
 K, TEMPERATURE = 20, 0.07  # of the leave-one-out kNN of each block, where there are labels
 
@@ -50,20 +51,20 @@ class Config:
     """Diagnosis."""
 
     features: tuple[str, ...] | None = None
-    """Features to look at: pooled, cls, mean, or of earlier blocks cls@-4, mean@-4; the first is the headline's (default:
-    pooled, then every block's cls, or mean where there is no CLS token)."""
+    """Features to diagnose: pooled, cls, mean, or of earlier blocks cls@-4, mean@-4; the first one gives the headline
+    numbers (default: pooled, then every block's cls, or mean if there is no CLS token)."""
     images: int = 10_000
-    """Images that are looked at, at most; drawn by the seed."""
+    """Largest number of images to use; they are drawn by the seed."""
     view_images: int = 500
-    """Images that views are made of, at most (0: no views, so no alignment and no LiDAR)."""
+    """Largest number of images from which views are made (0: no views, so no alignment and no LiDAR)."""
     views: int = 10
-    """Views of each: random crops of 0.2 to 1 of the area, flips, colour jitter (LiDAR's paper: 50)."""
+    """Views of each image: random crops of 0.2 to 1 of the area, flips, colour jitter (LiDAR's paper: 50)."""
 
 
 def evaluate(task: Task, config: Config) -> Outcome:
-    """Measure the features, and say what looks wrong.
+    """Measure the features, and describe problems in sentences.
 
-    Raises UserError for knobs out of range and for fewer than two images, and as `Task.single`.
+    Raises UserError for options out of range and for fewer than two images, and as `Task.single`.
     """
     if config.images < 2 or config.view_images < 0 or config.views < 2:
         raise UserError(
@@ -118,7 +119,7 @@ def _features(task: Task, config: Config) -> tuple[str, ...]:
 
 
 def _rank(values: Tensor) -> float:
-    """exp of the entropy of values >= 0, as shares of their sum; 0 where all are 0."""
+    """exp of the entropy of values >= 0, as shares of their sum; 0 if all are 0."""
     total = values.sum()
     if not total > 0:
         return 0.0
@@ -147,19 +148,19 @@ def measures(features: Tensor) -> dict[str, Any]:
 
 
 def _eigenvalues(x: Tensor) -> Tensor:
-    """Of x'x, from high to low; those that rounding leaves of none are 0."""
+    """The eigenvalues of x'x in descending order; values that are only rounding errors are set to 0."""
     values = torch.linalg.eigvalsh(x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T).flip(0)
     return torch.where(values > values[0] * 1e-13, values, 0.0).clamp_min_(0)
 
 
 def _alpha(variances: Tensor) -> float | None:
-    """Minus the slope of log variance over log rank, by least squares over the ranks from 1 that are not 0; None with
-    fewer than three."""
-    there = variances[variances > 0]
-    if len(there) < 3:
+    """Minus the slope of log variance over log rank, by least squares over the ranks with non-zero variance; None if
+    there are fewer than three."""
+    positive = variances[variances > 0]
+    if len(positive) < 3:
         return None
-    x = torch.arange(1, len(there) + 1, dtype=torch.float64, device=there.device).log()
-    y = there.log()
+    x = torch.arange(1, len(positive) + 1, dtype=torch.float64, device=positive.device).log()
+    y = positive.log()
     x = x - x.mean()
     return -float((x * (y - y.mean())).sum() / x.square().sum())
 
@@ -176,7 +177,7 @@ def of_pairs(views: Tensor) -> dict[str, Any]:
     """The measures of views (M, V, F) of M >= 2 images."""
     m, v, width = views.shape
     unit = normalize(views.double(), dim=2)
-    # the mean over the pairs of an image of |u - v|^2, by the length of the views' sum
+    # the mean cosine over the pairs of an image, from the squared length of the sum of its views
     cosine = (unit.sum(1).square().sum(1) - v) / (v * (v - 1))
     flat = views.reshape(m * v, width).float()
     found = nearest(flat, flat, 1, exclude_self=True)[1][:, 0] // v
@@ -196,13 +197,13 @@ def _lidar(views: Tensor) -> float:
     around = (views - means[:, None]).reshape(m * v, width)
     centred = means - means.mean(0)
     within = around.T @ around / (m * (v - 1)) + DELTA * torch.eye(width, dtype=views.dtype, device=views.device)
-    # the singular values of the whitened means are the roots of the eigenvalues asked for
+    # the singular values of the whitened means are the square roots of the eigenvalues
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(within), centred.T, upper=False)
     return _rank(torch.linalg.svdvals(white).square())
 
 
 def _knn(features: Tensor, labels: np.ndarray) -> dict[str, Any]:
-    """Top-1 in percent of the labelled images by the others, where at least two classes are known."""
+    """Leave-one-out kNN top-1 in percent of the labelled images; {} if fewer than two classes are known."""
     known = np.flatnonzero(labels != UNKNOWN)
     if len(np.unique(labels[known])) < 2:
         return {}
@@ -214,7 +215,7 @@ def _knn(features: Tensor, labels: np.ndarray) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _views(task: Task, config: Config, side: Side, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Features (M, V, F) of V random views of M images, by tap."""
+    """Features (M, V, F) of V random views of M images, for each tap."""
     how = task.encoder.preprocessing
     jitter = Jitter() if how.channels == 3 else None
     spec = ViewSpec(name="view", size=how.crop, scale=(0.2, 1.0), interpolation=how.interpolation, jitter=jitter)
@@ -237,7 +238,7 @@ def _views(task: Task, config: Config, side: Side, names: tuple[str, ...]) -> di
                     found[name].append(vector)
             order.append(given.index)
             task.report("views", step + 1, config.views * (m // batch))
-    # an epoch is every image once, in an order of its own
+    # each epoch contains every image once, in another order
     place = torch.cat(order).argsort(stable=True)
     result = {}
     for name, parts in found.items():
@@ -247,12 +248,12 @@ def _views(task: Task, config: Config, side: Side, names: tuple[str, ...]) -> di
     return result
 
 
-# ---- In words.
+# ---- Findings.
 
 
 def findings(entries: list[dict[str, Any]], features: Tensor) -> list[str]:
-    """What looks wrong with the headline's features (n, F), and with the blocks; one sentence each, or that nothing
-    does. The bounds are rules of thumb: they name what to look at, not what is proven."""
+    """Problems of the headline's features (n, F) and of the blocks, one sentence each, or one sentence that there are
+    none. The thresholds are rules of thumb: they show what to check and prove nothing."""
     head = entries[0]
     n, width = features.shape
     most = min(n - 1, width)
@@ -278,10 +279,10 @@ def findings(entries: list[dict[str, Any]], features: Tensor) -> list[str]:
                 f"a common direction outweighs the rest: two images have a mean cosine of {cosine:.2f}; subtract the "
                 f"mean before comparing by cosine"
             )
-        loudest = float((features.double().square().mean(0) / features.double().square().mean(0).sum()).max())
-        if loudest > 0.5 and width > 2:
+        largest = float((features.double().square().mean(0) / features.double().square().mean(0).sum()).max())
+        if largest > 0.5 and width > 2:
             sentences.append(
-                f"one float of {width} holds {100 * loudest:.0f} % of the squared length (a massive activation)"
+                f"one float of {width} holds {100 * largest:.0f} % of the squared length (a massive activation)"
             )
         if float(norms.max()) > 10 * float(norms.median()):
             sentences.append(
@@ -303,7 +304,7 @@ def findings(entries: list[dict[str, Any]], features: Tensor) -> list[str]:
     if better:
         best = max(better, key=lambda entry: entry["knn"])
         sentences.append(
-            f"an earlier feature serves better: {best['feature']} has kNN top-1 {best['knn']:.1f} %, {head['feature']} "
+            f"an earlier feature is better: {best['feature']} has kNN top-1 {best['knn']:.1f} %, {head['feature']} "
             f"{head['knn']:.1f} %"
         )
     elif "knn" not in head:

@@ -1,9 +1,9 @@
-"""Features of images as files for other tools: NumPy arrays, or parquet tables. Labels are not needed.
+"""Writes features of images to files for other tools: NumPy arrays or parquet tables. Labels are not needed.
 
-Shapes: N images that could be read, F floats a feature, P patches of D floats. Files, in the order of the images:
-`cls.npy`, `pooled.npy`, ... (N, F); `patches.npy` (N, P, D), rows of the grid one after another; `images.csv` (N lines
-under a head: name, label, class; the label is -1 and the class empty where there is none). As parquet: `features.parquet`,
-a row an image: name, label, class, and a list of floats a feature.
+Shapes: N readable images, F floats a feature, P patches of D floats. Files, in the order of the images: `cls.npy`,
+`pooled.npy`, ... (N, F); `patches.npy` (N, P, D), the grid row by row; `images.csv` (a header and N lines: name, label,
+class; unlabelled images have the label -1 and an empty class). As parquet: `features.parquet` with one row for each
+image: name, label, class, and one list of floats for each feature.
 """
 
 import csv
@@ -32,30 +32,30 @@ class Config:
     """Writing features."""
 
     features: tuple[str, ...] | None = None
-    """Which: pooled, cls, mean, or of earlier blocks cls@-4, mean@-4 (default: cls and pooled, as far as the encoder has
-    them)."""
+    """Features to write: pooled, cls, mean, or of earlier blocks cls@-4, mean@-4 (default: cls and pooled, if the
+    encoder has them)."""
     patches: bool = False
-    """Also every patch token of the last block (N, P, D)."""
+    """Also write every patch token of the last block, (N, P, D)."""
     format: Literal["npy", "parquet"] = "npy"
-    """NumPy arrays with images.csv beside them, or one parquet table (needs pyarrow; without patches)."""
+    """npy: NumPy arrays and images.csv; parquet: one table (needs pyarrow; without patches)."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Numbers in the files."""
+    """Data type of the numbers in the files."""
 
 
 def evaluate(task: Task, config: Config) -> Outcome:
-    """Write the features of every image that can be read into `task.out`.
+    """Write the features of every readable image into `task.out`.
 
-    Raises UserError where parquet is asked for without pyarrow or with patches, where a float16 would overflow, where the
-    folder cannot be written, and as `Task.single`.
+    Raises UserError for parquet without pyarrow or with patches, for values beyond the range of float16, if the folder
+    cannot be written, and as `Task.single`.
     """
     assert task.out is not None  # there are no baselines
     if config.format == "parquet":
         if config.patches:
-            raise UserError("--patches are written as npy only: --format npy")
+            raise UserError("--patches are written as npy only: use --format npy")
         try:
             import pyarrow  # noqa: F401
         except ImportError:
-            raise UserError("--format parquet needs pyarrow: pip install pyarrow, or --format npy") from None
+            raise UserError("--format parquet needs pyarrow: pip install pyarrow, or use --format npy") from None
     names = tuple(dict.fromkeys(str(Tap.parse(name)) for name in config.features or ()))
     if isinstance(task.encoder.backbone, Pixels):
         names = ("pooled",)
@@ -95,11 +95,11 @@ def evaluate(task: Task, config: Config) -> Outcome:
 def _check_range(rows: np.ndarray, dtype: str, name: str) -> None:
     limit = float(np.finfo(dtype).max)
     if any(float(np.abs(rows[start : start + CHUNK]).max()) > limit for start in range(0, len(rows), CHUNK)):
-        raise UserError(f"feature {name} has values beyond {limit:g}, the most a {dtype} holds: --dtype float32")
+        raise UserError(f"feature {name} has values beyond {limit:g}, the largest {dtype}: use --dtype float32")
 
 
 def _array(path: Path, rows: np.ndarray, dtype: str) -> str:
-    """Write rows (N, F) in chunks, aside and then under its name; returns the name."""
+    """Write rows (N, F) in chunks to a temporary file, then rename it; returns the name."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.dtype(dtype), shape=rows.shape)
@@ -181,7 +181,7 @@ def _patches(task: Task, side: Side, dtype: str) -> list[int]:
                 array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.dtype(dtype), shape=shape)
             array[start : start + len(batch)] = tokens
             task.report("patches", start + len(batch), n)
-        assert array is not None  # a source without images that can be read is an error before
+        assert array is not None  # a source without readable images has raised an error before
         array.flush()
         os.replace(aside, path)
     finally:

@@ -1,4 +1,4 @@
-"""Fine-tuning of the encoder with labels, whole or in part, under a linear classifier (the recipe of MAE, He et al., CVPR
+"""Fine-tunes the encoder, or a part of it, with labels and a linear classifier (the recipe of MAE, He et al., CVPR
 2022, appendix A.1, table 9).
 
 Shapes: B images of a step, n of a split, D floats of the feature, C classes. Learning rates fall by `--layer-decay` from
@@ -51,15 +51,15 @@ SCOPES = ("full", "attention", "bias", "lora", "last-4")
 BETAS = (0.9, 0.999)
 FINAL_LR = 1e-6  # before layer-wise decay
 LR_BATCH = 256  # learning rates are given for this many images a step
-SMALLEST_BATCH, LARGEST_BATCH = 16, 1024  # images a step, where nothing is said
-LEAST_STEPS = 32  # of an epoch, that are worth more than a batch above the smallest
+SMALLEST_BATCH, LARGEST_BATCH = 16, 1024  # images per step, if --train-batch-size is not given
+LEAST_STEPS = 32  # steps per epoch that have priority over a batch above the smallest
 HEAD_STD = 2e-5
 CROP_SCALE = (0.08, 1.0)
 CHUNK = 4096  # rows scored at a time
-RECORDED = (  # knobs that the protocol repeats
+RECORDED = (  # options that are copied into the protocol
     "epochs", "layer_decay", "weight_decay", "warmup", "randaugment", "erase", "mixup", "cutmix", "label_smoothing", "ema",
 )  # fmt: skip
-LOOK_EVERY = 20  # steps between looks at the loss, which wait for the device
+LOOK_EVERY = 20  # steps between reads of the loss, which synchronise with the device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +67,27 @@ class Config:
     """Fine-tuning."""
 
     scope: str = "full"
-    """What of the encoder is trained, beside the classifier: full, attention (its matrices and biases), bias (all
-    biases), lora (low-rank changes of the attention matrices), or last-K (the last K blocks and what follows)."""
+    """Part of the encoder that is trained, in addition to the classifier: full, attention (its matrices and biases),
+    bias (all biases), lora (low-rank updates of the attention matrices), or last-K (the last K blocks and all layers
+    after them)."""
     lrs: tuple[float, ...] = (5e-4,)
-    """Peak learning rates to try, per 256 images of a step (MAE: 5e-4 for ViT-B, 1e-3 for larger ones). Of several, the
-    one that is best on held-out training images is trained again on all."""
+    """Peak learning rates to try, per 256 images of a step (MAE: 5e-4 for ViT-B, 1e-3 for larger ones). If there are
+    several, the best one on held-out training images is selected, and training is repeated on all images."""
     epochs: float = 100
     """Passes over the training images (MAE: 100 for ViT-B, 50 for larger ones)."""
     train_batch_size: int | None = None
-    """Images a step, in passes of at most --batch-size (default: 1024, or the largest power of two that leaves 32 steps
-    an epoch, but at least 16)."""
+    """Images per step, in passes of at most --batch-size (default: 1024, or the largest power of two that gives 32
+    steps per epoch, but at least 16)."""
     layer_decay: float = 0.65
-    """Factor on the learning rate from each block to the one before (MAE: 0.65 for ViT-B, 0.75 for larger ones)."""
+    """Layer decay: factor on the learning rate from each block to the previous one (MAE: 0.65 for ViT-B, 0.75 for
+    larger ones)."""
     weight_decay: float = 0.05
-    """Weight decay of AdamW; not on biases, norms, tokens and positions."""
+    """Weight decay of AdamW; not applied to biases, norms, tokens and positions."""
     warmup: float = 0.05
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps in which the learning rate rises (warm-up)."""
     drop_path: float = 0.1
-    """Stochastic depth at the last block, where the encoder has it (MAE: 0.1, 0.2, 0.3 for ViT-B, L, H)."""
+    """Drop path rate (stochastic depth) of the last block, if the encoder supports it (MAE: 0.1, 0.2, 0.3 for ViT-B, L,
+    H)."""
     randaugment: float = 9.0
     """Magnitude of RandAugment, 0 to 10 (0: none)."""
     erase: float = 0.25
@@ -94,29 +97,29 @@ class Config:
     cutmix: float = 1.0
     """Alpha of CutMix (0: none)."""
     label_smoothing: float = 0.1
-    """Share of the target that is spread over all classes."""
+    """Label smoothing: share of the target that is spread over all classes."""
     ema: float = 0.0
-    """Momentum of a moving average of the weights, which is what is tested (0: none)."""
+    """Momentum of an EMA of the weights; the EMA is tested (0: none)."""
     lora_rank: int = 8
-    """Rank of the changes of scope lora."""
+    """Rank of the updates of --scope lora."""
     lora_alpha: float = 16.0
-    """Strength of the changes of scope lora: they are scaled by this over the rank."""
+    """Scale of the updates of --scope lora: they are multiplied by this value / the rank."""
     feature: Literal["pooled", "cls", "mean"] = "pooled"
-    """What the classifier sees: pooled (as the encoder defines it), the CLS token, or the mean of the patches."""
+    """Input of the classifier: pooled (as the encoder defines it), cls (the CLS token), or mean (of the patches)."""
     held_out: float = 0.1
-    """Share of the training images, of each class, that the best learning rate is chosen on."""
+    """Share of the training images of each class that is held out to select the learning rate."""
     curve: int = 0
-    """Points of a curve of test accuracy over training, evenly spaced (0: none); nothing is chosen by it."""
+    """Number of evenly spaced points of a curve of test accuracy during training (0: none); it selects nothing."""
     save: bool = False
-    """Write the fine-tuned encoder and its classifier to encoder/ beside results.json."""
+    """Write the fine-tuned encoder and its classifier to encoder/ next to results.json."""
 
 
 def evaluate(task: Task, config: Config) -> Outcome:
-    """Fine-tune a copy of the encoder on all training images and test it once; with several learning rates, first each
-    on a part of them, to choose one on the rest.
+    """Fine-tune a copy of the encoder on all training images and test it once. With several learning rates, each is
+    first trained on a part of the images, and the others select the best.
 
-    Raises UserError for knobs out of range, an encoder without what the scope trains, where every class has a single
-    training image but several learning rates are given, or where training diverges, and as `Task.single`.
+    Raises UserError for options out of range, an encoder without the parts that the scope trains, if every class has a
+    single training image but several learning rates are given, if training diverges, and as `Task.single`.
     """
     _check(task, config)
     tried: list[dict[str, Any]] = []
@@ -211,7 +214,7 @@ def _check(task: Task, config: Config) -> None:
 
 
 def _batch(config: Config, images: int) -> int:
-    """Images a step."""
+    """Images per step."""
     if config.train_batch_size:
         return min(config.train_batch_size, images)
     fitting = 2 ** int(math.log2(max(1, images // LEAST_STEPS)))
@@ -223,7 +226,7 @@ def _steps(config: Config, images: int) -> int:
 
 
 def _seen(task: Task, failures: Sequence[Failure]) -> Side:
-    """The training images, but those that could not be read."""
+    """The training images that could be read."""
     bad = {index: Bad(index, name, reason) for index, name, reason in failures}
     index = np.delete(np.arange(len(task.data.train.labels)), sorted(bad))
     return Side({}, task.data.train.labels[index], index, [bad[i] for i in sorted(bad)])
@@ -233,8 +236,8 @@ def _seen(task: Task, failures: Sequence[Failure]) -> Side:
 
 
 def trained(backbone: Backbone, scope: str) -> set[str]:
-    """Names of the backbone's parameters that a scope trains; of scope "lora" those of the matrices that are changed,
-    though they are not trained themselves. Raises UserError for an unknown scope and where the backbone has no such
+    """Names of the backbone's parameters that a scope trains. For scope "lora": the matrices that get low-rank updates,
+    though they are not trained themselves. Raises UserError for an unknown scope and if the backbone has no such
     parameters."""
     names = [name for name, _ in backbone.named_parameters()]
     attention = [name for name in names if re.search(r"(^|\.)(attn|attention|self_attn)\.", name)]
@@ -251,22 +254,22 @@ def trained(backbone: Backbone, scope: str) -> set[str]:
     elif match := re.fullmatch(r"last-(\d+)", scope):
         blocks = int(match[1])
         if isinstance(backbone, Foreign):
-            raise UserError(f"--scope {scope}: where the blocks of another library's encoder are is not known")
+            raise UserError(f"--scope {scope}: the block structure of another library's encoder is not known")
         if not 1 <= blocks <= backbone.depth:
             raise UserError(
                 f"--scope {scope}: this encoder has {backbone.depth} block(s), last-1 to last-{backbone.depth}"
             )
         found = [name for name in names if backbone.layer_of(name) > backbone.depth - blocks]
     else:
-        raise UserError(f"--scope {scope} is none{nearest(scope, SCOPES)} (last-K: the last K blocks)")
+        raise UserError(f"--scope {scope} is unknown{nearest(scope, SCOPES)} (last-K: the last K blocks)")
     if not found:
-        raise UserError(f"--scope {scope}: {type(backbone).__name__} has no such weights; --scope full")
+        raise UserError(f"--scope {scope}: {type(backbone).__name__} has no such weights; use --scope full")
     return set(found)
 
 
 @final
 class LowRank(nn.Module):
-    """A weight (E, D) plus alpha / rank * up @ down (Hu et al., "LoRA", ICLR 2022, section 4.1); `up` begins at zero.
+    """A weight (E, D) plus alpha / rank * up @ down (Hu et al., "LoRA", ICLR 2022, section 4.1); `up` starts at zero.
 
     Raises UserError for a rank above the weight's own.
     """
@@ -287,10 +290,10 @@ class LowRank(nn.Module):
 
 
 def prepare(backbone: Backbone, config: Config, generator: torch.Generator) -> None:
-    """Let gradients reach what the scope trains and nothing else, and set the drop path."""
+    """Enable gradients only for the parameters that the scope trains, and set the drop path rate."""
     names = trained(backbone, config.scope)
     if "drop_path" in backbone.supports:
-        # How an encoder's pretraining dropped is not how a protocol of fine-tuning does.
+        # The drop path settings of pretraining do not apply to fine-tuning.
         others = {n: False for n in ("drop_path_uniform", "drop_rows") if hasattr(backbone.config, n)}
         backbone.config = replace(backbone.config, drop_path=config.drop_path, **others)
     for name, parameter in backbone.named_parameters():
@@ -304,7 +307,7 @@ def prepare(backbone: Backbone, config: Config, generator: torch.Generator) -> N
 
 
 def merge(backbone: Backbone) -> None:
-    """Put the low-rank changes into the weights they change; names are those of before."""
+    """Merge the low-rank updates into the weights; parameter names are the original ones again."""
     for part in list(backbone.modules()):
         if parametrize.is_parametrized(part, "weight"):
             parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
@@ -312,7 +315,7 @@ def merge(backbone: Backbone) -> None:
 
 @final
 class Classifier(nn.Module):
-    """An encoder under a linear classifier, which begins nearly at zero (truncated normal, 2e-5; MAE)."""
+    """An encoder with a linear classifier, whose initial weights are nearly zero (truncated normal, 2e-5; MAE)."""
 
     def __init__(self, encoder: Backbone, width: int, classes: int, feature: str, generator: torch.Generator) -> None:
         super().__init__()
@@ -331,8 +334,9 @@ class Classifier(nn.Module):
         return self.head(features.patches.mean(1) if self.feature == "mean" else getattr(features, self.feature))
 
     def train(self, mode: bool = True) -> "Classifier":
-        """As `nn.Module.train`, but batch norms whose gain is not trained keep their statistics, and so does another
-        library's module as a whole, whose dropout would draw from the process's random state."""
+        """As `nn.Module.train`, with two exceptions. Batch norms whose gain is not trained keep their statistics.
+        Modules of other libraries stay in evaluation mode, because their dropout would use the process's random
+        state."""
         super().train(mode)
         for part in self.modules():
             frozen = isinstance(part, _BatchNorm) and (part.weight is None or not part.weight.requires_grad)
@@ -350,15 +354,15 @@ class _Tuned:
 
     encoder: Encoder
     head: nn.Linear
-    trained: int  # numbers, of encoder and classifier
-    failures: list[Failure]  # training images that could not be read, by their place among the rows trained on
+    trained: int  # number of trained values of encoder and classifier
+    failures: list[Failure]  # training images that could not be read, by their index into the rows
 
 
 def _train(
     task: Task, config: Config, rows: np.ndarray, lr: float, what: str, curve: list[dict[str, float]] | None = None
 ) -> _Tuned:
-    """Fine-tune a copy of the encoder on those training images; weights that are not finite where that diverges. curve:
-    takes up the points that `config.curve` asks for."""
+    """Fine-tune a copy of the encoder on the training images `rows`; the weights are not finite if training diverges.
+    curve: the points that `config.curve` requests are added to it."""
     how, device = task.encoder.preprocessing, task.device
     blank = torch.zeros(1, how.channels, *how.crop, device=device)
     with torch.no_grad():
@@ -415,7 +419,7 @@ def _train(
     number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     best = model if average is None else average
     merge(best.encoder)
-    best.encoder.config = task.encoder.backbone.config  # drop path as it came
+    best.encoder.config = task.encoder.backbone.config  # the original drop path
     best.eval().requires_grad_(True)
     return _Tuned(Encoder(best.encoder, task.encoder.name, how, task.encoder.lineage), best.head, number, failures)
 
@@ -423,7 +427,7 @@ def _train(
 def _augment(
     task: Task, config: Config, raw: RawBatch, share: Share, spec: ViewSpec, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Images (B, channels, H, W) as they are trained on, and targets (B, C); labels (n,) are of all rows."""
+    """Augmented images (B, channels, H, W) and targets (B, C) for training; labels (n,) are those of all rows."""
     how = task.encoder.preprocessing
     first = raw.step * share.batch_size + share.rows(raw.micro).start
     epochs = np.arange(first, first + share.micro_size) // len(labels)
@@ -440,7 +444,7 @@ def _augment(
 
 @torch.no_grad()
 def _accuracy(task: Task, model: nn.Module) -> float:
-    """Top-1 in percent on the test images as training stands."""
+    """Top-1 in percent on the test images with the current weights."""
     model.eval()
     right, labels, at = 0, task.data.test.labels, 0
     read = 0
@@ -459,8 +463,8 @@ def _accuracy(task: Task, model: nn.Module) -> float:
 
 @torch.no_grad()
 def _test(task: Task, config: Config, tuned: _Tuned, images: Images) -> tuple[np.ndarray, float, Side]:
-    """Of the readable ones of those images: the classes, likeliest first, (n, min(5, C)) int64; the mean cross-entropy;
-    and which they are. Raises NotFinite where training diverged."""
+    """For the readable images: the most probable classes, best first, (n, min(5, C)) int64; the mean cross-entropy; and
+    these images. Raises NotFinite if training diverged."""
     asked = replace(task, encoder=tuned.encoder, data=replace(task.data, test=images), cache=False)
     side = asked.single((config.feature,))
     ranked, loss = [], 0.0
@@ -476,16 +480,16 @@ def _test(task: Task, config: Config, tuned: _Tuned, images: Images) -> tuple[np
 
 
 def _save(task: Task, config: Config, tuned: _Tuned, lr: float) -> None:
-    """Write the encoder's export, and beside it the classifier: head.safetensors with weight (C, D) and bias (C,), to be
+    """Write the encoder's export, and with it the classifier: head.safetensors with weight (C, D) and bias (C,), to be
     applied to the feature that its header names."""
     assert task.out is not None
     folder = task.out / "encoder"
     facts = {"data": task.data.name, "scope": config.scope, "lr": lr, "epochs": config.epochs, "seed": task.seed}
     tuned.encoder.lineage = {**task.encoder.lineage, "finetuned": facts}
     head = {name: value.detach().cpu().contiguous() for name, value in tuned.head.state_dict().items()}
-    said = json.dumps({"feature": config.feature, "classes": task.data.classes})
+    header = json.dumps({"feature": config.feature, "classes": task.data.classes})
     try:
         exported.save(folder, tuned.encoder)
-        save_file(head, folder / "head.safetensors", metadata={"head": said})
+        save_file(head, folder / "head.safetensors", metadata={"head": header})
     except OSError as problem:
         raise UserError(f"{folder} cannot be written ({problem.strerror}): choose another folder with --out") from None

@@ -1,9 +1,9 @@
-"""Linear probe: softmax regression on frozen features. Many are trained at once, over learning rates, blocks and
-pooling (the grid of DINOv2, appendix B.3; features of the last four blocks also in I-JEPA; the batch norm before it in
+"""Linear probe: softmax regression on frozen features. Heads for all learning rates, blocks and poolings are trained at
+once (the grid of DINOv2, appendix B.3; features of the last four blocks also in I-JEPA; batch norm before the head in
 MAE, A.1).
 
-Shapes: B images of a step, n of a split, F floats of an input, G heads that share an input, C classes. Heads of one
-input stand side by side in one matrix (F, G * C), so a step of all of them is two matrix products.
+Shapes: B images of a step, n of a split, F floats of an input, G heads that share an input, C classes. The weights of
+all heads of one input are one matrix (F, G * C), so a step of all of them is two matrix products.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from ._task import Side, Task
 
 BASELINES = ("random",)
 SHARED = True
-# Published ways, as far as their sources and ours allow (docs/evaluators.md says what differs): MAE A.1; DINO's released
-# evaluation of ViT-S and of ViT-B; DINOv2 B.3; MoCo v3, its release; I-JEPA A.1 (VISSL's); LeJEPA's offline probe, whose
-# learning rate and length are not given: those are ours.
+# Published protocols, as far as their sources and this code allow (docs/evaluators.md lists the differences): MAE A.1;
+# DINO's released evaluation of ViT-S and of ViT-B; DINOv2 B.3; MoCo v3's release; I-JEPA A.1 (VISSL's); LeJEPA's
+# offline probe, whose learning rate and length are not published: we chose them.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "mae": {"layers": (1,), "poolings": ("cls",), "norm": "batch", "optimizer": "lars", "lrs": (0.1,), "epochs": 90.0,
             "warmup": 10 / 90, "probe_batch_size": 16384, "augment": True},
@@ -54,12 +54,12 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MOMENTUM = 0.9
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
-INIT_STD = 0.01  # of the weights; biases start at 0
+INIT_STD = 0.01  # of the initial weights; biases start at 0
 BATCH_NORM_EPS = 1e-6
 CHUNK = 2048  # rows scored at a time
 EPOCHS, MIN_STEPS = 10, 2000
-LR_BATCH = 256  # learning rates are given for this many images a step
-DROPS = 3  # times that a schedule of steps divides the rate by ten, evenly over training but for the end
+LR_BATCH = 256  # learning rates are given for this number of images per step
+DROPS = 3  # number of divisions by ten in the step schedule, evenly spaced over training, except at the end
 Pooling = Literal["cls", "mean", "cls+mean"]
 Optimizer = Literal["sgd", "lars", "adamw"]
 Norm = Literal["batch", "layer", "l2", "none"]
@@ -70,65 +70,67 @@ class Config:
     """Linear probe."""
 
     lrs: tuple[float, ...] = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
-    """Peak learning rates to try, per 256 images of a step (DINOv2's grid times 10, for inputs are standardised)."""
+    """Peak learning rates to try, per 256 images of a step (DINOv2's grid times 10, because inputs are
+    standardised)."""
     layers: tuple[int, ...] | None = None
-    """How many of the last blocks an input takes, each number tried (default: 1 and 4, where the encoder gives
-    blocks)."""
+    """Numbers of last blocks whose features form an input; each number is tried (default: 1 and 4, if the encoder gives
+    outputs of blocks)."""
     poolings: tuple[Pooling, ...] | None = None
-    """What an input takes of a block: cls, mean of the patches, or cls of each and mean of the last (default: all there
-    are)."""
+    """Features of a block: cls, mean (of the patches), or cls+mean (cls of each block and mean of the last). Default:
+    all that the encoder has."""
     optimizer: Optimizer = "sgd"
-    """sgd or lars (both with momentum 0.9), or adamw."""
+    """Optimiser: sgd or lars (both with momentum 0.9), or adamw."""
     nesterov: bool = False
-    """Nesterov's form of sgd's momentum."""
+    """Use Nesterov momentum with sgd."""
     steps: int | None = None
-    """Steps of training (default: 10 passes over the training images, at least 2000 steps)."""
+    """Number of training steps (default: 10 passes over the training images, at least 2000 steps)."""
     epochs: float | None = None
-    """Passes over the training images, in the place of --steps."""
+    """Number of passes over the training images, instead of --steps."""
     warmup: float = 0.0
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps in which the learning rate rises (warm-up)."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """Then the learning rate falls to 0 by half a cosine, or by a tenth at 2/7, 4/7 and 6/7 of the steps."""
+    """Learning rate after the warm-up: cosine (to 0 along half a cosine) or step (divided by 10 at 2/7, 4/7 and 6/7 of
+    the steps)."""
     probe_batch_size: int = 512
-    """Images a step of the heads (at most the training images)."""
+    """Images per training step of the heads (at most the number of training images)."""
     weight_decay: float = 0.0
     """L2 penalty on the weights (adamw: decoupled decay)."""
     norm: Norm = "batch"
-    """Each input standardised by its mean and variance over the training features (batch norm without affine), or over
-    its own channels (layer; l2: then of length 1), or left as it is (none)."""
+    """Normalisation of the inputs: batch (mean and variance over the training features, as batch norm without affine),
+    layer (over the input's own channels), l2 (as layer, then scaled to length 1) or none."""
     select: Literal["held-out", "test"] = "held-out"
-    """Images the best head is chosen on: training images held out from it, or the test images, as some papers do, which
-    flatters the number."""
+    """Images that select the best head: held-out training images, or the test images. Some papers do the latter; it
+    gives numbers that are too good."""
     held_out: float = 0.1
-    """Share of the training images, of each class, that are held out."""
+    """Share of the training images of each class that is held out."""
     augment: bool = False
-    """Train on random crops (0.08 to 1 of the area) and flips, through the encoder at every step, not on cached
+    """Train on random crops (0.08 to 1 of the area) and flips, which pass the encoder in every step, instead of cached
     features."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """What of the encoder a head sees."""
+    """The features that are a head's input."""
 
     layers: int
     pooling: str
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """The features it is put together from."""
+        """The features that are concatenated."""
         kind = "mean" if self.pooling == "mean" else "cls"
         taps = tuple(str(Tap(kind, -block)) for block in range(1, self.layers + 1))
         return (*taps, "mean") if self.pooling == "cls+mean" else taps
 
     def of(self, features: dict[str, Tensor]) -> Tensor:
-        """The input (B, F) put together from features by tap."""
+        """The input (B, F), concatenated from the features by tap."""
         return torch.cat([features[tap] for tap in self.taps], dim=1)
 
 
 @final
 class Heads:
-    """G linear classifiers of the same input that differ in their learning rates, side by side. Each goes its own way:
-    one that diverges to NaN leaves the others as they are."""
+    """G linear classifiers of the same input with different learning rates, in one matrix. They are independent: one
+    that diverges to NaN does not change the others."""
 
     def __init__(
         self,
@@ -142,8 +144,8 @@ class Heads:
         optimizer: Optimizer = "sgd",
         nesterov: bool = False,
     ) -> None:
-        """Weights N(0, 0.01), the same in each head; biases 0. `lrs`: peak learning rates, as used. `generator`:
-        CPU."""
+        """Weights N(0, 0.01), the same in each head; biases 0. `lrs`: peak learning rates, not scaled again.
+        `generator`: on the CPU."""
         start = torch.randn(width, classes, generator=generator) * INIT_STD
         self.weight = start.repeat(1, len(lrs)).to(device)  # (F, G * C)
         self.bias = torch.zeros(len(lrs) * classes, device=device)
@@ -160,8 +162,8 @@ class Heads:
         return torch.addmm(self.bias, x, self.weight).view(-1, *self.shape)
 
     def gradient(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each head's mean cross-entropy with `labels` (B,), by its weights (F, G * C) and biases (G * C): with p
-        the softmax and y the one-hot label, x' (p - y) / B."""
+        """Gradients of each head's mean cross-entropy with `labels` (B,): of the weights (F, G * C) and biases (G * C).
+        With p the softmax and y the one-hot label they are x' (p - y) / B and the sum of (p - y) / B."""
         error = self.logits(x).softmax(2)
         error[torch.arange(len(x), device=x.device), :, labels] -= 1
         error = error.view(len(x), -1).div_(len(x))
@@ -184,8 +186,8 @@ class Heads:
             parameter.addcmul_(change, self.lr, value=-scale)
 
     def _trust(self, gradient: Tensor) -> Tensor:
-        """LARS' factor for each column's head (G * C,): TRUST |w| / |g| of the head's matrix, 1 where a norm is 0. Biases
-        have none."""
+        """LARS' trust ratio of the head of each column, (G * C,): TRUST |w| / |g| of the head's matrix, 1 if a norm is
+        0. It is not applied to biases."""
         w, g = (each.view(-1, *self.shape).square().sum((0, 2)).sqrt() for each in (self.weight, gradient))
         factor = torch.where((w > 0) & (g > 0), TRUST * w / g, 1.0)
         return factor.repeat_interleave(self.shape[1])
@@ -204,12 +206,12 @@ class Heads:
 
 
 def evaluate(task: Task, config: Config) -> Outcome:
-    """Train heads on a part of the training images, choose the best on the rest of them, train that one again on all
-    training images, and test it once. A single head is trained and tested only; with `select` "test" all heads are trained
-    on all training images, and the best on the test images is the result.
+    """Train heads on a part of the training images, select the best on the others, train it again on all training
+    images, and test it once. A single head is only trained and tested. With `select` "test" all heads are trained on
+    all training images, and the one that is best on the test images is the result.
 
-    Raises UserError for knobs out of range, where every class has a single training image, or where all heads diverge,
-    and as `Task.features`.
+    Raises UserError for options out of range, if every class has a single training image, if all heads diverge, and as
+    `Task.features`.
     """
     _check(config)
     inputs = _inputs(task, config)
@@ -235,10 +237,10 @@ def evaluate(task: Task, config: Config) -> Outcome:
         for one, scores in zip(inputs, _score(heads, scored_on, held_out, scaling, task.device), strict=True)
         for lr, (top1, loss) in zip(config.lrs, scores, strict=True)
     ]
-    whole = [head for head in tried if head["top1"] is not None]
-    if not whole:
+    finite = [head for head in tried if head["top1"] is not None]
+    if not finite:
         raise UserError(f"every head diverged at --lrs {' '.join(map(str, config.lrs))}: give lower ones")
-    best = max(whole, key=lambda head: (head["top1"], -head["loss"]))  # the first of equal ones
+    best = max(finite, key=lambda head: (head["top1"], -head["loss"]))  # the first of equal ones
     one, place = Input(best["layers"], best["pooling"]), config.lrs.index(best["lr"])
     if not (single or on_test):
         scaling, heads = trained(everything, [one], [best["lr"]], "the best head")
@@ -289,7 +291,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
 
 
 def _steps(config: Config, images: int, batch: int) -> int:
-    """Steps of training on so many images."""
+    """Number of training steps for that number of images."""
     if config.epochs is not None:
         return max(1, round(config.epochs * images / batch))
     return config.steps or max(MIN_STEPS, EPOCHS * images // batch)
@@ -306,9 +308,10 @@ def _rate(config: Config, step: int, steps: int) -> float:
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of `labels` (n,) to train on and to choose on, sorted: of each class `share` of its images, but at least
-    one and not all, are held out, drawn by `seed`. A class with a single image is only trained on. Raises UserError
-    where nothing is left to choose on."""
+    """Sorted indices of `labels` (n,) for training, and held-out ones for selection.
+
+    `share` of each class's images, but at least one and not all, are held out, drawn by `seed`. A class with a single
+    image is only used for training. Raises UserError if no image can be held out."""
     held_out = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -317,7 +320,7 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     chosen = np.sort(np.concatenate(held_out))
     if not len(chosen):
         raise UserError(
-            "every class has a single training image, so no head can be chosen without the test images: use knn"
+            "every class has a single training image, so no head can be selected without the test images: use knn"
         )
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
@@ -326,7 +329,7 @@ def _check(config: Config) -> None:
     if not config.lrs or not all(math.isfinite(lr) and lr > 0 for lr in config.lrs):
         raise UserError(f"--lrs {' '.join(map(str, config.lrs))}: learning rates must be above 0")
     if config.layers is not None and (not config.layers or min(config.layers) < 1):
-        raise UserError(f"--layers {' '.join(map(str, config.layers))}: numbers of blocks, 1 or more")
+        raise UserError(f"--layers {' '.join(map(str, config.layers))}: numbers of blocks must be at least 1")
     if (config.steps is not None and config.steps < 1) or config.probe_batch_size < 1:
         raise UserError(
             f"--steps is {config.steps} and --probe-batch-size {config.probe_batch_size}; both must be at least 1"
@@ -338,7 +341,7 @@ def _check(config: Config) -> None:
     if not 0 <= config.warmup < 1:
         raise UserError(f"--warmup is {config.warmup}; it must be at least 0 and below 1")
     if config.nesterov and config.optimizer != "sgd":
-        raise UserError(f"--nesterov is a form of sgd's momentum, not of --optimizer {config.optimizer}")
+        raise UserError(f"--nesterov works with sgd, not with --optimizer {config.optimizer}")
     if not 0 < config.held_out < 1:
         raise UserError(f"--held-out is {config.held_out}; it must lie between 0 and 1")
     if config.weight_decay < 0:
@@ -360,7 +363,7 @@ _Groups = dict[Input, Heads]
 
 
 class _Scaling:
-    """Standardises features: by their statistics over rows of the training features, each by its own, or not at all."""
+    """Normalises features: by statistics over rows of the training features, by each input's own, or not at all."""
 
     def __init__(self, train: Side, taps: Sequence[str], rows: np.ndarray, norm: Norm) -> None:
         self.norm = norm
@@ -377,7 +380,7 @@ class _Scaling:
         return result
 
     def of(self, one: Input, scaled: dict[str, Tensor]) -> Tensor:
-        """The input (B, F) of features that were standardised, itself by its own channels where that is asked for."""
+        """The input (B, F) from standardised features; normalised over its own channels if `norm` is layer or l2."""
         x = one.of(scaled)
         if self.norm in ("layer", "l2"):
             x = F.layer_norm(x, x.shape[1:])
@@ -385,7 +388,7 @@ class _Scaling:
 
 
 def _statistics(features: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean and sqrt(variance + eps), (F,) float32, over those rows of (n, F)."""
+    """Mean and sqrt(variance + eps), (F,) float32, over the given rows of (n, F)."""
     total, squares = np.zeros(features.shape[1]), np.zeros(features.shape[1])
     parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
     for part in parts:
@@ -404,7 +407,7 @@ def _rows(side: Side, taps: Sequence[str], rows: np.ndarray, device: torch.devic
 def _chunks(
     one: Input, side: Side, rows: np.ndarray, scaling: _Scaling, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs (B, F) and labels (B,) of those rows, in order."""
+    """Inputs (B, F) and labels (B,) of the given rows, in order."""
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
         yield (
@@ -430,7 +433,7 @@ def _train(
     steps: int,
     what: str,
 ) -> _Groups:
-    """Heads for each input and learning rate, trained on those rows of the training images."""
+    """Heads for each input and learning rate, trained on the given rows of the training images."""
     taps = tuple(dict.fromkeys(tap for one in inputs for tap in one.taps))
     supply = _augmented if config.augment else _cached
     heads = {}
@@ -460,7 +463,7 @@ Supply = Generator[tuple[dict[str, Tensor], Tensor], None, None]  # features by 
 
 
 def _cached(task: Task, train: Side, rows: np.ndarray, taps: Sequence[str], *, batch: int, steps: int) -> Supply:
-    """Batches of the extracted features; each epoch in another order, what does not fill a batch left out."""
+    """Batches of the extracted features, in another order in each epoch; an incomplete last batch is left out."""
     each = len(rows) // batch
     for step in range(steps):
         epoch, place = divmod(step, each)
@@ -489,7 +492,7 @@ def _augmented(task: Task, train: Side, rows: np.ndarray, taps: Sequence[str], *
 def _score(
     heads: _Groups, side: Side, rows: np.ndarray, scaling: _Scaling, device: torch.device
 ) -> list[list[tuple[float | None, float | None]]]:
-    """For each input and each of its heads: top-1 in percent and mean cross-entropy on those rows; None, None for a
+    """For each input and each of its heads: top-1 in percent and mean cross-entropy on the given rows; None, None for a
     head that diverged."""
     result = []
     for one, group in heads.items():

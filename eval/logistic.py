@@ -1,5 +1,5 @@
-"""Logistic regression on frozen features with an L2 penalty, solved to its minimum: no learning rate, no batches (the
-"logreg" protocol of DINOv2; with few labels that of MSN, Assran et al., ECCV 2022, section 4.1).
+"""Logistic regression on frozen features with an L2 penalty, solved to its minimum without learning rate and batches
+(the "logreg" protocol of DINOv2; with few labels that of MSN, Assran et al., ECCV 2022, section 4.1).
 
 Shapes: n training and m test images, F floats a feature, C classes. `C` of the penalty is scikit-learn's: the objective
 is |W|^2 / 2 + C * the sum of the cross-entropies.
@@ -24,7 +24,8 @@ from .linear import hold_out
 
 BASELINES = ("random",)
 SHARED = True
-# DINOv2's "logreg": the normalised CLS token as it is, 45 C from 1e-6 to 1e5, chosen on a tenth of the training images.
+# DINOv2's "logreg": the CLS token after the final norm, 45 C from 1e-6 to 1e5, selected on a tenth of the training
+# images.
 PROTOCOLS: dict[str, dict[str, Any]] = {"dinov2": {"features": ("cls",), "normalise": "none"}}
 CHUNK = 4096  # rows scored at a time
 
@@ -34,30 +35,31 @@ class Config:
     """Logistic regression."""
 
     c_range: tuple[float, float] = (1e-6, 1e5)
-    """Smallest and largest C to try, as in scikit-learn: the smaller, the stronger the penalty."""
+    """Smallest and largest C to try, as in scikit-learn: a smaller C is a stronger penalty."""
     c_count: int = 45
-    """How many C are tried, evenly on a logarithmic scale (DINOv2: 45)."""
+    """Number of values of C to try, evenly spaced on a logarithmic scale (DINOv2: 45)."""
     features: tuple[str, ...] | None = None
-    """Features to compare: pooled, cls, mean, or of earlier blocks cls@-4, mean@-4 (default: those the encoder has)."""
+    """Features to compare: pooled, cls, mean, or of earlier blocks cls@-4, mean@-4 (default: all pooled ones that the
+    encoder has)."""
     normalise: Literal["none", "l2"] = "none"
-    """Features as they are, or each image's scaled to length 1."""
+    """Normalisation of the features: none, or l2 (each image's feature scaled to length 1)."""
     held_out: float = 0.1
-    """Share of the training images, of each class, that C and the feature are chosen on."""
+    """Share of the training images of each class that is held out to select C and the feature."""
     budgets: tuple[str, ...] = ()
-    """Also train with few labels: images of each class (1 2 5), or shares of each (1% 10%)."""
+    """Also train with few labels: numbers of images of each class (1 2 5), or shares of each class (1% 10%)."""
     draws: int = 5
-    """How many times the images of a budget are drawn."""
+    """Number of random draws of the images of each budget."""
     c_single: float = 1.0
-    """C where a budget is one image of each class, so that nothing is left to choose it on."""
+    """C for a budget of one image of each class, where no images are left to select it."""
     max_iterations: int = 1000
-    """Steps of L-BFGS at most, for each C."""
+    """Largest number of L-BFGS steps for each C."""
 
 
 def evaluate(task: Task, config: Config) -> Outcome:
-    """Fit every C on a part of the training images, choose on the rest, fit the chosen one on all of them, test once; and
+    """Fit every C on a part of the training images, select on the others, fit again on all of them, and test once; and
     the same within each draw of each budget, on the first feature.
 
-    Raises UserError for knobs out of range, where every class has a single training image, and as `Task.features`.
+    Raises UserError for options out of range, if every class has a single training image, and as `Task.features`.
     """
     _check(config)
     names = tuple(dict.fromkeys(str(Tap.parse(name)) for name in config.features or ()))
@@ -72,7 +74,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
     tried: list[dict[str, Any]] = []
     for number, name in enumerate(names):
         twin = next((one for one in names[:number] if np.array_equal(test.features[one], test.features[name])), None)
-        if twin is not None:  # pooled is often just the CLS token or the mean
+        if twin is not None:  # pooled is often the same as the CLS token or the mean
             tried += [{**entry, "feature": name} for entry in tried if entry["feature"] == twin]
             continue
         found = _sweep(task, config, train.features[name], train.labels, fit, held_out, cs)
@@ -118,7 +120,7 @@ def _check(config: Config) -> None:
     low, high = config.c_range
     if not (0 < low <= high and math.isfinite(high)) or config.c_count < 1:
         raise UserError(
-            f"--c-range {low:g} {high:g} and --c-count {config.c_count}: smallest and largest C, above 0, and at least 1"
+            f"--c-range {low:g} {high:g} and --c-count {config.c_count}: both C must be above 0, the count at least 1"
         )
     if not 0 < config.held_out < 1:
         raise UserError(f"--held-out is {config.held_out}; it must lie between 0 and 1")
@@ -137,7 +139,7 @@ def _grid(config: Config) -> list[float]:
 
 
 def _share(budget: str) -> tuple[int, float]:
-    """Images of each class and share of each class that a budget's text says, one of them 0."""
+    """The number of images of each class and the share of each class that a budget means; one of them is 0."""
     number = budget.removesuffix("%")
     try:
         value = float(number)
@@ -151,8 +153,8 @@ def _share(budget: str) -> tuple[int, float]:
 
 
 def draw(labels: np.ndarray, budget: str, seed: int, number: int) -> np.ndarray:
-    """Indices of the images (of `labels` (n,)) of one draw of a budget, sorted: of each class so many, or that share of
-    it, but at least one, and all where it has no more. Raises UserError for what is no budget."""
+    """Sorted indices of the images (of `labels` (n,)) of one draw of a budget: that number or that share of each class,
+    but at least one image, and all images of a class that has no more. Raises UserError for an invalid budget."""
     count, share = _share(budget)
     chosen = []
     for label in np.unique(labels):
@@ -175,7 +177,7 @@ def _sweep(
     held_out: np.ndarray,
     cs: list[float],
 ) -> list[dict[str, Any]]:
-    """Top-1 in percent and loss on the held-out rows, for each C; one rotation and one path serve all of them."""
+    """Top-1 in percent and loss on the held-out rows, for each C; all share one rotation and one path of solutions."""
     rows = _normalised(features, config.normalise)
     rotation = Rotation(rows, fit, task.device)
     turned, held_out_rows = rotation(rows, fit), rotation(rows, held_out)
@@ -202,15 +204,15 @@ def _sweep(
 
 
 def _best(tried: list[dict[str, Any]]) -> dict[str, Any]:
-    """The highest top-1, of equal ones the lower loss, of equal ones the first."""
+    """The entry with the highest top-1; among equal ones the lowest loss, then the first."""
     return max(tried, key=lambda entry: (entry["top1"], -entry["loss"]))
 
 
 def _test(
     task: Task, config: Config, train: Any, test: Any, name: str, chosen: np.ndarray, c: float
 ) -> tuple[np.ndarray, int]:
-    """The classes (m, min(5, C)) int64 of the test images, likeliest first, by the fit on those training images, and the
-    steps it took."""
+    """The most probable classes of the test images, best first, (m, min(5, C)) int64, by the fit on the training images
+    `chosen`; and the number of steps of the fit."""
     rows = _normalised(train.features[name], config.normalise)
     rotation = Rotation(rows, chosen, task.device)
     labels = torch.from_numpy(train.labels[chosen]).to(task.device)

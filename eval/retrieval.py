@@ -1,6 +1,6 @@
-"""Image retrieval by frozen features: each image asks for the others of its class (recall@k as in metric learning, Song
-et al., CVPR 2016, "Stanford Online Products"; mean average precision). With or without labels: near duplicates, and
-sheets of pictures with the nearest neighbours.
+"""Image retrieval with frozen features: each image is a query for the others of its class (recall@k as in metric
+learning, Song et al., CVPR 2016, "Stanford Online Products"; mean average precision). With or without labels: near
+duplicates, and picture sheets of the nearest neighbours.
 
 Shapes: N images, Q queries among them, F floats a feature.
 """
@@ -30,11 +30,11 @@ from ._task import UNKNOWN, Side, Task
 IMAGES = "test"
 BASELINES = ("random", "pixels")
 SHARED = True
-SCORES = 2**22  # similarities that exist at a time
-LISTED = 1000  # duplicates that are written down
-NEIGHBOURS = 10  # of each image, among which duplicates are looked for
+SCORES = 2**22  # similarities in memory at a time
+LISTED = 1000  # largest number of duplicates that are written to the file
+NEIGHBOURS = 10  # neighbours of each image that are searched for duplicates
 COLUMNS, SIDE, GAP, FRAME = 8, 96, 6, 4  # neighbours in a row of a sheet; pixels
-ASKED, RIGHT, WRONG, PLAIN = (60, 90, 200), (40, 160, 60), (200, 50, 40), (120, 120, 120)
+QUERY, RIGHT, WRONG, UNLABELLED = (60, 90, 200), (40, 160, 60), (200, 50, 40), (120, 120, 120)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +42,23 @@ class Config:
     """Retrieval."""
 
     k: tuple[int, ...] = (1, 5, 10)
-    """Recall@k: a query counts where one of its first k neighbours is of its class."""
+    """Values of k for recall@k: a query is a hit if one of its first k neighbours has its class."""
     features: tuple[str, ...] = ("pooled",)
-    """Features to compare: pooled, cls, mean, or of earlier blocks cls@-4, mean@-4; the first is the headline's."""
+    """Features to compare: pooled, cls, mean, or of earlier blocks cls@-4, mean@-4; the first one gives the headline
+    number."""
     queries: int = 10_000
-    """Images that ask, at most, drawn by the seed; all images can be found."""
+    """Largest number of query images, drawn by the seed; the search is among all images."""
     duplicate: float = 0.99
-    """Cosine from which two images are listed as near duplicates."""
+    """Smallest cosine at which two images are listed as near duplicates."""
     sheet: int = 12
-    """Rows of each picture sheet: a query and its 8 nearest, and the nearest pairs (0: none)."""
+    """Rows of each picture sheet: queries with their 8 nearest images, and the nearest pairs (0: no sheets)."""
 
 
 def evaluate(task: Task, config: Config) -> Outcome:
     """Rank all other images by cosine for each query.
 
-    Writes neighbours.png, and duplicates.png and duplicates.json where there are near duplicates, into `task.out`. Raises
-    UserError for knobs out of range, fewer than two images, or a folder that cannot be written, and as `Task.single`.
+    Writes neighbours.png into `task.out`, and duplicates.png and duplicates.json if there are near duplicates. Raises
+    UserError for options out of range, fewer than two images, a folder that cannot be written, and as `Task.single`.
     """
     if not config.k or min(config.k) < 1 or config.queries < 1 or config.sheet < 0:
         raise UserError(
@@ -77,16 +78,16 @@ def evaluate(task: Task, config: Config) -> Outcome:
     drawn = np.sort(numpy_generator(task.seed, "queries").permutation(n)[: config.queries])
     tried: list[dict[str, Any]] = []
     intervals: dict[str, Any] = {}
-    asked = 0
+    scored = 0
     for number, name in enumerate(names):
         recall, precision = ranking(task, side.features[name], side.labels, drawn, config.k)
-        asked = len(precision)
+        scored = len(precision)
         entry: dict[str, Any] = {"feature": name}
-        if asked:
+        if scored:
             entry |= {f"recall@{k}": 100 * float(hits.mean()) for k, hits in recall.items()}
             entry["map"] = 100 * float(precision.mean())
             if not tried:
-                intervals = {f"recall@{k}_interval": wilson(int(hits.sum()), asked) for k, hits in recall.items()}
+                intervals = {f"recall@{k}_interval": wilson(int(hits.sum()), scored) for k, hits in recall.items()}
                 intervals["map_interval"] = bootstrap(100 * precision, task.seed)
         tried.append(entry)
         task.report("rankings", number + 1, len(names))
@@ -101,13 +102,13 @@ def evaluate(task: Task, config: Config) -> Outcome:
         {
             **listed,
             **intervals,
-            "queries": asked,
+            "queries": scored,
             "duplicates": len(pairs),
-            "findings": _words(pairs, n, config),
+            "findings": _findings(pairs, n, config),
             "n": n,
         },
         {
-            "headline": f"feature {names[0]}, {asked:,} queries",
+            "headline": f"feature {names[0]}, {scored:,} queries",
             "features": list(names),
             "similarity": "cosine, float32; of equal ones the lower index first",
             "relevant": "all other images of the query's class; queries without any are left out",
@@ -124,9 +125,10 @@ def evaluate(task: Task, config: Config) -> Outcome:
 def ranking(
     task: Task, features: np.ndarray, labels: np.ndarray, queries: np.ndarray, ks: Sequence[int]
 ) -> tuple[dict[int, np.ndarray], np.ndarray]:
-    """For each query that has a label and another image of its class: by k whether one of the first k of all other images
-    is of its class, (Q,) bool, and the average precision of the whole ranking, (Q,) float64 in [0, 1]: the mean over the
-    relevant images of the share of relevant ones from the top to them."""
+    """Retrieval scores of each query that has a label and another image of its class.
+
+    By k: whether one of the first k of all other images has its class, (Q,) bool. And the average precision of the
+    whole ranking, (Q,) float64 in [0, 1]: the mean over the relevant images of the precision at their rank."""
     counts = np.bincount(labels[labels != UNKNOWN], minlength=1)
     queries = queries[labels[queries] != UNKNOWN]
     queries = queries[counts[labels[queries]] > 1]
@@ -139,7 +141,7 @@ def ranking(
     for start in range(0, len(queries), step):
         rows = torch.from_numpy(queries[start : start + step]).to(task.device)
         scores = unit[rows] @ unit.T
-        scores.scatter_(1, rows[:, None], -torch.inf)  # oneself comes last
+        scores.scatter_(1, rows[:, None], -torch.inf)  # the query itself comes last
         order = scores.sort(dim=1, descending=True, stable=True).indices[:, :-1]
         relevant = given[order] == given[rows, None]
         for k, parts in hits.items():
@@ -151,10 +153,10 @@ def ranking(
     return {k: torch.cat(parts).cpu().numpy() for k, parts in hits.items()}, torch.cat(precision).cpu().numpy()
 
 
-def duplicates(similarity: np.ndarray, index: np.ndarray, least: float) -> list[tuple[int, int, float]]:
-    """Pairs (i, j, cosine) with i < j and a cosine of at least `least`, the nearest first, from each image's neighbours
-    (N, K) and their similarity (N, K)."""
-    row, column = np.nonzero(similarity >= least)
+def duplicates(similarity: np.ndarray, index: np.ndarray, minimum: float) -> list[tuple[int, int, float]]:
+    """Pairs (i, j, cosine) with i < j and a cosine of at least `minimum`, in descending order, from each image's
+    neighbours (N, K) and their similarity (N, K)."""
+    row, column = np.nonzero(similarity >= minimum)
     other = index[row, column]
     pairs = {
         (min(i, j), max(i, j)): cosine
@@ -163,16 +165,14 @@ def duplicates(similarity: np.ndarray, index: np.ndarray, least: float) -> list[
     return sorted(((i, j, cosine) for (i, j), cosine in pairs.items()), key=lambda pair: (-pair[2], pair[0], pair[1]))
 
 
-def _words(pairs: list[tuple[int, int, float]], n: int, config: Config) -> list[str]:
+def _findings(pairs: list[tuple[int, int, float]], n: int, config: Config) -> list[str]:
     if not pairs:
         return [f"no two images have a cosine of {config.duplicate:g} or more"]
-    touched = len({i for pair in pairs for i in pair[:2]})
-    said = (
-        f"{touched:,} of {n:,} images have a near duplicate (cosine of {config.duplicate:g} or more): duplicates.json"
-    )
-    if touched > n / 2:
-        said += "; so many say more about the features than about the images: see ssl-eval diagnose"
-    return [said]
+    count = len({i for pair in pairs for i in pair[:2]})
+    text = f"{count:,} of {n:,} images have a near duplicate (cosine of {config.duplicate:g} or more): duplicates.json"
+    if count > n / 2:
+        text += "; so many indicate a problem of the features, not of the images: see ssl-eval diagnose"
+    return [text]
 
 
 # ---- Files.
@@ -190,7 +190,7 @@ def _write(
     source = task.data.test.source
     try:
         stale = [task.out / name for name in ("neighbours.png", "duplicates.png", "duplicates.json")]
-        for path in stale:  # of an evaluation before this one
+        for path in stale:  # of an earlier evaluation
             path.unlink(missing_ok=True)
         if config.sheet:
             few = numpy_generator(task.seed, "sheet").permutation(queries)[: config.sheet]
@@ -212,16 +212,16 @@ def _write(
 
 
 def _sheet(task: Task, side: Side, rows: list[list[int]]) -> Image.Image:
-    """A picture with a row for each list of images: the first one framed in blue, the others in green where they are of
-    its class, else in red; in grey where that is not known."""
+    """A picture with a row for each list of images. The first one has a blue frame; the others have a green frame if
+    they have its class, else a red one; grey if a label is unknown."""
     step = SIDE + 2 * FRAME + GAP
     sheet = Image.new("RGB", (max(map(len, rows)) * step + GAP, len(rows) * step + GAP), (255, 255, 255))
     for down, row in enumerate(rows):
         for right, i in enumerate(row):
             own, other = side.labels[row[0]], side.labels[i]
-            colour = PLAIN if UNKNOWN in (own, other) else RIGHT if own == other else WRONG
+            colour = UNLABELLED if UNKNOWN in (own, other) else RIGHT if own == other else WRONG
             place = GAP + right * step, GAP + down * step
-            framed = Image.new("RGB", (SIDE + 2 * FRAME, SIDE + 2 * FRAME), colour if right else ASKED)
+            framed = Image.new("RGB", (SIDE + 2 * FRAME, SIDE + 2 * FRAME), colour if right else QUERY)
             framed.paste(_thumbnail(task, int(side.index[i])), (FRAME, FRAME))
             sheet.paste(framed, place)
     return sheet
@@ -230,7 +230,7 @@ def _sheet(task: Task, side: Side, rows: list[list[int]]) -> Image.Image:
 def _thumbnail(task: Task, i: int) -> Image.Image:
     pixels = decode(task.data.test.source[i], task.encoder.preprocessing.channels)
     pixels = resize_and_crop(pixels, SIDE, (SIDE, SIDE), "bicubic")
-    # of many channels the first three are shown, of one or two the first in grey
+    # with three or more channels the first three are shown, with one or two the first in grey
     return Image.fromarray(np.ascontiguousarray(pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0])).convert(
         "RGB"
     )

@@ -1,8 +1,8 @@
-"""Segmentation with frozen patch features: kNN and a linear layer (mIoU), the object without labels (J), and labels
-carried through a video (J and F).
+"""Segmentation with frozen patch features: kNN and a linear layer (mIoU), the object without labels (J), and label
+propagation in videos (J and F).
 
 Shapes: B images, n of a split, H x W pixels of an image and its mask, (h, w) grid of patches, N = h * w, D channels of a
-patch, M patches kept of the training images, C classes, G linear layers.
+patch, M stored patches of the training images, C classes, G linear layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ BASELINES = ("random",)
 CHUNK = 4096  # patches whose votes are counted at a time
 BATCH_NORM_EPS = 1e-6
 WEIGHT_DECAY = 1e-4
-MAX_LR = 1e30  # beyond it a step is no float32
+MAX_LR = 1e30  # above it a step exceeds the range of float32
 
 TaskName = Literal["knn", "linear", "foreground", "propagate"]
 TRAINED = ("knn", "linear")
@@ -43,42 +43,42 @@ class Config:
     """Segmentation."""
 
     task: tuple[TaskName, ...] = ("knn", "linear")
-    """What to do: knn or linear (learn the masks of the training images), foreground (one object, without labels),
-    propagate (each folder is a video, its first mask is carried on); the first is the headline's."""
+    """Tasks: knn or linear (learn from the masks of the training images), foreground (one object, without labels),
+    propagate (each folder is a video; the labels of its first mask are propagated). The first one gives the headline
+    number."""
     image_size: tuple[int, ...] | None = None
-    """Side, or height and width, that every image is resized to, as a whole (default: what the encoder was trained
-    at)."""
+    """Side, or height and width, to which every whole image is resized (default: the encoder's training size)."""
     ignore_label: tuple[int, ...] = (255,)
-    """Values of a mask that mean nothing is known there (CamVid: 11)."""
+    """Mask values of unknown pixels (CamVid: 11)."""
     bank: int = 65536
-    """Patches of the training images to learn from, drawn by the seed, as many of each image."""
+    """Number of patches of the training images to learn from, drawn by the seed, equally from each image."""
     k: tuple[int, ...] = (30,)
-    """knn: neighbours that vote; the first is the headline's."""
+    """knn: number of neighbours that vote; the first one gives the headline number."""
     temperature: float = 0.02
     """knn: T of a neighbour's weight, exp(cosine / T)."""
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
     """linear: peak learning rates of AdamW to try."""
     steps: int = 1000
-    """linear: steps of 4096 patches."""
+    """linear: number of training steps, each with 4096 patches."""
     held_out: float = 0.1
-    """linear: share of the training images that the best learning rate is chosen on."""
+    """linear: share of the training images that is held out to select the learning rate."""
     maps: tuple[_foreground.Map, ...] | None = None
-    """foreground: what scores a patch: pca (first principal component of the image's patches) or attention (of the CLS
-    token); the first is the headline's (default: those the encoder has)."""
+    """foreground: score of a patch: pca (first principal component of the image's patches) or attention (of the CLS
+    token); the first one gives the headline number (default: all that the encoder has)."""
     frames: int = 7
-    """propagate: frames looked back to, besides the first (DINO: 7)."""
+    """propagate: number of preceding context frames, in addition to the first frame (DINO: 7)."""
     top: int = 5
-    """propagate: patches that a patch takes its label from (DINO: 5)."""
+    """propagate: number of context patches that determine a patch's label (DINO: 5)."""
     radius: int = 12
-    """propagate: patches up, down, left and right that a label may move (DINO: 12)."""
+    """propagate: largest distance, in patches, that a label may move on each axis (DINO: 12)."""
     affinity_temperature: float = 0.1
     """propagate: T of a patch's weight, exp(cosine / T) (DINO: 0.1)."""
 
 
 def open_data(name: str, train_split: str | None, test_split: str | None, config: Config) -> Data:
-    """Images with masks to train and to test on, or where nothing is trained a single set of them. The classes are the
-    values of the training masks. Raises UserError where there are no masks, splits or classes, or values to test that
-    no training mask has."""
+    """Images with masks for training and test, or a single set of images if no task is trained. The classes are the
+    values of the training masks. Raises UserError if there are no masks, splits or classes, or if test masks have
+    values that no training mask has."""
     found = find(name)
     if not set(config.task) & set(TRAINED):
         if train_split:
@@ -92,35 +92,35 @@ def open_data(name: str, train_split: str | None, test_split: str | None, config
         train_split, test_split = _both_splits(found, train_split, test_split)
     if train_split == test_split:
         raise UserError(
-            f"--train-split and --test-split are both {train_split!r}: a test on training images says nothing"
+            f"--train-split and --test-split are both {train_split!r}: a test on training images is not meaningful"
         )
     train, test = _images(found, train_split), _images(found, test_split)
-    known, asked = masked(train).values, masked(test).values
+    known, in_test = masked(train).values, masked(test).values
     unknown = ignored(config.ignore_label, masked(train), masked(test))
     values = sorted(known.keys() - unknown)
     if len(values) < 2:
         kind = f"of one class, {values[0]}" if values else "unknown"
         raise UserError(
             f"{name}: all pixels of the training masks are {kind} (--ignore-label "
-            f"{' '.join(map(str, config.ignore_label))}): nothing to tell apart"
+            f"{' '.join(map(str, config.ignore_label))}): at least two classes are needed"
         )
-    if strange := sorted(asked.keys() - known.keys() - unknown):
-        few = ", ".join(map(str, strange[:5])) + (", ..." if len(strange) > 5 else "")
+    if missing := sorted(in_test.keys() - known.keys() - unknown):
+        listed = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise UserError(
-            f"{name}: masks of split {test_split!r} hold {len(strange)} class(es) that no mask of split {train_split!r} "
-            f"has: {few} (the first in {asked[strange[0]]} of them); if they mean 'unknown', give --ignore-label "
-            f"{' '.join(map(str, [*config.ignore_label, *strange[:5]]))}"
+            f"{name}: masks of split {test_split!r} hold {len(missing)} class(es) that no mask of split {train_split!r} "
+            f"has: {listed} (the first in {in_test[missing[0]]} of them); if they mean 'unknown', give --ignore-label "
+            f"{' '.join(map(str, [*config.ignore_label, *missing[:5]]))}"
         )
-    words = class_names(name)
-    return Data(name, train, test, tuple(words.get(value, str(value)) for value in values))
+    by_value = class_names(name)
+    return Data(name, train, test, tuple(by_value.get(value, str(value)) for value in values))
 
 
 def evaluate(task: Task, config: Config) -> Outcome:
-    """Do what `config.task` names. kNN and the linear layer learn from the training images alone, and nothing is chosen
-    by looking at the test masks.
+    """Run the tasks in `config.task`. kNN and the linear layer learn only from the training images; no setting is
+    selected with the test masks.
 
-    Raises UserError for knobs out of range, an encoder without a grid of patches, images that it does not take at that
-    size, data without videos (propagate), and where nothing can be read.
+    Raises UserError for options out of range, an encoder without a grid of patches, an image size that it does not
+    accept, data without videos (propagate), and if no image can be read.
     """
     _check(config)
     size = whole_patches(task, config.image_size)
@@ -170,9 +170,9 @@ def evaluate(task: Task, config: Config) -> Outcome:
 
 def _check(config: Config) -> None:
     if not config.task:
-        raise UserError("--task: at least one of knn, linear, foreground, propagate")
+        raise UserError("--task: give at least one of knn, linear, foreground, propagate")
     if config.maps is not None and not config.maps:
-        raise UserError("--maps: at least one of pca, attention")
+        raise UserError("--maps: give at least one of pca, attention")
     if not config.k or min(config.k) < 1:
         raise UserError(f"--k is {' '.join(map(str, config.k))}; it must be at least 1")
     for flag in ("bank", "steps", "frames", "top", "radius"):
@@ -196,7 +196,7 @@ def _images(found: Found, split: str | None) -> Images:
 
 
 def _test_split(found: Found) -> str | None:
-    """The test split; None, everything, of data that is not split."""
+    """The test split; None (all images) for data that is not split."""
     known = found.splits
     if len(known) < 2:
         return known[0] if known else None
@@ -204,13 +204,13 @@ def _test_split(found: Found) -> str | None:
 
 
 def _both_splits(found: Found, train: str | None, test: str | None) -> tuple[str, str]:
-    """The splits to train and to test on, those found by their names that were not given."""
+    """The splits for training and test; splits that are not given are detected by their names."""
     known = found.splits
     train = train or ("train" if "train" in known else None)
     test = test or next((word for word in ("test", "val", "validation", "valid") if word in known), None)
     if train is None or test is None:
         raise UserError(
-            f"{found.data} is not split into images to train and to test on (splits with masks: "
+            f"{found.data} is not split into training and test images (splits with masks: "
             f"{', '.join(known) or 'none'}): put them into folders train/ and val/, or name two with --train-split and "
             f"--test-split; --task foreground and propagate need no training images"
         )
@@ -218,7 +218,7 @@ def _both_splits(found: Found, train: str | None, test: str | None) -> tuple[str
 
 
 def _side(images: Images, bad: list[Bad]) -> Side:
-    """Those of the images that could be read."""
+    """The images that could be read."""
     index = np.setdiff1d(np.arange(len(images.labels)), [one.index for one in bad])
     return Side({}, images.labels[index], index, sorted(set(bad), key=lambda one: one.index))
 
@@ -228,14 +228,14 @@ def _side(images: Images, bad: list[Bad]) -> Side:
 
 @dataclass(frozen=True)
 class _Bank:
-    """Patches of the training images."""
+    """Stored patches of the training images."""
 
     patches: Tensor  # (M, D) float32
-    shares: Tensor  # (M, C) float32: how much of the patch is of each class
-    image: np.ndarray  # (M,) int64: which training image
+    shares: Tensor  # (M, C) float32: share of the patch that each class covers
+    image: np.ndarray  # (M,) int64: index of the training image
 
     def of(self, images: np.ndarray) -> "_Bank":
-        """The patches of those images alone."""
+        """Only the patches of the given images."""
         rows = np.isin(self.image, images)
         chosen = torch.from_numpy(np.flatnonzero(rows)).to(self.patches.device)
         return _Bank(self.patches[chosen], self.shares[chosen], self.image[rows])
@@ -249,7 +249,7 @@ def _learned(
     size: tuple[int, int],
     bad: dict[str, list[Bad]],
 ) -> tuple[dict[str, _overlap.Scores], dict[str, Any]]:
-    """By task the scores; and what they depend on, for the protocol."""
+    """The scores of each task; and the settings for the protocol."""
     reader = Reader.of_classes(masked(task.data.train), masked(task.data.test), config.ignore_label)
     bank = _gather(task, config, reader, size, bad["train"])
     facts: dict[str, Any] = {"bank": len(bank.patches)}
@@ -273,7 +273,7 @@ def _learned(
 
 
 def _gather(task: Task, config: Config, reader: Reader, size: tuple[int, int], bad: list[Bad]) -> _Bank:
-    """Patches that something is known of, as many of each training image."""
+    """Patches with at least one known pixel, at most an equal number from each training image."""
     train = task.data.train
     source = masked(train)
     each = max(1, config.bank // len(source))
@@ -297,8 +297,9 @@ def _gather(task: Task, config: Config, reader: Reader, size: tuple[int, int], b
 
 
 def _neighbours(bank: _Bank, k: int, temperature: float) -> Scorer:
-    """A patch's classes by its k most similar patches of the bank, that vote with the shares of their area, weighing
-    exp(cosine / T) (in the manner of Balažević et al., "Towards In-Context Scene Understanding", NeurIPS 2023)."""
+    """Scores of a patch's classes from its k most similar patches of the bank. They vote with their shares of each
+    class, weighted by exp(cosine / T) (similar to Balažević et al., "Towards In-Context Scene Understanding", NeurIPS
+    2023)."""
 
     def score(patches: Tensor) -> Tensor:
         similarity, index = nearest(patches.flatten(0, 2), bank.patches, k)
@@ -314,12 +315,12 @@ def _neighbours(bank: _Bank, k: int, temperature: float) -> Scorer:
 def _selected(
     task: Task, config: Config, reader: Reader, bank: _Bank, size: tuple[int, int]
 ) -> tuple[float, Scorer, dict[str, Any]]:
-    """The learning rate of the highest mIoU on held-out training images, the layer trained with it on all, and how it was
-    selected."""
+    """The learning rate with the highest mIoU on held-out training images, the layer trained with it on all training
+    images, and the selection for the protocol."""
     images = np.unique(bank.image)
     if len(images) < 2:
         raise UserError(
-            "a single training image: no learning rate can be chosen without the test images; use --task knn"
+            "there is one training image, so no learning rate can be selected without the test images; use --task knn"
         )
     held_out = np.sort(numpy_generator(task.seed, "held out").permutation(images)[: _held_out(config, len(images))])
     lrs = list(dict.fromkeys(config.lrs))
@@ -335,13 +336,13 @@ def _selected(
         "held-out images",
     )
     scores = {
-        lr: _overlap.segmentation(table, task.data.classes, task.seed)["miou"] if finite else None
-        for (lr, table), finite in zip(tables.items(), (layer.finite for layer in layers), strict=True)
+        lr: _overlap.segmentation(table, task.data.classes, task.seed)["miou"] if is_finite else None
+        for (lr, table), is_finite in zip(tables.items(), (layer.finite for layer in layers), strict=True)
     }
-    whole = {lr: miou for lr, miou in scores.items() if miou is not None}
-    if not whole:
+    finite = {lr: miou for lr, miou in scores.items() if miou is not None}
+    if not finite:
         raise UserError(f"every layer diverged at --lrs {' '.join(map(str, config.lrs))}: give lower ones")
-    best = max(whole, key=lambda lr: whole[lr])
+    best = max(finite, key=lambda lr: finite[lr])
     layer = _train(task, config, bank, [best], "the best linear layer")[0]
     selection = (
         f"linear: highest mIoU on {len(held_out)} held-out training images; the selected layer was trained again on all "
@@ -365,7 +366,7 @@ def _held_out(config: Config, images: int) -> int:
 
 @final
 class _Layer:
-    """Features standardised as batch norm without affine does in a test, and a linear map to the classes."""
+    """Batch norm without affine in evaluation mode, and a linear layer to the classes."""
 
     def __init__(self, center: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> None:
         self.center, self.scale, self.weight, self.bias = center, scale, weight, bias
@@ -390,7 +391,7 @@ def _train(task: Task, config: Config, bank: _Bank, lrs: Sequence[float], what: 
         x, shares = (bank.patches[chosen] - center) * scale, bank.shares[chosen]
         for weight, bias in layers:
             loss = -(shares * (x @ weight + bias).log_softmax(1)).sum() / shares.sum()
-            loss.backward()  # one at a time: each goes its own way, one that diverges too
+            loss.backward()  # one at a time: layers are independent, also if one diverges
         share = schedules.learning_rate(step, steps=config.steps, peak=1.0, final=0.0, warmup=0, kind="cosine")
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
@@ -412,7 +413,7 @@ def _score(
     bad: list[Bad],
     what: str = "masks of the test",
 ) -> dict[Any, np.ndarray]:
-    """For each scorer the pixel counts (n, 3, C) of those images that can be read."""
+    """The pixel counts (n, 3, C) of the readable images, for each scorer."""
     source, classes = masked(images), len(task.data.classes)
     tables: dict[Any, list[np.ndarray]] = {name: [] for name in scorers}
     for index, pixels in batches(task, images, rows, size, bad, what):

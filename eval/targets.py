@@ -1,7 +1,7 @@
-"""Labels of which an image may have several, and numbers, from a CSV file: predicted from frozen features by a linear model
-of each, scored by average precision and R2.
+"""Predicts multiple labels and numbers of images, given in a CSV file, from frozen features. Each target has its own
+linear model; scores are average precision and R2.
 
-Labels: logistic regression with an L2 penalty; numbers: ridge regression, in closed form for all penalties at once.
+Labels: logistic regression with an L2 penalty. Numbers: ridge regression, in closed form for all penalties at once.
 
 Shapes: n images of a split, F floats a feature, T targets.
 """
@@ -28,7 +28,7 @@ from ._task import Data, Images, Task
 IMAGES = "pair"
 BASELINES = ("random", "pixels")
 SHARED = True
-PENALTIES = tuple(10.0**power for power in range(-7, 3))  # on the mean loss; features have unit variance on average
+PENALTIES = tuple(10.0**power for power in range(-7, 3))  # of the mean loss; features have unit variance on average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +36,23 @@ class Config:
     """Targets."""
 
     targets: Path
-    """CSV file: a column `file` that names images, perhaps `split` (train, val, test), and a column for each target: 0 and
-    1 for a label, any other numbers for a quantity, nothing where it is not known."""
+    """CSV file: a column `file` with image names, optionally `split` (train, val, test), and one column for each
+    target: 0 and 1 for a label, other numbers for a quantity; empty if unknown."""
     columns: tuple[str, ...] | None = None
-    """Targets to look at (default: all)."""
+    """Targets to predict (default: all)."""
     feature: str = "pooled"
     """Feature to predict from: pooled, cls, mean, or of an earlier block cls@-4, mean@-4."""
     held_out: float = 0.1
-    """Share of the training images that each target's penalty is chosen on."""
+    """Share of the training images that is held out to select each target's penalty."""
 
 
 def evaluate(task: Task, config: Config) -> Outcome:
-    """Fit each target on a part of the training images at every penalty, choose on the rest, fit again on all of them, test
-    once.
+    """Fit each target with every penalty on a part of the training images, select on the others, fit again on all of
+    them, and test once.
 
-    `map` is the mean average precision of the labels (percent; those without a positive or a negative test image are left
-    out), `r2` the mean coefficient of determination of the numbers. Raises UserError for a file that does not fit the
-    images, targets without training images of both kinds, and as `Task.features`.
+    `map` is the mean average precision of the labels in percent (labels without a positive or a negative test image are
+    left out). `r2` is the mean coefficient of determination of the numbers. Raises UserError for a file that does not
+    fit the images, targets without training images of both values, and as `Task.features`.
     """
     if not 0 < config.held_out < 1:
         raise UserError(f"--held-out is {config.held_out}; it must lie between 0 and 1")
@@ -64,32 +64,32 @@ def evaluate(task: Task, config: Config) -> Outcome:
 
     scale = float(np.sqrt(train.features[feature].var(0).mean())) or 1.0
     rows, others = train.features[feature] / scale, test.features[feature] / scale
-    turn = _Turn(rows, others, task) if table.labels.any() else None
+    rotated = _RotatedFeatures(rows, others, task) if table.labels.any() else None
     tried: list[dict[str, Any]] = []
     scores: dict[str, float | None] = {}
     predicted = np.full(test_values.shape, np.nan)
     for t, name in enumerate(table.names):
-        there = np.flatnonzero(np.isfinite(known[:, t]))
-        what = known[there, t]
-        _check(name, what, bool(table.labels[t]), len(np.flatnonzero(np.isfinite(test_values[:, t]))))
-        fit, held_out = _hold_out(what, bool(table.labels[t]), config.held_out, task.seed, name)
-        if turn is not None and table.labels[t]:
-            found = turn.odds(there[fit], what[fit], PENALTIES, there[held_out])
+        index = np.flatnonzero(np.isfinite(known[:, t]))  # training images with a value
+        values = known[index, t]
+        _check(name, values, bool(table.labels[t]), len(np.flatnonzero(np.isfinite(test_values[:, t]))))
+        fit, held_out = _hold_out(values, bool(table.labels[t]), config.held_out, task.seed, name)
+        if rotated is not None and table.labels[t]:
+            found = rotated.log_odds(index[fit], values[fit], PENALTIES, index[held_out])
         else:
-            found = _numbers(task, rows[there[fit]], what[fit], rows[there[held_out]], PENALTIES)
-        by_penalty = [_loss(each, what[held_out], bool(table.labels[t])) for each in found]
+            found = _numbers(task, rows[index[fit]], values[fit], rows[index[held_out]], PENALTIES)
+        by_penalty = [_loss(each, values[held_out], bool(table.labels[t])) for each in found]
         best = int(np.argmin(by_penalty))
         chosen = PENALTIES[best : best + 1]
-        if turn is not None and table.labels[t]:
-            (predicted[:, t],) = turn.odds(there, what, chosen, None)
+        if rotated is not None and table.labels[t]:
+            (predicted[:, t],) = rotated.log_odds(index, values, chosen, None)
         else:
-            (predicted[:, t],) = _numbers(task, rows[there], what, others, chosen)
+            (predicted[:, t],) = _numbers(task, rows[index], values, others, chosen)
         scores[name] = _score(predicted[:, t], test_values[:, t], bool(table.labels[t]))
         tried.append({
             "target": name,
             "kind": "label" if table.labels[t] else "number",
             "penalty": PENALTIES[best],
-            "train": len(there),
+            "train": len(index),
             "test": int(np.isfinite(test_values[:, t]).sum()),
             "positive": int(np.nansum(test_values[:, t])) if table.labels[t] else None,
             "score": scores[name],
@@ -107,9 +107,11 @@ def evaluate(task: Task, config: Config) -> Outcome:
                 metrics["chance_map"] = 100 * float(np.nanmean(test_values[:, columns], axis=0).mean())
     metrics["per_target"] = scores
     if not {"map", "r2"} & set(metrics):
-        raise UserError("no target can be scored: the test images know none of them, or are all alike")
+        raise UserError("no target can be scored: the test images have no values, or all the same value")
     left_out = [name for name, score in scores.items() if score is None]
-    metrics["findings"] = [f"not scored, for the test images are all alike: {', '.join(left_out)}"] if left_out else []
+    metrics["findings"] = (
+        [f"not scored, because all test images have the same value: {', '.join(left_out)}"] if left_out else []
+    )
     return Outcome(
         metrics,
         {
@@ -127,33 +129,34 @@ def evaluate(task: Task, config: Config) -> Outcome:
 
 
 def _data(data: Data, table: Targets) -> Data:
-    """The images of both sides that the table has targets for, the line of the table in the place of a label."""
+    """The images of both sides that have a line in the table; the line's number replaces the label."""
     if data.train.split != data.test.split:
-        return replace(data, train=_with_lines(data, data.train, table), test=_with_lines(data, data.test, table))
+        train, test = (_images_with_targets(data, images, table) for images in (data.train, data.test))
+        return replace(data, train=train, test=test)
     if table.splits is None:
         raise UserError(
-            f"{data.name} has no splits, and --targets no column 'split': add one that says train or test for each image"
+            f"{data.name} has no splits, and --targets no column 'split': add one with train or test for each image"
         )
-    whole = _with_lines(data, data.test, table)
+    whole = _images_with_targets(data, data.test, table)
     sides = []
     for wanted in (TRAIN, next(((name,) for name in TEST if table.split([name]).any()), TEST)):
         chosen = np.flatnonzero(table.split(wanted)[whole.labels])
         if not len(chosen):
-            there = _few(table.splits)
-            raise UserError(f"--targets: no image has the split {' or '.join(wanted)}; there are {there}")
+            existing = _first_names(table.splits)
+            raise UserError(f"--targets: no image has the split {' or '.join(wanted)}; there are {existing}")
         sides.append(Images(wanted[0], Subset(whole.source, chosen), whole.labels[chosen], 0))
     return replace(data, train=sides[0], test=sides[1])
 
 
-def _with_lines(data: Data, images: Images, table: Targets) -> Images:
+def _images_with_targets(data: Data, images: Images, table: Targets) -> Images:
     source = images.source
     lines = table.rows([source.name(i) for i in range(len(source))], data.name.rstrip("/"))
-    there = np.flatnonzero(lines >= 0)
-    some: Source = source if len(there) == len(source) else Subset(source, there)
-    return Images(images.split, some, lines[there], len(source) - len(there))
+    index = np.flatnonzero(lines >= 0)
+    with_targets: Source = source if len(index) == len(source) else Subset(source, index)
+    return Images(images.split, with_targets, lines[index], len(source) - len(index))
 
 
-def _few(names: Any) -> str:
+def _first_names(names: Any) -> str:
     found = sorted(set(names))
     return ", ".join(map(repr, found[:5])) + (", ..." if len(found) > 5 else "")
 
@@ -161,18 +164,18 @@ def _few(names: Any) -> str:
 def _check(name: str, known: np.ndarray, label: bool, test_values: int) -> None:
     if len(known) < 4 or len(np.unique(known)) < 2:
         raise UserError(
-            f"target {name!r}: {len(known)} training images know it"
-            + (", and all say the same" if len(known) else "")
+            f"target {name!r}: {len(known)} training images have a value"
+            + (", and all have the same" if len(known) else "")
             + ": it cannot be learnt; leave it out (--columns)"
         )
     if label and min((known == 0).sum(), (known == 1).sum()) < 2:
-        raise UserError(f"target {name!r}: a single training image is of one of its kinds; leave it out (--columns)")
+        raise UserError(f"target {name!r}: one of its two values has a single training image; leave it out (--columns)")
     if not test_values:
-        raise UserError(f"target {name!r}: no test image knows it; leave it out (--columns)")
+        raise UserError(f"target {name!r}: no test image has a value; leave it out (--columns)")
 
 
 def _hold_out(values: np.ndarray, label: bool, share: float, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to fit on and to choose on; of a label, both kinds are on both sides."""
+    """Indices for the fit and for the selection; for a label, both values are on both sides."""
     groups = [np.flatnonzero(values == kind) for kind in (0, 1)] if label else [np.arange(len(values))]
     held_out = []
     for number, members in enumerate(groups):
@@ -182,23 +185,23 @@ def _hold_out(values: np.ndarray, label: bool, share: float, seed: int, name: st
     return np.setdiff1d(np.arange(len(values)), chosen), chosen
 
 
-class _Turn:
-    """Features in the axes of the training images' covariance, found once: logistic regression goes along any axes, and
-    these serve the images of every label."""
+class _RotatedFeatures:
+    """Features in the axes of the training images' covariance, computed once for all labels: logistic regression does
+    not depend on the axes."""
 
     def __init__(self, rows: np.ndarray, others: np.ndarray, task: Task) -> None:
         self.rotation = Rotation(rows, device=task.device)
         self.rows, self.others = self.rotation(rows).double(), self.rotation(others).double()
 
-    def odds(
+    def log_odds(
         self, fit: np.ndarray, values: np.ndarray, penalties: tuple[float, ...], test_values: np.ndarray | None
     ) -> list[np.ndarray]:
-        """For each penalty the log-odds (m,) float64 of the training images `asked`, or of all test images, by the fit to
-        the training images `fit` (n,) with values (n,) of 0 and 1."""
+        """For each penalty the log-odds (m,) float64 of the training images with the indices `test_values`, or of all
+        test images (None), by the fit to the training images `fit` (n,) with values (n,) of 0 and 1."""
         known = torch.from_numpy(values.astype(np.int64)).to(self.rows.device)
-        there = self.others if test_values is None else self.rows[test_values]
+        scored = self.others if test_values is None else self.rows[test_values]
         fits = {each.penalty: each for each in path(self.rows[fit], known, 2, penalties, self.rotation.variance)}
-        odds = (there @ fits[p].weight.T + fits[p].bias for p in penalties)
+        odds = (scored @ fits[p].weight.T + fits[p].bias for p in penalties)
         return [(each[:, 1] - each[:, 0]).cpu().numpy() for each in odds]
 
 
@@ -206,13 +209,13 @@ def _numbers(
     task: Task, rows: np.ndarray, values: np.ndarray, others: np.ndarray, penalties: tuple[float, ...]
 ) -> list[np.ndarray]:
     """For each penalty the prediction (m,) float64 for `others` (m, F) by the fit to rows (n, F) with values (n,)."""
-    # The rows are turned into the axes of their covariance, so the normal equations are diagonal (Hoerl & Kennard, 1970).
+    # In the axes of the rows' covariance the normal equations are diagonal (Hoerl & Kennard, 1970).
     rotation = Rotation(rows, device=task.device)
-    turned, there = rotation(rows).double(), rotation(others).double()
+    rotated, rotated_others = rotation(rows).double(), rotation(others).double()
     numbers = torch.from_numpy(values).to(task.device)
     mean = numbers.mean()
-    moment = turned.T @ (numbers - mean) / len(turned)
-    return [(there @ (moment / (rotation.variance + p)) + mean).cpu().numpy() for p in penalties]
+    moment = rotated.T @ (numbers - mean) / len(rotated)
+    return [(rotated_others @ (moment / (rotation.variance + p)) + mean).cpu().numpy() for p in penalties]
 
 
 def _loss(predicted: np.ndarray, values: np.ndarray, label: bool) -> float:
@@ -223,17 +226,17 @@ def _loss(predicted: np.ndarray, values: np.ndarray, label: bool) -> float:
 
 
 def _score(predicted: np.ndarray, values: np.ndarray, label: bool) -> float | None:
-    """Average precision or R2 of the images that know the target; None where all are alike."""
-    there = np.isfinite(values)
-    predicted, values = predicted[there], values[there]
+    """Average precision or R2 of the images that have a value; None if all values are the same."""
+    known = np.isfinite(values)
+    predicted, values = predicted[known], values[known]
     if len(np.unique(values)) < 2:
         return None
     return average_precision(predicted, values == 1) if label else r2(predicted, values)
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """The sum over thresholds of the precision there times the recall gained, of scores (n,) with positives (n,) bool, at
-    least one. Equal scores are one threshold, so that their order is no matter."""
+    """The sum over thresholds of the precision times the gain in recall, for scores (n,) with positives (n,) bool, at
+    least one. Equal scores are one threshold, so their order does not matter."""
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(positive[order])
     last = np.append(np.diff(scores[order]) != 0, True)  # the end of each run of equal scores
@@ -242,14 +245,14 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def r2(predicted: np.ndarray, values: np.ndarray) -> float:
-    """1 - the squared error over that of the values' own mean."""
+    """1 - (squared error / squared error of the values' mean)."""
     return 1 - float(np.square(predicted - values).sum() / np.square(values - values.mean()).sum())
 
 
 def _interval(
     predicted: np.ndarray, test_values: np.ndarray, columns: list[int], label: bool, seed: int
 ) -> list[float]:
-    """The 95 % interval of the mean score over those targets, over draws of the test images."""
+    """The 95 % bootstrap interval of the mean score of the targets `columns`, over samples of the test images."""
 
     def mean(chosen: np.ndarray) -> float:
         found = [_score(predicted[chosen, t], test_values[chosen, t], label) for t in columns]

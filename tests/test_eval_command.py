@@ -120,8 +120,8 @@ def test_several_processes_share_the_extraction(evaluate: Evaluate, run_folder: 
         assert one[part] == two[part]
     assert one["baselines"] == two["baselines"]
     for words, said in (
-        (("finetune", *same[1:5]), "finetune is one process: leave --nproc"),
-        ((*same, "--no-cache"), "leave --no-cache out"),
+        (("finetune", *same[1:5]), "finetune runs in one process: leave --nproc"),
+        ((*same, "--no-cache"), "do not use --no-cache"),
     ):
         done = evaluate(*words, "--nproc", 2, code=2)
         assert done.stderr.count("ssl-eval: ") == 1
@@ -288,7 +288,7 @@ def prepare_data_gone(run: Path, photos: Path) -> None:
         (prepare_one_class, "all training images of"),
         (prepare_nan, "gives NaN or infinity"),
         (prepare_channels, "5 are read from .npy files only"),
-        (prepare_data_gone, "what the encoder was trained on; name other data with --data"),
+        (prepare_data_gone, "the encoder's training data; name other data with --data"),
     ],
 )
 def test_what_is_said_of_data_and_encoders_that_do_not_fit(

@@ -111,7 +111,7 @@ def test_an_earlier_block_that_serves_better_is_named() -> None:
     measured = diagnose.measures(features)
     entries = [{"feature": name, **measured, "knn": knn} for name, knn in (("pooled", 50.0), ("cls@-2", 60.0))]
     assert diagnose.findings(entries, features) == [
-        "an earlier feature serves better: cls@-2 has kNN top-1 60.0 %, pooled 50.0 %"
+        "an earlier feature is better: cls@-2 has kNN top-1 60.0 %, pooled 50.0 %"
     ]
     entries[1]["knn"] = 51.0
     assert diagnose.findings(entries, features) == ["nothing looks wrong"]

@@ -477,7 +477,7 @@ def test_results_and_the_export_of_what_was_fine_tuned(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--scope", "attenton"], "--scope attenton is none; did you mean attention?"),
+        (["--scope", "attenton"], "--scope attenton is unknown; did you mean attention?"),
         (["--scope", "last-4"], "--scope last-4: this encoder has 3 block(s)"),
         (["--scope", "last-0"], "--scope last-0"),
         (["--scope", "lora", "--lora-rank", "500"], "--lora-rank is 500, and the attention matrices are"),

@@ -79,7 +79,7 @@ def test_duplicates_and_sheets(tmp_path: Path) -> None:
     wanted = []
     for query in few:
         near = np.argsort(-cosine[query], kind="stable")[:8]
-        wanted += [retrieval.ASKED] + [retrieval.RIGHT if labels[i] == labels[query] else retrieval.WRONG for i in near]
+        wanted += [retrieval.QUERY] + [retrieval.RIGHT if labels[i] == labels[query] else retrieval.WRONG for i in near]
     assert frames == wanted
     assert {retrieval.RIGHT, retrieval.WRONG} < set(frames)
     with Image.open(tmp_path / "duplicates.png") as sheet:

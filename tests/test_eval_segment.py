@@ -723,7 +723,7 @@ def test_data_without_masks_or_splits(scenes: Path, tmp_path: Path, refuse: Call
     assert "no mask is named as an image is (images/a.png, ...; masks/b.png, ...)" in refuse(tmp_path / "odd")
     for i in range(3):
         write(tmp_path / "flat", f"{i}.png", f"{i}.seg.png", i)
-    assert "is not split into images to train and to test on" in refuse(tmp_path / "flat")
+    assert "is not split into training and test images" in refuse(tmp_path / "flat")
     assert "no images with masks in a split 'train'" in refuse(
         tmp_path / "flat", "--train-split", "train", "--test-split", "test"
     )

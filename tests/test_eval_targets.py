@@ -158,7 +158,7 @@ def test_splits_from_the_file_and_lines_without_an_image(photos: Path) -> None:
         (lambda lines: [{**lines[0], "level": "bright"}, *lines[1:]], "line 2: level is 'bright', not a number"),
         (
             lambda lines: [{**line, "bright": 1} for line in lines],
-            "target 'bright': 60 training images know it, and",
+            "target 'bright': 60 training images have a value, and",
         ),
         (lambda lines: [{**line, "dark": ""} for line in lines], "column 'dark' is empty"),
         (lambda lines: [{"name": line["file"], "level": 1} for line in lines], "no column 'file'"),

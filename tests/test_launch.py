@@ -158,7 +158,7 @@ def test_an_evaluation_takes_the_same_flags(evaluate: Callable, tmp_path: Path) 
     done = subprocess.run(command("evaluate", "finetune", "--encoder", "random", "--data", "fractals", "--nproc", 2),
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 2
-    assert "finetune is one process" in done.stderr
+    assert "finetune runs in one process" in done.stderr
 
 
 @pytest.mark.parametrize("grid", [[], ["--grid", "k=5,10"]])

@@ -1,4 +1,4 @@
-"""Curves as SVG text, for pages that need nothing else."""
+"""Draws curves as SVG text, for self-contained pages."""
 
 import html
 import math
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 10, 12, 28  # margins around the curves, pixels
-POINTS = 400  # drawn of a curve at most; more are averaged
-# Told apart with every common colour blindness (Okabe and Ito, "Color Universal Design", 2008); beyond them, dashes
+POINTS = 400  # largest number of points of a curve; more are averaged
+# Distinguishable with all common colour blindness (Okabe and Ito, "Color Universal Design", 2008); then dashes are used
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 Curve = Sequence[tuple[float, float | None]]  # (x, y) in order of x; None: not a finite number
 
 
 def colour(number: int) -> tuple[str, str]:
-    """The colour of the curve of that number, and its dashes ("" for a whole line)."""
+    """The colour of the curve of that number, and its dashes ("" for a solid line)."""
     dashes = ("", "6 3", "2 2", "8 2 2 2")
     return COLOURS[number % len(COLOURS)], dashes[number // len(COLOURS) % len(dashes)]
 
 
 def draw(curves: Sequence[tuple[int, Curve]]) -> str:
-    """An SVG of curves, each with the number that gives its colour. Where y is None the line has a gap; a y by itself is a
-    dot. "" where no curve has a finite y."""
+    """An SVG of curves, each with the number that determines its colour. The line has a gap where y is None; a single y
+    is a dot. Returns "" if no curve has a finite y."""
     drawn = [(number, _thinned(curve)) for number, curve in curves]
     xs = [x for _, curve in drawn for x, y in curve if y is not None]
     ys = [y for _, curve in drawn for _, y in curve if y is not None]
@@ -31,7 +31,7 @@ def draw(curves: Sequence[tuple[int, Curve]]) -> str:
     low, high = (across[0], up[0]), (across[-1], up[-1])
 
     def place(x: float, y: float) -> tuple[float, float]:
-        """Of a point, pixels from the left and from the top."""
+        """Position of a point in pixels from the left and from the top."""
         share = (x - low[0]) / (high[0] - low[0]), (y - low[1]) / (high[1] - low[1])
         return LEFT + share[0] * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - share[1] * (HEIGHT - TOP - BOTTOM)
 
@@ -65,14 +65,14 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def label(value: float) -> str:
-    """A tick's number, short."""
+    """Short text of a tick's number."""
     if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
         return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
     return f"{value:,.6g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _thinned(curve: Curve) -> Curve:
-    """At most POINTS points: the means of neighbours. A group with a y that is not finite has none."""
+    """At most POINTS points: the means of neighbouring points. A group with a y that is not finite has y None."""
     if len(curve) <= POINTS:
         return curve
     groups = [curve[i * len(curve) // POINTS : (i + 1) * len(curve) // POINTS] for i in range(POINTS)]
@@ -85,7 +85,7 @@ def _thinned(curve: Curve) -> Curve:
 
 
 def _unbroken(curve: Curve) -> list[list[tuple[float, float]]]:
-    """The stretches of a curve without a gap."""
+    """The segments of a curve between its gaps."""
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in curve:
         if y is None:

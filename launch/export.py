@@ -15,10 +15,10 @@ PROG = "ssl-export"
 VERBS = ("import",)
 USAGE = f"""usage: {PROG} import FILE --out DIR [flags]
 
-Read a published checkpoint (MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3, AIM, data2vec 2.0, or what timm and
-transformers make of them) into our ViT and write it as an export, which every command here takes.
+Read a published checkpoint (MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3, AIM, data2vec 2.0, or the versions
+of timm and transformers) into this package's ViT and write it as an export, which all commands of this package accept.
 
-{PROG} import --help shows all flags. Exit codes: 0 done, 2 a mistake in the command, 1 anything else."""
+{PROG} import --help shows all flags. Exit codes: 0 done, 2 wrong flags, 1 any other error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,26 +26,26 @@ class Options:
     """The import."""
 
     out: Path
-    """Folder for the export; must not hold one yet."""
+    """Folder for the export; it must not contain one yet."""
     layout: (
         Literal["mae", "ijepa", "dino", "ibot", "dinov2", "dinov3", "mocov3", "aim", "data2vec2", "transformers"] | None
     ) = None
-    """Whose checkpoint it is (default: found out from its names)."""
+    """Format of the checkpoint (default: detected from the parameter names)."""
     heads: int | None = None
-    """Attention heads (default: those of the published model of that layout and width)."""
+    """Number of attention heads (default: that of the published model of this layout and width)."""
     part: str | None = None
-    """Which encoder, where the file has several: teacher, student, ... (default: the one its authors evaluate)."""
+    """Encoder to read if the file has several: teacher, student, ... (default: the one that its authors evaluate)."""
     image_size: tuple[int, ...] | None = None
-    """Make the position table for images of this size, pixels: one side, or height and width (default: the size it was
-    trained at, 224 for DINOv2)."""
+    """Resize the position table for images of this size in pixels: one side, or height and width (default: the training
+    size; 224 for DINOv2)."""
     mean: tuple[float, ...] | None = None
-    """Mean of each channel of the images it was trained on, in [0, 1] (default: ImageNet's)."""
+    """Mean of each channel of the training images, in [0, 1] (default: ImageNet's)."""
     std: tuple[float, ...] | None = None
-    """Deviation of each channel (default: ImageNet's)."""
+    """Standard deviation of each channel of the training images (default: ImageNet's)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, having said everything there is to say."""
+    """Run the command; it prints all messages and returns its exit code."""
     return run_command(PROG, _main, argv)
 
 
@@ -61,9 +61,9 @@ def _main(argv: list[str]) -> int:
     if file is None:
         raise UserError(f"name the checkpoint first: {PROG} import FILE --out DIR")
     if (options.out / "config.json").exists():
-        raise UserError(f"--out {options.out} holds an export already: choose another folder")
+        raise UserError(f"--out {options.out} already contains an export: choose another folder")
 
-    from ssl_pretrain import encoder  # torch: not before the command looks good
+    from ssl_pretrain import encoder  # imports torch, so only after the flags are checked
     from ssl_pretrain.foreign import libraries
 
     given = {

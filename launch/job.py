@@ -1,4 +1,5 @@
-"""What each task of a Slurm job runs: a command with its arguments, or the run of a grid that has the task's number.
+"""Entry point of each task of a Slurm job: runs a command with its arguments, or the run of a grid with the task's
+number.
 
 python -m ssl_pretrain.launch.job pretrain|evaluate ARGUMENTS
 python -m ssl_pretrain.launch.job grid pretrain|evaluate FOLDER FLAG=VALUE,VALUE ... -- ARGUMENTS
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
         end = words.index("--")
         points = grid.expand(tuple(words[:end]), words[end + 1 :], Path(out))
         words = points[int(os.environ["SLURM_ARRAY_TASK_ID"])].argv
-    sys.argv = [PROGRAMS[name], *words]  # what the manifest notes as the command
+    sys.argv = [PROGRAMS[name], *words]  # the manifest records this as the command
     code = importlib.import_module(f"ssl_pretrain.launch.{name}").main(words, placed=True)
     if points is not None and environment.find().rank == 0:
         grid.summarize(points)

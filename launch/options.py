@@ -1,4 +1,4 @@
-"""Where a command runs: the flags that `ssl-pretrain` and `ssl-eval` share."""
+"""Flags of `ssl-pretrain` and `ssl-eval` that say where a command runs."""
 
 import re
 from dataclasses import dataclass
@@ -11,27 +11,28 @@ from ssl_pretrain.errors import UserError
 @final
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Where it runs (docs/cluster.md)."""
+    """Where the command runs (docs/cluster.md)."""
 
     nproc: int | Literal["auto"] | None = None
-    """Processes on each machine; auto: one a GPU, else one (default: 1; on Slurm one for each of --gpus-per-node)."""
+    """Number of processes on each machine; auto: one per GPU, or one without a GPU (default: 1; with Slurm one for each
+    of --gpus-per-node)."""
     launcher: Literal["local", "slurm"] = "local"
-    """Run here, or submit a Slurm job that runs the command."""
+    """local: run on this machine; slurm: submit a Slurm job that runs the command."""
     grid: tuple[str, ...] = ()
-    """Several runs, each FLAG=VALUE,VALUE,... a word, all combinations: in turn, or on Slurm as an array of jobs."""
+    """Several runs: arguments FLAG=VALUE,VALUE,..., in all combinations; one after another, or a Slurm job array."""
 
     nodes: int = 1
-    """Slurm: machines."""
+    """Slurm: number of machines."""
     gpus_per_node: int | None = None
-    """Slurm: GPUs of each machine, one for each process."""
+    """Slurm: number of GPUs of each machine, one for each process."""
     cpus_per_task: int | None = None
-    """Slurm: CPU cores of each process; its loader workers run on them."""
+    """Slurm: number of CPU cores of each process; its loader workers run on them."""
     mem: str | None = None
     """Slurm: memory of each machine, like 64G."""
     time: str | None = None
     """Slurm: time limit of one job, like 90 (minutes), 24:00:00 or 2-00:00:00; a longer run is requeued."""
     partition: str | None = None
-    """Slurm: partition, or several with commas."""
+    """Slurm: partition, or several separated by commas."""
     account: str | None = None
     """Slurm: account that is charged."""
     qos: str | None = None
@@ -43,22 +44,22 @@ class Launch:
     comment: str | None = None
     """Slurm: comment."""
     array: str | None = None
-    """Slurm, with --grid: which of its runs, and after % how many at a time: 0-3,7%2, or %2."""
+    """Slurm, with --grid: which of its runs, and after % the largest number at a time: 0-3,7%2, or %2."""
     slurm: tuple[str, ...] = ()
-    """Slurm: any other option of sbatch, KEY=VALUE, or KEY alone, without its dashes."""
+    """Slurm: any other options of sbatch, KEY=VALUE or KEY, without dashes."""
     max_requeues: int = 100
-    """Slurm, ssl-pretrain only: times that a job which has to stop may be put back into the queue."""
+    """Slurm, ssl-pretrain only: largest number of times that a stopped job is requeued."""
     stop_before: int = 120
     """Slurm, ssl-pretrain only: seconds before the time limit at which the run saves and is requeued."""
     logs: Path | None = None
-    """Slurm: folder of job scripts and logs (default: beside the run's folder, its name with .slurm)."""
+    """Slurm: folder of job scripts and logs (default: next to the run's folder, with the suffix .slurm)."""
     wait: bool = False
-    """Slurm: follow the log until the job ends, and end with its exit code."""
+    """Slurm: show the log until the job ends, and return its exit code."""
     dry_run: bool = False
     """Slurm: print the job script and submit nothing."""
 
 
-# Flags that say something about a Slurm job only: left unread, they would be a mistake that nobody notices.
+# Flags that apply only to Slurm jobs. Without Slurm they are refused; otherwise nobody would notice the mistake.
 SLURM_ONLY = tuple(
     "nodes gpus_per_node cpus_per_task mem time partition account qos constraint exclude comment array slurm logs wait "
     "dry_run".split()
@@ -76,23 +77,24 @@ def check(launch: Launch) -> None:
     if launch.launcher == "local":
         given = [name for name in SLURM_ONLY if getattr(launch, name) != getattr(Launch(), name)]
         if given:
-            raise UserError(f"--{given[0].replace('_', '-')} goes with --launcher slurm")
+            raise UserError(f"--{given[0].replace('_', '-')} needs --launcher slurm")
         return
     if launch.time is None:
         raise UserError("--launcher slurm needs --time, the limit of one job, like --time 24:00:00")
     if launch.stop_before >= 60 * minutes(launch.time):
-        raise UserError(f"--stop-before {launch.stop_before} seconds leaves nothing of --time {launch.time}")
+        raise UserError(f"--stop-before {launch.stop_before} seconds is not below --time {launch.time}")
     if launch.array is not None and not launch.grid:
-        raise UserError("--array picks runs of a grid: it goes with --grid")
+        raise UserError("--array selects runs of a grid: it needs --grid")
 
 
 def minutes(text: str) -> int:
-    """Slurm's notation of a time limit in whole minutes: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    """A time limit in Slurm's notation (M, M:S, H:M:S, D-H, D-H:M or D-H:M:S) in minutes, rounded up. Raises UserError
+    for other texts."""
     found = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(?:(\d+):)?(\d+):(\d+)|(\d+))", text)
     if found is None:
-        raise UserError(f"--time {text} is no time: give minutes (90), H:M:S (24:00:00) or D-H:M:S (2-00:00:00)")
+        raise UserError(f"--time {text} is not a time: give minutes (90), H:M:S (24:00:00) or D-H:M:S (2-00:00:00)")
     days, hours, mins, secs, h, m, s, alone = (int(group or 0) for group in found.groups())
     seconds = ((days * 24 + hours + h) * 60 + mins + m + alone) * 60 + secs + s
     if seconds == 0:
-        raise UserError("--time is 0: a job needs some")
+        raise UserError("--time is 0; it must be above 0")
     return -(-seconds // 60)

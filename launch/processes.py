@@ -13,14 +13,14 @@ from pathlib import Path
 from ssl_pretrain.distributed.rendezvous import RENDEZVOUS
 from ssl_pretrain.loop.signals import STOPPING
 
-GRACE = 20.0  # seconds for the others to find out who is gone, and to say so
+GRACE = 20.0  # seconds in which the others can detect which process is gone, and report it
 PR_SET_PDEATHSIG = 1
 
 
 def run_local(module: str, argv: list[str], count: int) -> int:
     """Run `python -m module *argv` in `count` processes that find one another; return their exit code.
 
-    Signals that stop a run are passed on. Where one process fails, the others are ended and its code is returned.
+    Signals that stop a run are forwarded. If one process fails, the others are ended and its exit code is returned.
     """
     with tempfile.TemporaryDirectory(prefix="ssl-pretrain-") as folder:
         place = {
@@ -32,19 +32,19 @@ def run_local(module: str, argv: list[str], count: int) -> int:
             subprocess.Popen(
                 [sys.executable, "-m", module, *argv],
                 env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                # There are no other threads here that could hold a lock.
+                # This process has no other threads that could hold a lock.
                 preexec_fn=partial(_end_with, os.getpid()) if sys.platform == "linux" else None,  # noqa: PLW1509
             )
             for rank in range(count)
         ]
 
-        def pass_on(number: int, _: object) -> None:
+        def forward(number: int, _: object) -> None:
             for child in children:
-                # A Ctrl-C at a terminal reaches the children by itself.
+                # The terminal sends a Ctrl-C to the children, too.
                 if child.poll() is None and not (number == signal.SIGINT and sys.stdin.isatty()):
                     child.send_signal(number)
 
-        before = {number: signal.signal(number, pass_on) for number in STOPPING}
+        before = {number: signal.signal(number, forward) for number in STOPPING}
         try:
             return _wait(children)
         finally:
@@ -53,15 +53,15 @@ def run_local(module: str, argv: list[str], count: int) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """In a child: let the kernel say SIGTERM when the parent is gone, so that a command that was killed leaves no processes
-    which train on; they save and end."""
+    """In a child: let the kernel send SIGTERM when the parent is gone. So the processes of a killed command save and
+    end instead of training on."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != parent:
         os._exit(1)
 
 
 def _wait(children: list[subprocess.Popen]) -> int:
-    """Wait for all; when one fails, give the others time to say why themselves, then end them."""
+    """Wait for all processes. If one fails, give the others time to report it themselves, then end them."""
     while True:
         codes = [child.poll() for child in children]
         failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0, 75)]

@@ -1,4 +1,4 @@
-"""The command `ssl-report`: one or several runs as a page of curves, scores and pictures that needs nothing else."""
+"""The command `ssl-report`: writes a self-contained page of curves, scores and pictures of one or several runs."""
 
 import base64
 import contextlib
@@ -26,13 +26,13 @@ from .table import cells_of
 PROG = "ssl-report"
 USAGE = f"""usage: {PROG} RUN [RUN ...] [flags]
 
-Write a page of a run's curves, scores, warnings and pictures, or of several runs over one another: loss and every other
-number of metrics.jsonl, what the evaluators found, in which settings the runs differ, and the last pictures of each. RUN is
-the --out of ssl-pretrain; of a run that is still going, it is what it is so far.
+Write a page with curves, scores, warnings and pictures of one run, or of several runs in the same plots: loss and all
+other numbers of metrics.jsonl, results of evaluators, settings in which the runs differ, and the last pictures of each
+run. RUN is the --out folder of ssl-pretrain. The page of a run that has not finished shows its current state.
 
-{PROG} --help shows all flags. Exit codes: 0 done, 2 a mistake in the command, 1 anything else."""
+{PROG} --help shows all flags. Exit codes: 0 done, 2 wrong flags, 1 any other error."""
 NOT_DRAWN = ("step", "time", "epoch", "skipped", "bad_images")
-LISTED = 20  # warnings and bad images that are shown of a run
+LISTED = 20  # largest number of warnings and of bad images shown for a run
 STYLE = """body{font:14px sans-serif;margin:2em;max-width:1100px}table{border-collapse:collapse;margin:.5em 0}
 th,td{border:1px solid #999;padding:.25em .6em;text-align:left}svg{background:#fff}svg text{font:11px sans-serif}
 .grid{stroke:#ddd}polyline{fill:none;stroke-width:1.5}figure{display:inline-block;margin:0 1em 1em 0}
@@ -50,7 +50,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds."""
+    """Content of a run's folder."""
 
     name: str
     folder: Path
@@ -59,11 +59,11 @@ class Run:
     lines: list[dict[str, Any]]
     warnings: list[str]
     bad_images: list[dict[str, Any]]
-    results: list[tuple[str, dict[str, Any]]]  # path within the folder, and what its results.json holds
+    results: list[tuple[str, dict[str, Any]]]  # path within the folder, and the content of its results.json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, having said everything there is to say."""
+    """Run the command; it prints all messages and returns its exit code."""
     return run_command(PROG, _main, argv)
 
 
@@ -84,10 +84,10 @@ def _main(argv: list[str]) -> int:
 
 
 def _names(folders: Sequence[str]) -> list[str]:
-    """What to call runs: their folders' own names, or paths from where these part."""
+    """Names of runs: their folders' names if these are unique, else their paths below the common folder."""
     paths = [Path(os.path.abspath(folder)) for folder in folders]
     if len(set(paths)) < len(paths):
-        raise UserError("a run stands there twice")
+        raise UserError("the same run is given twice")
     if len({path.name for path in paths}) == len(paths):
         return [path.name for path in paths]
     common = os.path.commonpath(paths)
@@ -98,20 +98,20 @@ def _names(folders: Sequence[str]) -> list[str]:
 
 
 def read(folder: Path, name: str) -> Run:
-    """A run's folder. Raises UserError for one that is none."""
+    """Read a run's folder. Raises UserError if it is not a run."""
     if not (folder / "metrics.jsonl").is_file():
         found = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
         inside = f"; there are runs in it: {', '.join(found[:5])}" if found else ""
-        what = "is no run: it has no metrics.jsonl" if folder.is_dir() else "is not there"
-        raise UserError(f"{folder} {what}{inside}. Name the --out of an ssl-pretrain")
+        what = "is not a run: it has no metrics.jsonl" if folder.is_dir() else "does not exist"
+        raise UserError(f"{folder} {what}{inside}. Give the --out folder of an ssl-pretrain run")
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         config = yaml.safe_load((folder / "config.yaml").read_text())
     except (FileNotFoundError, ValueError, yaml.YAMLError) as problem:
-        raise UserError(f"{folder} is no whole run: {' '.join(str(problem).split())}") from None
+        raise UserError(f"{folder} is not a complete run: {' '.join(str(problem).split())}") from None
     results = []
     for path in sorted(folder.rglob("results.json")):
-        with contextlib.suppress(ValueError):  # somebody else's file of that name
+        with contextlib.suppress(ValueError):  # another program's file of that name
             result = json.loads(path.read_text())
             if isinstance(result, dict) and "evaluator" in result:
                 results.append((str(path.parent.relative_to(folder)), result))
@@ -129,8 +129,8 @@ def read(folder: Path, name: str) -> Run:
 
 
 def pictures(folder: Path) -> list[tuple[str, int, bytes]]:
-    """The last pictures that a run logged: what they show from top to bottom, the step, PNG bytes."""
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of purged steps, which resuming makes
+    """The last pictures that a run logged: their content from top to bottom, the step, PNG bytes."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about purged steps, which a resumed run has
     from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
     if not (folder / "tensorboard").is_dir():
@@ -145,7 +145,7 @@ def pictures(folder: Path) -> list[tuple[str, int, bytes]]:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The page of those runs, HTML."""
+    """The HTML page of the runs."""
     title = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
     parts = [f"<h1>{html.escape(title)}</h1>", _summary(runs), _differences(runs), "<h2>Curves</h2>"]
     for name in _drawn(runs):
@@ -169,7 +169,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def curve(run: Run, name: str) -> list[tuple[float, float | None]]:
-    """The (step, value) of one number of a run; None where it was not finite."""
+    """The (step, value) points of one logged number of a run; None where it was not finite."""
     points = [(line["step"], line[name]) for line in run.lines if name in line and "step" in line]
     return [(step, y if isinstance(y, int | float) and math.isfinite(y) else None) for step, y in points]
 
@@ -205,7 +205,7 @@ def _summary(runs: Sequence[Run]) -> str:
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    """The settings in which the runs are not alike."""
+    """The settings that differ between the runs."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key != "out")
     unlike = [key for key in keys if len({run.config.get(key) for run in runs}) > 1]
     if not unlike:
@@ -215,7 +215,7 @@ def _differences(runs: Sequence[Run]) -> str:
 
 
 def _scores(runs: Sequence[Run]) -> str:
-    """What evaluators found, with their intervals and baselines."""
+    """Results of evaluators, with intervals and baselines."""
     rows = []
     for run in runs:
         for path, result in run.results:
@@ -231,7 +231,7 @@ def _scores(runs: Sequence[Run]) -> str:
 
 
 def _table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are HTML already."""
+    """An HTML table; the cells are HTML already."""
     head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"

@@ -1,4 +1,4 @@
-"""A list of encoders, data sets and evaluators, each with each, into one table (`ssl-eval suite`).
+"""Evaluates all combinations of listed encoders, data sets and evaluators and writes one table (`ssl-eval suite`).
 
     encoders: {mae: runs/mae, resnet: timm:resnet50}
     data: {photos: labelled-photos/, birds: {data: birds/, test-split: val}}
@@ -8,8 +8,8 @@
       linear-dino: {evaluator: linear, protocol: dino}
     options: {workers: 4}
 
-Names are what the table says; a list in the place of a mapping takes the last part of a path for its name. What stands with
-a data set, an evaluator or under `options` are flags of `ssl-eval`, with `metric` for the number that is shown.
+The table shows the names. In a list instead of a mapping, the name is the last part of the path. The entries of a data
+set, of an evaluator and of `options` are flags of `ssl-eval`; `metric` is the number to show.
 """
 
 import json
@@ -33,7 +33,7 @@ from .table import Cell, Table, as_csv, as_json, cells_of
 
 KEYS = ("encoders", "data", "evaluators", "options")
 OURS = ("encoder", "out", "like")  # flags that the suite sets
-Evaluate = Callable[[list[str]], tuple[dict[str, Any], Path]]  # the words of a command to its result and the file of it
+Evaluate = Callable[[list[str]], tuple[dict[str, Any], Path]]  # a command's arguments -> its result and file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +41,22 @@ class Suite:
     """The suite."""
 
     list: Path
-    """YAML file that names encoders, data and evaluators (docs/evaluators.md shows one)."""
+    """YAML file that lists encoders, data and evaluators (example in docs/evaluators.md)."""
     out: Path = Path("suite")
     """Folder for the table (suite.md, .csv, .json, .html) and each evaluation's folder."""
     again: bool = False
-    """Evaluate also what is there already."""
+    """Repeat evaluations whose results exist already."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One evaluation to make."""
+    """One evaluation to run."""
 
     encoder: str
     data: str
     evaluator: str
     path: str  # of the encoder
-    argv: tuple[str, ...]  # the words behind ssl-eval, without --out
+    argv: tuple[str, ...]  # the arguments of ssl-eval, without --out
     metric: str | None
 
     def folder(self, out: Path) -> Path:
@@ -64,13 +64,13 @@ class Entry:
 
 
 def read(path: Path) -> list[Entry]:
-    """The evaluations that a list asks for. Raises UserError for a file that is no such list."""
+    """The evaluations of a list file. Raises UserError for an invalid file."""
     try:
         text = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise UserError(f"--list {path} cannot be read ({problem.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UserError(f"--list {path} is no YAML: {' '.join(str(problem).split())}") from None
+        raise UserError(f"--list {path} is not YAML: {' '.join(str(problem).split())}") from None
     if not isinstance(text, dict):
         raise UserError(f"--list {path}: it needs encoders, data and evaluators")
     for key in text:
@@ -79,7 +79,7 @@ def read(path: Path) -> list[Entry]:
     encoders, data, evaluators = (_named(path, text, key) for key in KEYS[:3])
     options = text.get("options") or {}
     if not isinstance(options, dict):
-        raise UserError(f"--list {path}: options are flags, like {{workers: 4}}")
+        raise UserError(f"--list {path}: options must be flags, like {{workers: 4}}")
     entries = []
     for encoder, place in encoders.items():
         if not isinstance(place, str):
@@ -92,18 +92,18 @@ def read(path: Path) -> list[Entry]:
                 flags = {**options, **where, **_mapping(path, label, given)}
                 kind, metric = flags.pop("evaluator", label), flags.pop("metric", None)
                 if wrong := next((key for key in flags if key.replace("_", "-") in OURS), None):
-                    raise UserError(f"--list {path}: {label}: {wrong} is the suite's own; it cannot be set")
-                argv = (str(kind), "--encoder", place, *(word for item in flags.items() for word in _words(*item)))
+                    raise UserError(f"--list {path}: {label}: {wrong} is set by the suite; it cannot be given")
+                argv = (str(kind), "--encoder", place, *(word for item in flags.items() for word in _arguments(*item)))
                 entries.append(Entry(encoder, images, label, place, argv, metric))
     return entries
 
 
 def run(entries: Sequence[Entry], suite: Suite, check: Callable[[list[str]], object], evaluate: Evaluate) -> int:
-    """Make them all, each after the other; what fails is named in the table and the rest goes on. Returns 1 where one
-    failed.
+    """Run all evaluations, one after another. A failure is listed in the table, and the others continue. Returns 1 if
+    one failed.
 
-    check: reads the words of a command or raises UserError. The table is written after each, and what a suite before has
-    done is not done again while encoder, images and flags are the same.
+    check: parses the arguments of a command or raises UserError. The table is written after each evaluation. Results of
+    an earlier suite are reused if encoder, images and flags are the same.
     """
     for entry in entries:
         try:
@@ -116,7 +116,7 @@ def run(entries: Sequence[Entry], suite: Suite, check: Callable[[list[str]], obj
         began = time.monotonic()
         folder = entry.folder(suite.out)
         try:
-            result = None if suite.again else _there(entry, folder)
+            result = None if suite.again else _existing_result(entry, folder)
             if result is None:
                 result, _ = evaluate([*entry.argv, "--out", str(folder)])
                 write_text(folder / "command.json", json.dumps(list(entry.argv)) + "\n")
@@ -127,7 +127,7 @@ def run(entries: Sequence[Entry], suite: Suite, check: Callable[[list[str]], obj
             cells.append(_failure(entry, failed, began))
         except UserError as mistake:
             cells.append(_failure(entry, str(mistake), began))
-        except Exception as problem:  # a suite of a night does not end with the first fault
+        except Exception as problem:  # one error must not end a long suite
             traceback.print_exc()
             cells.append(_failure(entry, f"{type(problem).__name__}: {problem}", began))
         if cells[-1].failed:
@@ -154,8 +154,8 @@ def _write(cells: Sequence[Cell], out: Path) -> None:
         raise UserError(f"{out} cannot be written ({problem.strerror}): choose another folder with --out") from None
 
 
-def _there(entry: Entry, folder: Path) -> dict[str, Any] | None:
-    """The result of the same command on the same encoder and images, where there is one."""
+def _existing_result(entry: Entry, folder: Path) -> dict[str, Any] | None:
+    """The result of the same command on the same encoder and images, if it exists."""
     try:
         if json.loads((folder / "command.json").read_text()) != list(entry.argv):
             return None
@@ -182,7 +182,7 @@ def _failure(entry: Entry, why: str, began: float) -> Cell:
 
 
 def _named(path: Path, text: dict[str, Any], key: str) -> dict[str, Any]:
-    """What stands under a key, by name."""
+    """The entries of a key, by name."""
     found = text.get(key)
     if isinstance(found, list):
         pairs = [(str(item).rstrip("/").split("/")[-1], item if key != "evaluators" else None) for item in found]
@@ -190,7 +190,7 @@ def _named(path: Path, text: dict[str, Any], key: str) -> dict[str, Any]:
             raise UserError(f"--list {path}: two {key} have the same name; give names: {{name: path}}")
         found = dict(pairs)
     if not isinstance(found, dict) or not found:
-        raise UserError(f"--list {path}: {key} is missing; it names at least one")
+        raise UserError(f"--list {path}: {key} is missing; give at least one")
     return {str(name): value for name, value in found.items()}
 
 
@@ -200,8 +200,8 @@ def _mapping(path: Path, label: str, given: Any) -> dict[str, Any]:
     return given or {}
 
 
-def _words(name: str, value: Any) -> list[str]:
-    """A flag's words."""
+def _arguments(name: str, value: Any) -> list[str]:
+    """The command-line arguments of a flag."""
     flag = str(name).replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
@@ -209,5 +209,5 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def _file(name: str) -> str:
-    """A name as the name of a folder."""
+    """A name with only characters that are safe in folder names."""
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)

@@ -1,7 +1,8 @@
-"""Many results in one table: a row an encoder, a column an evaluator and data set; as Markdown, CSV, JSON and HTML.
+"""Many results in one table, as Markdown, CSV, JSON and HTML: one row for each encoder, one column for each evaluator
+and data set.
 
-A number's interval stands behind it. Controls (untrained encoders, raw pixels, the most frequent class) are rows below the
-encoders. Over several data sets an evaluator has one more column: the unweighted mean of its numbers.
+Each number is followed by its interval. Controls (untrained encoders, raw pixels, the most frequent class) are rows
+below the encoders. With several data sets an evaluator has one more column: the unweighted mean of its numbers.
 """
 
 import csv
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# What a result is known by: the first of these that it has
+# The headline number of a result is the first of these metrics that it has
 HEADLINES = ("miou", "jf", "j", "corrupted_top1", "top1", "map", "r2", "nmi", "rankme", "silhouette")
 CONTROLS = {"random": "untrained", "pixels": "raw pixels", "majority": "most frequent class"}
 MEAN = "mean"
@@ -26,20 +27,20 @@ class Cell:
     encoder: str
     data: str
     evaluator: str
-    metric: str  # which of its metrics `value` is; "" where there is none
+    metric: str  # name of the metric in `value`; "" if there is none
     value: float | None
     interval: tuple[float, float] | None
-    control: bool  # of a baseline, not of an encoder that was asked for
+    control: bool  # of a baseline, not of a listed encoder
     seconds: float | None
-    result: str  # the path of its results.json; "" of a baseline or a failure
-    failed: str  # why there is no value; "" where nothing failed
+    result: str  # the path of its results.json; "" for a baseline or a failure
+    failed: str  # reason why there is no value; "" if nothing failed
 
 
 def cells_of(
     encoder: str, data: str, evaluator: str, result: dict[str, Any], path: str, metric: str | None
 ) -> list[Cell]:
-    """The cell of a result (the content of a results.json), and those of its baselines. metric: the one to show (None:
-    the first of HEADLINES that it has). Raises KeyError for a metric that the result does not have."""
+    """The cell of a result (the content of a results.json), and the cells of its baselines. metric: the one to show
+    (None: the first of HEADLINES that it has). Raises KeyError for a metric that the result does not have."""
     metrics = result["metrics"]
     name = metric or next((key for key in HEADLINES if isinstance(metrics.get(key), float)), "")
     value = metrics[name] if name else None
@@ -54,7 +55,7 @@ def cells_of(
 
 
 def merge(cells: Sequence[Cell]) -> list[Cell]:
-    """Without the controls that say the same as others: untrained encoders of equal numbers throughout become one row."""
+    """The cells without duplicate controls: untrained encoders whose numbers are all equal become one row."""
     rows: dict[str, dict[tuple[str, str], float | None]] = {}
     for cell in cells:
         rows.setdefault(cell.encoder, {})[cell.data, cell.evaluator] = cell.value
@@ -104,25 +105,25 @@ class Table:
         )
 
     def page(self, title: str) -> str:
-        """A page of HTML that needs nothing else."""
-        say = html.escape
-        head = "".join(f"<th>{say(column)}</th>" for column in ["encoder", *self.columns])
+        """A self-contained HTML page."""
+        escape = html.escape
+        head = "".join(f"<th>{escape(column)}</th>" for column in ["encoder", *self.columns])
         body = "".join(
-            "<tr><td>" + say(name) + "</td>" + "".join(f"<td>{say(text)}</td>" for text in row) + "</tr>\n"
+            "<tr><td>" + escape(name) + "</td>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>\n"
             for name, row in self.rows
         )
-        failed = "".join(f"<li>{say(text)}</li>" for text in self.failures)
+        failed = "".join(f"<li>{escape(text)}</li>" for text in self.failures)
         style = "table{border-collapse:collapse}th,td{border:1px solid #999;padding:.3em .6em;text-align:right}"
         return (
-            f'<!doctype html>\n<meta charset="utf-8"><title>{say(title)}</title>\n<style>body{{font-family:sans-serif}}'
-            f"{style}td:first-child,th:first-child{{text-align:left}}</style>\n<h1>{say(title)}</h1>\n"
+            f'<!doctype html>\n<meta charset="utf-8"><title>{escape(title)}</title>\n'
+            f"<style>body{{font-family:sans-serif}}{style}td:first-child,th:first-child{{text-align:left}}</style>\n<h1>{escape(title)}</h1>\n"
             f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>\n"
             + (f"<h2>Failed</h2><ul>{failed}</ul>\n" if failed else "")
         )
 
 
 def as_csv(cells: Sequence[Cell]) -> str:
-    """A line a cell, for other programs."""
+    """CSV with one line for each cell, for other programs."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heads = "encoder", "data", "evaluator", "metric", "value", "low", "high", "control", "seconds", "result", "failed"
@@ -152,11 +153,11 @@ def _interval(scores: dict[str, Any], name: str) -> tuple[float, float] | None:
 
 
 def _mean(cells: Sequence[Cell], encoder: str, evaluator: str) -> float | None:
-    """Over all data sets; None where a number is missing."""
+    """The mean over all data sets; None if a number is missing."""
     data = {c.data for c in cells}
     values = [c.value for c in cells if (c.encoder, c.evaluator) == (encoder, evaluator)]
-    whole = [value for value in values if value is not None]
-    return statistics.fmean(whole) if len(whole) == len(data) else None
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(data) else None
 
 
 def _text(cells: Sequence[Cell], encoder: str, evaluator: str, place: str) -> str:

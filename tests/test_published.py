@@ -601,7 +601,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     check(encoder, tokens(model), 1)
     assert encoder.preprocessing.mean == (0.5, 0.4, 0.3)
     mistakes = {
-        ("import", file, "--out", str(out)): "holds an export already",
+        ("import", file, "--out", str(out)): "already contains an export",
         ("import", "--out", str(out) + "2"): "name the checkpoint first",
         ("import", file): "--out is needed",
         ("imprt", file): "did you mean import?",

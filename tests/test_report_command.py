@@ -112,9 +112,9 @@ def test_a_run_that_is_still_going(runs: tuple[Path, Path], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["nowhere"], "nowhere is not there. Name the --out of an ssl-pretrain"),
-        (["."], "is no run: it has no metrics.jsonl; there are runs in it: one, two"),
-        (["one", "one/"], "a run stands there twice"),
+        (["nowhere"], "nowhere does not exist. Give the --out folder of an ssl-pretrain run"),
+        (["."], "is not a run: it has no metrics.jsonl; there are runs in it: one, two"),
+        (["one", "one/"], "the same run is given twice"),
         (["one", "--out", "no/where.html"], "--out no/where.html: there is no folder no"),
         (["one", "--ot", "x.html"], "--out"),
     ],

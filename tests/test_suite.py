@@ -158,7 +158,7 @@ def test_a_failure_is_named_and_the_rest_goes_on(desk: Path, capsys: pytest.Capt
             {"encoders": ["small", "x/small"], "data": ["fields"], "evaluators": ["knn"]},
             "two encoders have the same name",
         ),
-        ({"encoders": ["small"], "data": ["fields"], "evaluators": {"knn": {"out": "x"}}}, "out is the suite's own"),
+        ({"encoders": ["small"], "data": ["fields"], "evaluators": {"knn": {"out": "x"}}}, "out is set by the suite"),
         ({"encoders": ["small"], "data": ["fields"], "evaluators": {"knn": 3}}, "knn takes flags"),
     ],
 )
@@ -176,7 +176,7 @@ def test_no_list(desk: Path, capsys: pytest.CaptureFixture) -> None:
     assert "--list nowhere.yaml cannot be read" in capsys.readouterr().err
     (desk / "broken.yaml").write_text("encoders: [")
     assert main(["suite", "--list", "broken.yaml"]) == 2
-    assert "is no YAML" in capsys.readouterr().err
+    assert "is not YAML" in capsys.readouterr().err
     assert main(["suite"]) == 2
     assert "--list is needed" in capsys.readouterr().err
 

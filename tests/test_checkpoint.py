@@ -449,5 +449,5 @@ def test_one_whose_writing_was_broken_off_is_named_and_removed(
     (tmp_path / ".writing-00000025" / "shard.safetensors").write_bytes(b"half")
     checkpoint.clear(tmp_path)
     assert checkpoint.newest(tmp_path) == 20
-    assert "the checkpoint of step 25 was not written to its end; it is removed" in capsys.readouterr().out
+    assert "the checkpoint of step 25 is incomplete; it is removed" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]

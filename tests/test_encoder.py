@@ -201,9 +201,9 @@ def test_a_path_that_holds_no_encoder(export: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no/where does not exist: give a run folder"):
         encoder.load(tmp_path / "no" / "where")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty holds no encoder .* that has saved a checkpoint"):
+    with pytest.raises(UserError, match=r"empty has no encoder .* that has saved a checkpoint"):
         encoder.load(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"model\.safetensors holds no encoder"):
+    with pytest.raises(UserError, match=r"model\.safetensors has no encoder"):
         encoder.load(export / "model.safetensors")
     (export / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
@@ -213,15 +213,15 @@ def test_a_path_that_holds_no_encoder(export: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format=2), "is of format 2, newer than 1: upgrade ssl-pretrain"),
-        (lambda c: c.pop("format"), "is no description of an encoder: KeyError"),
-        (lambda c: c.update(backbone=3), "is no description of an encoder"),
-        (lambda c: c["backbone"].pop("name"), "is no description of an encoder: KeyError"),
-        (lambda c: c["backbone"].update(image_size=[16]), "is no description of an encoder: ValueError"),
+        (lambda c: c.update(format=2), "has format 2, newer than 1: upgrade ssl-pretrain"),
+        (lambda c: c.pop("format"), "does not describe an encoder: KeyError"),
+        (lambda c: c.update(backbone=3), "does not describe an encoder"),
+        (lambda c: c["backbone"].pop("name"), "does not describe an encoder: KeyError"),
+        (lambda c: c["backbone"].update(image_size=[16]), "does not describe an encoder: ValueError"),
         (lambda c: c["backbone"].update(name="vit_mikro"), r"config\.json: unknown encoder 'vit_mikro'; did you mean"),
         (lambda c: c["backbone"]["options"].update(depht=3), "has no option 'depht'; did you mean depth"),
         (lambda c: c["backbone"]["options"].update(heads=None), "heads: None is not a whole number"),
-        (lambda c: c["preprocessing"].pop("mean"), "is no description of an encoder: KeyError"),
+        (lambda c: c["preprocessing"].pop("mean"), "does not describe an encoder: KeyError"),
     ],
 )
 def test_a_description_that_is_not_ours(change: Callable[[dict], object], message: str, export: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_description_that_is_not_ours(change: Callable[[dict], object], messag
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "{}"])
 def test_a_description_that_is_no_object(text: str, export: Path) -> None:
     (export / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json is no description of an encoder"):
+    with pytest.raises(UserError, match=r"config\.json does not describe an encoder"):
         encoder.load(export)
 
 
@@ -268,7 +268,7 @@ def test_damage_is_found(export: Path) -> None:
         (whole[: len(whole) // 2], r"model\.safetensors cannot be read"),
         (whole[:5], r"model\.safetensors cannot be read"),
         (b"", r"model\.safetensors cannot be read"),
-        (bytes(flipped), "is damaged or was exchanged"),
+        (bytes(flipped), "is damaged or was replaced"),
     ]:
         (export / "model.safetensors").write_bytes(content)
         with pytest.raises(UserError, match=message):
@@ -340,7 +340,7 @@ def test_weights_start_an_encoder_for_another_image_size(positions: str, tmp_pat
     ],
 )
 def test_weights_of_another_architecture_are_refused(options: dict[str, Any], message: str, export: Path) -> None:
-    with pytest.raises(UserError, match=f"is another than the one to start: .*{message}"):
+    with pytest.raises(UserError, match=f"differs from the one to initialise: .*{message}"):
         encoder.load_weights(export, small_export(4, **options).backbone)
 
 

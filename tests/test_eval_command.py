@@ -213,7 +213,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["knn", "--data", "PHOTOS"], "--encoder is needed"),
     (["knn", "--encoder", "RUM"], "RUM does not exist; did you mean RUN?"),
     (["knn", "--encoder", "rndom", "--data", "PHOTOS"], "did you mean random?"),
-    (["knn", "--encoder", "PHOTOS"], "holds no encoder"),
+    (["knn", "--encoder", "PHOTOS"], "has no encoder"),
     (["knn", "--encoder", "RUN", "--data", "PHOTOZ"], "did you mean PHOTOS?"),
     (["knn", "--encoder", "RUN", "--like", "RUN"], "goes with --encoder random only"),
     (["knn", "--encoder", "pixels"], "needs --data"),

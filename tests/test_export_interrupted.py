@@ -49,5 +49,5 @@ def test_other_weights_under_a_description_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     save_file(load_file(tmp_path / "b" / "model.safetensors"), tmp_path / "a" / "model.safetensors")
-    with pytest.raises(encoder.UserError, match="damaged or was exchanged"):
+    with pytest.raises(encoder.UserError, match="damaged or was replaced"):
         encoder.load(tmp_path / "a")

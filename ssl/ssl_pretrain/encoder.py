@@ -1,7 +1,7 @@
-"""An exported encoder: written by the loop, read by evaluators and by anybody's own code.
+"""Exported encoders: written by the training loop, read by evaluators and by other programs.
 
-A folder with `model.safetensors` (weights under the field's names), `config.json` (architecture, preprocessing,
-lineage, a hash of the weights) and a model card. Shapes: B images, C channels, H x W pixels.
+An export is a folder with `model.safetensors` (weights under the usual names), `config.json` (architecture,
+preprocessing, lineage, a hash of the weights) and a model card. Shapes: B images, C channels, H x W pixels.
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ from .files import sync, write_text
 from .randomness import key
 
 FORMAT = 1  # of config.json; a reader refuses a newer one
-SHOWN = 10  # names listed in a message of each kind of mismatch
-# Options that may differ between an export and the encoder its weights start (--init-from): they give no weight another
-# meaning. All others must agree, heads for instance, which no shape would betray.
+SHOWN = 10  # largest number of names that a message lists for each kind of mismatch
+# Options that may differ between an export and the encoder that starts from its weights (--init-from), because they do
+# not change the meaning of weights. All others must agree, for instance heads, whose number no weight's shape shows.
 FREE = frozenset({"drop_path", "drop_path_uniform", "drop_rows", "pool"})
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a picture to what the encoder was trained on: the shorter side to `resize` pixels, the central `crop`
-    (height, width), [0, 1], minus `mean`, over `std`."""
+    """Preprocessing of the encoder's training images: resize the shorter side to `resize` pixels, take the central
+    `crop` (height, width), scale to [0, 1], subtract `mean`, divide by `std`."""
 
     resize: int
     crop: tuple[int, int]
@@ -51,18 +51,18 @@ class Preprocessing:
 
     @classmethod
     def for_size(cls, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> "Preprocessing":
-        """The usual evaluation crop: 224 out of 256 and in that proportion; from 112 pixels down the whole image, as on
-        small-image data sets."""
+        """The usual evaluation crop: 224 of 256 pixels, or in that proportion; up to 112 pixels the whole image, as for
+        data sets of small images."""
         short = min(size)
         return cls(round(short * 256 / 224) if short > 112 else short, size, "bicubic", mean, std)
 
 
 @final
 class Encoder(nn.Module):
-    """A backbone with its preprocessing. Call it with images (B, C, H, W) as `preprocess` gives them; returns Features.
+    """A backbone with its preprocessing. Call it with images (B, C, H, W) from `preprocess`; it returns Features.
 
-    Attributes: `backbone`; `name`, the encoder's among `backbones.names()`; `preprocessing`; `lineage`, where the
-    weights come from (method, data, step, ...), JSON data.
+    Attributes: `backbone`; `name`, the encoder's name in `backbones.names()`; `preprocessing`; `lineage`, the origin of
+    the weights (method, data, step, ...) as JSON data.
     """
 
     def __init__(self, backbone: Backbone, name: str, preprocessing: Preprocessing, lineage: Mapping[str, Any]) -> None:
@@ -71,10 +71,10 @@ class Encoder(nn.Module):
         self.lineage = dict(lineage)
 
     def preprocess(self, images: Sequence[Image.Image | np.ndarray | bytes]) -> Tensor:
-        """Pictures (PIL images of any mode, arrays (H, W, C) uint8, the bytes of image files; turned upright as EXIF
-        says) to (B, C, H, W) float32 on the encoder's device.
+        """Convert pictures to (B, C, H, W) float32 on the encoder's device. They are PIL images of any mode, arrays
+        (H, W, C) uint8, or the bytes of image files; they are rotated as their EXIF orientation says.
 
-        Raises UserError for one that cannot be read or has other channels than the encoder takes.
+        Raises UserError for one that cannot be read or whose number of channels the encoder does not accept.
         """
         from .data.decode import BadImage, decode, eight_bits
         from .data.views import resize_and_crop
@@ -104,15 +104,17 @@ class Encoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hex; the same for the same weights (as they are now), architecture and preprocessing."""
+        """Hex text, equal for equal weights (in their current state), architecture and preprocessing."""
         described = json.dumps(_config(self), sort_keys=True)
         return hashlib.blake2b((described + _hash(self.backbone.state_dict())).encode(), digest_size=16).hexdigest()
 
 
 def save(path: Path, encoder: Encoder) -> None:
-    """Write an export to the folder `path`, over an older one. Files are written aside, synced and renamed; the weights
-    carry their config.json in their header, so that killed between two renames (or with a disk that fills up there) it
-    leaves the old export or the new one. Raises OSError where it cannot be written.
+    """Write an export to the folder `path`; an older one is replaced.
+
+    Files are written under temporary names, synced and renamed. The weights contain config.json in their header, so a
+    process that is killed between two renames (or a disk that becomes full there) leaves the old export or the new one.
+    Raises OSError if it cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
     aside = path / f".model.safetensors.{os.getpid()}"
@@ -120,7 +122,7 @@ def save(path: Path, encoder: Encoder) -> None:
     config = {"format": FORMAT, **_config(encoder), "lineage": encoder.lineage, "weights": _hash(weights)}
     text = json.dumps(config, indent=1) + "\n"
     try:
-        save_file(weights, aside, metadata={"config": text})  # one entry: several come in a random order
+        save_file(weights, aside, metadata={"config": text})  # one entry: several would have a random order
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path / "model.safetensors")
@@ -133,10 +135,11 @@ def save(path: Path, encoder: Encoder) -> None:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
-    """The encoder in a folder, or in the `encoder/` of a run folder; in eval mode on `device`, every weight trainable.
+    """Load the encoder in a folder, or in the `encoder/` of a run folder; in eval mode on `device`, all weights
+    trainable.
 
-    Raises UserError where there is none, where it was written by a newer version, where its weights do not match its
-    architecture key for key, and where they are not the ones that were saved.
+    Raises UserError if there is none, if a newer version wrote it, if its weights do not match its architecture key for
+    key, and if they are not the ones that were saved.
     """
     folder = _folder(Path(path))
     config, weights = _read(folder)
@@ -147,7 +150,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
         backbone = _build(described["name"], described["image_size"], described["in_chans"], described["options"])
         lineage, saved = config["lineage"], config["weights"]
     except (KeyError, TypeError, ValueError) as problem:
-        raise UserError(f"{folder / 'config.json'} is no description of an encoder: {problem!r}") from None
+        raise UserError(f"{folder / 'config.json'} does not describe an encoder: {problem!r}") from None
     except UserError as problem:
         hint = (
             "" if backbones.known(described["name"]) else ". An encoder of another package needs that package installed"
@@ -157,16 +160,16 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     backbone.load_state_dict(weights)
     if _hash(weights) != saved:
         raise UserError(
-            f"{folder / 'model.safetensors'} is damaged or was exchanged: its weights are not those that config.json "
-            f"was written with; copy or export it again"
+            f"{folder / 'model.safetensors'} is damaged or was replaced: its weights are not those that config.json "
+            f"belongs to; copy or export it again"
         )
     return Encoder(backbone, described["name"], preprocessing, lineage).to(device).eval()
 
 
 def load_weights(path: str | Path, backbone: Backbone) -> None:
-    """Put an export's weights into a backbone of the same architecture, which may be for another image size.
+    """Load an export's weights into a backbone of the same architecture, which may have another image size.
 
-    Raises UserError with the difference where it is another architecture, and as `load` does.
+    Raises UserError that lists the differences for another architecture, and as `load` does.
     """
     folder = _folder(Path(path))
     other = load(folder).backbone
@@ -177,15 +180,15 @@ def load_weights(path: str | Path, backbone: Backbone) -> None:
         if own.get(name) != theirs.get(name)
     ]
     if differences:
-        raise UserError(f"the encoder in {folder} is another than the one to start: {', '.join(differences)}")
+        raise UserError(f"the encoder in {folder} differs from the one to initialise: {', '.join(differences)}")
     weights = backbone.adapt(other.state_dict(), other.image_size)
     _check_names(backbone, weights, folder)
     backbone.load_state_dict(weights)
 
 
 def random_like(encoder: Encoder | str | Path, seed: int = 0) -> Encoder:
-    """An untrained encoder of the same architecture and preprocessing, its weights a function of the seed; in eval mode
-    on the same device. `encoder` may also be a path as `load` takes it."""
+    """An untrained encoder of the same architecture and preprocessing, in eval mode on the same device. Its weights are
+    a function of the seed. `encoder` may also be a path as for `load`."""
     if not isinstance(encoder, Encoder):
         encoder = load(encoder)
     backbone = another(encoder.name, encoder.backbone, seed)
@@ -194,7 +197,8 @@ def random_like(encoder: Encoder | str | Path, seed: int = 0) -> Encoder:
 
 
 def another(name: str, like: Backbone, seed: int = 0) -> Backbone:
-    """A new backbone of the same architecture as `like`, whose name it is; its weights are a function of the seed."""
+    """A new backbone of the same architecture as `like`, which has this name; its weights are a function of the
+    seed."""
     return _build(name, like.image_size, like.in_chans, like.describe(), seed)
 
 
@@ -217,7 +221,7 @@ def _folder(path: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise UserError(
-        f"{path} holds no encoder (neither config.json nor encoder/config.json): give a run folder that has saved a "
+        f"{path} has no encoder (neither config.json nor encoder/config.json): give a run folder that has saved a "
         f"checkpoint, or the encoder/ in one"
     )
 
@@ -230,11 +234,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         newer = config["format"] > FORMAT
         parts = [config["backbone"], config["preprocessing"]]
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{file} is no description of an encoder: {problem!r}") from None
+        raise UserError(f"{file} does not describe an encoder: {problem!r}") from None
     if newer:
-        raise UserError(f"{file} is of format {config['format']}, newer than {FORMAT}: upgrade ssl-pretrain to read it")
+        raise UserError(f"{file} has format {config['format']}, newer than {FORMAT}: upgrade ssl-pretrain to read it")
     if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{file} is no description of an encoder: its parts are not objects")
+        raise UserError(f"{file} does not describe an encoder: its parts are not objects")
     try:
         weights = load_file(folder / "model.safetensors")
         with safe_open(folder / "model.safetensors", "pt") as opened:
@@ -242,12 +246,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (OSError, SafetensorError, ValueError) as problem:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read: {problem}") from None
     if header.get("weights") not in (None, config.get("weights")) and header["weights"] == _hash(weights):
-        config = header  # `save` ended between its two renames: the weights are new, config.json is the one before
+        config = header  # `save` was interrupted between its two renames: the weights are new, config.json is old
     return config, weights
 
 
 def _check_names(backbone: Backbone, weights: Mapping[str, Tensor], where: Path) -> None:
-    """Raise UserError, with the difference, unless the weights have the backbone's names and shapes."""
+    """Raise UserError that lists the differences, unless the weights have the backbone's names and shapes."""
     own = backbone.state_dict()
     problems = {
         "missing": sorted(own.keys() - weights.keys()),
@@ -278,7 +282,7 @@ def _hash(weights: Mapping[str, Tensor]) -> str:
 
 
 def _config(encoder: Encoder) -> dict[str, Any]:
-    """What config.json says of the architecture and the preprocessing."""
+    """The architecture and the preprocessing for config.json."""
     return {
         "backbone": {
             "name": encoder.name,
@@ -309,5 +313,5 @@ model = encoder.load("this folder")
 features = model(model.preprocess([Image.open("cat.jpg")]))  # .pooled (1, {encoder.backbone.dim})
 ```
 
-Made by ssl-pretrain. It was trained without labels; what it is good for must be measured on the task at hand.
+Made by ssl-pretrain. It was trained without labels; evaluate it on your task before you use it.
 """

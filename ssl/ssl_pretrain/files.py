@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and those that grow by lines."""
+"""Files that are written atomically, and files that grow line by line."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ def sync(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all: aside, synced, renamed."""
+    """Write a small file atomically: to a temporary file that is synced and renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "w") as file:
@@ -35,10 +35,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, patience: float) -> Iterator[None]:
-    """Have a folder for oneself: others who ask for it wait. It is free again when this is left, or the process gone.
+    """Lock a folder: other processes that lock it wait until this context, or the process, ends.
 
-    Raises BlockingIOError where another process still has it after `patience` seconds. Some network file systems know no
-    such locks: there everybody gets it.
+    Raises BlockingIOError if another process still holds the lock after `patience` seconds. Some network file systems
+    have no such locks; there every process gets it.
     """
     descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + patience
     try:
@@ -58,8 +58,8 @@ def lock_folder(folder: Path, patience: float) -> Iterator[None]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file, none where it is not there; a line cut off by a killed process, or still being
-    written, is left out."""
+    """The complete lines of a .jsonl file; [] if it does not exist. An incomplete line, of a killed process or one that
+    is still being written, is left out."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):

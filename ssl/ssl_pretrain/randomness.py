@@ -1,7 +1,7 @@
 """Randomness as a function of keys: no generator carries state from one step, sample or worker to the next.
 
-Everything random in a run is drawn from a generator made on the spot from what the draw is *for* (seed, epoch, sample; or
-seed, step, draw). So nothing needs saving for an exact resume, and workers, ranks and machines agree by construction.
+Every random draw of a run uses a new generator whose key says what the draw is *for* (seed, epoch, sample; or seed,
+step, draw). So an exact resume needs no saved state, and workers, ranks and machines agree by construction.
 """
 
 import hashlib
@@ -18,5 +18,6 @@ def key(*parts: Part) -> int:
 
 
 def numpy_generator(*parts: Part) -> np.random.Generator:
-    """A NumPy generator keyed by `parts` (Philox: counter-based, cheap to make, the same stream on every platform)."""
+    """A NumPy generator keyed by `parts` (Philox: counter-based, cheap to create, the same stream on every
+    platform)."""
     return np.random.Generator(np.random.Philox(key=key(*parts)))

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which are there, which is the newest whole one, which are pruned."""
+"""The folder of a run's checkpoints: lists them, finds the newest complete one, prunes old ones."""
 
 import json
 import os
@@ -12,24 +12,24 @@ PATTERN = re.compile(r"step-(\d{8,})")
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints there are, oldest first."""
+    """The steps of the existing checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(int(m[1]) for path in folder.iterdir() if (m := PATTERN.fullmatch(path.name)))
 
 
 def clear(folder: Path) -> None:
-    """Remove what a killed run had begun to write, and say so. For the process that is about to write there."""
+    """Remove incomplete checkpoints of a killed run, with a warning. For the process that will write to the folder."""
     for begun in sorted(folder.glob(".writing-*")):
         shutil.rmtree(begun, ignore_errors=True)
         step = int(begun.name.rsplit("-", 1)[1])
-        print(f"warning: the checkpoint of step {step} was not written to its end; it is removed", flush=True)
+        print(f"warning: the checkpoint of step {step} is incomplete; it is removed", flush=True)
 
 
 def newest(folder: Path) -> int | None:
-    """The step of the newest whole checkpoint, None without any. For one process of the run.
+    """The step of the newest complete checkpoint, None if there is none. For one process of the run.
 
-    A damaged one is set aside (renamed to .damaged-...), named in a warning line, and the one before it is taken.
+    A damaged one is renamed to .damaged-..., with a warning line, and the previous one is tried.
     """
     for step in reversed(steps(folder)):
         path = folder / f"step-{step:08d}"
@@ -40,19 +40,19 @@ def newest(folder: Path) -> int | None:
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(path, aside)
         before = [s for s in steps(folder) if s < step]
-        then = f"trying step {before[-1]}" if before else "no older one is left, starting from the beginning"
+        then = f"trying step {before[-1]}" if before else "there is no older one, starting from the beginning"
         print(f"warning: checkpoint {path} is damaged ({problem}); moved to {aside.name}; {then}", flush=True)
     return None
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None where it is whole."""
+    """A description of what is wrong with a checkpoint; None if it is complete and undamaged."""
     try:
         recorded = json.loads((path / "checkpoint.json").read_text())["files"]
         for name, (size, _) in recorded.items():
             if (path / name).stat().st_size != size:
                 return f"{name} has {(path / name).stat().st_size} bytes, {size} were written"
-        with ThreadPoolExecutor(8) as pool:  # zlib lets go of the interpreter
+        with ThreadPoolExecutor(8) as pool:  # zlib releases the interpreter lock
             for name, (_, crc) in zip(
                 recorded, pool.map(_size_and_sum, [path / name for name in recorded]), strict=True
             ):
@@ -75,7 +75,7 @@ def _size_and_sum(file: Path) -> tuple[int, int]:
 
 
 def prune(folder: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps."""
+    """Remove all checkpoints except the newest `keep_last` and those at multiples of `keep_every` steps."""
     there = steps(folder)
     for step in there[:-keep_last]:
         if not (keep_every and step % keep_every == 0):

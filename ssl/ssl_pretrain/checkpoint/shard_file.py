@@ -1,7 +1,7 @@
 """A process's part of a checkpoint as a safetensors file, written tensor by tensor.
 
-torch's writer has the library build the whole file in memory first, which is the state of the optimiser once more; this
-one holds one tensor at a time, and sums what it writes.
+torch's writer builds the whole file in memory first, which needs the memory of the optimiser's state again. This one
+holds one tensor at a time, and computes the checksum of what it writes.
 """
 
 import json
@@ -23,7 +23,7 @@ DTYPES = {
 
 @final
 class ShardWriter(HuggingFaceStorageWriter):
-    """Storage for `torch.distributed.checkpoint.save`: one file a process, readable by HuggingFaceStorageReader.
+    """Storage for `torch.distributed.checkpoint.save`: one file per process, readable by HuggingFaceStorageReader.
 
     `written`: size and CRC-32 of this process's file by its name, once it is synced.
     """
@@ -36,8 +36,8 @@ class ShardWriter(HuggingFaceStorageWriter):
     def write_data(self, plan: Any, planner: Any) -> Future:
         """See StorageWriter. Raises OSError."""
         done: Future = Future()
-        done.set_result([])  # what only files of another layout are indexed by
-        # Wide types first: then every tensor begins at a multiple of its own width.
+        done.set_result([])  # an index that only files of another layout need
+        # Wide types first, so that every tensor starts at a multiple of its own width.
         items = sorted(plan.items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)
         if not items:
             return done
@@ -52,7 +52,7 @@ class ShardWriter(HuggingFaceStorageWriter):
             at = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        # The name that the reader's library gives such files
+        # The file name that the reader's library uses
         path = self.folder / f"shard-{self.number:05d}-model-00001-of-00001.safetensors"
         size = crc = 0
         with open(path, "wb") as file:

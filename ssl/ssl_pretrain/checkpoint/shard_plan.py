@@ -1,7 +1,8 @@
-"""Who writes which part of a checkpoint, found by every process for itself.
+"""Decides which process writes which part of a checkpoint. Every process computes this by itself.
 
-torch's own plan is made by the first process for all of them, tensor by tensor and process by process: minutes for a
-thousand processes, in a thread that takes the interpreter from training. All that decides is known everywhere.
+torch's own plan is made by the first process for all others, tensor by tensor and process by process. That takes
+minutes for a thousand processes, in a thread that blocks the interpreter for training. All processes know the needed
+facts.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 
 def mine(state: Mapping[str, Tensor], *, first: bool) -> dict[str, Tensor]:
-    """Of a state that all processes hold, by the same names in the same order, what this one writes.
+    """The tensors of a state that this process writes. All processes have the same names in the same order.
 
-    The first writes what is whole everywhere. Of a sharded tensor each process writes its part; where several hold the
-    same one (hsdp), whole tensors go to the group of processes that has the fewest bytes so far.
+    The first process writes tensors that are not sharded. Of a sharded tensor each process writes its part. If several
+    hold the same part (hsdp), each tensor is assigned to the group of processes with the fewest bytes so far.
     """
     chosen: dict[str, Tensor] = {}
     given: dict[int, list[int]] = {}  # bytes by copy, for each number of copies
@@ -35,7 +36,7 @@ def mine(state: Mapping[str, Tensor], *, first: bool) -> dict[str, Tensor]:
 
 
 def _copies(tensor: DTensor) -> tuple[int, int]:
-    """How many copies there are of each part, and the number of this process's one (-1: it holds none)."""
+    """The number of copies of each part, and the index of this process's copy (-1: it holds none)."""
     mesh, where = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     copies, own = 1, 0
     for dim, placement in enumerate(tensor.placements):
@@ -46,12 +47,12 @@ def _copies(tensor: DTensor) -> tuple[int, int]:
 
 @final
 class OwnPlan(DefaultSavePlanner):
-    """Writes what it is given. The others' parts are not looked at: whether all of them are there is seen by who gives the
-    checkpoint its name."""
+    """Writes the given tensors without a plan for the other processes. The process that renames the checkpoint checks
+    that all parts exist."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Any]:
-        """See SavePlanner; of one process's plan."""
+        """See SavePlanner. The plan of this process only."""
         return all_plans, Metadata({})

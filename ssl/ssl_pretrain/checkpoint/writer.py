@@ -1,4 +1,4 @@
-"""Writing a checkpoint in the background while training goes on."""
+"""Writes checkpoints in the background during training."""
 
 import json
 import os
@@ -21,20 +21,20 @@ from .shard_plan import OwnPlan, mine
 
 
 class Writer:
-    """Writes the checkpoints of `folder` behind the back of training.
+    """Writes the checkpoints of `folder` in the background.
 
-    `begin` copies the state (what it takes is all that training waits for) and lets a thread write it aside; `publish`,
-    once every process's thread is done, gives it its name. All processes call both alike. With `sharded` every one writes
-    what it holds of sharded tensors, else the first writes everything.
+    `begin` copies the state (training waits only for this copy) and starts a thread that writes it to a temporary
+    folder. `publish` waits until every process's thread is done and renames the folder. All processes call both. With
+    `sharded` every process writes its parts of sharded tensors, else the first process writes everything.
     """
 
     def __init__(self, folder: Path, *, sharded: bool = False) -> None:
         self.folder, self.sharded, self.rank = folder, sharded, distributed.rank()
-        # Host memory, used again by every checkpoint: this process's part of each tensor, and the part as it is sharded
+        # Host memory that every checkpoint reuses: this process's part of each tensor, plain and as a sharded tensor
         self._copies: dict[str, tuple[Tensor, Tensor]] = {}
         self._thread: threading.Thread | None = None
-        self.step: int | None = None  # of the checkpoint that is begun and not published
-        self.problem: OSError | None = None  # why its writing failed here
+        self.step: int | None = None  # of the checkpoint that is begun but not published
+        self.problem: OSError | None = None  # why this process could not write it
         self._facts: dict[str, Any] = {}
         self._written: dict[str, tuple[int, int]] = {}  # bytes and CRC-32 of this process's files
 
@@ -47,10 +47,10 @@ class Writer:
     def begin(
         self, step: int, state: Mapping[str, Any], then: Callable[[], None] | None = None, *, copy: bool = True
     ) -> None:
-        """Write the state after `step` steps aside, then call `then` (in the thread). The one before must be published.
+        """Write the state after `step` steps in a thread, then call `then` there. The previous one must be published.
 
-        state: mappings of names to tensors, and plain data. It may change as soon as this returns; without `copy`, which
-        takes as much memory again, only after `wait`.
+        state: mappings of names to tensors, and plain data. It may change as soon as this method returns. Without
+        `copy` (the copy needs the same memory again) it may change only after `wait`.
         """
         if self.rank != 0 and not self.sharded:
             return
@@ -63,30 +63,30 @@ class Writer:
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         self.step, self.problem, self._facts, self._written = step, None, facts, {}
-        if not self.sharded:  # else another may have begun; `clear` has seen to it
+        if not self.sharded:  # with `sharded` another process may have begun to write; `clear` has removed old ones
             shutil.rmtree(self._aside(step), ignore_errors=True)
         self._thread = threading.Thread(target=self._work, args=(step, copies, then), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until this process's thread is done."""
+        """Wait until this process's thread is done."""
         if self._thread is not None:
             self._thread.join()
 
     def follow(self, work: Callable[[], None]) -> None:
-        """Do `work` behind the back of training, too, once the checkpoint has its name: `wait` waits for it, and `problem`
-        says why it failed."""
+        """Run `work` in the background after the checkpoint is published. `wait` waits for it; `problem` has the error
+        if it fails."""
         self._thread = threading.Thread(target=self._try, args=(work,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def publish(self, *, keep_last: int | None = None, keep_every: int | None = None) -> None:
-        """Give the checkpoint its name, where every process has written its part; then prune the older ones.
+        """Rename the checkpoint to its final name if every process has written its part; then prune older ones.
 
-        What fails (a full disk, no permission) is found in `problem` afterwards, and what was begun is removed.
+        After an error (a full disk, no permission) `problem` is set, and the incomplete checkpoint is removed.
         """
         self.wait()
         step, self.step = self.step, None
-        # By word of mouth: what another machine has just written may take a minute to be listed here (NFS)
+        # Exchanged, not listed: on NFS a file that another machine has just written may be invisible for a minute
         written = distributed.from_all(self._written) if self.sharded else [self._written]
         if step is None or self.rank != 0:
             return
@@ -98,7 +98,7 @@ class Writer:
             for name, (size, _) in files.items():
                 if _size(aside / name) != size:
                     shared = "is --out on a file system that all machines share?"
-                    raise OSError(f"{aside / name} is not there with its {size} bytes: {shared}")
+                    raise OSError(f"{aside / name} is missing or does not have its {size} bytes: {shared}")
             write_text(aside / "checkpoint.json", json.dumps({"step": step, **self._facts, "files": files}))
             sync(aside)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
@@ -118,7 +118,7 @@ class Writer:
         return self.folder / f"step-{step:08d}"
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor` in host memory that is kept from one checkpoint to the next, as sharded as it is."""
+        """A copy of `tensor`, with the same sharding, in host memory that is reused by the next checkpoint."""
         mine = distributed.local(tensor)
         copy, stored = self._copies.get(name, (None, None))
         if copy is None or stored is None or copy.shape != mine.shape or copy.dtype != mine.dtype:
@@ -138,9 +138,9 @@ class Writer:
     def _try(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except OSError as problem:  # told by the thread that can end the run
+        except OSError as problem:  # reported by the thread that can end the run
             self.problem = problem
-        except Exception as problem:  # in words, for it may be told to other processes
+        except Exception as problem:  # as text, because it may be sent to other processes
             self.problem = OSError(f"{type(problem).__name__}: {problem}")
 
     def _write(self, aside: Path, copies: dict[str, Tensor]) -> None:
@@ -155,7 +155,7 @@ class Writer:
 
 
 def _with_name(problem: OSError, path: Path) -> OSError:
-    """The same with the path: an error in the midst of a file (a full disk) does not say where."""
+    """The same error with the path: an error while writing (a full disk) does not name the file."""
     if problem.errno is not None and problem.filename is None:
         return OSError(problem.errno, problem.strerror or str(problem), str(path))
     return problem
@@ -168,8 +168,8 @@ def _size(file: Path) -> int | None:
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> None:
-    """Write the state after `step` steps as a checkpoint of `folder`, by this process alone; it is there whole when this
-    returns. Raises OSError where it cannot be written."""
+    """Write the state after `step` steps as a checkpoint of `folder`, with this process alone; it is complete on
+    return. Raises OSError if it cannot be written."""
     writer = Writer(folder)
     writer.begin(step, state, copy=False)
     writer.publish()

@@ -1,4 +1,4 @@
-"""AdamW with lists that are made once, so that a step costs the host little beside the fused kernel. P parameters."""
+"""AdamW with lists that are built once, so a step has little host overhead besides the fused kernel. P parameters."""
 
 from dataclasses import dataclass
 from typing import Any, final
@@ -9,16 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class _GroupState:
-    """A group's parameters and state, in the lists that the kernel takes."""
+    """A group's parameters and state, as the lists that the kernel takes."""
 
     parameters: list[Tensor]
     exp_avg: list[Tensor]
     exp_avg_sq: list[Tensor]
-    steps: Tensor  # float32 (P,), on the parameters' device: steps taken by each
+    steps: Tensor  # float32 (P,), on the parameters' device: number of steps of each
     step: list[Tensor]  # its elements, sharing its memory
 
     def with_gradients(self) -> "_GroupState":
-        """The part of the lists whose parameters have a gradient."""
+        """The entries whose parameters have a gradient."""
         lists: list[Any] = [self.parameters, self.exp_avg, self.exp_avg_sq, self.step]
         chosen = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
         parameters, exp_avg, exp_avg_sq, step = ([each[i] for i in chosen] for each in lists)
@@ -29,10 +29,10 @@ class _GroupState:
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019), algorithm 2.
 
-    Kernel, numbers and state ("step", "exp_avg", "exp_avg_sq" a parameter) are those of torch.optim.AdamW(fused=True),
-    which looks up every tensor and counts every parameter's steps by itself in each step: half of its time, where
-    parameters are small. With the attribute `found_inf` (float32, ()) at 1 a step changes nothing, and the host does not
-    wait for it.
+    Kernel, numbers and state ("step", "exp_avg", "exp_avg_sq" for each parameter) are those of
+    torch.optim.AdamW(fused=True). That class looks up every tensor and increments every parameter's step counter
+    separately in each step, which is half of its time if parameters are small. If the attribute `found_inf` (float32,
+    ()) is 1, a step changes nothing; the host does not synchronise with the device for this.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float = 1e-8) -> None:
@@ -62,7 +62,7 @@ class AdamW(torch.optim.Optimizer):
             )  # fmt: skip
 
     def _current(self) -> bool:
-        """Whether the lists hold the state there is, and not one that was loaded since."""
+        """Whether the lists refer to the current state, and not to one that was replaced by loading."""
         return len(self._group_states) == len(self.param_groups) and all(
             self.state[parameter].get("step") is step
             for group_state in self._group_states

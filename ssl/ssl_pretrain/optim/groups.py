@@ -1,4 +1,4 @@
-"""Parameter groups by the papers' rules: weight decay and layer decay."""
+"""Parameter groups for weight decay and layer decay, by the papers' rules."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,11 +11,11 @@ DECAYED_TOKENS = ("cls_token", "mask_token", "reg_tokens", "pos_embed")
 
 
 def decays(name: str, parameter: Tensor, rule: Literal["no_1d", "no_1d_tokens", "all"]) -> bool:
-    """Whether a parameter takes part in weight decay.
+    """Whether weight decay applies to a parameter.
 
-    "no_1d": all but biases and parameters of one dimension (MAE, DINO, iBOT, I-JEPA, MSN; their class and mask tokens
-    and position tables do decay); "no_1d_tokens": nor tokens and positions (BEiT, MAE's fine-tuning); "all": every one
-    (MoCo v3).
+    "no_1d": to all except biases and parameters of one dimension (MAE, DINO, iBOT, I-JEPA, MSN; class and mask tokens
+    and position tables do decay). "no_1d_tokens": also not to tokens and positions (BEiT, MAE's fine-tuning). "all": to
+    every parameter (MoCo v3).
     """
     if rule == "all":
         return True
@@ -33,12 +33,12 @@ def parameter_groups(
     matrices: bool = False,
     part: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of `model`, of which `encoder` is a part, in groups of equal weight decay and learning-rate
-    scale. Of each parameter the group holds `part(parameter)`: the part that this process has.
+    """The trainable parameters of `model`, which contains `encoder`, in groups of equal weight decay and learning-rate
+    scale. The groups contain `part(parameter)`: the part of each parameter that this process holds.
 
-    Each group holds "params", "names", "decays" (bool), "matrices" (bool: those that are two-dimensional and of the
-    encoder, what Muon is for; apart from the others only where `matrices` asks for it) and "lr_scale": layer_decay **
-    (blocks between the parameter and the encoder's output), as in BEiT, section A; 1 for everything outside the encoder.
+    Each group has "params", "names", "decays" (bool), "matrices" (bool: two-dimensional parameters of the encoder, for
+    Muon; they are separate groups only with `matrices`) and "lr_scale": layer_decay ** (number of blocks between the
+    parameter and the encoder's output), as in BEiT, section A; 1 outside the encoder.
     """
     inside = {id(p): name for name, p in encoder.named_parameters()}
     groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}

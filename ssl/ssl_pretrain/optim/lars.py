@@ -1,4 +1,4 @@
-"""LARS, the optimiser of the large batches of contrastive learning. w a parameter, g its gradient, v its momentum."""
+"""LARS, an optimiser for large batches in contrastive learning. w: a parameter, g: its gradient, v: its momentum."""
 
 from collections.abc import Callable
 from typing import Any, final
@@ -15,7 +15,7 @@ class Lars(torch.optim.Optimizer):
 
     g <- g + weight_decay * w, scaled by TRUST * |w| / |g| (by 1 where a norm is 0); v <- momentum * v + g; w <- w - lr * v.
     Parameters of groups that do not decay (biases and norms) get plain momentum SGD, as in SimCLR and BYOL. With the
-    attribute `found_inf` (float, ()) at 1 a step changes nothing, and nobody waits for the device to learn of it.
+    attribute `found_inf` (float, ()) at 1 a step changes nothing; the host does not synchronise with the device.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Lars(torch.optim.Optimizer):
         momentum: float,
         whole: Callable[[Tensor], Tensor] = lambda norms: norms,
     ) -> None:
-        """`whole` makes norms of whole tensors of those of the parts that this process holds."""
+        """`whole` converts norms of the parts that this process holds into norms of the whole tensors."""
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "decays": True})
         self._whole = whole
 
@@ -43,11 +43,11 @@ class Lars(torch.optim.Optimizer):
             decay = group["weight_decay"] if group["decays"] else 0.0
             g = list(torch._foreach_add([parameter.grad for parameter in w], w, alpha=decay))
             if group["decays"]:
-                own = torch.stack([*torch._foreach_norm(w), *torch._foreach_norm(g)])
-                w_norms, g_norms = self._whole(own).to(bad).chunk(2)
+                norms = torch.stack([*torch._foreach_norm(w), *torch._foreach_norm(g)])
+                w_norms, g_norms = self._whole(norms).to(bad).chunk(2)
                 trust = torch.where((w_norms > 0) & (g_norms > 0), TRUST * w_norms / g_norms, 1.0)
                 torch._foreach_mul_(g, list(trust.unbind()))
-            for each in g:  # NaN times 0 would stay
+            for each in g:  # NaN times 0 is NaN
                 each.masked_fill_(skipped, 0.0)
             torch._foreach_mul_(v, bad + (1 - bad) * group["momentum"])
             torch._foreach_add_(v, g)

@@ -1,4 +1,4 @@
-"""Muon for the encoder's matrices, AdamW for all else, as one optimiser."""
+"""One optimiser with Muon for the encoder's matrices and AdamW for all other parameters."""
 
 from typing import Any, final
 
@@ -13,8 +13,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
     "matrices", fused AdamW on the others.
 
     Muon's steps are scaled to the root mean square of AdamW's (Liu et al., "Muon is Scalable for LLM Training", 2025,
-    section 2.2), so that one learning rate and one weight decay serve both. Unlike the fused optimisers it cannot skip a
-    step on the device: with the attribute `found_inf` the host waits for it, once a step.
+    section 2.2), so both use the same learning rate and weight decay. Unlike the fused optimisers it cannot skip a step
+    on the device: with the attribute `found_inf` the host synchronises with the device once per step.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> None:
@@ -27,7 +27,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         if others:
             parts.append(AdamW(others, betas=betas))
         self._parts = parts
-        # One list of groups and one state for all, so that rates are set and checkpoints made as for any optimiser.
+        # One list of groups and one state, so that setting rates and saving checkpoints work as for any optimiser.
         self.param_groups = [group for part in parts for group in part.param_groups]
         for part in parts:
             part.state = self.state

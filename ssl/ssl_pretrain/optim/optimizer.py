@@ -1,7 +1,7 @@
-"""The optimiser over the parameter groups: its rates, gradient clipping, and steps that are skipped on the device.
+"""Builds the optimiser, sets its rates, clips gradients, and skips steps on the device.
 
-Every optimiser here takes `found_inf`: a step that is not finite is skipped on the device, moments and decay included,
-without a synchronisation of the host.
+Every optimiser of this package reads `found_inf`: a step that is not finite is skipped on the device, including moments
+and weight decay, without a synchronisation of the host (Muon excepted).
 """
 
 from collections.abc import Callable
@@ -21,9 +21,10 @@ def build(
     betas: tuple[float, float],
     whole: Callable[[Tensor], Tensor] = lambda norms: norms,
 ) -> torch.optim.Optimizer:
-    """The optimiser, fused (one kernel over all parameters; three times faster than the default on CPU and GPU).
+    """The optimiser in its fused version (one kernel over all parameters; three times faster than the default on CPU
+    and GPU).
 
-    whole: what the 2-norms of tensors become where each process holds a part of them.
+    whole: converts 2-norms of the parts that this process holds into those of the whole tensors.
     """
     if kind == "adamw":
         return AdamW(groups, betas=betas)
@@ -35,16 +36,16 @@ def build(
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Give every group its share of this step's learning rate and weight decay."""
+    """Set the learning rate and weight decay of every group for this step."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
 def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Step where `bad` (float32, ()) is 0, change nothing where it is 1; the host does not wait, unless it keeps the
-    parameters of an accelerator."""
-    # Not with non_blocking: what goes to the host would be read before it has come.
+    """Take a step if `bad` (float32, ()) is 0, change nothing if it is 1. The host does not synchronise with the
+    device, unless the parameters are offloaded to the host."""
+    # Not with non_blocking: a copy to the host could be read before it has arrived.
     bad = bad.to(optimizer.param_groups[0]["params"][0].device)
     # The fused kernels read these two attributes; they were made for the gradient scaler of float16.
     optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -53,14 +54,14 @@ def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def gradient_norms(parameters: list[nn.Parameter], whole: Callable[[Tensor], Tensor]) -> Tensor:
-    """The 2-norm of each gradient there is, float32 (P,); `whole` as in `build`."""
+    """The 2-norm of each existing gradient, float32 (P,); `whole` as in `build`."""
     grads = [p.grad for p in parameters if p.grad is not None]
     return whole(torch.stack(torch._foreach_norm(grads)).float())
 
 
 def clip_(parameters: list[nn.Parameter], most: float, norms: Tensor, *, each: bool) -> None:
-    """Scale gradients, whose 2-norms are `norms` (P,), down to a norm of at most `most`: together by the global norm, or
-    each parameter's by its own (DINO, as released)."""
+    """Scale gradients, whose 2-norms are `norms` (P,), down to a norm of at most `most`: all by the global norm, or
+    with `each` every parameter's by its own norm (DINO, as released)."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = norms.to(grads[0].device)
     if each:

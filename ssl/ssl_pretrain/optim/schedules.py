@@ -1,4 +1,4 @@
-"""Learning rate and weight decay as functions of the step: nothing counts, so nothing needs saving."""
+"""Learning rate and weight decay as functions of the step, without any state to save."""
 
 import math
 from typing import Literal
@@ -16,9 +16,9 @@ def learning_rate(
 ) -> float:
     """The rate of step `step` of `steps` (from 0).
 
-    Linear over the first `warmup` steps, from peak / warmup to peak (no step is spent at 0); then half a cosine to
-    `final` ("cosine"; SGDR, Loshchilov & Hutter 2017, one period), or the peak until the last `cooldown` steps, which
-    fall linearly to `final` ("constant": warm-up, stable, decay). Both reach `final` at `steps`, one past the last.
+    Linear over the first `warmup` steps, from peak / warmup to peak (no step has the rate 0). Then "cosine": half a
+    cosine to `final` (SGDR, Loshchilov & Hutter 2017, one period); or "constant": the peak until the last `cooldown`
+    steps, which fall linearly to `final` (warm-up, stable, decay). Both reach `final` at `steps`, one past the last.
     """
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -20,8 +20,8 @@ def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def empty_state(
     optimizer: torch.optim.Optimizer, entries: Mapping[str, tuple[tuple[int, ...], torch.dtype]], method: nn.Module
 ) -> dict[str, Tensor]:
-    """Tensors for a state to be read into, as `state_by_name` gives it: from the shapes (of the whole) and types of its
-    entries by name. What has its parameter's shape is as large as the part of it that is here."""
+    """Empty tensors to read a state into, in the form of `state_by_name`. `entries`: whole shapes and dtypes of the
+    state's entries by name. An entry with its parameter's shape gets the shape of the part that this process holds."""
     by_parameter: dict[str, list[str]] = {}
     for path in entries:
         by_parameter.setdefault(path.rsplit("/", 1)[0], []).append(path)
@@ -38,8 +38,8 @@ def empty_state(
 
 
 def load_state_by_name(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Take the tensors that `state_by_name` would give, as they are. Raises KeyError where a parameter's entry is
-    missing."""
+    """Use the given tensors, in the form of `state_by_name`, as the state (no copies). Raises KeyError if a parameter's
+    entry is missing."""
     entries: dict[str, dict[str, Tensor]] = {}
     for path, value in state.items():
         name, entry = path.rsplit("/", 1)

@@ -54,7 +54,7 @@ def test_three_are_caught() -> None:
 def test_a_harmless_change_survives() -> None:
     harmless = Mutation(
         "harmless", "ssl/ssl_pretrain/optim/schedules.py", "left = steps - step\n", "left = -(step - steps)\n",
-        ("test_schedule.py",),
+        ("test_schedules.py",),
     )  # fmt: skip
     (row,) = check([harmless])
     assert row.caught_by is None

@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast, final
 
 import numpy as np
@@ -75,6 +76,11 @@ class Config:
     """Train on random crops (0.08 to 1 of the area) and flips instead of the test crops."""
     held_out: float = 0.1
     """Share of the training images of each class that is held out to select the best probe."""
+
+
+def example(data: Path) -> list[str]:
+    """Flags of a run of seconds, for the conformance check."""
+    return ["--epochs", "1", "--probe-batch-size", "8"]
 
 
 def evaluate(task: Task, config: Config) -> Outcome:

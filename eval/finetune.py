@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, cast, final
 
 import numpy as np
@@ -112,6 +113,11 @@ class Config:
     """Number of evenly spaced points of a curve of test accuracy during training (0: none); it selects nothing."""
     save: bool = False
     """Write the fine-tuned encoder and its classifier to encoder/ next to results.json."""
+
+
+def example(data: Path) -> list[str]:
+    """Flags of a run of seconds, for the conformance check."""
+    return ["--epochs", "1", "--train-batch-size", "8"]
 
 
 def evaluate(task: Task, config: Config) -> Outcome:

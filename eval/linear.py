@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
@@ -203,6 +204,11 @@ class Heads:
             square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
             size = (square / (1 - second**self.steps)).sqrt_().add_(ADAM_EPS)
             parameter.sub_(rate * (mean / (1 - first**self.steps)) / size)
+
+
+def example(data: Path) -> list[str]:
+    """Flags of a run of seconds, for the conformance check."""
+    return ["--steps", "5", "--lrs", "0.01", "0.1"]
 
 
 def evaluate(task: Task, config: Config) -> Outcome:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
@@ -136,6 +137,22 @@ class Condition:
     level: float | tuple[int, int]  # severity, share of the side, or the input's height and width
     encoder: Encoder
     source: Source
+
+
+def example(data: Path) -> list[str]:
+    """Flags of a run of seconds, for the conformance check."""
+    return [
+        "--corruptions",
+        "contrast",
+        "--severities",
+        "3",
+        "--resolutions",
+        "0.5",
+        "--crops",
+        "0.75",
+        "--input-sizes",
+        "1.5",
+    ]
 
 
 def evaluate(task: Task, config: Config) -> Outcome:

@@ -7,6 +7,7 @@ patch, M stored patches of the training images, C classes, G linear layers.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
@@ -113,6 +114,11 @@ def open_data(name: str, train_split: str | None, test_split: str | None, config
         )
     by_value = class_names(name)
     return Data(name, train, test, tuple(by_value.get(value, str(value)) for value in values))
+
+
+def example(data: Path) -> list[str]:
+    """Flags of a run of seconds, for the conformance check."""
+    return ["--task", "knn", "linear", "--steps", "5", "--image-size", "32"]
 
 
 def evaluate(task: Task, config: Config) -> Outcome:

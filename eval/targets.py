@@ -6,6 +6,7 @@ Labels: logistic regression with an L2 penalty. Numbers: ridge regression, in cl
 Shapes: n images of a split, F floats a feature, T targets.
 """
 
+import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,17 @@ class Config:
     """Feature to predict from: pooled, cls, mean, or of an earlier block cls@-4, mean@-4."""
     held_out: float = 0.1
     """Share of the training images that is held out to select each target's penalty."""
+
+
+def example(data: Path) -> list[str]:
+    """Flags of a run of seconds, and the table that they name, for the conformance check."""
+    path = data.with_name("targets.csv")
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("file", "first", "size"))
+        for i, image in enumerate(sorted(data.rglob("*.png"))):
+            table.writerow((image.relative_to(data).as_posix(), int(image.parent.name == "class0"), i % 7))
+    return ["--targets", str(path)]
 
 
 def evaluate(task: Task, config: Config) -> Outcome:

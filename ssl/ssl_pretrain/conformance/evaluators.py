@@ -127,7 +127,10 @@ class _Checks:
         argv = [self.name, *(str(word) for pair in paths.items() for word in pair), "--workers", "0", "--device", "cpu"]
         argv += ["--seed", str(SEED), *self.example, *flags]
         with self._watched(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = command.main(argv, placed=True)
+            try:
+                code = command.main(argv, placed=True)
+            except Exception as problem:
+                raise Fault(f"ssl-eval {' '.join(argv)} raises {type(problem).__name__}: {problem}") from problem
         if code == 2 and flags:
             raise UserError(said.getvalue())
         expect(code == 0, f"ssl-eval {' '.join(argv)} ends with {code}: {said.getvalue().strip()}")
@@ -264,9 +267,10 @@ class _Checks:
     def protocol_tells_runs_apart(self) -> None:
         """Two results of the same protocol have the same numbers: every knob that changes them is in the protocol."""
         plain = self.run("plain", "--no-baselines")
-        named = {key for key, _ in _keys(plain["protocol"])}
         hints = typing.get_type_hints(self.evaluator.Config)
         config = self._seen[-1][1]
+        said = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        named = {key for key, value in _keys(plain["protocol"]) if key in said and value == said[key]}
         for field in dataclasses.fields(self.evaluator.Config):
             if field.name in named:
                 continue

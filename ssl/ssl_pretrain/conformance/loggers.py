@@ -4,6 +4,7 @@ A logger that talks to a server does so here, too: set what makes it stay offlin
 """
 
 import contextlib
+import copy
 import importlib
 import inspect
 import io
@@ -188,7 +189,7 @@ class _Checks:
         def recorded(call: str, original: Any) -> Any:
             def method(*given: Any, **named: Any) -> None:
                 bound = inspect.signature(original).bind(*given, **named).arguments
-                calls.append((call, {name: value for name, value in bound.items() if name != "self"}))
+                calls.append((call, copy.deepcopy({name: value for name, value in bound.items() if name != "self"})))
                 original(*given, **named)
 
             return method

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -34,6 +35,7 @@ from ._common import contents, expect, item_bytes, own_folder, picture, with_cac
 
 TRAIN, TEST = 6, 3  # pictures of each of three classes
 THREADS = 4
+PATIENCE = 60  # seconds that a forked process is waited for
 OWN = ("fractals", "folder", "tar", "parquet", "packed")
 # What a new process says of a source: its fingerprint, and a hash of its names, labels and items.
 REOPEN = """
@@ -305,13 +307,17 @@ class _Checks:
         context = multiprocessing.get_context("fork")
         results = context.SimpleQueue()
         children = [context.Process(target=_read_often, args=(self.part, results)) for _ in range(2)]
+        with warnings.catch_warnings():  # newer Pythons warn of a fork beside threads, which wait here
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for child in children:
+                child.start()
+        own = _hash_or_problem(self.part)
         for child in children:
-            child.start()
-        own = _hash_of_all(self.part)
+            child.join(PATIENCE)
+        codes = [child.exitcode for child in children]
+        expect(codes == [0, 0], f"forked processes that read it end with {codes} (None: not within {PATIENCE} s)")
+        expect(own == expected, f"while forked processes read, the parent reads other bytes, or fails: {own}")
         found = [results.get() for _ in children]
-        for child in children:
-            child.join()
-        expect(own == expected, "while forked processes read, the parent reads other bytes")
         expect(found == [expected] * 2, f"a forked process reads other bytes, or fails: {found}")
 
     def loader_workers_give_the_same(self) -> None:
@@ -341,11 +347,15 @@ def _hash_of_all(opened: Source) -> str:
     return digest
 
 
-def _read_often(opened: Source, results: Any) -> None:
+def _hash_or_problem(opened: Source) -> str:
     try:
-        results.put(_hash_of_all(opened))
+        return _hash_of_all(opened)
     except Exception as problem:
-        results.put(f"{type(problem).__name__}: {problem}")
+        return f"{type(problem).__name__}: {problem}"
+
+
+def _read_often(opened: Source, results: Any) -> None:
+    results.put(_hash_or_problem(opened))
 
 
 def _example(kind: str, folder: Path) -> str:

@@ -116,7 +116,8 @@ class Table:
         style = "table{border-collapse:collapse}th,td{border:1px solid #999;padding:.3em .6em;text-align:right}"
         return (
             f'<!doctype html>\n<meta charset="utf-8"><title>{escape(title)}</title>\n'
-            f"<style>body{{font-family:sans-serif}}{style}td:first-child,th:first-child{{text-align:left}}</style>\n<h1>{escape(title)}</h1>\n"
+            f"<style>body{{font-family:sans-serif}}{style}td:first-child,th:first-child{{text-align:left}}</style>\n"
+            f"<h1>{escape(title)}</h1>\n"
             f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>\n"
             + (f"<h2>Failed</h2><ul>{failed}</ul>\n" if failed else "")
         )

@@ -45,7 +45,7 @@ def test_models_against_scikit_learn() -> None:
     more = np.concatenate(
         [rng.normal(size=(20, 7)) + 3, rows]
     )  # the axes are of images that this label does not know, too
-    odds = targets._Turn(more, others, task).odds(np.arange(20, 100), labels, penalties, None)
+    odds = targets._RotatedFeatures(more, others, task).log_odds(np.arange(20, 100), labels, penalties, None)
     for i, penalty in enumerate(penalties):
         wanted = Ridge(alpha=penalty * 80).fit(rows, numbers).predict(others)
         np.testing.assert_allclose(ridge[i], wanted, rtol=1e-8)

@@ -1,7 +1,7 @@
-"""The processes of a run and what they exchange. Across ranks a method uses this package only.
+"""The processes of a run and their communication. Methods use only this package to communicate across ranks.
 
 Importing the package does not import torch, because the commands read the environment (environment.py) before they need
-it. The names below are loaded when they are first used.
+torch. The names below are loaded at their first use.
 """
 
 from typing import TYPE_CHECKING, Any

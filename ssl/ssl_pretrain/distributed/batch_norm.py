@@ -1,4 +1,4 @@
-"""Batch normalisation over the global batch: the statistics are of all processes' samples, on CPU and GPU.
+"""Batch normalisation with statistics over the global batch, that is over all processes' samples, on CPU and GPU.
 
 Shapes: B images of this process, C channels, ... any further sizes, W processes.
 """
@@ -14,12 +14,12 @@ from . import gather, size
 
 
 class _GlobalBatchNorm(_BatchNorm):
-    """Batch normalisation (Ioffe & Szegedy, 2015) whose training statistics are of the global batch, with gradients
-    through all of them. Entries of the state have torch's names. A batch that is not finite leaves the running
-    statistics as they were, so that a skipped step leaves no trace."""
+    """Batch normalisation (Ioffe & Szegedy, 2015) whose training statistics are those of the global batch, with
+    gradients through them. Entries of the state have torch's names. A batch that is not finite does not change the
+    running statistics, so a skipped step changes nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) to the same shape; every process must hold equally many values a channel."""
+        """(B, C, ...) to the same shape; every process must have the same number of values per channel."""
         self._check_input_dim(x)
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
@@ -39,9 +39,9 @@ class _GlobalBatchNorm(_BatchNorm):
     def _across(self, x: Tensor, running: tuple[Tensor, Tensor]) -> Tensor:
         """As F.batch_norm in training, over all processes; updates `running` (mean, variance) in place."""
         axes = [axis for axis in range(x.ndim) if axis != 1]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        var, mean = torch.var_mean(wide, dim=axes, correction=0)
-        # Each process's mean and variance instead of sums of squares: nothing cancels (Chan et al., 1979). One exchange.
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(x32, dim=axes, correction=0)
+        # Means and variances instead of sums of squares: no cancellation (Chan et al., 1979). One collective.
         means, variances = gather(torch.stack([mean, var])[None]).unbind(1)  # (W, C) each
         mean = means.mean(0)
         var = (variances + (means - mean).square()).mean(0)
@@ -51,7 +51,7 @@ class _GlobalBatchNorm(_BatchNorm):
                 kept.lerp_(new.to(kept.dtype), self.momentum or 0.0)
         shape = [1, -1] + [1] * (x.ndim - 2)
         scale = torch.rsqrt(var + self.eps)
-        out = (wide - mean.view(shape)) * scale.view(shape)
+        out = (x32 - mean.view(shape)) * scale.view(shape)
         if self.weight is not None:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
@@ -74,6 +74,6 @@ class BatchNorm2d(_GlobalBatchNorm):
 
 
 def couples_samples(module: nn.Module) -> bool:
-    """Whether a module's output for one image depends on the others of its batch."""
+    """Whether a module's output for one image depends on the other images of its batch."""
     known: tuple[Any, ...] = (_BatchNorm,)
     return any(isinstance(part, known) for part in module.modules())

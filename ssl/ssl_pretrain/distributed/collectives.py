@@ -1,6 +1,6 @@
-"""What the processes of a run exchange.
+"""Collectives: the communication of a run's processes.
 
-`gather` and `mean` carry gradients: a method may call them inside a loss. The rest is for the loop.
+`gather` and `mean` propagate gradients, so a method may call them inside a loss. The others are for the training loop.
 """
 
 import functools
@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-# What torch would import later by itself. Its functions take the process group that stands at that moment as their default
-# and so keep it, threads and all, until the interpreter ends, which may abort then. Here there is no group yet.
+# torch would import this later by itself. Its functions store the process group that exists at import as their default,
+# and keep it with its threads until the interpreter exits, which may then abort. At this point there is no group yet.
 import torch.distributed.nn
 from torch import Tensor, nn
 
@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 
 def size() -> int:
-    """How many processes the run has."""
+    """The number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number."""
+    """The rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows; backward, each row's gradient is the sum over the processes that used it."""
+    """All processes' rows. In the backward pass each row's gradient is the sum over the processes that used it."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -49,7 +49,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over processes of a tensor of one shape; backward, the mean of the gradients."""
+    """The mean over processes of a tensor of the same shape on each. In the backward pass, the mean of the
+    gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -66,34 +67,35 @@ def _mean_(tensor: Tensor) -> Tensor:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """Every process's rows (B, ...), equally many each, in the order of ranks: (W * B, ...). Carries gradients.
+    """Every process's rows (B, ...), the same number from each, in the order of ranks: (W * B, ...). With gradients.
 
-    A loss computed from them is the same on all processes, and the mean over processes of its gradients, which the loop
-    takes, is the gradient of the global loss: backward sums over processes.
+    A loss computed from them is the same on all processes. The loop averages its gradients over processes; because the
+    backward pass sums over processes, this average is the gradient of the global loss.
     """
     return _Gather.apply(rows) if size() > 1 else rows
 
 
 def mean(tensor: Tensor) -> Tensor:
-    """The mean over processes of a tensor of the same shape on each. Carries gradients, in the sense of `gather`."""
+    """The mean over processes of a tensor of the same shape on each. With gradients, as in `gather`."""
     return _Mean.apply(tensor) if size() > 1 else tensor
 
 
 def all_reduce_(tensor: Tensor, how: str = "sum") -> Tensor:
-    """Reduce a tensor in place over all processes ("sum" or "max"). Carries no gradient: not for use inside a loss."""
+    """Reduce a tensor in place over all processes ("sum" or "max"). Without gradients: not for use inside a loss."""
     if dist.is_initialized():
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
     return tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this process holds, sharing its memory; any other tensor as it is."""
-    with torch.no_grad():  # else it would belong to a graph, made at the price of several operations
+    """The part of a sharded tensor that this process holds, with shared memory; any other tensor unchanged."""
+    with torch.no_grad():  # otherwise several operations would be recorded in an autograd graph
         return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def sharded_like(part: Tensor, other: Tensor) -> Tensor:
-    """This process's `part` as a sharded tensor of the shape and placement of `other`, sharing the part's memory."""
+    """This process's `part` as a sharded tensor with the shape and placement of `other`; it shares the part's
+    memory."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(other, DTensor)
@@ -102,7 +104,7 @@ def sharded_like(part: Tensor, other: Tensor) -> Tensor:
 
 
 def mean_gradients_(parameters: list[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes, all in one exchange."""
+    """Replace every gradient by its mean over the processes, all in one all-reduce."""
     if not dist.is_initialized():
         return
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -113,7 +115,8 @@ def mean_gradients_(parameters: list[nn.Parameter]) -> None:
 
 
 def any_of(*flags: bool) -> tuple[bool, ...]:
-    """Of each flag whether any process says yes; asked over the CPU, so that no accelerator is waited for."""
+    """For each flag whether it is true on any process. It is exchanged over the CPU, without waiting for an
+    accelerator."""
     if not dist.is_initialized():
         return flags
     packed = torch.tensor([int(flag) for flag in flags])
@@ -123,7 +126,7 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
 
 @functools.cache
 def cpu_group() -> dist.ProcessGroup | None:
-    """The group for exchanges over the CPU: None for the default one, where that is gloo's."""
+    """The process group for communication over the CPU; None (the default group) if the default backend is gloo."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
@@ -143,8 +146,8 @@ def from_first(value: Any) -> Any:
 
 
 def on_all(work: Callable[[], T]) -> T:
-    """What `work` gives on each process, the first before the others; a UserError of one is raised on all, and told by
-    the first."""
+    """The result of `work` on each process; the first process runs it before the others. A UserError on one process is
+    raised on all, and the first reports it."""
     value: T | None = None
     mine: UserError | None = None
     for turn in (rank() == 0, rank() != 0):

@@ -1,7 +1,7 @@
-"""Where a process stands among those of its run, read from the environment that started it.
+"""The rank of a process within its run, read from environment variables.
 
-Known are torchrun's variables (which `--nproc` sets too), the step of a Slurm job (`srun`; what submitit starts on Slurm
-is one), and a job of submitit's local executor. A process that none of them started is a run of its own.
+Supported are torchrun's variables (`--nproc` sets them too), the step of a Slurm job (`srun`; also what submitit starts
+on Slurm), and a job of submitit's local executor. A process that none of them started is a run with one process.
 """
 
 import os
@@ -18,7 +18,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 @dataclass(frozen=True)
 class Place:
-    """A process's numbers, and where the first process of the run listens (None where the environment does not say)."""
+    """A process's ranks and sizes, and the address of the run's first process (None if the environment has none)."""
 
     rank: int = 0
     size: int = 1
@@ -30,7 +30,7 @@ class Place:
 
 
 def find(environ: Mapping[str, str] = os.environ) -> Place:
-    """This process's place. Raises UserError where the environment names only half of what torchrun sets."""
+    """The place of this process. Raises UserError if the environment has only some of torchrun's variables."""
     found = [name for name in TORCHRUN if name in environ]
     if found and len(found) < len(TORCHRUN):
         missing = ", ".join(sorted(set(TORCHRUN) - set(found)))
@@ -59,14 +59,14 @@ def find(environ: Mapping[str, str] = os.environ) -> Place:
 
 
 def in_slurm_step(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether `srun` started this process (a batch script and a shell of `salloc` are no step)."""
+    """Whether `srun` started this process (batch scripts and shells of `salloc` are not steps)."""
     return "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ
 
 
 def slurm_job(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The name of the Slurm job that this is part of: "12", or "12_3" in an array; None outside Slurm.
+    """The name of this process's Slurm job: "12", or "12_3" in an array; None outside Slurm.
 
-    The number alone will not do for an array: one of its tasks has the number that also stands for the whole array.
+    The number alone is not enough for an array, because one of its tasks has the same number as the whole array.
     """
     if "SLURM_ARRAY_TASK_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
@@ -74,9 +74,9 @@ def slurm_job(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def job_facts(job: str) -> list[dict[str, str]]:
-    """What `scontrol` knows of a job: a mapping (JobState, ExitCode, EndTime, ...) for each task of an array, else one.
+    """What `scontrol` reports about a job: one mapping (JobState, ExitCode, EndTime, ...), or one for each array task.
 
-    Empty where scontrol is missing, does not answer within half a minute, or has forgotten the job.
+    Empty if scontrol is missing, does not answer within half a minute, or no longer knows the job.
     """
     try:
         command = ["scontrol", "show", "job", job, "--oneliner"]
@@ -87,7 +87,7 @@ def job_facts(job: str) -> list[dict[str, str]]:
 
 
 def end_of_job(environ: Mapping[str, str] = os.environ) -> float | None:
-    """When the Slurm job that this is part of reaches its time limit (seconds since 1970); None where nobody knows."""
+    """When this process's Slurm job reaches its time limit (seconds since 1970); None if it is not known."""
     if "SLURM_JOB_END_TIME" in environ:
         return float(environ["SLURM_JOB_END_TIME"])
     job = slurm_job(environ)
@@ -103,7 +103,7 @@ def first_host(nodes: str) -> str:
     """The first of a Slurm node list: "gpu[03-05,9]-ib,login" is "gpu03-ib"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
-        raise UserError(f"the environment's SLURM_STEP_NODELIST is {nodes!r}: no node is named there")
+        raise UserError(f"the environment's SLURM_STEP_NODELIST is {nodes!r}: it names no node")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
@@ -117,5 +117,5 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _port(number: int) -> int:
-    """A port that follows from a job's number, below those that Linux hands out by itself."""
+    """A port computed from a job's number, below the range that Linux assigns automatically."""
     return 10_000 + number % 20_000

@@ -1,6 +1,6 @@
-"""The processes of a run: which one this is, how they start, and how they end.
+"""The processes of a run: their ranks, start and end.
 
-A process learns its place from the environment (environment.py) and finds the others (rendezvous.py).
+A process reads its rank from the environment (environment.py) and connects to the others (rendezvous.py).
 """
 
 import math
@@ -14,8 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# What torch would import later by itself. Its functions take the process group that stands at that moment as their default
-# and so keep it, threads and all, until the interpreter ends, which may abort then. Here there is no group yet.
+# torch would import this later by itself. Its functions store the process group that exists at import as their default,
+# and keep it with its threads until the interpreter exits, which may then abort. At this point there is no group yet.
 import torch.distributed.nn
 
 from ..errors import UserError
@@ -24,7 +24,7 @@ from . import collectives, environment, rendezvous
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run."""
+    """The ranks, sizes and device of this process in the run."""
 
     rank: int
     size: int
@@ -34,25 +34,24 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks for all."""
+        """Whether this is the process that writes files and prints messages."""
         return self.rank == 0
 
 
 @contextmanager
 def world(timeout: timedelta | None = None) -> Iterator[World]:
-    """Join the other processes, if there are any, and leave them at the end.
+    """Connect to the other processes, if there are any, and disconnect at the end.
 
-    timeout: what the roll call, and later any exchange, may take (default: $SSL_PRETRAIN_TIMEOUT in seconds, else ten
-    minutes, but no more than half of what is left of a Slurm job's time).
-    Raises UserError where the environment names only half of what torchrun sets, or more processes than GPUs;
-    rendezvous.MissingProcess where not all processes come.
+    timeout: limit for the rendezvous, and later for each collective (default: $SSL_PRETRAIN_TIMEOUT in seconds, else
+    ten minutes, but at most half of the remaining time of a Slurm job). Raises UserError if the environment has only
+    some of torchrun's variables, or more processes than GPUs; rendezvous.MissingProcess if not all processes connect.
     """
     place = environment.find()
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if place.local_rank >= gpus and not (gpus == 1 and environment.in_slurm_step()):
             raise UserError(f"{place.local_size} processes on this machine but {gpus} GPUs: lower --nproc")
-        device = torch.device("cuda", place.local_rank % gpus)  # Slurm may show each process its own GPU only
+        device = torch.device("cuda", place.local_rank % gpus)  # with Slurm each process may see only its own GPU
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -76,7 +75,7 @@ def world(timeout: timedelta | None = None) -> Iterator[World]:
         collectives.cpu_group.cache_clear()
         dist.destroy_process_group()
         if device.type == "cpu":
-            # Caches of FSDP2 keep gloo's threads. Time for them to release what they moved while there is an interpreter.
+            # FSDP2's caches keep gloo's threads. They need time to release their buffers before the interpreter exits.
             time.sleep(0.05)
 
 

@@ -1,6 +1,6 @@
-"""How the processes of a run find one another, with a roll call: who is missing is named instead of waited for.
+"""Rendezvous of a run's processes. If processes are missing, the error names them.
 
-Everything here waits in Python, a moment at a time, so that signals are heard while it waits.
+All waiting is done in Python in short intervals, so signals are handled meanwhile.
 """
 
 import os
@@ -15,19 +15,19 @@ import torch.distributed as dist
 from ..errors import UserError
 from .environment import Place
 
-RENDEZVOUS = "SSL_PRETRAIN_RENDEZVOUS"  # set by `--nproc`: a file:// address, so that no port can be taken
-PAUSE = 0.05  # seconds between looks
+RENDEZVOUS = "SSL_PRETRAIN_RENDEZVOUS"  # set by `--nproc`: a file:// address, because a port could be in use
+PAUSE = 0.05  # seconds between checks
 
 
 class MissingProcess(Exception):
-    """Not all processes of the run came; the message names those that did not."""
+    """Not all processes of the run connected; the message names the missing ones."""
 
 
 def meet(place: Place, timeout: timedelta) -> dist.Store:
-    """The store that all processes of the run share, once all have come.
+    """The store that all processes of the run share, once all have connected.
 
-    Raises MissingProcess, on every process that did come, where others have not within `timeout`; UserError where the
-    environment does not say where to meet or the port is taken.
+    Raises MissingProcess on every connected process if others do not connect within `timeout`; UserError if the
+    environment has no address or the port is in use.
     """
     until = time.monotonic() + timeout.total_seconds()
     store = dist.PrefixStore(
@@ -41,7 +41,7 @@ def meet(place: Place, timeout: timedelta) -> dist.Store:
         missing = [rank for rank in range(place.size) if not store.check([f"host of {rank}"])]
         store.set("missing", " ".join(map(str, missing)))
         if missing:
-            time.sleep(20 * PAUSE)  # the others read it before the store goes with this process
+            time.sleep(20 * PAUSE)  # the others must read it before the store ends with this process
     else:
         while not store.check(["missing"]):
             if time.monotonic() > until + timeout.total_seconds() / 2:
@@ -58,7 +58,7 @@ def _open(place: Place, timeout: timedelta, until: float) -> dist.Store:
         return dist.FileStore(str(Path(urlparse(os.environ[RENDEZVOUS]).path)), place.size)
     if place.address is None or place.port is None:
         raise UserError("the environment sets RANK but not MASTER_ADDR and MASTER_PORT: start with --nproc or torchrun")
-    # torchrun may hold the store itself; all processes are its guests then.
+    # torchrun may host the store itself; then all processes are clients.
     serve = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not serve:
         _wait_for_listener(place, timeout, until)
@@ -89,5 +89,5 @@ def _text(missing: list[int], place: Place, timeout: timedelta) -> str:
     where = f", which listens on {place.address}:{place.port}," if missing == [0] and place.address else ""
     return (
         f"rank {named} of {place.size}{where} did not come within {timeout.total_seconds():.0f} s (nodes: {place.nodes}). "
-        f"Look at its log; if its node is broken, --exclude it"
+        f"See its log; if its node is broken, exclude it with --exclude"
     )

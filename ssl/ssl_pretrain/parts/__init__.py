@@ -1,1 +1,1 @@
-"""What several pretext methods share: masks, teachers, heads, losses, targets."""
+"""Building blocks of pretext methods: masks, teachers, heads, losses, targets."""

@@ -1,8 +1,8 @@
-"""Attentive pooling: a learned query looks at all tokens of an image; what it sees is one vector.
+"""Attentive pooling: a learned query attends to all tokens of an image and gives one vector.
 
-With one query for all images nothing is projected token by token. The score of token x in a head is q' K x, a product with
-one vector K' q; and the weighted mean of the values V x is V times the weighted mean of the tokens. So a pooling costs
-two products with (N, D) x (D, h) where keys and values would cost two with (N, D) x (D, D).
+With one query for all images no token has to be projected. The score of token x in a head is q' K x, a product with
+one vector K' q. The weighted mean of the values V x is V times the weighted mean of the tokens. So a pooling needs two
+products of (N, D) x (D, h), where keys and values would need two of (N, D) x (D, D).
 
 Shapes: B images, N tokens, D channels, h heads, d = D / h channels of a head.
 """
@@ -18,13 +18,13 @@ from ..distributed.batch_norm import BatchNorm1d
 
 Variant = Literal["aim", "vjepa", "capi"]
 NORM_EPS = 1e-6
-INIT_STD = 0.02  # truncated normal, of every matrix and of the query; biases begin at 0
+INIT_STD = 0.02  # truncated normal, of every matrix and of the query; biases start at 0
 
 
 @final
 class TokenNorm(nn.Module):
-    """What a variant does to tokens before it looks at them, as far as nothing of it is learned, so that any number of
-    poolings can share it: "aim" batch norm over images and tokens, "vjepa" layer norm, "capi" nothing."""
+    """A variant's normalisation of tokens before the attention, without learned parameters, so that several poolings
+    can share it: "aim" batch norm over images and tokens, "vjepa" layer norm, "capi" none."""
 
     def __init__(self, dim: int, variant: Variant) -> None:
         super().__init__()
@@ -41,13 +41,13 @@ class TokenNorm(nn.Module):
 
 @final
 class AttentivePool(nn.Module):
-    """Tokens (B, N, D), as `TokenNorm` gives them, to one vector (B, D).
+    """Pools tokens (B, N, D), normalised by `TokenNorm`, to one vector (B, D).
 
-    "aim": keys and values without biases, the query as it is (El-Nouby et al., ICML 2024, as released). "capi": values
-    with a bias (Darcet et al., TMLR 2025, as released). "vjepa": a cross-attention block: gain and shift of the layer
-    norm on the tokens, projections of query and values with biases, the query added to what it sees, then an MLP with
-    layer norm and shortcut (Bardes et al., TMLR 2024, as released). Biases of keys are left out everywhere: they add the
-    same to all scores of a head. `generator`: of the initial weights, CPU.
+    "aim": keys and values without biases, the query not projected (El-Nouby et al., ICML 2024, as released). "capi":
+    values with a bias (Darcet et al., TMLR 2025, as released). "vjepa": a cross-attention block: gain and shift of the
+    layer norm on the tokens, projections of query and values with biases, the query added to the attention output, then
+    an MLP with layer norm and residual connection (Bardes et al., TMLR 2024, as released). Keys have no biases in any
+    variant, because these would add the same value to all scores of a head. `generator`: of the initial weights, CPU.
     """
 
     def __init__(self, dim: int, heads: int, variant: Variant, generator: torch.Generator) -> None:

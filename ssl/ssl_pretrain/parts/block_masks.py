@@ -1,7 +1,8 @@
-"""Masks made of rectangles (BEiT: Bao et al., 2022, algorithm 1), as iBOT and the DINOv2 family draw them, for a whole
-batch at once where the noise is: shapes are static and nothing waits.
+"""Masks made of rectangles (BEiT: Bao et al., 2022, algorithm 1), as in iBOT and the DINOv2 family. They are computed
+for a whole batch at once on the device of the noise, with static shapes and without a synchronisation.
 
-Shapes: B masks, N = h * w patches on a grid in raster order, A tries at a rectangle, M patches at most in a mask.
+Shapes: B masks, N = h * w patches on a grid in raster order, A attempts to place a rectangle, at most M patches in a
+mask.
 """
 
 import math
@@ -9,10 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-TRIES = 10  # at one rectangle; where all fail, the mask stays as it is
-ATTEMPTS = (
-    40  # at all rectangles of a mask together; 31 do for 999 masks of 1,000 at 14 x 14 patches with half of them wanted
-)
+TRIES = 10  # for one rectangle; if all fail, the mask is not changed any more
+ATTEMPTS = 40  # for all rectangles of a mask together; 31 are enough for 999 of 1,000 masks of half of 14 x 14 patches
 
 
 def block_masks(
@@ -20,13 +19,13 @@ def block_masks(
 ) -> Tensor:
     """Union of random rectangles with at most `wanted` patches in all: bool (B, N), True where masked.
 
-    Rectangles are put one after another until `wanted` (B,) patches (any real number from 0) are masked. One has an area
-    drawn uniformly from `smallest` to what is still wanted (at most `largest`), a ratio of height to width drawn between
-    0.3 and 1 / 0.3, uniformly in its logarithm, and any place; it is smaller than the grid both ways. It is taken if
-    it masks a patch that was not masked before and no more of them than the upper limit of its area. After ten
-    failures on end the mask is left short of `wanted`.
+    Rectangles are placed one after another until `wanted` (B,) patches (any real number from 0) are masked. The area of
+    a rectangle is drawn uniformly between `smallest` and the number of patches still wanted (at most `largest`). Its
+    ratio of height to width is drawn between 0.3 and 1 / 0.3, uniformly in the logarithm. Its position is random, and
+    it is smaller than the grid on both axes. It is accepted if it masks at least one new patch and not more new patches
+    than the upper limit of its area. After ten failures in a row the mask stays below `wanted`.
 
-    noise: uniform [0, 1), (B, A, 4); `ATTEMPTS` is a good A. A mask that needs more tries is left short.
+    noise: uniform [0, 1), (B, A, 4); `ATTEMPTS` is a good A. A mask that needs more attempts stays below `wanted`.
     """
     height, width = grid
     ys = torch.arange(height, device=noise.device)[:, None]
@@ -56,18 +55,18 @@ def block_masks(
 
 
 def completed(masks: Tensor, wanted: Tensor, noise: Tensor) -> Tensor:
-    """Masks (B, N) bool, none with more than `wanted` (B,) patches, filled up to exactly so many with random ones (as
-    DINOv3 does after the rectangles; from empty masks, a random mask). noise: uniform [0, 1), (B, N)."""
-    order = torch.argsort(noise + 1.0 * ~masks, dim=1)  # the masked first
+    """Add random patches to masks (B, N) bool, which have at most `wanted` (B,) patches, until they have exactly
+    `wanted` (as DINOv3 does after the rectangles; empty masks become random masks). noise: uniform [0, 1), (B, N)."""
+    order = torch.argsort(noise + 1.0 * ~masks, dim=1)  # masked patches come first
     place = torch.argsort(order, dim=1)
     return place < wanted[:, None]
 
 
 def stratified_ratios(order: Tensor, noise: Tensor, probability: float, ratio: tuple[float, float]) -> Tensor:
-    """Shares of patches to mask (R,) for R crops: int(R * probability) of them have one stratum each of the range `ratio`,
-    cut into so many equal ones, and draw from it uniformly; the others have 0 (DINOv2, as released).
+    """Masking ratios (R,) for R crops (DINOv2, as released). The range `ratio` is divided into int(R * probability)
+    equal strata. Each stratum belongs to one crop, whose ratio is drawn uniformly from it; the other crops have 0.
 
-    order, noise: uniform [0, 1), (R,); the first says which crop has which stratum, the second where in it.
+    order, noise: uniform [0, 1), (R,); `order` assigns strata to crops, `noise` gives the position in the stratum.
     """
     masked = int(len(order) * probability)
     place = torch.argsort(torch.argsort(order))
@@ -76,7 +75,8 @@ def stratified_ratios(order: Tensor, noise: Tensor, probability: float, ratio: t
 
 
 def listed(masks: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Masks (B, N) bool of at most `most` patches each as lists: int64 (B, M = most) indices of the masked patches in
-    raster order, then of others as padding, and bool (B, M), True where an index is a masked patch's."""
+    """Masks (B, N) bool of at most `most` patches each as index lists: int64 (B, M = most) indices of the masked
+    patches in raster order, followed by other patches as padding; and bool (B, M), True for indices of masked
+    patches."""
     index = torch.argsort(masks.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
     return index, masks.gather(1, index)

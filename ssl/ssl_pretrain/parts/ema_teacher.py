@@ -1,4 +1,4 @@
-"""Teachers: copies of a network that follow it as an exponential moving average and are never trained."""
+"""EMA teachers: copies of a network that are updated as its exponential moving average and are never trained."""
 
 import copy
 import math
@@ -14,17 +14,17 @@ T = TypeVar("T", bound=nn.Module)
 
 
 class EncoderWithHeads(nn.ModuleDict):
-    """An encoder and what stands on it, that a teacher follows together."""
+    """An encoder and its heads, which a teacher follows together."""
 
     @property
     def backbone(self) -> Backbone:
-        """The encoder among them ("encoder"; a property cannot share that name)."""
+        """The entry "encoder" (a property cannot have that name)."""
         return cast(Backbone, self["encoder"])
 
 
 def ema_copy(module: T) -> T:
-    """A copy of `module` without gradients; in a backbone drop path is off, for a teacher drops nothing even while
-    training."""
+    """A copy of `module` without gradients. In a backbone drop path is disabled, because a teacher drops nothing, not
+    even in training."""
     twin = copy.deepcopy(module).requires_grad_(False)
     for part in twin.modules():
         if isinstance(part, Backbone) and "drop_path" in part.supports:
@@ -34,9 +34,9 @@ def ema_copy(module: T) -> T:
 
 @torch.no_grad()
 def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float, ok: Tensor) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, in every trained parameter, where `ok` (bool ()) is true.
+    """teacher <- momentum * teacher + (1 - momentum) * student for every trained parameter, if `ok` (bool ()) is true.
 
-    Buffers (a batch norm's running statistics) stay the teacher's own: it has computed them itself.
+    Buffers (a batch norm's running statistics) are not updated: the teacher computes its own.
     """
     pairs = [(t, s) for t, s in zip(teacher.parameters(), student.parameters(), strict=True) if s.requires_grad]
     old: list[Tensor] = [t for t, _ in pairs]
@@ -46,5 +46,5 @@ def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float, ok: Ten
 
 
 def cosine_momentum(start: float, progress: float, end: float = 1.0) -> float:
-    """A momentum that rises from `start` to `end` by half a cosine over the run (BYOL, section 3.3; DINO)."""
+    """A momentum that rises from `start` to `end` along half a cosine over the run (BYOL, section 3.3; DINO)."""
     return end - (end - start) * (math.cos(math.pi * progress) + 1) / 2

@@ -1,4 +1,4 @@
-"""A queue of the newest unit vectors, in which neighbours are looked up. Shapes: M places, B vectors, K channels."""
+"""A queue of the newest unit vectors for nearest-neighbour search. Shapes: M entries, B vectors, K channels."""
 
 from typing import final
 
@@ -10,11 +10,11 @@ from .heads import l2_normalize
 
 @final
 class Queue(nn.Module):
-    """The newest M unit vectors of width K, first in, first out; random ones at the start. Its state is in the
-    checkpoint."""
+    """The newest M unit vectors of width K, first in, first out; random vectors at the start. Its state is saved in
+    checkpoints."""
 
     rows: Tensor  # (M, K)
-    oldest: Tensor  # () int64: the place that is written next
+    oldest: Tensor  # () int64: the entry that is written next
 
     def __init__(self, length: int, dim: int) -> None:
         super().__init__()
@@ -29,8 +29,8 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def put_(self, vectors: Tensor, ok: Tensor) -> None:
-        """Replace the oldest rows by unit vectors (B, K), the same on every process, where `ok` (bool ()) is true. Of
-        more than M vectors the last M stay."""
+        """Replace the oldest rows by unit vectors (B, K), the same on every process, if `ok` (bool ()) is true. If B is
+        above M, only the last M vectors are stored."""
         length = len(self.rows)
         places = ((self.oldest + torch.arange(len(vectors), device=vectors.device)) % length)[-length:]
         self.rows[places] = torch.where(ok, vectors[-length:].to(self.rows.dtype), self.rows[places])

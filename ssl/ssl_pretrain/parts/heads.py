@@ -1,4 +1,4 @@
-"""Heads: what stands between an encoder's vectors and a loss, and is thrown away after training.
+"""Heads: the layers between an encoder's vectors and a loss. They are discarded after training.
 
 Shapes: B vectors, D in, K out.
 """
@@ -23,10 +23,10 @@ def mlp(
     activation: type[nn.Module] = nn.ReLU,
     last_bias: bool = True,
 ) -> nn.Sequential:
-    """Linear maps through `widths` (in, hidden ..., out), each but the last followed by batch norm (where `norm`) and the
-    activation. A linear map before a batch norm has no bias: the norm would take it away.
+    """Linear layers with the given `widths` (in, hidden ..., out). All except the last are followed by batch norm (if
+    `norm`) and the activation. A linear layer before a batch norm has no bias, because the norm would remove it.
 
-    last_norm: batch norm after the last map, "affine" with a learned gain and shift, "plain" without.
+    last_norm: batch norm after the last layer, "affine" with a learned gain and shift, "plain" without.
     """
     parts: list[nn.Module] = []
     for i, (before, after) in enumerate(itertools.pairwise(widths)):
@@ -41,8 +41,8 @@ def mlp(
 
 
 class Prototypes(nn.Module):
-    """Cosine similarities to K learned directions: a linear map of unit rows, without bias, of unit vectors (the
-    weight-normalised last layer of frozen gain of DINO; the prototypes of SwAV and MSN)."""
+    """Cosine similarities to K learned directions: a linear layer without bias whose rows and inputs are unit vectors
+    (DINO's weight-normalised last layer with frozen gain; the prototypes of SwAV and MSN)."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -50,17 +50,19 @@ class Prototypes(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """(..., D) of any length to similarities (..., K) in [-1, 1]; `frozen`: the directions get gradients of zero."""
+        """Vectors (..., D) of any norm to similarities (..., K) in [-1, 1]; `frozen`: the directions get zero
+        gradients."""
         weight = self.weight.detach() + 0 * self.weight if frozen else self.weight
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 cosines over a temperature of 0.04 are off by 0.1
+        with torch.autocast(x.device.type, enabled=False):  # errors of bfloat16 cosines / 0.04 reach 0.1
             return F.linear(
                 l2_normalize(x), _NormalizedRows.apply(weight.to(torch.promote_types(weight.dtype, torch.float32)))
             )
 
 
 class PrototypeHead(nn.Module):
-    """DINO's head (Caron et al., 2021, section 3.1 and appendix C): three linear maps with GELU and no batch norm, to
-    unit vectors of `bottleneck` channels, compared with `count` prototypes. Weights truncated normal of deviation 0.02."""
+    """DINO's head (Caron et al., 2021, section 3.1 and appendix C): three linear layers with GELU and without batch
+    norm, to unit vectors of `bottleneck` channels, which are compared with `count` prototypes. Weights: truncated
+    normal with standard deviation 0.02."""
 
     def __init__(self, dim: int, hidden: int, bottleneck: int, count: int) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class PrototypeHead(nn.Module):
         self.prototypes = Prototypes(bottleneck, count)
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """(..., D) to similarities (..., K); `frozen`: the prototypes do not learn in this step."""
+        """Vectors (..., D) to similarities (..., K); `frozen`: the prototypes are not trained in this step."""
         return self.prototypes(self.mlp(x), frozen)
 
 
@@ -82,7 +84,7 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 
 class _NormalizedRows(torch.autograd.Function):
-    """`l2_normalize` of a large table (K, D): one pass over it forward and one backward, where autograd makes nine."""
+    """`l2_normalize` of a large table (K, D) with one pass over it forward and one backward; autograd needs nine."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ class _NormalizedRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # d unit(w) / dw takes away what lies along w: (g - <g, u> u) / |w|
+        # The gradient of the normalisation removes the component along w: (g - <g, u> u) / |w|
         directions, inverse = ctx.saved_tensors
         out = memory.empty(*directions.shape, dtype=directions.dtype, device=directions.device)
         count, width = directions.shape

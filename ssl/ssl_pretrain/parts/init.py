@@ -1,11 +1,11 @@
-"""Weight initialisations that papers name."""
+"""Weight initialisations from papers."""
 
 from torch import nn
 
 
 def xavier_(module: nn.Module) -> None:
-    """MAE's initialisation (appendix A.1, as released): every linear map, and a patch convolution seen as one, Xavier
-    uniform with zero bias; layer norms 1 and 0. Tokens are left to their owner."""
+    """MAE's initialisation (appendix A.1, as released): Xavier uniform with zero bias for every linear layer and for
+    the patch convolution (as a linear layer); layer norms 1 and 0. Tokens are initialised by their modules."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)

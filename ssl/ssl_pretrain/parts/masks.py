@@ -1,5 +1,5 @@
-"""Which patches a method hides. All counts are static, so that shapes never change and nothing waits for the device.
-Shapes: B images, N patches in raster order, K kept ones."""
+"""Random masks of patches. All counts are static, so shapes never change and the host does not wait for the device.
+Shapes: B images, N patches in raster order, K kept patches."""
 
 import torch
 from torch import Tensor

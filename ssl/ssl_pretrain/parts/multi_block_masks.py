@@ -1,4 +1,4 @@
-"""Multi-block masks: a large context block, and several target blocks that are cut out of it.
+"""Multi-block masks: a large context block, and several target blocks that are removed from it.
 
 Assran et al., "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture" (2023), section 3.
 Shapes: B images of this micro-batch, N of the global batch, P patches on an (h, w) grid in raster order, T target blocks
@@ -24,16 +24,16 @@ def multi_block_masks(
 ) -> tuple[Tensor, Tensor]:
     """The context's patches (B, K) and the targets' (B, T, M), int64 indices.
 
-    All targets of a step have one size, all contexts of a step another; each image has its own places. A context is its
-    block without the image's targets; where that leaves fewer than `min_keep` patches (a quarter of the block, if that
-    is less), the last targets are not taken out. K is the shortest context of the global batch, so that the shape is
-    the same on every rank and for every micro-batch; of longer contexts a random choice is dropped.
+    All targets of a step have the same size, and so have all contexts of a step; the positions are drawn for each
+    image. A context is its block without the image's targets. If that leaves fewer than `min_keep` patches (a quarter
+    of the block, if that is less), the last targets are not removed. K is the shortest context of the global batch, so
+    the shape is the same on every rank and for every micro-batch; random patches of longer contexts are dropped.
 
-    reference: as in the released code: no block spans a whole side, places are drawn below the last row and column, and
-    longer contexts lose their end in raster order, so that the bottom of the image is seldom seen.
+    reference: as in the released code: no block spans a whole side, positions exclude the last row and column, and
+    longer contexts lose their last patches in raster order, so the bottom of the image is rarely seen.
 
-    Sizes, places and K are found on the CPU, for the global batch, with a generator seeded by the step's next draw: shapes
-    have to be numbers there, and to ask an accelerator for them would be to wait for it.
+    Sizes, positions and K are computed on the CPU, for the global batch, with a generator seeded by the step's next
+    draw: the host needs the shapes as numbers, and reading them from an accelerator would be a synchronisation.
     """
     host = torch.Generator().manual_seed(step.generator().initial_seed())
     for_target, for_context = torch.rand(2, generator=host, dtype=torch.float64).tolist()
@@ -61,8 +61,9 @@ def multi_block_masks(
 def block_size(
     grid: tuple[int, int], scale: tuple[float, float], aspect: tuple[float, float], uniform: float, margin: int = 0
 ) -> tuple[int, int]:
-    """Height and width in patches of a block whose share of the grid and whose ratio of height to width both come from
-    one `uniform` number in [0, 1), so that larger blocks are taller; at least 1, at most the grid's side less `margin`."""
+    """Height and width of a block in patches. Its share of the grid and its ratio of height to width both come from one
+    `uniform` number in [0, 1), so larger blocks are taller. Each is at least 1 and at most the grid's side minus
+    `margin`."""
     area = int(grid[0] * grid[1] * (scale[0] + uniform * (scale[1] - scale[0])))
     ratio = aspect[0] + uniform * (aspect[1] - aspect[0])
     height, width = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
@@ -72,12 +73,13 @@ def block_size(
 def _context(
     corners: Tensor, grid: tuple[int, int], around: tuple[int, int], size: tuple[int, int], min_keep: int
 ) -> Tensor:
-    """Which patches are context, bool (B, P), from the corners (B, 1 + T, 2) of the context's block and the targets'."""
-    seen = [_inside(corners[:, 0], around, grid)]  # with none, one, two ... of the targets taken out
+    """The context mask, bool (B, P), True for context, from the corners (B, 1 + T, 2) of the context block and the
+    target blocks."""
+    seen = [_inside(corners[:, 0], around, grid)]  # without zero, one, two ... of the targets
     for corner in corners[:, 1:].unbind(1):
         seen.append(seen[-1] & ~_inside(corner, size, grid))
     stages = torch.stack(seen, dim=1)  # (B, 1 + T, P)
-    last = (stages.sum(-1) >= min_keep).sum(1) - 1  # the counts fall, so those with enough come first
+    last = (stages.sum(-1) >= min_keep).sum(1) - 1  # the counts decrease, so entries with enough patches come first
     return stages.gather(1, last[:, None, None].expand(-1, 1, stages.shape[2])).squeeze(1)
 
 

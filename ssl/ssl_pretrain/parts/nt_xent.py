@@ -12,9 +12,9 @@ from ..distributed import gather, rank, size
 from ..errors import UserError
 from .heads import l2_normalize
 
-ROWS = 256  # of the table of pairs at a time
+ROWS = 256  # rows of the similarity table at a time
 SMALL = 256  # images of all processes
-COLDEST = 0.003  # below it a float64 cannot hold what a pair of opposite embeddings weighs
+COLDEST = 0.003  # below it the weight of a pair of opposite embeddings underflows in float64
 
 
 def contrast(
@@ -24,11 +24,12 @@ def contrast(
     kind: Literal["infonce", "dcl", "dclw"] = "infonce",
     sigma: float = 0.5,
 ) -> Tensor:
-    """Each embedding against its other view and both views of all other images; (2 * B,) losses of this process's rows,
-    the first views' before the second's. Raises UserError for a temperature below 0.003.
+    """Contrastive losses of each embedding with its other view as the positive and both views of all other images as
+    negatives: (2 * B,) for this process's rows, first views before second views. Raises UserError for a temperature
+    below 0.003.
 
-    first, second: (B, D) of the two views, any length. With s the cosine similarity over the
-    temperature and p the positive of row i:
+    first, second: (B, D) of the two views, of any norm. With s the cosine similarity divided by the temperature and p
+    the positive of row i:
     - "infonce" (NT-Xent: Chen et al., "A Simple Framework for Contrastive Learning", 2020, eq. 1):
       -s_ip + log sum over k != i of exp(s_ik);
     - "dcl" (Yeh et al., "Decoupled Contrastive Learning", 2022, eq. 6): the sum leaves out k = p too;
@@ -41,29 +42,29 @@ def contrast(
     a, b = (
         l2_normalize(first.double()),
         l2_normalize(second.double()),
-    )  # few numbers, whose small differences count before training
+    )  # few numbers, whose small differences matter before training
     cosines = 1 - (a - b).square().sum(-1) / 2  # (B,)
     positive = cosines / temperature
     if kind == "dclw":
         everyone = gather(cosines)
         mine = slice(rank() * len(cosines), (rank() + 1) * len(cosines))
         positive = positive * (2 - len(everyone) * torch.softmax(everyone / sigma, dim=0)[mine])
-    # In float32 a weight is 0 from exp(-87) on, and opposite embeddings have exp(-2 / temperature). Of a small batch the
-    # table costs next to nothing in float64 too, and gradients there are sums of few numbers that nearly cancel.
+    # In float32 weights below exp(-87) are 0, and opposite embeddings have exp(-2 / temperature). A small batch's table
+    # is cheap in float64 too, and its gradients are sums of few numbers that nearly cancel.
     table = torch.float64 if 2 / temperature > 80 or len(a) * size() <= SMALL else kept
     negatives = _Negatives.apply(torch.cat([a, b]), temperature, kind != "infonce", table)
     return (negatives - positive.repeat(2)).to(kept)
 
 
 class _Negatives(torch.autograd.Function):
-    """log sum of exp(s_ik) over the rows k of all processes but i itself, and but its positive where `decoupled`; (2B,).
+    """log sum of exp(s_ik) over the rows k of all processes except i itself and, if `decoupled`, its positive; (2B,).
 
-    The table e_ik = exp(s_ik - 1 / temperature), at most 1, is symmetric. So of the pairs within a process each is
-    computed once, and the gradient of a row from both sides, as row i of its own loss and as one of the others k in
-    theirs, is sum over k of e_ik (g_i / n_i + g_k / n_k) (z_k - z_i) / temperature, with g what comes in and n_i = sum
-    over k of e_ik: processes exchange 2B numbers for it. A few rows at a time, which backward makes again instead of
-    keeping. s is taken from the distances of unit vectors, |z_i - z_k|^2 = 2 - 2 cos, less their mean: where they are
-    nearly equal, as before training, cosines themselves would differ in their last bits only."""
+    The table e_ik = exp(s_ik - 1 / temperature), at most 1, is symmetric, so each pair within a process is computed
+    once. A row's gradient, from its own loss and from the losses of the other rows k, is the sum over k of e_ik (g_i /
+    n_i + g_k / n_k) (z_k - z_i) / temperature, with g the incoming gradient and n_i = sum over k of e_ik. Processes
+    exchange 2B numbers for it. The table is computed a few rows at a time, and again in the backward pass instead of
+    being stored. s is computed from the distances of unit vectors, |z_i - z_k|^2 = 2 - 2 cos, minus their mean: if
+    vectors are nearly equal, as before training, the cosines themselves would differ only in their last bits."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, temperature: float, decoupled: bool, table: torch.dtype) -> Tensor:
@@ -96,19 +97,19 @@ class _Negatives(torch.autograd.Function):
 
 
 def _own_first(rows: Tensor, count: int) -> Tensor:
-    """All processes' rows, `count` each, from this one's on and round."""
+    """All processes' rows, `count` of each, starting with this process and wrapping around."""
     return rows.roll(-rank() * count, 0)
 
 
 def _tiles(everyone: Tensor, count: int, temperature: float, decoupled: bool) -> Iterator[tuple[int, int, Tensor]]:
-    """(i, j, e): rows i to j of the table e for the first `count` rows of everyone, against row i and all that follow; with
-    those before i they have met in earlier tiles. Written over by the next one."""
+    """Yields (i, j, e): rows i to j of the table e for the first `count` rows, against row i and all following rows;
+    their pairs with rows before i were in earlier tiles. The next tile overwrites e."""
     radius = everyone.square().sum(1) / (2 * temperature)
     memory = everyone.new_empty(min(ROWS, count) * len(everyone))
     for i in range(0, count, ROWS):
         j = min(i + ROWS, count)
         e = memory[: (j - i) * (len(everyone) - i)].view(j - i, -1)
-        torch.mm(everyone[i:j] / temperature, everyone[i:].T, out=e)  # autocast leaves alone what writes into `out`
+        torch.mm(everyone[i:j] / temperature, everyone[i:].T, out=e)  # autocast does not change operations with `out`
         e.sub_(radius[i:j, None]).sub_(radius[i:]).exp_()
         e.diagonal().zero_()
         if decoupled:

@@ -24,15 +24,15 @@ def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -
 
 
 def normalise(patches: Tensor) -> Tensor:
-    """Each patch (B, N, F) to mean 0 and variance 1 over its F values, float32, the variance unbiased (MAE, section 4,
-    "reconstruction target")."""
+    """Patches (B, N, F) normalised to mean 0 and unbiased variance 1 over the F values of each, float32 (MAE, section
+    4, "reconstruction target")."""
     values = patches.shape[-1]
-    # A layer norm is one pass over the patches, and divides by the biased deviation.
+    # A layer norm takes one pass over the patches, but divides by the biased standard deviation.
     biased = (values - 1) / values
     return F.layer_norm(patches.float(), (values,), eps=EPS * biased) * biased**0.5
 
 
 def moments(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and the standard deviation (B, N, 1) float32 by which `normalise` moves and scales patches (B, N, F)."""
+    """The mean and the standard deviation (B, N, 1) float32 that `normalise` uses for patches (B, N, F)."""
     patches = patches.float()
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True, unbiased=True) + EPS).sqrt()

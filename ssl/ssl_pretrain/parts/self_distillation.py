@@ -1,4 +1,4 @@
-"""Self-distillation: soft assignments to prototypes, and the cross-entropy between those of different views.
+"""Self-distillation: the cross-entropy between soft assignments of different views to prototypes.
 
 Shapes: B images, S student views, T teacher views (the first T of the student's), K prototypes.
 """
@@ -19,8 +19,8 @@ def cross_entropy_of_pairs(student: Tensor, teacher: Tensor, temperature: float)
     """Cross-entropy of each image averaged over the pairs of a teacher's view t and a student's view s != t, (B,), and the
     mean entropy of the teacher's distributions, () detached (DINO: Caron et al., 2021, eq. 3).
 
-    student: logits (S, B, K), divided here by `temperature`; teacher: probabilities (T, B, K) without gradient.
-    Computed in float32 (or wider). Backward writes the gradient over what forward kept, so it runs once.
+    student: logits (S, B, K), which this function divides by `temperature`; teacher: probabilities (T, B, K) without
+    gradient. Computed in float32 (or wider). The backward pass overwrites the stored tensors, so it can run only once.
     """
     logits = to_float32(student)
     teacher = teacher.detach().to(logits.dtype)
@@ -34,11 +34,12 @@ def cross_entropy_of_pairs(student: Tensor, teacher: Tensor, temperature: float)
 
 
 def cross_entropy_of_patches(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of each crop averaged over its masked patches, (R,); 0 for a crop without any (iBOT: Zhou et al.,
-    2022, eq. 2). R crops, M patches.
+    """Cross-entropy of each crop averaged over its masked patches, (R,); 0 for a crop without masked patches (iBOT:
+    Zhou et al., 2022, eq. 2). R crops, M patches.
 
-    student: logits (R, M, K), divided here by `temperature`; teacher: probabilities (R, M, K) without gradient; counted:
-    bool (R, M), True for masked patches, False for padding. Computed in float32 (or wider). Backward runs once.
+    student: logits (R, M, K), which this function divides by `temperature`; teacher: probabilities (R, M, K) without
+    gradient; counted: bool (R, M), True for masked patches, False for padding. Computed in float32 (or wider). The
+    backward pass can run only once.
     """
     logits = to_float32(student).flatten(0, 1)[None]
     teacher = teacher.to(logits.dtype).flatten(0, 1)[None]
@@ -47,11 +48,12 @@ def cross_entropy_of_patches(student: Tensor, teacher: Tensor, counted: Tensor, 
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sums over pairs of views of each image's cross-entropy (B,): of the teacher's view t and the student's s = t, or,
-    where `crossed`, every s but t.
+    """Sums over pairs of views of each image's cross-entropy (B,): of the teacher's view t and the student's view s =
+    t, or, with `crossed`, every s except t.
 
-    -sum_k q_k log p_k = log sum_k exp(l_k) - <q, l> for q sums to one, so the teacher's views are summed before they meet
-    the student's, and the student's probabilities p are made once: for the loss, then to become the gradient."""
+    -sum_k q_k log p_k = log sum_k exp(l_k) - <q, l>, because q sums to one. So the teacher's views are summed before
+    the product with the student's, and the student's probabilities p are computed once: for the loss, and then as the
+    gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, teacher: Tensor, temperature: float, crossed: bool) -> Tensor:
@@ -81,8 +83,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _teacher_sums(teacher: Tensor, table: Tensor, crossed: bool) -> Iterator[tuple[slice, Tensor, int]]:
-    """Views of the student's table (S, B, K) with what all of them meet: the sum (B, K) of so many views of the teacher
-    (T, B, K); B here the images that are worked on together."""
+    """Views of the student's table (S, B, K), with the sum (B, K) of the teacher's views (T, B, K) that they are
+    compared with; B is the number of images processed together."""
     (t, b, k), s = teacher.shape, len(table)
     total = teacher.sum(0) if crossed else None
     for view in range(t):
@@ -95,22 +97,22 @@ def _teacher_sums(teacher: Tensor, table: Tensor, crossed: bool) -> Iterator[tup
 
 
 def _image_chunks(table: Tensor) -> list[slice]:
-    """The images of a table (S, B, K) a few at a time."""
+    """Slices of the images of a table (S, B, K), a few at a time."""
     return memory.in_cache(table.shape[1], table.shape[2], table.device)
 
 
 def warmed_up(start: float, end: float, share: float, progress: float) -> float:
-    """A value that goes linearly from `start` to `end` in the first `share` of the run, and stays there."""
+    """A value that changes linearly from `start` to `end` in the first `share` of the run, and then stays constant."""
     return end if progress >= share else start + (end - start) * progress / share
 
 
 def class_token(features: Features, method: str) -> Tensor:
-    """The class token (B, D) of each image. Raises UserError where the encoder has none."""
+    """The class token (B, D) of each image. Raises UserError if the encoder has none."""
     if features.cls is None:
-        raise UserError(f"{method} compares class tokens, and the encoder has none: give it one (--cls --pool cls)")
+        raise UserError(f"{method} compares class tokens, and the encoder has none: add one with --cls --pool cls")
     return features.cls
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """x in float32, or as it is where that is wider: what losses compute in, whatever the autocast."""
+    """x in float32, or unchanged if its type is wider: the precision of losses, independent of autocast."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

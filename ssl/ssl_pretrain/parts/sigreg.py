@@ -1,4 +1,4 @@
-"""SIGReg: how far a cloud of vectors is from an isotropic normal one, seen along random directions.
+"""SIGReg: distance of a set of vectors from an isotropic normal distribution, measured along random directions.
 
 Balestriero & LeCun, "LeJEPA" (2025), section 4: along each of S directions the Epps-Pulley statistic, the squared
 distance between the empirical characteristic function and that of N(0, 1), weighted by a Gaussian window. Shapes: N
@@ -14,14 +14,14 @@ from torch.autograd.function import once_differentiable
 
 from ..distributed import mean, size
 
-KNOTS, END = 17, 3.0  # the integral over [-3, 3] is twice that over [0, 3], for the integrand is even
-CACHED = 2**17  # projected values worked on together
+KNOTS, END = 17, 3.0  # the integral over [-3, 3] is twice that over [0, 3], because the integrand is even
+CACHED = 2**17  # projected values processed together
 
 
 class _CharacteristicFunction(torch.autograd.Function):
-    """Means over samples x (N, S) of cos(t x) and sin(t x) at evenly spaced t: (2, K, S). One sine and one cosine a value
-    are computed; the other knots follow by recurrence, a few samples at a time and again in backward, so that no K values
-    are kept for each."""
+    """Means over samples x (N, S) of cos(t x) and sin(t x) at evenly spaced t: (2, K, S). Only one sine and one cosine
+    per value are computed; the other knots follow by a recurrence. It runs on a few samples at a time, and again in the
+    backward pass, so that K values per sample need not be stored."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spacing: float, knots: int) -> Tensor:
@@ -49,9 +49,10 @@ class _CharacteristicFunction(torch.autograd.Function):
 
 
 def _multiples(x: Tensor, spacing: float, knots: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(k, cos(k a), sin(k a)) for k < knots and a = spacing * x, with the signs of `_signs`; both are written over later.
+    """Yields (k, cos(k a), sin(k a)) for k < knots and a = spacing * x, with the signs of `_signs`; later steps
+    overwrite both tensors.
 
-    f((k + 1) a) = 2 cos(a) f(k a) - f((k - 1) a) for either; with these signs that is one operation in place.
+    f((k + 1) a) = 2 cos(a) f(k a) - f((k - 1) a) for both; with these signs that is one operation in place.
     """
     angle = x * spacing
     cos, sin = angle.cos(), angle.sin()
@@ -72,26 +73,26 @@ def _signs(knots: int, like: Tensor) -> Tensor:
 
 
 def _few(x: Tensor) -> list[slice]:
-    """The samples a few at a time: on a CPU as many as its cache holds several tables of, else all."""
+    """Slices of the samples: on a CPU so many that its cache holds several tables of them, else all."""
     n, s = x.shape
     few = max(1, CACHED // s) if x.device.type == "cpu" else n
     return [slice(i, min(i + few, n)) for i in range(0, n, few)]
 
 
 def sigreg(vectors: Tensor, directions: Tensor) -> Tensor:
-    """The mean over directions of the Epps-Pulley statistic of the global batch (section 4.2), () with gradient; of several
-    clouds the mean over them too.
+    """The mean over directions of the Epps-Pulley statistic of the global batch (section 4.2), () with gradient; for
+    several sets of vectors also the mean over them.
 
     vectors: (N, D) or (V, N, D), computed in float32 (or wider); directions: (D, S) normal noise, the same on every
-    process, made unit here. It is about 1 for a normal cloud, of whatever size, and grows with the number of vectors for
-    any other.
+    process, which this function normalises. The value is about 1 for normally distributed vectors, for any number of
+    them, and grows with the number of vectors for any other distribution.
     """
     wide = torch.promote_types(vectors.dtype, torch.float32)
     clouds = vectors if vectors.ndim == 3 else vectors[None]
     with torch.autocast(vectors.device.type, enabled=False):
         along = directions.to(wide) / directions.to(wide).norm(dim=0)
-        # clouds side by side, for a column has nothing to do with another: (N, V * S)
-        # One matrix: of three dimensions torch makes N products of V rows each, which takes twice as long as all the rest.
+        # the sets side by side, because columns are independent of each other: (N, V * S) One matrix: for three
+        # dimensions torch computes N products of V rows each, which takes twice as long as the rest.
         x = (clouds.transpose(0, 1).to(wide).flatten(0, 1) @ along).view(clouds.shape[1], -1)
         cos, sin = mean(_CharacteristicFunction.apply(x, END / (KNOTS - 1), KNOTS))  # (K, V * S) each
         normal, weights = _knots(x.device, wide)
@@ -100,14 +101,14 @@ def sigreg(vectors: Tensor, directions: Tensor) -> Tensor:
 
 
 def sigreg_of_a_point(vectors: int) -> float:
-    """What `sigreg` gives for so many vectors that are all zero: total collapse."""
+    """The value of `sigreg` for that number of vectors if all are zero: total collapse."""
     normal, weights = _knots(torch.device("cpu"), torch.float64)
     return vectors * float(weights @ (1 - normal).square())
 
 
 def _knots(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The characteristic function of N(0, 1) at the knots (K,), and what each weighs: window times trapezoid rule, twice
-    for the half that is left out."""
+    """The characteristic function of N(0, 1) at the knots (K,), and the weight of each: window times trapezoid rule,
+    times two for the omitted half."""
     t = torch.linspace(0, END, KNOTS, dtype=dtype, device=device)
     normal = torch.exp(-t.square() / 2)
     spacing = torch.full_like(t, 2 * END / (KNOTS - 1))

@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp: assignments that use all prototypes alike. Shapes: B vectors of this process, K prototypes."""
+"""Sinkhorn-Knopp: assignments that use all prototypes equally. Shapes: B vectors of this process, K prototypes."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import memory
 from ..distributed import all_reduce_
 
-NOTHING = -1e30  # below every logit, and yet a number: minus infinity less itself is none
+NOTHING = -1e30  # below every logit, but finite: minus infinity minus itself is NaN
 
 
 @torch.no_grad()
@@ -14,9 +14,9 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, counted: T
     """Distributions over the prototypes (B, K), float32, whose sums over the global batch are nearly equal (Caron et al.,
     "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", 2020, section 3.1).
 
-    logits: (B, K) of any size; `temperature` is the paper's epsilon. counted: (B,) bool, rows that take part; the others
-    (padding) come out as zeros. No shift changes the result, and nothing overflows: what the columns are divided by is
-    kept as its logarithm, one number each, and the table is read, never written.
+    logits: (B, K) of any magnitude; `temperature` is the paper's epsilon. counted: (B,) bool, rows that take part; the
+    others (padding) give zeros. Adding a constant to the logits does not change the result, and nothing overflows: the
+    divisors of the columns are stored as logarithms, one number each, and the table is only read.
     """
     count, width = logits.shape
     few = memory.in_cache(count, width, logits.device)
@@ -25,7 +25,7 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, counted: T
     def scaled(rows: slice, less: Tensor) -> Tensor:
         return torch.add(-less, logits[rows].float(), alpha=1 / temperature)
 
-    # The first division of the columns, whose sums may be anything.
+    # The first division of the columns, whose sums can have any magnitude.
     absent = weights.log()[:, None]  # minus infinity for rows that do not count
     top = torch.full((width,), NOTHING, device=logits.device)
     total = torch.zeros_like(top)
@@ -37,7 +37,7 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, counted: T
     highest = all_reduce_(top.clone(), "max")
     columns = all_reduce_(total.mul_((top - highest).exp_())).log_().add_(highest)
 
-    # From now on a column has a sum of one before the rows are divided, by K at most: what follows is never too small.
+    # From here on a column's sum is 1 before the rows are divided, by at most K: so values are never too small.
     for _ in range(iterations - 1):
         sums = torch.zeros_like(columns)
         for rows in few:

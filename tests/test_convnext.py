@@ -203,7 +203,9 @@ def test_the_layout_of_the_images_in_memory_does_not_matter() -> None:
 )
 def test_what_it_cannot_do_is_refused(option: str, ask: Callable[[ConvNeXt, Tensor], Any]) -> None:
     model = convnext()
-    with pytest.raises(UnsupportedByBackbone, match=rf"'{option}' was asked of ConvNeXt.*--encoder vit_small"):
+    with pytest.raises(
+        UnsupportedByBackbone, match=rf"called with '{option}', which ConvNeXt does not support.*--encoder vit_small"
+    ):
         ask(model, draw(2, 3, *SIZE))
     with pytest.raises(UnsupportedByBackbone, match=f"MAE needs an encoder that supports '{option}', and ConvNeXt"):
         model.require("MAE", option)
@@ -218,7 +220,7 @@ def test_what_it_cannot_do_is_refused(option: str, ask: Callable[[ConvNeXt, Tens
         ({"layer_scale": 0.0}, "--layer-scale is 0.0; it must be above 0"),
         ({"drop_path": 1.0}, "--drop-path is 1.0; it must be at least 0 and below 1"),
         ({"in_chans": 0}, "--in-chans is 0"),
-        ({"image_size": (15, 48)}, "images of 15 x 48 pixels .* stride, 16 pixels: take --image-size 16 48 or a small"),
+        ({"image_size": (15, 48)}, "images of 15 x 48 pixels .* stride, 16 pixels: use --image-size 16 48 or a small"),
         ({"droppath": 0.1}, "did you mean drop_path"),
     ],
 )

@@ -293,7 +293,7 @@ def test_what_is_no_spec() -> None:
 
 def test_options_of_a_forward_and_blocks_are_refused(mine: str) -> None:
     encoder = libraries.load(f"module:{mine}:build,{FLAGS}")
-    with pytest.raises(UserError, match="'keep' was asked of Foreign"):
+    with pytest.raises(UserError, match="called with 'keep', which Foreign does not support"):
         encoder(IMAGES, keep=torch.zeros(2, 1, dtype=torch.int64))
     with pytest.raises(UserError, match="features of its last 1 block"):
         vectors(encoder, IMAGES, [Tap.parse("mean@-2")])

@@ -204,7 +204,9 @@ def test_autocast_to_bfloat16_stays_near_float32(training: bool) -> None:
 )
 def test_what_it_cannot_do_is_refused(option: str, ask: Callable[[ResNet, Tensor], Any]) -> None:
     model = resnet(depths=ONE_EACH)
-    with pytest.raises(UnsupportedByBackbone, match=rf"'{option}' was asked of ResNet.*--encoder vit_small"):
+    with pytest.raises(
+        UnsupportedByBackbone, match=rf"called with '{option}', which ResNet does not support.*--encoder vit_small"
+    ):
         ask(model, draw(2, 3, *SIZE))
     with pytest.raises(UnsupportedByBackbone, match=f"MAE needs an encoder that supports '{option}', and ResNet"):
         model.require("MAE", option)

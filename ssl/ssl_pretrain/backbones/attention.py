@@ -1,7 +1,7 @@
-"""Attention: the one place where kernels plug in, and the masks that methods ask for.
+"""Attention: selects the kernels, and builds the masks that methods need.
 
 Shapes: B images, h heads, L tokens (prefix tokens first, then patches), d channels of a head; T tokens of several batches
-of images of unlike sizes, one after another (`Packed`).
+of images of different sizes, one after another (`Packed`).
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BF16_PRODUCTS = torch.cpu._is_avx512_bf16_supported()
-PLAIN = 2**18  # scores of a head: beyond, that they are all kept for the backward pass costs too much memory
+PLAIN = 2**18  # scores of a head: above this, storing all scores for the backward pass needs too much memory
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -26,8 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     ones; not together with `mask`. Returns (B, h, L, d) of that dtype.
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        # The CPU's kernels for half precision, above all their backward, are several times slower than float32 ones
-        # with the conversions to and fro, and where there are bfloat16 products, plain ones are faster than both
+        # The CPU's half-precision kernels, above all their backward pass, are several times slower than float32
+        # kernels with conversions. On CPUs with bfloat16 products, plain products are faster than both
         # (docs/design.md).
         with torch.autocast("cpu", enabled=False):
             plain = mask is None and not causal and q.shape[2] * k.shape[2] <= PLAIN
@@ -41,23 +41,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 
 def _in_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` as two products of matrices and a softmax between; scores and weights are kept in q's dtype."""
+    """`attend` as two matrix products with a softmax between them; scores and weights are stored in q's dtype."""
     heads, scale = q.shape[:2], q.shape[3] ** -0.5
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    # What all keys have in common is the same in all scores of a query, and is nothing to the softmax: without it the
-    # scores are small, and rounding them takes little. Its gradient is zero.
+    # The mean key adds the same value to all scores of a query, which does not change the softmax. Without it the
+    # scores are small, so their rounding errors are small. Its gradient is zero.
     k = k - k.detach().mean(1, keepdim=True)
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
     return (torch.softmax(scores, dim=-1) @ v).unflatten(0, heads)
 
 
-# A kernel for sequences of unlike lengths: q, k, v (T, h, d), the bounds (sequences + 1,) int32, the lengths one by one.
+# A kernel for sequences of different lengths: q, k, v (T, h, d), the bounds (sequences + 1,) int32, the list of
+# lengths.
 Ragged = Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], Tensor]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """How T tokens are made up of batches of images, image by image."""
+    """Layout of T tokens from several batches of images, image by image."""
 
     batches: tuple[tuple[int, int], ...]  # (B, L) of each
     kernel: Ragged | None  # None: one call of `attend` a batch
@@ -65,23 +66,23 @@ class Packed:
 
     @classmethod
     def of(cls, batches: Sequence[tuple[int, int]], device: torch.device, dtype: torch.dtype, width: int) -> "Packed":
-        """Of such batches, to be attended in `dtype` by heads of `width` channels: finds the kernel."""
+        """The layout of these batches, with the kernel for attention in `dtype` with heads of `width` channels."""
         kernel = ragged_kernel(device, dtype, width) if device.type == "cuda" else None
         return cls(tuple(batches), kernel, None if kernel is None else _bounds(batches, device))
 
     def like(self, batches: Sequence[tuple[int, int]]) -> "Packed":
-        """Other batches, for the same kernel."""
+        """The layout of other batches, with the same kernel."""
         bounds = None if self.bounds is None else _bounds(batches, self.bounds.device)
         return Packed(tuple(batches), self.kernel, bounds)
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """(B, L) of the batches, neighbours of one length taken together."""
+        """(B, L) of the batches; adjacent batches of the same length are merged."""
         grouped = itertools.groupby(self.batches, key=lambda batch: batch[1])
         return [(sum(images for images, _ in each), length) for length, each in grouped]
 
     def of_each(self, x: Tensor, first: int) -> Tensor:
-        """Of tokens (1, T, D), the first of each image: (1, T', D)."""
+        """The first tokens of each image, (1, T', D), from tokens (1, T, D)."""
         parts = x.squeeze(0).split([images * length for images, length in self.runs])
         kept = [part.unflatten(0, run)[:, :first].flatten(0, 1) for part, run in zip(parts, self.runs, strict=True)]
         return torch.cat(kept)[None]
@@ -104,7 +105,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed, first: int | 
 
 
 def _bounds(batches: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    # Made where they are used: a list copied there would have to be waited for.
+    # Created on the device: copying a list to it would be a synchronisation.
     starts, begin = [], 0
     for images, length in batches:
         starts.append(torch.arange(begin, begin + images * length, length, dtype=torch.int32, device=device))
@@ -114,8 +115,8 @@ def _bounds(batches: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
 
 @functools.cache
 def ragged_kernel(device: torch.device, dtype: torch.dtype, width: int) -> Ragged | None:
-    """The first of torch's and xformers' kernels for sequences of unlike lengths that is here, runs on this device in
-    this dtype, and agrees with `attend`, forward and backward; None where there is none."""
+    """The first of torch's and xformers' kernels for sequences of different lengths that is installed, runs on this
+    device in this dtype, and agrees with `attend` in forward and backward; None if there is none."""
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     return next((kernel for kernel in (_varlen, _xformers) if _agrees(kernel, device, dtype, width)), None)
@@ -138,22 +139,23 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: list[int
 
 @functools.lru_cache(maxsize=16)
 def _block_diagonal(lengths: tuple[int, ...], device: torch.device, inference: bool) -> Any:
-    """xformers' mask that keeps sequences of these lengths apart. Kept, for every block of every step needs the same one,
-    and it moves its bounds to the device once; tensors made in inference mode are of no use outside of it."""
+    """xformers' mask that separates sequences of these lengths. It is cached, because every block of every step needs
+    the same one, and it moves its bounds to the device only once. Tensors made in inference mode cannot be used outside
+    it."""
     from xformers.ops.fmha import BlockDiagonalMask
 
     return BlockDiagonalMask.from_seqlens(list(lengths))
 
 
 def _agrees(kernel: Ragged, device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether a kernel gives what `attend` gives for two images of 5 tokens and one of 3."""
+    """Whether a kernel gives the results of `attend` for two images of 5 tokens and one of 3."""
     batches = ((2, 5), (1, 3))
     found = []
     try:
         for packed in (Packed(batches, kernel, _bounds(batches, device)), Packed(batches, None, None)):
-            # Whatever the caller computes under: it may be without gradients, and the answer is kept.
+            # Independent of the caller's mode, which may be without gradients: the result is cached.
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-                # Values of its own making: the global generator is not ours to advance.
+                # Fixed values, because the global generator must not be advanced.
                 values = torch.sin(torch.arange(3 * 2 * 13 * width, device=device) * 0.7)
                 inputs = values.view(3, 1, 2, 13, width).to(dtype).requires_grad_()
                 q, k, v = inputs.unbind(0)
@@ -167,10 +169,11 @@ def _agrees(kernel: Ragged, device: torch.device, dtype: torch.dtype, width: int
 
 
 def prefix_mask(lengths: Tensor, patches: int, prefix_tokens: int) -> Tensor:
-    """Who sees whom in prefix-causal attention (AIM: El-Nouby et al., 2024, section 3.2).
+    """The mask of prefix-causal attention (AIM: El-Nouby et al., 2024, section 3.2).
 
-    The prefix tokens and the first `lengths` (B,) int64 of the patches see one another; every later patch sees itself
-    and all before it. Returns bool (B, 1, L, L), L = prefix_tokens + patches, True where row may see column.
+    The prefix tokens and the first `lengths` (B,) int64 of the patches attend to each other; every later patch attends
+    to itself and all before it. Returns bool (B, 1, L, L), L = prefix_tokens + patches, True if row may attend to
+    column.
     """
     position = torch.arange(prefix_tokens + patches, device=lengths.device)
     earlier = position[:, None] >= position

@@ -12,20 +12,20 @@ from ..errors import UserError
 
 
 class UnsupportedByBackbone(UserError):
-    """A method asked for what this backbone cannot do; the message names both."""
+    """A method needs something that this backbone does not support; the message names both."""
 
 
 @dataclass
 class Features:
-    """What an encoder says of a batch of images. After the final norm, except `blocks`."""
+    """The output of an encoder for a batch of images. After the final norm, except `blocks`."""
 
-    cls: Tensor | None  # (B, D), or None where the encoder has no CLS token
-    patches: Tensor  # (B, N, D); with `keep`, only the kept ones in the order asked for
+    cls: Tensor | None  # (B, D), or None if the encoder has no CLS token
+    patches: Tensor  # (B, N, D); with `keep`, only the kept ones in the requested order
     grid: tuple[int, int]  # (h, w) of the whole image, also when patches were dropped
-    pooled: Tensor  # (B, D): one vector an image, as the encoder's config defines it
-    prefix: Tensor | None = None  # (B, P, D): CLS first if there is one, then registers; None without any
-    blocks: tuple[Tensor, ...] = ()  # (B, L, D) (prefix first) of each block asked for, before the final norm
-    tokens: Tensor | None = None  # (B, L, D): prefix and patches as the one row they are; None without a prefix
+    pooled: Tensor  # (B, D): one vector per image, as the encoder's config defines it
+    prefix: Tensor | None = None  # (B, P, D): CLS first if there is one, then registers; None without prefix tokens
+    blocks: tuple[Tensor, ...] = ()  # (B, L, D) (prefix first) of each requested block, before the final norm
+    tokens: Tensor | None = None  # (B, L, D): prefix and patches as one tensor; None without a prefix
 
 
 class Backbone(nn.Module, ABC):
@@ -33,8 +33,8 @@ class Backbone(nn.Module, ABC):
 
     Attributes every backbone sets: `config` (its frozen dataclass), `image_size` (H, W), `in_chans`, `dim` (D, width
     of every feature), `depth` (number of blocks or stages), `stride` (pixels a patch side (h, w)), `supports`
-    (frozenset of words among "keep", "replace", "attention", "blocks", "drop_path", "pooled_only"). Whatever a forward
-    computes with is in `state_dict()`.
+    (frozenset of words among "keep", "replace", "attention", "blocks", "drop_path", "pooled_only"). Everything that a
+    forward pass uses is in `state_dict()`.
     """
 
     config: Any
@@ -62,20 +62,21 @@ class Backbone(nn.Module, ABC):
         keep: (B, K) int64 patch indices in raster order of the grid; only these enter the encoder.
         replace: (mask (B, N) bool, token (D,)); masked patches' embeddings are replaced by the token before positions
             are added.
-        attention: "full", "causal" (a token sees itself and earlier ones; prefix tokens come first), "prefix" (as
-            causal, but the first `prefix_length` (B,) patches, and all prefix tokens, see each other fully), or a bool
-            mask (B or 1, L, L), True where query row may see key column.
-        blocks: which blocks' outputs to return in `Features.blocks`; negative counts from the end.
+        attention: "full", "causal" (a token attends to itself and earlier ones; prefix tokens come first), "prefix" (as
+            causal, but the first `prefix_length` (B,) patches and all prefix tokens attend to each other fully), or a
+            bool mask (B or 1, L, L), True if query row may attend to key column.
+        blocks: indices of the blocks whose outputs are in `Features.blocks`; negative counts from the end.
         drop: (B, 2 * depth) uniform noise for drop path, drawn by the method from `Step.rand`; needed in training when
             the drop-path rate is above 0.
-        Raises UnsupportedByBackbone for an option the backbone lacks. One that supports "pooled_only" takes that option,
-        too: True says that nothing but `Features.pooled` will be looked at, and the rest may be missing.
+        Raises UnsupportedByBackbone for an option that the backbone does not support. A backbone that supports
+        "pooled_only" also takes that option: True means that only `Features.pooled` is used, and the rest may be
+        missing.
         """
 
     def forward_crops(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
-        """The Features of several batches of images, each (images, options of `forward`), of unlike sizes: the crops of
-        multi-crop. Nothing of one batch enters another's (batch norm's statistics are of one). Default: one after
-        another; a backbone may do at once what its layers do alike for all."""
+        """The Features of several batches of images of different sizes, each (images, options of `forward`): the crops
+        of multi-crop. Batches do not influence each other (batch norm uses the statistics of one batch). Default: one
+        after another; a backbone may process together what its layers compute in the same way for all."""
         return [self(images, **options) for images, options in batches]
 
     @abstractmethod
@@ -84,12 +85,12 @@ class Backbone(nn.Module, ABC):
         i + 1 for block i, depth + 1 for what follows the blocks."""
 
     def require(self, method: str, *wishes: str) -> None:
-        """Raise UnsupportedByBackbone unless the backbone supports every wish; called in a method's constructor."""
+        """Raise UnsupportedByBackbone unless the backbone supports every word; called in a method's constructor."""
         for wish in wishes:
             if wish not in self.supports:
                 raise UnsupportedByBackbone(
                     f"{method} needs an encoder that supports {wish!r}, and {type(self).__name__} does not "
-                    f"(it supports: {', '.join(sorted(self.supports)) or 'nothing beside a plain forward'}); "
+                    f"(it supports: {', '.join(sorted(self.supports)) or 'only a plain forward'}); "
                     f"a ViT (--encoder vit_small) does"
                 )
 
@@ -101,7 +102,7 @@ class Backbone(nn.Module, ABC):
         prefix_length: Tensor | None,
         blocks: tuple[int, ...],
     ) -> None:
-        """Raise UnsupportedByBackbone for every option of `forward` that is asked for but not in `supports`."""
+        """Raise UnsupportedByBackbone for every used option of `forward` that is not in `supports`."""
         full = isinstance(attention, str) and attention == "full" and prefix_length is None
         options = {
             "keep": keep is not None,
@@ -112,15 +113,15 @@ class Backbone(nn.Module, ABC):
         for option, given in options.items():
             if given and option not in self.supports:
                 raise UnsupportedByBackbone(
-                    f"a forward with {option!r} was asked of {type(self).__name__}, which does not support it; "
+                    f"forward was called with {option!r}, which {type(self).__name__} does not support; "
                     f"a ViT (--encoder vit_small) does"
                 )
 
     def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
-        """Weights (a state dict) of the same architecture built for another `image_size`, as this one holds them.
-        Default: as they are, for most architectures hold nothing that depends on the image size."""
+        """Convert weights (a state dict) of the same architecture for another `image_size` to this one's image size.
+        Default: unchanged, because most architectures have no weights that depend on the image size."""
         return weights
 
     def describe(self) -> dict[str, Any]:
-        """The architecture's options as plain data, with which `backbones.build` makes the same one again."""
+        """The architecture's options as plain data, from which `backbones.build` makes the same architecture."""
         return asdict(self.config)

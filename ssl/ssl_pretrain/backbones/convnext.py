@@ -1,10 +1,10 @@
 """ConvNeXt (Liu et al., "A ConvNet for the 2020s", CVPR 2022): a convolutional network with a transformer's proportions,
-layer norms and GELUs, and without any batch norm.
+layer norms and GELUs, and without batch norm.
 
 Shapes: B images, C channels, H x W pixels, c channels of a map of Y x X positions, (h, w) the last map, N = h * w
-positions in raster order, D width of the last map. Maps between layers are (B, Y, X, c), so that norms and linear maps
-act on the last axis; convolutions see them as (B, c, Y, X) in channels-last layout, which copies nothing. Parameters
-have timm's names, but that the final norm, timm's `head.norm`, is `norm`, and there is no `head.fc`.
+positions in raster order, D width of the last map. Maps between layers are (B, Y, X, c), so norms and linear layers act
+on the last axis; convolutions get them as (B, c, Y, X) in channels-last layout, without a copy. Parameters have timm's
+names, except that the final norm, timm's `head.norm`, is `norm`, and there is no `head.fc`.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width; before them, but for the first stage, a norm and a 2x2 convolution of stride 2."""
+    """Blocks of one width; before them, except in the first stage, a norm and a 2x2 convolution of stride 2."""
 
     def __init__(self, inside: int | None, dim: int, depth: int, layer_scale: float) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, layer_scale) for _ in range(depth))
 
     def forward(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
-        """(B, Y, X, c) to (B, Y // 2, X // 2, dim), in the first stage to the same shape. factors: (B, blocks)."""
+        """(B, Y, X, c) to (B, Y // 2, X // 2, dim); the first stage keeps the shape. factors: (B, blocks)."""
         if self.downsample is not None:
             norm, conv = self.downsample
             x = _convolve(conv, norm(x)).to(x.dtype)  # see ConvNeXt.forward
@@ -71,8 +71,8 @@ class Stage(nn.Module):
 
 @final
 class ConvNeXt(Backbone):
-    """A ConvNeXt; `depth` counts blocks. Its stride is 8 sides of the stem's patches; pixels beyond a multiple of it
-    are seen only in part. Raises UserError for options out of range and images smaller than the stride."""
+    """A ConvNeXt; `depth` counts blocks. Its stride is 8 times the side of the stem's patches; pixels beyond a multiple
+    of it are used only in part. Raises UserError for options out of range and images smaller than the stride."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -83,11 +83,11 @@ class ConvNeXt(Backbone):
         depths: tuple[int, int, int, int]
         """Number of blocks of each stage."""
         stem_patch: int = 4
-        """Side of the patches that the stem embeds, pixels."""
+        """Side of the stem's patches in pixels."""
         layer_scale: float = 1e-6
         """Initial value of the layer scale of each block."""
         drop_path: float = 0.0
-        """Stochastic depth: probability at the last block, rising linearly from 0 at the first."""
+        """Drop path rate (stochastic depth) of the last block; it rises linearly from 0 at the first."""
 
         def __post_init__(self) -> None:
             within(self, POSITIVE, "dims", "depths", "stem_patch", "layer_scale")
@@ -129,13 +129,14 @@ class ConvNeXt(Backbone):
         blocks: tuple[int, ...] = (),
         drop: Tensor | None = None,
     ) -> Features:
-        """See `Backbone.forward`. H and W may be anything from the stride up; the grid is each over the stride, rounded
-        down. `pooled` is the norm of the mean over positions, as published, and `patches` are the norms of each: their
-        mean is another vector than `pooled`. A block has one branch: of its two columns in `drop` it takes the first.
+        """See `Backbone.forward`. H and W may be any size from the stride up; the grid is H and W divided by the
+        stride, rounded down. `pooled` is the norm of the mean over positions, as published; `patches` are the norms of
+        the single positions, so their mean differs from `pooled`. A block has one branch and uses the first of its two
+        columns in `drop`.
 
-        Raises UserError for images of other channels or smaller than the stride, UnsupportedByBackbone for keep,
-        replace, another attention than "full", and blocks (whose widths differ from stage to stage), RuntimeError
-        where drop path lacks its noise.
+        Raises UserError for images with another number of channels or smaller than the stride, UnsupportedByBackbone
+        for keep, replace, another attention than "full", and blocks (their widths differ between stages), RuntimeError
+        if the noise of drop path is missing.
         """
         self.refuse_options(keep, replace, attention, prefix_length, blocks)
         if images.shape[1] != self.in_chans:
@@ -144,7 +145,7 @@ class ConvNeXt(Backbone):
 
         factors = self._drop_path(drop)
         conv, norm = self.stem
-        # Under autocast, too, the residual stream has the precision of the parameters.
+        # The residual stream has the precision of the parameters, also under autocast.
         x = norm(_convolve(conv, images.permute(0, 2, 3, 1).contiguous()).to(self.norm.weight.dtype))
         first = 0
         for stage, depth in zip(self.stages, self.config.depths, strict=True):
@@ -154,8 +155,8 @@ class ConvNeXt(Backbone):
         return Features(cls=None, patches=patches, grid=(x.shape[1], x.shape[2]), pooled=self.norm(x.mean((1, 2))))
 
     def layer_of(self, parameter: str) -> int:
-        """See `Backbone.layer_of`; the downsampling before a stage goes with the stage's first block. Raises KeyError
-        for a name that is no parameter's."""
+        """See `Backbone.layer_of`; the downsampling before a stage belongs to the stage's first block. Raises KeyError
+        for an unknown parameter."""
         part, _, rest = parameter.partition(".")
         if part == "stages":
             stage, kind, block = rest.split(".")[:3]
@@ -163,17 +164,17 @@ class ConvNeXt(Backbone):
         return {"stem": 0, "norm": self.depth + 1}[part]
 
     def _check_size(self, height: int, width: int) -> None:
-        """Raise UserError for images that leave the last map empty."""
+        """Raise UserError for images that are too small for the last map."""
         if height < self.stride[0] or width < self.stride[1]:
             fits = [max(side, self.stride[0]) for side in (height, width)]
             raise UserError(
                 f"images of {height} x {width} pixels (height x width) are smaller than the encoder's stride, "
-                f"{self.stride[0]} pixels: take --image-size {fits[0]} {fits[1]} or a smaller --stem-patch"
+                f"{self.stride[0]} pixels: use --image-size {fits[0]} {fits[1]} or a smaller --stem-patch"
             )
 
     def _drop_path(self, drop: Tensor | None) -> Tensor | None:
         """Factors (B, depth) on each sample's branches (stochastic depth, Huang et al., 2016): 0 with the branch's
-        probability, else 1 / (1 - probability); None where nothing is dropped."""
+        probability, else 1 / (1 - probability); None if nothing is dropped."""
         if not self.training or self.config.drop_path == 0:
             return None
         noise = given(drop, self.depth)[:, ::2]

@@ -1,7 +1,7 @@
-"""Where a patch is: fixed sine-cosine tables, resizing of tables to another grid, rotary positions, relative positions.
+"""Positions of patches: fixed sine-cosine tables, resizing of tables to another grid, rotary and relative positions.
 
 Shapes: (h, w) grid of patches, N = h * w in raster order, D channels, d channels of an attention head, B images, P prefix
-tokens, L tokens (P + N, or P + those of N that are kept).
+tokens, L tokens (P + N, or P + the number of kept patches).
 """
 
 from dataclasses import dataclass
@@ -32,11 +32,11 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
 
 
 def resize_table(table: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """A table (1, N, D) of one grid for another, bicubic without antialiasing, in the table's dtype; the very same
-    tensor where the grids are the same.
+    """A table (1, N, D) resized from one grid to another, bicubic without antialiasing, in the table's dtype. The same
+    tensor is returned if the grids are the same.
 
-    As two products with matrices of bicubic weights: the backward of `interpolate` itself does not give the same bits
-    twice on an accelerator.
+    It uses two products with matrices of bicubic weights, because the backward pass of `interpolate` is not
+    deterministic on an accelerator.
     """
     if to == grid:
         return table
@@ -55,8 +55,8 @@ def _bicubic(old: int, new: int, like: Tensor) -> Tensor:
 def rope_angles(grid: tuple[int, int], head_dim: int, device: torch.device | str | None = None) -> Tensor:
     """Angles of axial rotary positions (DINOv3: Siméoni et al., 2025, section 3.2), (N, d / 2) float32, radians.
 
-    Patch centres are normalised to [-1, 1] on each axis apart. The first d / 4 angles are 2 pi y / period_k of the row,
-    the others of the column, period_k = 100^(k / (d / 4)). Raises ValueError unless 4 divides head_dim.
+    Patch centres are normalised to [-1, 1] on each axis separately. The first d / 4 angles are 2 pi y / period_k of the
+    row, the others of the column, period_k = 100^(k / (d / 4)). Raises ValueError unless 4 divides head_dim.
     """
     if head_dim % 4:
         raise ValueError(f"rotary positions need a multiple of 4 channels a head, not {head_dim}")
@@ -71,20 +71,20 @@ def rope_angles(grid: tuple[int, int], head_dim: int, device: torch.device | str
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels (i, i + d/2) of x (..., L, d) by the angle whose cosine and sine (..., L, d / 2) are
-    given; in float32, returned in the dtype of x."""
+    """Rotate each pair of channels (i, i + d/2) of x (..., L, d) by the angle with the given cosine and sine
+    (..., L, d / 2); computed in float32, returned in the dtype of x."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class Offsets:
-    """Where each key is, seen from each query, for a learned score of every offset (BEiT: Bao et al., 2022, in the form of
-    its released tables).
+    """Offset between each query and each key, for a learned score of every offset (BEiT: Bao et al., 2022, in the form
+    of its released tables).
 
-    A table (R, heads) has a row for each offset (query less key) of two patches of its grid, rows of the image before
-    columns: R = (2h - 1)(2w - 1). With prefix tokens, which are nowhere, three more: of a prefix token that looks at a
-    patch, of a patch that looks at a prefix token, of two prefix tokens.
+    A table (R, heads) has a row for each offset (query minus key) of two patches of its grid, image rows before
+    columns: R = (2h - 1)(2w - 1). Prefix tokens have no position and add three rows: for a prefix token that attends to
+    a patch, for a patch that attends to a prefix token, and for two prefix tokens.
     """
 
     rows: Tensor  # (1 or B, L, L) int64, of the table of `grid`
@@ -93,7 +93,7 @@ class Offsets:
 
     @staticmethod
     def count(grid: tuple[int, int], prefix: int) -> int:
-        """R, the rows of a table for this grid."""
+        """R, the number of rows of a table for this grid."""
         return (2 * grid[0] - 1) * (2 * grid[1] - 1) + (3 if prefix else 0)
 
     @classmethod
@@ -105,7 +105,8 @@ class Offsets:
         keep: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> "Offsets":
-        """Of images of `grid` patches behind `prefix` tokens; keep: (B, K) int64, the patches that are there."""
+        """Offsets for images of `grid` patches after `prefix` tokens; keep: (B, K) int64, indices of the kept
+        patches."""
         (h, w), patch = grid, torch.arange(grid[0] * grid[1], device=device)
         row, column = patch // w, patch % w
         down, right = row[:, None] - row, column[:, None] - column
@@ -121,13 +122,14 @@ class Offsets:
         return cls(rows[there[:, :, None], there[:, None, :]], trained, grid)
 
     def scores(self, table: Tensor) -> Tensor:
-        """What a table (R, heads) of the trained grid adds to the scores of queries and keys: (1 or B, heads, L, L)."""
+        """The scores that a table (R, heads) of the trained grid adds to those of queries and keys: (1 or B, heads, L,
+        L)."""
         return F.embedding(self.rows, resize_offsets(table, self.trained, self.grid)).movedim(-1, 1)
 
 
 def resize_offsets(table: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """A table (R, heads) of relative positions (`Offsets`) of one grid for another, as `resize_table`: an offset is the
-    same part of the image before and after. What is said of prefix tokens stays."""
+    """A table (R, heads) of relative positions (`Offsets`) resized from one grid to another, as in `resize_table`: an
+    offset is the same share of the image before and after. The rows of prefix tokens do not change."""
     if to == grid:
         return table
     count = Offsets.count(grid, 0)

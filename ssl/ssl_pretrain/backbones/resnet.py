@@ -25,12 +25,12 @@ WIDTHS = (64, 128, 256, 512)  # inner channels of the blocks of each stage
 
 
 def _conv(inside: int, outside: int, side: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the map's size but for the stride; without bias, for a batch norm follows it."""
+    """A convolution that keeps the map's size except for the stride; without bias, because a batch norm follows."""
     return nn.Conv2d(inside, outside, side, stride, padding=side // 2, bias=False)
 
 
 def _shortcut(inside: int, outside: int, stride: int) -> nn.Module | None:
-    """What the identity needs where a block changes the map's shape (option B of He et al., section 3.3)."""
+    """The projection of the shortcut if a block changes the map's shape (option B of He et al., section 3.3)."""
     if stride == 1 and inside == outside:
         return None
     return nn.Sequential(_conv(inside, outside, 1, stride), BatchNorm2d(outside))
@@ -85,13 +85,14 @@ class ResNet(Backbone):
         """The encoder (ResNet)."""
 
         bottleneck: bool
-        """Blocks of three convolutions, four times as wide outside as inside, instead of two."""
+        """Use bottleneck blocks: three convolutions, four times as wide outside as inside, instead of two
+        convolutions."""
         depths: tuple[int, int, int, int]
         """Number of residual blocks of each stage."""
         stem: Literal["imagenet", "small"] = "imagenet"
         """Stem: 7x7 convolution of stride 2 and max pooling, or 3x3 of stride 1 and none (images about 32 pixels)."""
         zero_init_residual: bool = False
-        """Start the last batch norm of each residual branch at zero gain (Goyal et al. 2017)."""
+        """Initialise the gain of the last batch norm of each residual branch with zero (Goyal et al. 2017)."""
 
         def __post_init__(self) -> None:
             within(self, POSITIVE, "depths")
@@ -135,11 +136,12 @@ class ResNet(Backbone):
         blocks: tuple[int, ...] = (),
         drop: Tensor | None = None,
     ) -> Features:
-        """See `Backbone.forward`. H and W may be anything; the grid is each over the stride, rounded up. `patches` are
-        the last map's positions and `pooled` is their mean. Noise for drop path is not used: there is none here.
+        """See `Backbone.forward`. H and W may be any size; the grid is H and W divided by the stride, rounded up.
+        `patches` are the last map's positions and `pooled` is their mean. Noise for drop path is ignored: ResNets have
+        none.
 
-        Raises UserError for images of other channels, UnsupportedByBackbone for keep, replace, another attention than
-        "full", and blocks (whose widths differ from stage to stage).
+        Raises UserError for images with another number of channels, UnsupportedByBackbone for keep, replace, another
+        attention than "full", and blocks (their widths differ between stages).
         """
         self.refuse_options(keep, replace, attention, prefix_length, blocks)
         if images.shape[1] != self.in_chans:
@@ -152,12 +154,12 @@ class ResNet(Backbone):
             x = F.max_pool2d(x, 3, stride=2, padding=1)
         for stage in self._stages():
             x = stage(x)
-        # Under autocast, too, features have the precision of the parameters.
+        # Features have the precision of the parameters, also under autocast.
         patches = x.flatten(2).transpose(1, 2).to(self.bn1.weight.dtype)
         return Features(cls=None, patches=patches, grid=(x.shape[2], x.shape[3]), pooled=patches.mean(1))
 
     def layer_of(self, parameter: str) -> int:
-        """See `Backbone.layer_of`; nothing follows the blocks. Raises KeyError for a name that is no parameter's."""
+        """See `Backbone.layer_of`; nothing follows the blocks. Raises KeyError for an unknown parameter."""
         part, _, rest = parameter.partition(".")
         firsts = {f"layer{i + 1}": sum(self.config.depths[:i]) + 1 for i in range(len(WIDTHS))}
         if part in firsts:
@@ -170,7 +172,7 @@ class ResNet(Backbone):
 
 
 def _validate(image_size: tuple[int, int], in_chans: int) -> None:
-    """Raise UserError for images that cannot be."""
+    """Raise UserError for invalid image sizes and channels."""
     if min(image_size) <= 0:
         raise UserError(f"--image-size is {image_size[0]} {image_size[1]}; both sides must be above 0")
     if in_chans <= 0:

@@ -30,13 +30,13 @@ SIZES = {
     "vit_huge": {"dim": 1280, "depth": 32, "heads": 16},
     "vit_giant": {"dim": 1536, "depth": 40, "heads": 24},
 }
-NORM_EPS = 1e-6  # of every layer norm, as in nearly all published ViTs; torch's 1e-5 is a silent difference
+NORM_EPS = 1e-6  # of every layer norm, as in nearly all published ViTs; torch's default is 1e-5
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles of rotary positions
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens by one linear map; its weight has a convolution's shape (D, C, p, p), as in checkpoints."""
+    """Patches to tokens by one linear layer; its weight has a convolution's shape (D, C, p, p), as in checkpoints."""
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) to (B, N, D), or to (B, K, D) of the patches `keep` (B, K).
 
-        A product of matrices: patches left out cost nothing, and it is faster than the convolution for all of them.
+        A matrix product: patches that are left out cost nothing, and for all patches it is faster than the convolution.
         """
         p = self.proj.kernel_size[0]
         patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p)
@@ -100,7 +100,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with a GELU between them."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -141,12 +141,12 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x <- shortcut * x + f(norm(x)) for f = attention, then for f = MLP. The ViT's, and
-    what methods build their decoders and predictors of. With `post_norm`, as the first transformers had it:
-    x <- norm(shortcut * x + f(x)).
+    """A pre-norm transformer block: x <- shortcut * x + f(norm(x)) for f = attention, then for f = MLP. It is used by
+    the ViT and by decoders and predictors of methods. With `post_norm`, as in the first transformers: x <-
+    norm(shortcut * x + f(x)).
 
     shortcut: factor on the identity path ("Residual Connections Harm Generative Representation Learning", Zhang et al.,
-    2024). Linear maps begin truncated normal with deviation 0.02, biases zero.
+    2024). Linear layers are initialised truncated normal with standard deviation 0.02, biases zero.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
-        # A tensor, not a number: a compiler would make each block of another factor anew.
+        # A tensor, not a number: otherwise a compiler would compile a block again for each factor.
         self.shortcut: Tensor | None
         self.register_buffer("shortcut", None if shortcut == 1 else torch.tensor(float(shortcut)), persistent=False)
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
@@ -197,10 +197,10 @@ class Block(nn.Module):
 
         mask, causal: as `attend` takes them, bool, neither with `packed` or `first`. rope: each broadcastable to (B,
         heads, L, d / 2). branches: (B, 1, 2) or (1, T, 2) factors on the two branches of each sample or token (drop
-        path). first: how many of an image's tokens are asked for, L' (by default all), so that the output is (B, L', D)
-        or (1, T', D); the others are seen by these and cost no more than that. offsets: for a block with relative
-        positions, neither with `causal` nor `packed`. kept: the samples that each branch is computed for, in place of
-        `branches`; not with both `packed` and `first`.
+        path). first: number of an image's tokens to compute, L' (default: all), so the output is (B, L', D) or (1, T',
+        D); the other tokens only serve as keys and values. offsets: for a block with relative positions, neither with
+        `causal` nor `packed`. kept: the samples that each branch is computed for, instead of `branches`; not with both
+        `packed` and `first`.
         """
         seen, (by_attention, by_mlp) = x, kept or (None, None)
         if by_attention is not None:
@@ -234,54 +234,54 @@ class Block(nn.Module):
 
 @final
 class ViT(Backbone):
-    """A vision transformer, for images of any size that is a multiple of the patch: positions are resized where the
-    grid is not the configured one. Raises UserError for options and image sizes that do not fit together."""
+    """A vision transformer for images of any size that is a multiple of the patch: positions are resized if the grid is
+    not the configured one. Raises UserError for options and image sizes that do not fit together."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """The encoder (ViT)."""
 
         dim: int
-        """Width: channels of every token."""
+        """Width: number of channels of every token."""
         depth: int
         """Number of blocks."""
         heads: int
-        """Attention heads of a block; they share the width."""
+        """Number of attention heads; they share the width."""
         patch_size: int = 16
-        """Side of a patch, pixels; must divide the image's sides."""
+        """Side of a patch in pixels; it must divide the image's sides."""
         mlp_ratio: float = 4.0
         """Hidden width of the MLP, as a multiple of the width."""
         swiglu: bool = False
-        """Gated MLP (SwiGLU), two thirds as wide."""
+        """Use gated MLPs (SwiGLU) with two thirds of the hidden width."""
         cls: bool = True
-        """Have a class token."""
+        """Use a class token."""
         registers: int = 0
         """Number of register tokens (Darcet et al. 2024)."""
         positions: Literal["learned", "sincos", "rope", "relative"] = "learned"
-        """Positions: a learned table, fixed sine-cosine (MAE), axial rotary (DINOv3), or a learned score of every offset in
-        each block's attention (relative, as BEiT)."""
+        """Positions: learned (a table), sincos (fixed sine-cosine; MAE), rope (axial rotary; DINOv3), or relative (a
+        learned score of every offset in each block's attention; BEiT)."""
         pool: Literal["cls", "mean"] = "mean"
-        """What stands for the whole image: the class token, or the mean of the patches."""
+        """Vector of the whole image: the class token, or the mean of the patches."""
         qkv_bias: bool = True
-        """Biases on queries, keys and values."""
+        """Use biases for queries, keys and values."""
         qk_norm: bool = False
-        """Layer norm on queries and keys."""
+        """Apply layer norm to queries and keys."""
         layer_scale: float | None = None
         """Initial value of LayerScale; none: no LayerScale."""
         drop_path: float = 0.0
-        """Stochastic depth: probability at the last block, rising linearly from 0 at the first."""
+        """Drop path rate (stochastic depth) of the last block; it rises linearly from 0 at the first."""
         drop_path_uniform: bool = False
-        """The same drop path at all blocks (DINOv2), not a rising one."""
+        """Use the same drop path rate at all blocks (DINOv2) instead of a rising one."""
         drop_rows: bool = False
-        """Where drop path is above 0.1, compute a branch only for the samples that keep it (DINOv2): less time and
-        memory, the same mean. A fixed share of every 32 samples is kept."""
+        """If the drop path rate is above 0.1, compute a branch only for the samples that keep it (DINOv2). This needs
+        less time and memory and has the same mean. A fixed share of every 32 samples is kept."""
         shortcut_decay: float = 1.0
-        """Factor on the identity shortcuts at the last block, linear from 1 at the first."""
+        """Factor on the identity shortcuts of the last block; it changes linearly from 1 at the first."""
         norms: Literal["patches", "post"] | None = None
-        """More or other layer norms than before each branch and at the end: also on patch embeddings (patches, as AIM),
-        or on the first tokens and behind each branch, none at the end (post, as data2vec 2.0)."""
+        """Layer norms other than before each branch and at the end: patches (also on patch embeddings; AIM), or post
+        (on the first tokens and after each branch, none at the end; data2vec 2.0)."""
         norm_eps: float | None = None
-        """Epsilon of every layer norm (none: 1e-6; DINOv3's is 1e-5)."""
+        """Epsilon of every layer norm (none: 1e-6; DINOv3: 1e-5)."""
 
         def __post_init__(self) -> None:
             within(self, POSITIVE, "dim", "depth", "heads", "patch_size", "mlp_ratio", "norm_eps")
@@ -303,7 +303,7 @@ class ViT(Backbone):
         eps, post = NORM_EPS if config.norm_eps is None else config.norm_eps, config.norms == "post"
 
         self.patch_embed = PatchEmbed(config.patch_size, in_chans, dim)
-        # The weight keeps torch's own initialisation, as DINO's and timm's: its deviation suits any size of patch.
+        # The weight keeps torch's initialisation, as in DINO and timm: its deviation fits every patch size.
         assert self.patch_embed.proj.bias is not None
         nn.init.zeros_(self.patch_embed.proj.bias)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if config.cls else None
@@ -348,11 +348,12 @@ class ViT(Backbone):
         drop: Tensor | None = None,
         pooled_only: bool = False,
     ) -> Features:
-        """See `Backbone.forward`. With `keep`, the tokens that masks, causality and prefix lengths speak of are the
-        kept ones in the order asked for; the mask of `replace` stays one of all N patches.
+        """See `Backbone.forward`. With `keep`, masks, causality and prefix lengths refer to the kept tokens in the
+        requested order; the mask of `replace` refers to all N patches.
 
-        Raises UserError for images of other channels or of a size the patch does not divide and for blocks there are
-        not, ValueError for an attention it does not know, RuntimeError where drop path lacks its noise.
+        Raises UserError for images with another number of channels, for a size that the patch does not divide and for
+        blocks that do not exist, ValueError for an unknown attention, RuntimeError if the noise of drop path is
+        missing.
         """
         x, grid = self._embedded(images, keep, replace)
         mask, causal = self._mask(attention, prefix_length, x.shape[1])
@@ -369,9 +370,10 @@ class ViT(Backbone):
         return self._features(x, grid, outputs)
 
     def forward_crops(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
-        """See `Backbone.forward_crops`. The tokens of all batches are one row for norms, matrices and MLPs, and apart for
-        attention only: half the kernels of two forwards, and with shared parameters (FSDP) half the gathering. Masked
-        attention and relative positions go one after another: a packed row has no place for scores to add."""
+        """See `Backbone.forward_crops`. The tokens of all batches are one sequence for norms, matrices and MLPs, and
+        separate only in attention. This halves the kernels of two forward passes, and with sharded parameters (FSDP)
+        the gathering. With masked attention and relative positions batches are encoded one after another, because
+        packed attention cannot add scores."""
         wanted_blocks = [options.get("blocks", ()) for _, options in batches]
         wanted = [options.get("pooled_only", False) for _, options in batches]
         known = {"keep", "replace", "blocks", "drop", "pooled_only"}
@@ -390,7 +392,7 @@ class ViT(Backbone):
         packed = Packed.of([(len(x), x.shape[1]) for x in rows], device, dtype, head)
 
         def by_token(each: Sequence[Tensor]) -> Tensor:
-            """What (B or 1, L or 1, ...) each batch has, for all tokens: (1, T, ...)."""
+            """Values (B or 1, L or 1, ...) of each batch, expanded to all tokens: (1, T, ...)."""
             shaped = zip(each, packed.batches, strict=True)
             return torch.cat([part.expand(*shape, *part.shape[2:]).flatten(0, 1) for part, shape in shaped])[None]
 
@@ -401,7 +403,8 @@ class ViT(Backbone):
             rope = cos[:, None], sin[:, None]
         factors, kept = self._drop_path([options.get("drop") for _, options in batches], packed)
         of_each = by_token([part[:, None] for part in factors]) if factors else None
-        # Kept tokens of a row have no first ones: the last block is then computed for all tokens of fewer images.
+        # Kept samples in a packed sequence have no `first`: the last block is then computed for all tokens of fewer
+        # images.
         first = None if kept else self._first(all(wanted), wanted_blocks[0])
         x, outputs = self._through(by_token(rows), wanted_blocks[0], None, False, rope, of_each, kept, packed, first)
         shapes = packed.batches if first is None else tuple((images, 1) for images, _ in packed.batches)
@@ -443,9 +446,9 @@ class ViT(Backbone):
         first: int | None = None,
         offsets: Offsets | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Tokens (B, L, D) or (1, T, D) behind the blocks and the final norm, an image's `first` ones where it says so,
-        and behind the wanted blocks without it. Drop path: `factors` (B, 1, 2 n) or (1, T, 2 n) of the first n blocks or
-        None, and who is `kept` by the branches of the last ones."""
+        """Tokens (B, L, D) or (1, T, D) after the blocks and the final norm (with `first` only an image's first ones),
+        and after the wanted blocks without that norm. Drop path: `factors` (B, 1, 2 n) or (1, T, 2 n) of the first n
+        blocks or None, and the samples that are `kept` by the branches of the last ones."""
         indices = [self._block(i) for i in wanted]
         outputs: dict[int, Tensor] = {}
         by_rows = self.depth - len(kept)  # the first block that computes kept samples only
@@ -458,7 +461,7 @@ class ViT(Backbone):
         return self.norm(x), tuple(outputs[i] for i in indices)
 
     def _first(self, pooled_only: bool, blocks: tuple[int, ...]) -> int | None:
-        """How many tokens the last block is asked for: the class token where it is all that will be looked at."""
+        """Number of tokens that the last block must compute: only the class token if nothing else is used."""
         pools_one = self.config.cls and self.config.pool == "cls"
         return 1 if pooled_only and pools_one and not blocks else None
 
@@ -476,7 +479,7 @@ class ViT(Backbone):
         )
 
     def layer_of(self, parameter: str) -> int:
-        """See `Backbone.layer_of`. Raises KeyError for a name that is no parameter's."""
+        """See `Backbone.layer_of`. Raises KeyError for an unknown parameter."""
         part, _, rest = parameter.partition(".")
         if part == "blocks":
             return int(rest.partition(".")[0]) + 1
@@ -484,7 +487,7 @@ class ViT(Backbone):
         return {**dict.fromkeys(stem, 0), "norm": self.depth + 1}[part]
 
     def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
-        """See `Backbone.adapt`: tables of positions are resized to this encoder's grid."""
+        """See `Backbone.adapt`: position tables are resized to this encoder's grid."""
         if image_size == self.image_size:
             return weights
         of, tokens = self._grid(*image_size), int(self.config.cls)
@@ -505,7 +508,7 @@ class ViT(Backbone):
             fits = [max(p, round(side / p) * p) for side in (height, width)]
             raise UserError(
                 f"images of {height} x {width} pixels (height x width) do not divide into patches of {p} x {p}: "
-                f"take --image-size {fits[0]} {fits[1]} or another --patch-size"
+                f"use --image-size {fits[0]} {fits[1]} or another --patch-size"
             )
         return height // p, width // p
 
@@ -516,8 +519,8 @@ class ViT(Backbone):
         return i % self.depth
 
     def _positioned(self, x: Tensor, grid: tuple[int, int], keep: Tensor | None) -> Tensor:
-        """Patch embeddings (B, N or K, D) with their positions, behind the prefix tokens: (B, L, D)."""
-        # Under autocast, too, the residual stream has the precision of the parameters, with or without prefix tokens.
+        """Patch embeddings (B, N or K, D) with their positions, after the prefix tokens: (B, L, D)."""
+        # The residual stream has the precision of the parameters, also under autocast, with or without prefix tokens.
         x = x.to(self.patch_embed.proj.weight.dtype)
         cls: Tensor | None = self.cls_token
         if self.pos_embed is not None:
@@ -529,7 +532,7 @@ class ViT(Backbone):
         return torch.cat([*prefix, x], dim=1) if prefix else x
 
     def _mask(self, attention: str | Tensor, prefix_length: Tensor | None, length: int) -> tuple[Tensor | None, bool]:
-        """What `attend` takes: a mask (B or 1, 1, L, L) or None, and whether attention is plainly causal."""
+        """Arguments of `attend`: a mask (B or 1, 1, L, L) or None, and whether attention is causal without a mask."""
         if isinstance(attention, Tensor):
             if attention.ndim != 3 or attention.shape[1:] != (length, length):
                 raise ValueError(f"the attention mask must be (B or 1, {length}, {length}), not {(*attention.shape,)}")
@@ -543,7 +546,7 @@ class ViT(Backbone):
         return None, attention == "causal"
 
     def _rope(self, grid: tuple[int, int], keep: Tensor | None, device: torch.device) -> Rope | None:
-        """Rotary positions, each (1 or B, 1, L, d / 2); prefix tokens have angle 0, which turns nothing."""
+        """Rotary positions, each (1 or B, 1, L, d / 2); prefix tokens have angle 0, that is no rotation."""
         if self.config.positions != "rope":
             return None
         angles = rope_angles(grid, self.dim // self.config.heads, device)
@@ -554,9 +557,9 @@ class ViT(Backbone):
     def _drop_path(
         self, drops: Sequence[Tensor | None], packed: Packed | None = None
     ) -> tuple[list[Tensor], list[tuple[Kept, Kept]]]:
-        """What drop path leaves of the branches, of one batch's noise (B, 2 * depth), or of each packed one's: factors
-        (B, 2 n) of each batch on the branches of the first n blocks, and which samples (or packed tokens) the branches of
-        each later block are computed for. Nothing where nothing is dropped."""
+        """Drop path from one batch's noise (B, 2 * depth), or from that of each packed batch: factors (B, 2 n) of each
+        batch for the branches of the first n blocks, and the samples (or packed tokens) for which the branches of each
+        later block are computed. Empty lists if nothing is dropped."""
         top = self.config.drop_path
         if not self.training or top == 0:
             return [], []
@@ -577,7 +580,7 @@ class ViT(Backbone):
 
 
 def _validate(config: ViT.Config, in_chans: int) -> None:
-    """Raise UserError for options against each other."""
+    """Raise UserError for options that do not fit together."""
     if in_chans <= 0:
         raise UserError(f"--in-chans is {in_chans}; it must be above 0")
     if config.dim % config.heads:

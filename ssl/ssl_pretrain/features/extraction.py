@@ -1,14 +1,14 @@
-"""Features of a data set's images: one pass of a frozen encoder, kept in a cache that every evaluator reads.
+"""Extracts features of a data set's images in one pass of a frozen encoder, and caches them for all evaluators.
 
 Shapes: N images of the source, n of them readable, F floats a feature; B, H, W, C a batch of images in uint8.
 
-A *tap* says which vector of an encoder: "cls", "mean" (of the patch tokens) or "pooled" (as the encoder defines it), of
-the last block after the final norm; "cls@-4" and "mean@-4" are those of the fourth block from the end, with the final
-norm applied to it too (as DINOv2's and I-JEPA's linear evaluations do).
+A *tap* names a vector of an encoder: "cls", "mean" (of the patch tokens) or "pooled" (as the encoder defines it), of
+the last block after the final norm; "cls@-4" and "mean@-4" are those of the fourth block from the end, also with the
+final norm (as in DINOv2's and I-JEPA's linear evaluations).
 
 The cache is the folder `features` under `data.index.directory()`: a subfolder for each (encoder, images, preprocessing,
-precision), in it a .npy file for each tap. Anything in it may be deleted at any time. How several processes fill it, and go
-on where a killed one stopped, is feature_cache.py's matter.
+precision), with a .npy file for each tap. Everything in it may be deleted at any time. feature_cache.py lets several
+processes fill it together and continues after a killed one.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ FORMAT = 1  # of the cache and of what a tap means; a cache of another format is
 POOLINGS = ("pooled", "cls", "mean")
 Precision = Literal["fp32", "bf16"]
 Progress = Callable[[int, int], None]  # images done, images in all
-PASSES = 4  # over images of which others can be read each time, before it is given up
-PAUSE = 0.1  # seconds between looks at what other processes have done
+PASSES = 4  # passes if other images are readable each time, before giving up
+PAUSE = 0.1  # seconds between checks of other processes' work
 
 
 class NotFinite(UserError):
@@ -55,14 +55,14 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True)
 class Tap:
-    """Which vector of an encoder."""
+    """Names a vector of an encoder."""
 
     pooling: str  # one of POOLINGS
     block: int = -1  # from the end
 
     @classmethod
     def parse(cls, text: str) -> "Tap":
-        """The tap of that name. Raises UserError for what is none."""
+        """The tap of that name. Raises UserError for an invalid name."""
         match = re.fullmatch(r"(\w+)(?:@(-[1-9]\d*))?", text)
         if match is None or match[1] not in POOLINGS:
             raise UserError(
@@ -83,7 +83,7 @@ class Tap:
 class Extracted:
     """Features of the n readable images of a source, in its order."""
 
-    features: dict[str, np.ndarray]  # by tap: (n, F) float32, memory-mapped and read-only where cached
+    features: dict[str, np.ndarray]  # by tap: (n, F) float32, memory-mapped and read-only if cached
     index: np.ndarray  # (n,) int64: which image of the source a row is of
     labels: np.ndarray | None  # (n,) int64, the source's
     bad: list[Bad]  # the images left out
@@ -101,16 +101,17 @@ def extract(
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Extracted:
-    """The features of every readable image of `source` at each of `taps`, of the encoder in eval mode on `device`.
+    """Extract the features of every readable image of `source` at each of `taps`, with the encoder in eval mode on
+    `device`.
 
-    Images are decoded, resized and cropped as `encoder.preprocessing` says, in `workers` processes (0: in this one),
-    and come to the encoder once however many taps there are. With `cache`, only taps that are not there yet are
-    computed, rows go to the disk as they come, and what is returned is memory-mapped: memory does not grow with N.
-    Without it everything is in memory. An image that cannot be read is left out and listed. Several processes that ask
-    for the same at once share the work, and one that was killed is gone on with, block of images by block.
+    Images are decoded, resized and cropped by `encoder.preprocessing`, in `workers` processes (0: in this one), and
+    pass the encoder once for all taps. With `cache`, only missing taps are computed, rows are written to the disk at
+    once, and the result is memory-mapped, so memory does not grow with N. Without it everything is in memory. An image
+    that cannot be read is left out and listed. Several processes that extract the same at the same time share the work,
+    and the work of a killed process is continued, in blocks of images.
 
-    Raises UserError where no image can be read, an unknown tap, one that the encoder does not have, or a cache that
-    cannot be written; NotFinite where the encoder gives NaN or infinity. Either way nothing half-written stays.
+    Raises UserError if no image can be read, for an unknown tap, one that the encoder does not have, or a cache that
+    cannot be written; NotFinite if the encoder gives NaN or infinity. Incomplete results are removed.
     """
     wanted = {str(Tap.parse(text)): Tap.parse(text) for text in taps}
     encoder.to(device).eval()
@@ -124,11 +125,11 @@ def extract(
             missing = [tap for name, tap in wanted.items() if name not in found]
             if not missing:
                 break
-            # Where others can be read than when the rest was computed, that counts as missing the next time around.
+            # If other images are readable than in the first pass, taps of that pass count as missing in the next one.
             work.on_disk(folder, missing)
         else:
             raise UserError(
-                f"{source.description}: other images can be read at each try: see that they stay, and repeat"
+                f"{source.description}: other images are readable in each pass: do not change them meanwhile, and repeat"
             )
     else:
         found, bad = work.in_memory(list(wanted.values()))
@@ -154,12 +155,12 @@ def vectors(encoder: Encoder, images: Tensor, taps: Sequence[Tap]) -> dict[str, 
     features = encoder(images, blocks=wanted) if wanted else encoder(images)
     tokens = {}
     for block, output in zip(wanted, features.blocks, strict=True):
-        # `norm`: what a backbone that supports "blocks" has after the last of them
+        # `norm`: the final norm of a backbone that supports "blocks"
         tokens[block] = cast(nn.Module, encoder.backbone.norm)(output)
     result = {}
     for tap in taps:
         if tap.pooling == "cls" and features.cls is None:
-            raise UserError("this encoder has no CLS token: --features pooled or mean, not cls")
+            raise UserError("this encoder has no CLS token: use --features pooled or mean, not cls")
         if tap.pooling == "pooled":
             vector = features.pooled
         elif tap.block == -1:
@@ -174,13 +175,13 @@ def vectors(encoder: Encoder, images: Tensor, taps: Sequence[Tap]) -> dict[str, 
 
 
 def blocks(encoder: Encoder) -> int:
-    """Of how many of its last blocks an encoder gives features; 1: of the last only."""
+    """Number of last blocks of which an encoder gives features; 1: only the last."""
     return encoder.backbone.depth if "blocks" in encoder.backbone.supports else 1
 
 
 @torch.inference_mode()
 def poolings(encoder: Encoder, device: torch.device | str) -> tuple[str, ...]:
-    """Which of POOLINGS the encoder's last block has: not "cls" where there is no CLS token."""
+    """The POOLINGS that the encoder's last block has: without "cls" if there is no CLS token."""
     height, width = encoder.preprocessing.crop
     blank = torch.zeros(1, encoder.preprocessing.channels, height, width, device=device)
     has_cls = encoder.to(device).eval()(blank).cls is not None
@@ -189,13 +190,13 @@ def poolings(encoder: Encoder, device: torch.device | str) -> tuple[str, ...]:
 
 @final
 class Pixels(Backbone):
-    """Raw pixels in the place of a backbone: the image as one vector, which is `pooled` and the only patch."""
+    """Raw pixels as a backbone: the image as one vector, which is `pooled` and the only patch."""
 
     supports = frozenset()
 
     @dataclass(frozen=True)
     class Config:
-        """Nothing to choose."""
+        """No options."""
 
     def __init__(self, image_size: tuple[int, int], in_chans: int) -> None:
         super().__init__()
@@ -210,13 +211,13 @@ class Pixels(Backbone):
         return Features(cls=None, patches=flat[:, None], grid=(1, 1), pooled=flat)
 
     def layer_of(self, parameter: str) -> int:
-        """There are no parameters: raises KeyError."""
+        """Raises KeyError, because there are no parameters."""
         raise KeyError(parameter)
 
 
 def pixel_encoder(image_size: tuple[int, int], channels: int) -> Encoder:
-    """The baseline that any encoder must beat: images of about `image_size` (height, width), shrunk to at most 32 x 32
-    pixels, values in [0, 1] minus 0.5 over 0.25."""
+    """A baseline of raw pixels: images of about `image_size` (height, width), reduced to at most 32 x 32 pixels, with
+    values (x - 0.5) / 0.25 for x in [0, 1]."""
     side = min(32, *image_size)
     preprocessing = Preprocessing.for_size((side, side), (0.5,) * channels, (0.25,) * channels)
     return Encoder(Pixels((side, side), channels), "pixels", preprocessing, {"method": "pixels"})
@@ -224,7 +225,7 @@ def pixel_encoder(image_size: tuple[int, int], channels: int) -> Encoder:
 
 @dataclass(frozen=True)
 class _Work:
-    """A way of the images through the encoder."""
+    """One pass of the images through the encoder."""
 
     encoder: Encoder
     source: Source
@@ -251,7 +252,8 @@ class _Work:
         return arrays, bad
 
     def on_disk(self, folder: Path, taps: list[Tap]) -> None:
-        """Fill the cache with those taps, together with whoever else does; returns when they are there."""
+        """Fill the cache with those taps, together with other processes that do the same; returns when it is
+        complete."""
         widths = self._widths(taps)
         key = hashlib.blake2b(json.dumps(widths).encode(), digest_size=8).hexdigest()
         with _cache_errors(folder):
@@ -278,8 +280,8 @@ class _Work:
         return len(_stored(folder, len(self.source), list(map(str, taps)))[1]) == len(taps)
 
     def _fill(self, job: Pass, taps: list[Tap]) -> None:
-        """All blocks that nobody else has."""
-        planned: deque[tuple[range, range]] = deque()  # a block, and the images of a batch of it
+        """Process all blocks that no other process has."""
+        planned: deque[tuple[range, range]] = deque()  # a block, and the images of one of its batches
 
         def plan() -> Iterator[list[int]]:
             for block in job.claim():
@@ -315,13 +317,13 @@ class _Work:
 
     @torch.inference_mode()
     def _widths(self, taps: list[Tap]) -> dict[str, int]:
-        """How many floats each tap has."""
+        """Number of floats of each tap."""
         height, width = self.encoder.preprocessing.crop
         blank = torch.zeros(1, self.encoder.preprocessing.channels, height, width, device=self.device)
         return {name: vector.shape[1] for name, vector in vectors(self.encoder, blank, taps).items()}
 
     def _give_up(self, done: int, bad: list[Bad]) -> None:
-        """Raise UserError where not one image of a block can be read."""
+        """Raise UserError if no image of a block can be read."""
         if len(bad) == done and done >= min(BLOCK, len(self.source)):
             raise UserError(f"none of the first {done} images can be read; {bad[0].name}: {bad[0].reason}")
 
@@ -348,7 +350,7 @@ class _Work:
 
 
 class _Images(Dataset):
-    """Images of a source as uint8 (H, W, C), or why there is none."""
+    """Images of a source as uint8 (H, W, C), or the reason why one is missing."""
 
     def __init__(self, source: Source, preprocessing: Preprocessing) -> None:
         self.source, self.how = source, preprocessing
@@ -365,7 +367,7 @@ class _Images(Dataset):
 
 
 def _collate(items: list[np.ndarray | Bad]) -> tuple[np.ndarray, list[Bad]]:
-    # Arrays, not tensors: those would come through shared memory, of which containers often have next to none.
+    # Arrays, not tensors: tensors use shared memory, of which containers often have very little.
     images = [item for item in items if not isinstance(item, Bad)]
     bad = [item for item in items if isinstance(item, Bad)]
     return np.stack(images) if images else np.empty((0,), np.uint8), bad
@@ -373,7 +375,7 @@ def _collate(items: list[np.ndarray | Bad]) -> tuple[np.ndarray, list[Bad]]:
 
 def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
 
 
 def crops_of(
@@ -384,7 +386,7 @@ def crops_of(
     *,
     batches: Iterable[list[int]] | None = None,
 ) -> Iterator[tuple[np.ndarray, list[Bad]]]:
-    """The source's images in order, or those of `batches`, uint8 (B, H, W, C), and what could not be read between them."""
+    """The source's images in order, or those of `batches`, uint8 (B, H, W, C), and those that could not be read."""
     how: dict[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
     with warnings.catch_warnings():
         # Python 3.12 on forking with threads about: the workers run none of theirs; torch on more workers than CPUs
@@ -396,7 +398,7 @@ def crops_of(
                 num_workers=workers,
                 collate_fn=_collate,
                 worker_init_fn=_begin_worker,
-                generator=torch.Generator(),  # it draws a seed for its workers, which use none; not the global state
+                generator=torch.Generator(),  # for its workers' unused seed: keeps the global state
                 multiprocessing_context="fork" if workers else None,
             )
         )
@@ -406,7 +408,7 @@ def crops_of(
 
 
 def _folder(encoder: Encoder, source: Source, precision: Precision) -> Path:
-    """Where features of these images by this encoder are kept."""
+    """The cache folder for features of these images by this encoder."""
     what = [FORMAT, encoder.fingerprint, _identity(source), asdict(encoder.preprocessing), precision]
     key = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
     return directory() / "features" / key
@@ -422,13 +424,13 @@ def _identity(source: Source) -> list[str]:
 
 
 def _file(tap: str, bad: list[Bad]) -> str:
-    """A tap's file. Its name says which images were left out, so that rows of two passes are never mixed up."""
+    """A tap's file. Its name depends on the images that were left out, so rows of different passes are never mixed."""
     left_out = json.dumps([item.index for item in bad]).encode()
     return f"{tap}.{hashlib.blake2b(left_out, digest_size=4).hexdigest()}.npy"
 
 
 def _stored(folder: Path, count: int, names: list[str]) -> tuple[list[Bad], dict[str, np.ndarray]]:
-    """What the cache has of these taps: the images left out, and arrays (N, F). A damaged file is as good as none."""
+    """The cached taps: the images left out, and arrays (N, F). A damaged file counts as missing."""
     try:
         record = json.loads((folder / "images.json").read_text())
         bad = [Bad(**item) for item in record["bad"]]
@@ -445,11 +447,11 @@ def _stored(folder: Path, count: int, names: list[str]) -> tuple[list[Bad], dict
 
 @contextlib.contextmanager
 def _cache_errors(folder: Path) -> Iterator[None]:
-    """Errors of the system in here are about the cache: raised as UserError."""
+    """Convert operating system errors within this context, which concern the cache, to UserError."""
     try:
         yield
     except OSError as problem:
         raise UserError(
             f"the feature cache {folder.parent} cannot be written ({problem.strerror}): set SSL_PRETRAIN_CACHE to a "
-            f"folder with room, or do without (--no-cache)"
+            f"folder with free space, or use --no-cache"
         ) from None

@@ -1,12 +1,12 @@
-"""Features on their way into the cache: arrays on the disk that any number of processes fill together, and that outlive
-them.
+"""Incomplete cache entries: arrays on the disk that any number of processes fill together, and that survive them.
 
-A pass over N images is cut into blocks of BLOCK images. A process takes the next block that nobody has, fills its rows, and
-marks it done; the marks are a file beside the arrays. Who works holds a lock on a file of its own: a mark whose lock
-anybody can take is a dead process's, and its block is free again. So a pass that was killed goes on where it was, and
-processes of one machine, or of several that share the folder, help one another without a word.
+A pass over N images is divided into blocks of BLOCK images. A process claims the next free block, fills its rows, and
+marks it as done; the marks are in a file next to the arrays. Each working process holds a lock on its own file. A claim
+whose lock is free belongs to a dead process, so its block is free again. So a killed pass continues where it stopped,
+and processes of one machine, or of several that share the folder, divide the work without communication.
 
-Where the file system has no locks, everybody takes whatever is not done: work may be done twice, with the same result.
+If the file system has no locks, every process takes all blocks that are not done: work may be done twice, with the same
+result.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from typing import BinaryIO, final
 import numpy as np
 
 BLOCK = 1024  # images
-FREE, DONE = 0, 255  # marks; any other is the number of the process at work
-PREFIX = ".part-"  # of the folder of a pass; what is in it may be deleted while nobody works in it
+FREE, DONE = 0, 255  # marks; any other value is the number of the process that works on the block
+PREFIX = ".part-"  # of the folder of a pass; it may be deleted while no process works in it
 
 
 @dataclass(frozen=True)
 class Bad:
     """An image that could not be read."""
 
-    index: int  # in the source
+    index: int  # index in the source
     name: str
     reason: str
 
@@ -39,9 +39,9 @@ class Bad:
 def join(
     folder: Path, key: str, widths: Mapping[str, int], count: int, there: Callable[[], bool] = lambda: False
 ) -> "Pass | None":
-    """The pass `key` in `folder` that others are at or have left, else a new one: arrays by name with their F, and N. None
-    where `there` says that what it is for has been put meanwhile. Passes that nobody works at are removed. Raises OSError
-    where there is no room."""
+    """Join the pass `key` in `folder` that other processes work on or have left, or start a new one: arrays by name
+    with their F, and N. None if `there` says that the result exists meanwhile. Other passes without a working process
+    are removed. Raises OSError if there is no space."""
     with _locked(folder / "lock"):
         if there():
             return None
@@ -53,7 +53,7 @@ def join(
             elif not _anyone(other):
                 shutil.rmtree(other, ignore_errors=True)
         if place is None:
-            # A name of its own: who is at an earlier pass must never take this one's files for those that it filled.
+            # A unique name: a process of an earlier pass must never mistake this pass's files for its own.
             place = folder / f"{PREFIX}{key}-{secrets.token_hex(8)}"
             _begin(place, widths, count)
         return Pass(place, widths, count)
@@ -65,7 +65,8 @@ def _begin(place: Path, widths: Mapping[str, int], count: int) -> None:
         for name, width in widths.items():
             path = place / f"{name}.npy"
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, width))
-            # The room is taken first: a disk that is full under a memory map ends the process without a word.
+            # Space is reserved first: if a disk becomes full under a memory map, the process ends without an error
+            # message.
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         (place / "marks").write_bytes(bytes(_blocks(count)))
@@ -83,15 +84,15 @@ class Pass:
     """One pass: arrays (N, F) float32 by name, filled at the images' own rows."""
 
     def __init__(self, folder: Path, widths: Mapping[str, int], count: int) -> None:
-        """Of `join`, which holds the lock."""
+        """Called by `join`, which holds the lock."""
         self.folder, self.widths, self.count = folder, widths, count
         self.number, self._mine = _sign_in(self.folder)
         self.marks = np.memmap(self.folder / "marks", mode="r+", dtype=np.uint8, shape=(_blocks(count),))
-        self.marks[self.marks == self.number] = FREE  # of a dead process that had our number
+        self.marks[self.marks == self.number] = FREE  # of a dead process that had the same number
         self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in widths}
 
     def claim(self) -> Iterator[range]:
-        """The images of one free block after another, until there is none."""
+        """Yields the images of one free block after another, until there is none."""
         block = self._next()
         while block is not None:
             yield range(block * BLOCK, min((block + 1) * BLOCK, self.count))
@@ -101,7 +102,7 @@ class Pass:
         with contextlib.ExitStack() as locks:
             try:
                 locks.enter_context(_locked(self.folder / "marks.lock"))
-            except FileNotFoundError:  # somebody else has just finished the pass
+            except FileNotFoundError:  # another process has just finished the pass
                 return None
             gone: dict[int, bool] = {}
             for block, mark in enumerate(self.marks.tolist()):
@@ -113,12 +114,12 @@ class Pass:
         return None
 
     def done(self, images: range, bad: list[Bad]) -> None:
-        """All rows of a block are filled but those of the bad images."""
+        """Mark a block as done: all its rows are filled except those of the bad images."""
         block = images.start // BLOCK
         if bad:
             try:
                 (self.folder / f"bad-{block}.json").write_text(json.dumps([asdict(one) for one in bad]))
-            except FileNotFoundError:  # without locks somebody else may have filled this block, and finished the pass
+            except FileNotFoundError:  # without locks another process may have filled this block and finished the pass
                 return
         for array in self.arrays.values():
             array.flush()
@@ -126,7 +127,7 @@ class Pass:
 
     @property
     def finished(self) -> int:
-        """How many images are in blocks that are done."""
+        """Number of images in blocks that are done."""
         return min(self.count, BLOCK * int((self.marks == DONE).sum()))
 
     @property
@@ -136,16 +137,16 @@ class Pass:
 
     @property
     def gone(self) -> bool:
-        """Whether another process has finished the pass, and its folder is no more."""
+        """Whether another process has finished the pass, so its folder does not exist any more."""
         return not (self.folder / "marks").exists()
 
     def finish(self, put: Callable[[dict[str, Path], list[Bad]], None]) -> None:
-        """Once the pass is whole, by the first that comes: the rows of readable images first, and the files handed to
-        `put`, which must take them away."""
+        """Called once the pass is complete; the first process does it: move the rows of readable images to the front
+        and give the files to `put`, which must move them away."""
         with _locked(self.folder.parent / "lock"):
             if self.gone:
                 return
-            if (self.folder / "finishing").exists():  # by one who died of it: some rows have moved, others have not
+            if (self.folder / "finishing").exists():  # a process died here: only some rows have moved
                 shutil.rmtree(self.folder, ignore_errors=True)
                 return
             found = (json.loads(path.read_text()) for path in self.folder.glob("bad-*.json"))
@@ -156,26 +157,26 @@ class Pass:
                 for array in self.arrays.values():
                     for start in range(0, len(kept), BLOCK):
                         rows = kept[start : start + BLOCK]
-                        array[start : start + len(rows)] = array[rows]  # never ahead of what is read
+                        array[start : start + len(rows)] = array[rows]  # never overtakes the rows that are read
                     array.flush()
             put({name: self.folder / f"{name}.npy" for name in self.widths}, bad)
             (self.folder / "marks").unlink()
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Remove the pass, unless others work at it."""
+        """Remove the pass, unless other processes work on it."""
         self.leave()
         with contextlib.suppress(OSError), _locked(self.folder.parent / "lock"):
             if not _anyone(self.folder):
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     def leave(self) -> None:
-        """Blocks that were claimed and not done are free for others from here on."""
+        """Release blocks that were claimed but are not done."""
         self._mine.close()
 
 
 def _sign_in(folder: Path) -> tuple[int, BinaryIO]:
-    """A number that no living process has, and the file whose lock says that we live."""
+    """A number that no living process has, and the file whose lock shows that this process is alive."""
     for number in range(1, DONE):
         file = open(folder / f"worker-{number}", "wb")  # noqa: SIM115 -- open for as long as we live
         try:
@@ -185,7 +186,7 @@ def _sign_in(folder: Path) -> tuple[int, BinaryIO]:
             file.close()
         except OSError:  # no locks here
             return number, file
-    raise OSError(f"{DONE - 1} processes work in {folder} already")
+    raise OSError(f"already {DONE - 1} processes work in {folder}")
 
 
 def _alive(path: Path) -> bool:

@@ -1,4 +1,5 @@
-"""k-means: k-means++ seeding (Arthur & Vassilvitskii, 2007) and Lloyd's iterations, several starts, in bounded memory.
+"""k-means with k-means++ seeding (Arthur & Vassilvitskii, 2007), Lloyd's iterations and several starts, in bounded
+memory.
 
 Shapes: n rows, F floats each, K clusters.
 """
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..randomness import numpy_generator
 
-CHUNK = 8192  # rows whose distances to all centres exist at a time
+CHUNK = 8192  # rows whose distances to all centres are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ class Clusters:
 def kmeans(
     rows: Tensor, k: int, *, seed: int, starts: int = 10, max_iterations: int = 300, tolerance: float = 1e-4
 ) -> Clusters:
-    """The partition of lowest inertia of `starts` runs. rows: (n, F), float32 or float64, n >= k >= 1.
+    """The partition with the lowest inertia of `starts` runs. rows: (n, F), float32 or float64, n >= k >= 1.
 
     A run ends when no row changes its cluster, or when the centres' squared movement falls below `tolerance` times the
     mean variance of a float (scikit-learn's rule), or after `max_iterations`. A cluster that loses all its rows gets the
-    row that is farthest from its centre. Everything random is a function of the seed.
+    row that is farthest from its centre. All randomness is a function of the seed.
     """
     if not 1 <= k <= len(rows):
         raise ValueError(f"{k} clusters of {len(rows)} rows")
     mean = rows.mean(0, dtype=torch.float64).to(rows.dtype)
-    centred = rows - mean  # distances are differences of squares: without a common offset they keep their digits
+    centred = rows - mean  # distances are differences of squares: without a common offset they lose less precision
     least = tolerance * float(centred.var(0, correction=0).mean())
     runs = (
         lloyd(centred, seeds(centred, k, numpy_generator(seed, "k-means", start)), max_iterations, least)
@@ -48,8 +49,8 @@ def kmeans(
 
 
 def seeds(rows: Tensor, k: int, generator: np.random.Generator) -> Tensor:
-    """k rows (k, F), each drawn with a chance in proportion to its squared distance from those before; of 2 + log k
-    tries the one that lowers the inertia most."""
+    """k rows (k, F), each drawn with a probability proportional to its squared distance from the previous ones; of 2 +
+    log k candidates the one that reduces the inertia most."""
     n = len(rows)
     squares = rows.square().sum(1)
     tries = 2 + int(np.log(k))

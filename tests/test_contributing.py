@@ -33,7 +33,8 @@ def test_the_example_of_a_page_conforms(name: str, tmp_path: Path, monkeypatch: 
     checks = f"ssl_pretrain.conformance.{name}"
     if importlib.util.find_spec(checks) is None:
         pytest.skip(f"there is no {checks}")
-    install(tmp_path / "site", module, block(page, "python"), {package: entries})
+    found = install(tmp_path / "site", module, block(page, "python"), {package: entries})
+    monkeypatch.setenv("PYTHONPATH", found["PYTHONPATH"])  # for the processes that a check starts
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, module, raising=False)
     for entry in entries:

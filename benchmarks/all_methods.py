@@ -1,12 +1,13 @@
-"""Every method at the same budget: kNN and linear accuracy on CIFAR-10, with untrained, raw-pixel and supervised controls.
+"""kNN and linear accuracy of all methods at the same budget on CIFAR-10, with untrained, raw-pixel and supervised
+controls.
 
     python benchmarks/all_methods.py --out runs/methods [--seeds 2] [--steps 1500] [--jobs 2] [--methods mae simclr]
 
-Each run is `ssl-pretrain --config recipes/M_cifar10.yaml` with the same encoder, batch, steps (images seen) and seed for
-all, on the first 10,000 training images without their labels: few enough that each comes back several times, which a
-memory bank of all images needs. Each score is `ssl-eval` on the whole data set: 50,000 labelled images to learn from,
-10,000 others to be right about. Jobs run side by side on one thread each. What is there already is not done again; the
-table is printed at the end, as Markdown.
+Each run is `ssl-pretrain --config recipes/M_cifar10.yaml` with the same encoder, batch, steps (images seen) and seed
+for all, on the first 10,000 training images without labels. These are few enough that each image is seen several times,
+which a memory bank of all images needs. Each score is `ssl-eval` on the whole data set: 50,000 labelled training images
+and 10,000 test images. Jobs run in parallel on one thread each. Existing results are not computed again. The table is
+printed at the end, as Markdown.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""How long training waits for a checkpoint: the copying before it is written behind its back, against writing it at once.
+"""Time that training waits for a checkpoint: the copy before a background write, compared with a synchronous write.
 
     python benchmarks/checkpoint.py --out FOLDER [--parameters 86] [--rounds 5]
     python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/checkpoint.py --out FOLDER
 
-The state is that of AdamW training: three float32 tensors a parameter. FOLDER should be on the disk that runs are kept on.
-The second is of a sharded run (MAE with a ViT-S, FSDP2): every process copies and writes its part. At once is there what
-saving without a thread would take: the parts, their name, and the export from gathered parameters.
+The state is that of AdamW training: three float32 tensors per parameter. FOLDER should be on the disk that stores runs.
+The second command is a sharded run (MAE with a ViT-S, FSDP2): every process copies and writes its part. There the
+synchronous write is everything that saving without a thread would do: the parts, the renaming, and the export from
+gathered parameters.
 """
 
 import argparse

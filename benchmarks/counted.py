@@ -1,4 +1,4 @@
-"""What a step costs where no clock is needed: how many kernels it starts, and what its host would wait for on a GPU.
+"""Counts of a step that need no clock: kernels that it starts, and operations for which the host would wait on a GPU.
 
 Operations are counted below autograd; views and empty allocations do not count.
 """

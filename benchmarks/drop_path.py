@@ -1,9 +1,10 @@
-"""What drop path costs and saves: forward and backward of a ViT on DINOv2's crops, nothing dropped, by factors, by rows.
+"""Cost of drop path: forward and backward of a ViT on DINOv2's crops without drop path, by factors, and by rows.
 
     python benchmarks/drop_path.py [--encoder vit_small] [--images 16] [--rate 0.3] [--rounds 5] [--precision fp32]
 
-The crops of each image (two of 224 pixels, eight of 96) go through the encoder in one call. Variants take turns in one
-process, on one thread or the GPU; the ratio of the medians is what counts. Memory: bytes that the backward pass keeps.
+The crops of each image (two of 224 pixels, eight of 96) pass the encoder in one call. Variants alternate in one
+process, on one thread or the GPU; compare the ratios of the medians. Memory: bytes that are stored for the backward
+pass.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""data2vec 2.0 against MAE, accuracy over time: both on the same images, one core each, side by side.
+"""Accuracy over time of data2vec 2.0 and MAE: both on the same images, one core each, in parallel.
 
     python benchmarks/equal_time.py --out runs/equal-time [--every 250] [--steps 3000 1250]
 
-Each is its CIFAR-10 recipe with the encoder, patch and batch of `benchmarks/all_methods.py`, on the first 10,000 images,
-with a kNN score every so many steps; the numbers of steps are such that both take about as long. A line of the table is a
-score, when it was reached (seconds of training since the first logged step), and after which step.
+Each uses its CIFAR-10 recipe with the encoder, patch and batch of `benchmarks/all_methods.py`, on the first 10,000
+images, with a kNN score every --every steps. The numbers of steps are chosen so that both take about the same time.
+Each line of the table is a score, its time (seconds of training since the first logged step), and its step.
 """
 
 import argparse

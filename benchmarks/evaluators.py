@@ -1,12 +1,12 @@
-"""The searches and fits behind the evaluators against scikit-learn and faiss: CPU seconds and extra memory, one thread.
+"""Searches and fits of the evaluators compared with scikit-learn and faiss: CPU seconds and extra memory, one thread.
 
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/evaluators.py [--rows knn sweep] [--repeats 3]
 
-Rows: `knn`, 10,000 queries on 50,000 x 384, 20 neighbours (faiss where installed); `logistic`, one fit of 20,000 x
-384 in 10 classes, scikit-learn's tolerance lowered until its objective is no higher than ours; `sweep`, 30 penalties of
-the same; `heads`, 30 linear classifiers that differ in their learning rates, 500 steps of 512 rows; `kmeans`, 50 clusters
-of 20,000 x 384, the same number of starts. Contestants take turns, `repeats` times, and the median counts. Extra memory
-is the growth of the resident peak of a process that does this alone, its data made before.
+Rows: `knn`, 10,000 queries on 50,000 x 384, 20 neighbours (faiss if installed); `logistic`, one fit of 20,000 x 384 in
+10 classes, with scikit-learn's tolerance lowered until its objective is not higher than ours; `sweep`, 30 penalties of
+the same; `heads`, 30 linear classifiers with different learning rates, 500 steps of 512 rows; `kmeans`, 50 clusters of
+20,000 x 384, the same number of starts. Variants alternate `repeats` times, and the median is reported. Extra memory is
+the growth of the peak resident memory of a process that runs only this, after its data is created.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""An encoder of each family through every evaluator, on parts of CIFAR-10, Imagenette and CamVid, in one table.
+"""Evaluates one encoder of each family with every evaluator, on parts of CIFAR-10, Imagenette and CamVid, in one table.
 
     python benchmarks/families.py --runs runs/methods --out runs/families [--train 4000] [--test 2000]
 
-The encoders are those that `benchmarks/all_methods.py --out runs/methods` trained with seed 0. So that two cores do it in
-half an hour, the data are parts of the whole: CIFAR-10's first images, two training shards of Imagenette and one of its
-validation shards. What it runs is `ssl-eval suite`; each list is written to suite.yaml beside its table. `targets` has
-suites of its own, for its table of attributes and numbers is one data set's (made here: what the classes have in common,
-and the mean brightness of the image), and so has `segment`, which wants masks (CamVid's first 60 training and 40 test
-images).
+The encoders are those that `benchmarks/all_methods.py --out runs/methods` trained with seed 0. Only parts of the data
+are used, so that two cores need half an hour: CIFAR-10's first images, two training shards of Imagenette and one of its
+validation shards. It runs `ssl-eval suite`; each list is written to suite.yaml next to its table. `targets` has
+separate suites, because its table of attributes and numbers belongs to one data set (this script creates it: common
+attributes of classes, and the mean brightness of the image). `segment` has one too, because it needs masks (CamVid's
+first 60 training and 40 test images).
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""Fine-tuning from a MAE export against from scratch, the same budget: test accuracy after each epoch, on Imagenette.
+"""Fine-tuning from a MAE export compared with training from scratch at the same budget: test accuracy after each epoch,
+on Imagenette.
 
     python benchmarks/finetune.py --out runs/finetune [--steps 1000] [--epochs 6]
 
-MAE is pretrained on the training images without their labels; then `ssl-eval finetune` trains its encoder, and a random one
-of the same shape, alike. What is there already is not done again.
+MAE is pretrained on the training images without labels. Then `ssl-eval finetune` trains its encoder, and in the same
+way a random one of the same architecture. Existing results are not computed again.
 """
 
 import argparse

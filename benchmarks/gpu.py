@@ -1,13 +1,13 @@
-"""What a GPU makes of training: images a second, share of its own matrix product's rate, memory, idle time.
+"""Training on a GPU: images per second, share of the GPU's matrix product rate, memory, idle time.
 
     python -m benchmarks.gpu [--minutes 8] [--methods mae dino ...] [--encoders vit_base ...] [--out results.json]
 
-Needs torch and this package only. First the machine's own ceiling: bfloat16 matrix products and copies. Then training
-steps (forward, backward, fused AdamW, what the method does behind a step) on ready images under bfloat16 autocast, for
-each method, encoder and way (eager, compiled); then the loop of `ssl-pretrain` on JPEG files with all of the machine's
-cores, against the bare step. The batch is halved until it fits. Rows come in the order of their worth; those the time does
-not reach are named. --device cpu and --image-size serve to try the suite where there is no GPU: without memory and idle
-time.
+It needs only torch and this package. First it measures the limits of the machine: bfloat16 matrix products and copies.
+Then it measures training steps (forward, backward, fused AdamW, and the method's work after a step) on prepared images
+under bfloat16 autocast, for each method, encoder and mode (eager, compiled). Then it compares the loop of
+`ssl-pretrain` on JPEG files, with all cores of the machine, with the bare step. The batch is halved until it fits. The
+most important rows come first; rows for which there is no time are named. --device cpu and --image-size allow to test
+the suite without a GPU, without memory and idle time.
 """
 
 import argparse

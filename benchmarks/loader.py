@@ -1,11 +1,12 @@
-"""Images per core-second through the loader, against other pipelines and a bare decode.
+"""Images per core-second of the loader, compared with other pipelines and bare decoding.
 
     python benchmarks/loader.py [--views mae|simclr|dino] [--data FOLDER|SHARDS] [--seconds 20]
 
-mae: a random crop of 20-100 % of the area, bicubic to 224 x 224, flipped half the time. simclr: two crops with SimCLR's
-colours and blur. dino: two crops and eight of 96 pixels with DINO's (lightly's own transform makes six). What is timed is
-an image from its bytes to its normalised float32 views in a batch. All rows run in one process on one thread, taking
-turns batch by batch over the same images in memory, and are compared by CPU time, so that a busy machine slows all alike.
+mae: a random crop of 20-100 % of the area, bicubic to 224 x 224, flipped with probability 0.5. simclr: two crops with
+SimCLR's colours and blur. dino: two crops and eight of 96 pixels with DINO's (lightly's own transform makes six). The
+time is that of an image from its bytes to its normalised float32 views in a batch. All rows run in one process on one
+thread and alternate batch by batch over the same images in memory. They are compared by CPU time, so a busy machine
+slows all equally.
 """
 
 import argparse

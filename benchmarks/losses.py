@@ -1,11 +1,11 @@
-"""Losses and the teacher's step against other libraries: CPU time and peak extra memory, on one thread.
+"""Losses and the teacher's update compared with other libraries: CPU time and peak extra memory, on one thread.
 
     python benchmarks/losses.py [--rows dino nt-xent sigreg ema] [--rounds 7]
 
-Peers are measured where they are installed: `pip install --no-deps lightly==1.6.0`, `pip install
-stable-pretraining==0.1.8`. "formula" is the equation as it stands, differentiated by autograd. A loss is measured with
-its backward down to the embeddings or logits. The variants of a row take turns in one process and are compared by CPU
-time; memory is what a process that runs one variant once needs beyond its inputs.
+Other libraries are measured if they are installed: `pip install --no-deps lightly==1.6.0`, `pip install
+stable-pretraining==0.1.8`. "formula" is the literal equation, differentiated by autograd. A loss is measured with its
+backward pass to the embeddings or logits. The variants of a row alternate in one process and are compared by CPU time.
+Memory is what a process that runs one variant once needs in addition to its inputs.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Memory of feature extraction and of kNN at growing numbers of images: what grows, and what that makes of 1.3 million.
+"""Memory of feature extraction and of kNN for growing numbers of images: its growth, and the estimate for 1.3 million.
 
     python benchmarks/memory.py [--rows knn extract] [--sizes 50000 100000 200000] [--dim 1024] [--images 1.3e6]
 
-knn: 2,000 queries among features of --dim floats in a .npy file, as the cache keeps them. extract: images of 32 pixels
-through a vit_micro into the cache (CIFAR-10, repeated where there are not enough). Each in a process of its own,
-which watches the memory that is its own (RssAnon: pages of mapped files can be taken back at any time and do not count)
-and prints its peak beyond what it began with. From the sizes follow a part that stays and a part that grows, and from
-those the peak at --images.
+knn: 2,000 queries among features of --dim floats in a .npy file, as in the cache. extract: features of images of 32
+pixels by a vit_micro into the cache (CIFAR-10, repeated if there are not enough). Each runs in its own process, which
+measures its private memory (RssAnon: pages of mapped files can be reclaimed at any time and do not count) and prints
+the peak above the value at the start. A constant and a growing part are fitted to the sizes; they give the peak at
+--images.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What DINO's 2 + 8 crops cost: the method's student forward against the same tokens through the blocks packed.
+"""Cost of DINO's 2 + 8 crops: the method's student forward compared with the same tokens packed through the blocks.
 
     python benchmarks/multicrop.py [--encoder vit_small] [--images 4] [--rounds 5] [--backward]
 
-ours: the two global crops (224 pixels) and the eight local ones (96) as `methods/dino.py` gives them to the encoder, in one
-call. apart: the encoder once for each size. packed: the tokens of all crops in one row for norms, QKV, projections and
-MLPs, split only for attention (grouped SDPA), written out here with the encoder's own weights. All are the same function:
-their outputs are compared first. In one process, taking turns, on two threads or the GPU.
+ours: the two global crops (224 pixels) and the eight local ones (96) as `methods/dino.py` gives them to the encoder, in
+one call. apart: the encoder once for each size. packed: the tokens of all crops in one sequence for norms, QKV,
+projections and MLPs, split only for attention (grouped SDPA); this script implements it with the encoder's weights. All
+compute the same function: their outputs are compared first. They alternate in one process, on two threads or the GPU.
 """
 
 import argparse

@@ -1,15 +1,17 @@
-"""A training step against the same step of other libraries: kernels, host waits, images a CPU-second, peak memory.
+"""A training step compared with the same step of other libraries: kernels, host waits, images per CPU-second, peak
+memory.
 
     python benchmarks/peers.py --count --rows mae dino      kernels and waits of a DINO 2 + 8 and an MAE step, ViT-S/16
     python benchmarks/peers.py --rows mae --rounds 5        images a CPU-second on one thread, ViT-Ti/16, float32
     python benchmarks/peers.py --rows mae --precision bf16  ours in bfloat16 against the others' float32
-    python benchmarks/peers.py --memory                     the peak of a process that does two steps
+    python benchmarks/peers.py --memory                     the peak of a process that takes two steps
 
-A step is forward and backward, without optimiser, on ready images, each method with the paper's decoder, heads and masks.
-Peers are taken where they are installed (`pip install --no-deps lightly==1.6.0`, `pip install stable-pretraining==0.1.8
-transformers`). lightly's parts of DINO are put together so that all crops of one size go through the encoder at once, which
-its own example does not do. Variants take turns in one process and are compared by CPU time; the ceiling is what this
-machine's float32 matrix product reaches in the same turns, with the FLOPs of our step that torch counts.
+A step is forward and backward, without optimiser, on prepared images; each method has the paper's decoder, heads and
+masks. Other libraries are measured if they are installed (`pip install --no-deps lightly==1.6.0`, `pip install
+stable-pretraining==0.1.8 transformers`). lightly's parts of DINO are combined so that all crops of one size pass the
+encoder at once, unlike in its own example. Variants alternate in one process and are compared by CPU time. The ceiling
+is the rate of this machine's float32 matrix product, measured in the same way, with the FLOPs of our step as counted by
+torch.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""What a step costs in communication and memory on many GPUs, and what checkpoints and images ask of the storage: a model
-on paper, checked where it can be.
+"""Model of the communication and memory of a step on many GPUs, and of the storage bandwidth for checkpoints and
+images; measured where possible.
 
     python benchmarks/scaling.py                      # the prediction, as Markdown tables
     python benchmarks/scaling.py --storage 50 --image-bytes 40000 --checkpoint-every 500    # ... for other inputs
-    python benchmarks/scaling.py --planning 64        # what finding the parts of a checkpoint of so many processes takes
-    python benchmarks/scaling.py --measure            # bytes and times of a step against what 1, 2 and 4 processes show
-    python benchmarks/scaling.py --measure --links 0 4 1    # ... over links of so many Gbit/s each (0: as fast as it goes)
+    python benchmarks/scaling.py --planning 64        # time to plan a checkpoint of that number of processes
+    python benchmarks/scaling.py --measure            # bytes and times of a step compared with 1, 2 and 4 processes
+    python benchmarks/scaling.py --measure --links 0 4 1    # ... over links of these rates in Gbit/s (0: unlimited)
 
-Links are made by the kernel's traffic shaper on the loopback of a network namespace of the run's own, which needs root
-and the commands unshare, ip and tc; without them only 0 can be measured.
+The kernel's traffic shaper limits the loopback of a separate network namespace to these rates. This needs root and the
+commands unshare, ip and tc; without them only 0 can be measured.
 
-Symbols: W processes, S of them share one copy of the model (hsdp), P parameters, B images a process. Volumes are bytes that
-one process sends in a step; times are seconds.
+Symbols: W processes, S of them share one copy of the model (hsdp), P parameters, B images per process. Volumes are
+bytes that one process sends in a step; times are seconds.
 """
 
 import argparse

@@ -1,16 +1,15 @@
-"""The training loop against a bare hand-written step of the same model: images a second and peak memory.
+"""The training loop compared with a bare hand-written step of the same model: images per second and peak memory.
 
     python benchmarks/step.py [--encoder vit_tiny] [--image-size 224] [--batch-size 32] [--steps 12] [--rounds 3]
     python benchmarks/step.py --encoder vit_micro --image-size 32 --patch-size 8 --batch-size 2 --decoder 16 1 --steps 300
     python benchmarks/step.py --data ../shared/data/natural --batch-size 16
 
-The second shows what a step of the loop costs beside the model: milliseconds, with a model that takes next to none.
-guarded is the bare step with the work that every step of the loop must do, by hand: pixels from bytes, and no step with
-what is not finite.
-Each variant runs in a process of its own, in turn, on the same ready batch; the medians' ratio is what counts. With
-`--beside` each takes bare steps, of another model of the same kind, in turn with its own ones: machine and caches are the
-same for both, which shows differences that are smaller than those of two processes. With
-`--data` the loop reads images, decodes and crops them, by as many workers as it chooses. Where Lightning is installed, its
+The second command shows the overhead of the loop: milliseconds per step with a model that takes almost no time. guarded
+is the bare step with the work that every step of the loop must do, written by hand: pixels from bytes, and no step if
+values are not finite. Each variant runs in its own process, one after another, on the same prepared batch; compare the
+ratio of the medians. With `--beside` each variant alternates with bare steps of another model of the same kind. Machine
+and caches are then the same for both, which shows differences that are smaller than those between two processes. With
+`--data` the loop reads, decodes and crops images with its default number of workers. If Lightning is installed, its
 Trainer takes the same steps as the bare ones, without logger, checkpoints and progress bar.
 """
 

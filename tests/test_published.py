@@ -179,12 +179,12 @@ def test_beit_for_another_size(tmp_path: Path) -> None:
 
 def test_beit_that_was_fine_tuned_is_refused(tmp_path: Path) -> None:
     model = timm_beit(use_rel_pos_bias=True, global_pool="avg")
-    with pytest.raises(UserError, match=r"BEiT's norm behind the mean of the patches.*take the original model"):
+    with pytest.raises(UserError, match=r"BEiT's norm after the mean of the patches.*take the original model"):
         read(saved(model.state_dict(), tmp_path))
     weights = timm_beit(use_rel_pos_bias=True).state_dict()
     for i in range(3):
         weights[f"blocks.{i}.attn.relative_position_bias_table"] = torch.zeros(30, 4)
-    with pytest.raises(UserError, match="tables of 30 relative positions, which are no square grid's"):
+    with pytest.raises(UserError, match="tables of 30 relative positions, which do not fit a square grid"):
         read(saved(weights, tmp_path))
 
 
@@ -500,7 +500,7 @@ CHANGES: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
     ),
     (lambda w: w.update({"patch_embed.proj.weight": torch.zeros(DIM, 3, 2, 8, 8)}), "patches of video"),
     (lambda w: w.update({"pos_embed": torch.zeros(1, 32, DIM)}), "position table of 32 rows"),
-    (lambda w: w.pop("patch_embed.proj.weight"), "no patch embedding of a layout known here"),
+    (lambda w: w.pop("patch_embed.proj.weight"), "no patch embedding of a known layout"),
 ]
 
 

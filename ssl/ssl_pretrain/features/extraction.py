@@ -129,7 +129,7 @@ def extract(
             work.on_disk(folder, missing)
         else:
             raise UserError(
-                f"{source.description}: other images are readable in each pass: do not change them meanwhile, and repeat"
+                f"{source.description}: other images are readable in each pass: do not change them, and repeat"
             )
     else:
         found, bad = work.in_memory(list(wanted.values()))
@@ -389,7 +389,7 @@ def crops_of(
     """The source's images in order, or those of `batches`, uint8 (B, H, W, C), and those that could not be read."""
     how: dict[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
     with warnings.catch_warnings():
-        # Python 3.12 on forking with threads about: the workers run none of theirs; torch on more workers than CPUs
+        # Python 3.12 warns about forking with threads, which the workers do not use; torch about more workers than CPUs
         warnings.simplefilter("ignore")
         return iter(
             DataLoader(

@@ -68,7 +68,7 @@ def seeds(rows: Tensor, k: int, generator: np.random.Generator) -> Tensor:
 
 
 def lloyd(rows: Tensor, centres: Tensor, max_iterations: int, least: float) -> Clusters:
-    """Lloyd's iterations from those centres (K, F); see `kmeans`. `least`: movement, squared, to go on for."""
+    """Lloyd's iterations from those centres (K, F); see `kmeans`. A squared movement of at most `least` ends them."""
     k = len(centres)
     squares = rows.square().sum(1)
     assigned = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
@@ -81,11 +81,11 @@ def lloyd(rows: Tensor, centres: Tensor, max_iterations: int, least: float) -> C
         iteration += 1
         counts = torch.bincount(assigned, minlength=k)
         for empty in (counts == 0).nonzero()[:, 0].tolist():
-            distance[counts[assigned] < 2] = -1.0  # the last row of a cluster stays
+            distance[counts[assigned] < 2] = -1.0  # a cluster's last row is not moved
             far = int(distance.argmax())
             counts[assigned[far]] -= 1
             counts[empty], assigned[far] = 1, empty
-        # After the first iterations few rows change their cluster; the sums, in float64, take those over.
+        # After the first iterations few rows change their cluster; only these update the sums (float64).
         for part in (assigned != before).nonzero()[:, 0].split(CHUNK):
             moving = rows[part].double()
             sums.index_add_(0, assigned[part], moving)

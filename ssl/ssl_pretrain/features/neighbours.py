@@ -1,6 +1,6 @@
-"""Nearest neighbours by cosine, exactly, in bounded memory, and the vote among them. Shapes: Q queries, N rows of the
-bank, D channels, K neighbours, C classes; a tile is a (q, n) block of the similarities, the only part that ever
-exists; M of its elements may be among the best."""
+"""Exact nearest neighbours by cosine in bounded memory, and their votes. Shapes: Q queries, N rows of the bank, D
+channels, K neighbours, C classes. A tile is a (q, n) block of the similarities; only one tile is in memory at a time. M
+of its elements may be among the best."""
 
 from typing import Literal
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from . import rounded_products
 
-TILE = (4096, 4096)  # rows of queries and of the bank that meet at once: 64 MiB of similarities
+TILE = (4096, 4096)  # rows of queries and of the bank in one tile: 64 MiB of similarities
 CPU_TILE = (512, 8192)  # 16 MiB, which stay in the cache between the product and the search: 5 % faster (AMD EPYC)
-GROUP = 16  # columns of a tile that share one maximum, so that most of them are never looked at singly
-FEW = 1 / 32  # of a tile's elements: more of them are dearer one by one than the float32 product of them all
-FEWEST = 128  # rows of the bank for each neighbour from which on a sketch saves time
-CHUNK = 2**18  # numbers of rows that are multiplied one by one at a time: they stay in the cache
+GROUP = 16  # columns of a tile with a common maximum, so that most of them are never compared one by one
+FEW = 1 / 32  # share of a tile's elements above which the float32 product of all is faster than products of single ones
+FEWEST = 128  # rows of the bank per neighbour above which a sketch saves time
+CHUNK = 2**18  # values of rows that are multiplied one by one at a time: they stay in the cache
 Vote = Literal["softmax", "cosine", "uniform"]
 
 
@@ -33,17 +33,16 @@ def nearest(
     """The k rows of `bank` (N, D) most similar to each of `queries` (Q, D): similarity (Q, K) float32, index (Q, K)
     int64.
 
-    Similarity is the cosine in float32, sorted from high to low; of equal ones the lower index comes first, so copies
-    of an image in the bank are told apart the same way each time. K is k, or the number of rows there are to choose
-    from where that is less. `exclude_self`: the queries are the bank itself, and no row is its own neighbour
-    (leave-one-out). Arrays may be memory-mapped; a chunk at a time is moved to `device` (default: the queries'). Raises
-    ValueError for a bank with nothing to choose from, k < 1, unequal widths, or a value that is not finite.
+    Similarity is the cosine in float32, sorted from high to low. Among equal ones the lower index comes first, so the
+    order of copies of an image is deterministic. K is k, or the number of available rows if that is less.
+    `exclude_self`: the queries are the bank itself, and no row is its own neighbour (leave-one-out). Arrays may be
+    memory-mapped; one chunk at a time is moved to `device` (default: the queries'). Raises ValueError for a bank
+    without available rows, k < 1, unequal widths, or a value that is not finite.
 
-    The search is exact and near the cost of the matrix product: a tile's elements are compared with the k-th best
-    similarity known so far through the maxima of groups of columns, and only groups that beat it are opened. `sketched`
-    (default: on CPUs that multiply in bfloat16, and where k is small beside N) takes that product in bfloat16, and in
-    float32 only those elements that may, by a bound on the error, be among the best: the same neighbours in less than
-    half the time.
+    The search is exact and costs little more than the matrix product: the maxima of groups of columns are compared with
+    the k-th best similarity so far, and only groups above it are searched. `sketched` (default: on CPUs with bfloat16
+    products, if k is small compared with N) computes that product in bfloat16. It then computes in float32 only those
+    elements that, by a bound on the error, may be among the best: the same neighbours in less than half the time.
     """
     if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1]:
         raise ValueError(f"queries {tuple(queries.shape)} and bank {tuple(bank.shape)} must be (Q, D) and (N, D)")
@@ -61,7 +60,7 @@ def nearest(
     buffers: dict[torch.dtype, Tensor] = {}
 
     def product(left: Tensor, right: Tensor, top: int, start: int) -> Tensor:
-        """A tile (q, n), in memory that the next of its dtype takes again."""
+        """A tile (q, n), in memory that the next tile of the same dtype reuses."""
         if left.dtype not in buffers:
             buffers[left.dtype] = torch.empty(area, dtype=left.dtype, device=where)
         out = buffers[left.dtype][: len(left) * len(right)].view(len(left), len(right))
@@ -75,7 +74,7 @@ def nearest(
 
     if sketched is None:
         sketched = on_cpu and torch.cpu._is_avx512_bf16_supported() and k * FEWEST <= len(bank)
-    # Any centre is right. The mean leaves least to round; of some rows, for a bank may be larger than the memory.
+    # Any centre is correct. The mean gives the smallest errors; of some rows, because a bank may exceed the memory.
     centre = _unit(bank[:: max(1, len(bank) // 1024)], where).mean(0)
     for start in range(0, len(bank), tile[1]):
         columns = _unit(bank[start : start + tile[1]], where)
@@ -88,13 +87,13 @@ def nearest(
                 rounded_queries = rounded_products.queries(unit, centre)
                 rough = product(rounded_queries.values, rounded_rows.values, top, start)
                 known = bar - rounded_queries.base - rounded_rows.base
-                if start == 0:  # nothing below what k elements reach can be among the k best
+                if start == 0:  # no element below what k elements reach can be among the k best
                     known = rounded_products.least(_reached(rough, k), rounded_queries, rounded_rows)
                 place = _above(rough, rounded_products.least(known, rounded_queries, rounded_rows))
                 if len(place) <= FEW * rough.numel():
                     _merge(*top_k, place, _singly(unit, columns, place), len(columns), start)
                     continue
-                if start:  # rows too much alike for bfloat16, and later ones will hardly be less so
+                if start:  # rows are too similar for bfloat16, and later rows probably too
                     sketched, rounded_rows = False, None
             similarity = product(unit, columns, top, start)
             if start == 0:
@@ -113,12 +112,13 @@ def vote(
     k: int | None = None,
     kind: Vote = "softmax",
 ) -> Tensor:
-    """Scores (Q, C) float32 of the classes among each query's first k neighbours (default: all). A neighbour's vote
-    weighs, by `kind`: "softmax", exp(similarity / temperature) (DINO, section 4.1; Wu et al., 2018), a row scaled so that
-    the vote of its nearest weighs 1, which changes no order and keeps low temperatures finite; "cosine", its similarity,
-    or nothing where that is negative; "uniform", 1.
+    """Scores (Q, C) float32 of the classes among each query's first k neighbours (default: all).
 
-    similarity, index: (Q, K) as `nearest` gives them; bank_labels: (N,) int64 in [0, C).
+    The weight of a neighbour's vote, by `kind`: "softmax": exp(similarity / temperature) (DINO, section 4.1; Wu et al.,
+    2018), scaled so that each query's nearest neighbour has the weight 1; this does not change the order and keeps low
+    temperatures finite. "cosine": its similarity, or 0 if that is negative. "uniform": 1.
+
+    similarity, index: (Q, K) from `nearest`; bank_labels: (N,) int64 in [0, C).
     """
     k = similarity.shape[1] if k is None else k
     near = similarity[:, :k]
@@ -138,20 +138,20 @@ def _unit(rows: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
     loaded = rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, np.float32))
     loaded = loaded.to(device, torch.float32)
     norm = torch.linalg.vector_norm(loaded, dim=1, keepdim=True)
-    if not norm.isfinite().all():  # one number a row tells it of all of them
-        raise ValueError("features to compare hold values that are not finite, or too large to square")
+    if not norm.isfinite().all():  # one number per row shows it for the whole row
+        raise ValueError("features to compare have values that are not finite, or too large to square")
     return loaded / norm.clamp_min(1e-12)
 
 
 def _maxima(tile: Tensor) -> Tensor:
-    """(q, groups): group g holds columns g, g + groups, g + 2 * groups, ..."""
+    """Maxima of groups of columns, (q, groups): group g has the columns g, g + groups, g + 2 * groups, ..."""
     q, n = tile.shape
     width = GROUP if n % GROUP == 0 else 1
     return tile.view(q, width, n // width).amax(1)
 
 
 def _reached(tile: Tensor, k: int) -> Tensor:
-    """What k elements of each row reach, or more: (q,) float32; -inf where a row has too few groups to tell."""
+    """A value that at least k elements of each row reach, (q,) float32; -inf if a row has fewer than k groups."""
     maxima = _maxima(tile)
     if maxima.shape[1] < k:
         return torch.full((len(tile),), -torch.inf, device=tile.device)
@@ -159,7 +159,7 @@ def _reached(tile: Tensor, k: int) -> Tensor:
 
 
 def _above(tile: Tensor, bar: Tensor) -> Tensor:
-    """The places (M,) int64, in order, of a tile's (q, n) elements that are higher than their row's bar (q,)."""
+    """The positions (M,) int64, in order, of a tile's (q, n) elements that exceed their row's threshold `bar` (q,)."""
     n = tile.shape[1]
     maxima = _maxima(tile)
     row, group = (maxima > bar[:, None]).nonzero(as_tuple=True)
@@ -169,19 +169,19 @@ def _above(tile: Tensor, bar: Tensor) -> Tensor:
 
 
 def _singly(queries: Tensor, columns: Tensor, place: Tensor) -> Tensor:
-    """The elements (M,) float32 at some places of queries (q, D) times columns (n, D)."""
+    """The elements (M,) float32 at the given positions of queries (q, D) times columns (n, D)."""
     row, column = place // len(columns), place % len(columns)
     chunk = max(1, CHUNK // queries.shape[1])
     parts = zip(row.split(chunk), column.split(chunk), strict=True)
-    # Not matrix products: copies of a row get the same number wherever they stand. index_select takes an eighth of the
-    # time of brackets.
+    # Not matrix products, so that copies of a row get the same value at every position. index_select takes an eighth of
+    # the time of indexing with brackets.
     return torch.cat([queries.index_select(0, r).mul_(columns.index_select(0, c)).sum(1) for r, c in parts])
 
 
 def _merge(best: Tensor, index: Tensor, place: Tensor, value: Tensor, n: int, start: int) -> None:
-    """Let elements (M,) of a tile of n columns, in the order of their places, into the running top-k (q, K), in place;
-    the tile's first column is row `start` of the bank. Tiles come in the order of the bank, so an element equal to the
-    k-th best so far has lost already."""
+    """Merge elements (M,) of a tile of n columns, in the order of their positions, into the running top-k (q, K), in
+    place. The tile's first column is row `start` of the bank. Tiles come in the order of the bank, so an element equal
+    to the k-th best so far is not included."""
     q, k = best.shape
     row = place // n
     better = value > best[row, -1]
@@ -193,7 +193,7 @@ def _merge(best: Tensor, index: Tensor, place: Tensor, value: Tensor, n: int, st
     values = torch.full((q, k + int(counts.max())), -torch.inf, device=row.device)
     columns = torch.zeros_like(values, dtype=torch.int64)
     values[:, :k], columns[:, :k] = best, index
-    values[row, behind], columns[row, behind] = value, column + start  # in the bank's order, which equal ones keep
+    values[row, behind], columns[row, behind] = value, column + start  # in the bank's order, which equal elements keep
     values, order = values.sort(dim=1, descending=True, stable=True)
     best.copy_(values[:, :k])
     index.copy_(columns.gather(1, order[:, :k]))

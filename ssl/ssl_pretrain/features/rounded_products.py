@@ -1,9 +1,9 @@
-"""Products of rows in bfloat16, and a bound on how far each is from the exact one: CPUs with such arithmetic take them
-in a quarter of the time. Shapes: Q queries, N rows, D channels.
+"""Products of rows in bfloat16, with a bound on the error of each. CPUs with bfloat16 arithmetic compute them in a
+quarter of the time. Shapes: Q queries, N rows, D channels.
 
-With a centre m, x . y = (x - m) . (y - m) + m . x + m . y - m . m. What features share is the most of them, and does not
-tell them apart; without it the numbers to round are small, and so are the errors. The term of the row goes through the
-same product as three more channels, the one of the query is added to the bar instead.
+With a centre m, x . y = (x - m) . (y - m) + m . x + m . y - m . m. The common part of features is the largest part of
+them, but does not distinguish them; without it the numbers are small, and so are their rounding errors. The term of the
+row is part of the same product as three more channels; the term of the query is added to the threshold instead.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNIT = 2.0**-8  # half the distance of two neighbouring bfloat16, relative
+UNIT = 2.0**-8  # half the relative distance of two neighbouring bfloat16 numbers
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Queries:
     """The left side of a product."""
 
     values: Tensor  # (Q, D + 3) bfloat16
-    length: Tensor  # (Q,) of the rows less the centre
-    lost: Tensor  # (Q,) length of what rounding changed
-    base: Tensor  # (Q,) what the product lacks
+    length: Tensor  # (Q,) norms of rows - centre
+    lost: Tensor  # (Q,) norms of the rounding errors
+    base: Tensor  # (Q,) the term that the product does not contain
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Rows:
     """The right side of a product."""
 
     values: Tensor  # (N, D + 3) bfloat16
-    length: Tensor  # () the greatest, after rounding
+    length: Tensor  # () the largest norm after rounding
     lost: Tensor  # () the greatest
-    base: Tensor  # () what the product lacks
-    offset: Tensor  # () the greatest of the terms in the last three channels
+    base: Tensor  # () the term that the product does not contain
+    offset: Tensor  # () the largest of the terms in the last three channels
 
 
 def queries(rows: Tensor, centre: Tensor) -> Queries:
-    """Of rows (Q, D) float32."""
+    """The left side for rows (Q, D) float32."""
     less = rows - centre
     values = less.new_ones(len(less), less.shape[1] + 3, dtype=torch.bfloat16)
     values[:, :-3] = less
@@ -45,7 +45,7 @@ def queries(rows: Tensor, centre: Tensor) -> Queries:
 
 
 def rows(rows: Tensor, centre: Tensor) -> Rows:
-    """Of rows (N, D) float32."""
+    """The right side for rows (N, D) float32."""
     less = rows - centre
     values = torch.empty(len(less), less.shape[1] + 3, dtype=torch.bfloat16, device=less.device)
     values[:, :-3] = less
@@ -53,7 +53,7 @@ def rows(rows: Tensor, centre: Tensor) -> Rows:
     base = terms.mean()
     terms -= base
     offset = terms.abs().amax()
-    for channel in (-3, -2, -1):  # three times eight bits are a float32's
+    for channel in (-3, -2, -1):  # three times eight bits are the bits of a float32's mantissa
         values[:, channel] = terms
         terms = terms - values[:, channel]
     kept = values[:, :-3].float()
@@ -62,10 +62,10 @@ def rows(rows: Tensor, centre: Tensor) -> Rows:
 
 
 def least(product: Tensor, queries: Queries, rows: Rows) -> Tensor:
-    """The least (Q,) that elements `product` (Q,) of `queries.values @ rows.values.T` can stand for, and just so the
-    least that can stand for these: the exact products are those plus `queries.base + rows.base`, and their error is at
-    most |x - m| times what rounding took from y, plus what it took from x times |y - m| (Cauchy and Schwarz), plus the
-    rounding of float32 sums, plus that of the outcome to bfloat16."""
+    """The smallest exact value (Q,) of elements `product` (Q,) of `queries.values @ rows.values.T`; and in the same way
+    the smallest product for such exact values. Exact products are `product` plus `queries.base + rows.base`. The error
+    is at most |x - m| times the rounding error of y, plus the rounding error of x times |y - m| (Cauchy and Schwarz),
+    plus the rounding of float32 sums, plus the rounding of the result to bfloat16."""
     width = queries.values.shape[1]
     sums = width * 2.0**-23 * ((queries.length + queries.lost) * rows.length + rows.offset) + 1e-6
     slack = queries.length * rows.lost + queries.lost * rows.length + sums

@@ -1,13 +1,12 @@
-"""Encoders of other libraries and of one's own code, wrapped so that every evaluator takes them.
+"""Wraps encoders of other libraries and of your own code, so that every evaluator accepts them.
 
 Shapes: B images, C channels, H x W pixels, D channels of the features, N patches on an (h, w) grid, P prefix tokens
 (CLS, registers), L = P + N tokens.
 
 No network: weights are local files, or (timm) in the cache of an earlier download. Nothing from a file is executed or
-unpickled: files are safetensors, or torch files read with `weights_only`. That is why TorchScript and torch.export
-archives are not taken: both are programs, and reading the latter evaluates expressions. A program that you trust is
-yours to load, in a function named by `module:PACKAGE:FUNCTION`: importing what the user names on the command line is
-the user's own act.
+unpickled: files are safetensors, or torch files read with `weights_only`. So TorchScript and torch.export archives are
+refused: both are programs, and reading the latter evaluates expressions. You can load a program that you trust in a
+function named by `module:PACKAGE:FUNCTION`: importing what the user names on the command line is the user's decision.
 """
 
 import contextlib
@@ -34,22 +33,23 @@ from .published import transformers_preprocessing
 from .specs import Spec
 from .weights import difference, flat, read_file
 
-Read = Callable[[nn.Module, Tensor], Features]  # what a library's module says of normalised images (B, C, H, W)
+Read = Callable[[nn.Module, Tensor], Features]  # from a library's module and normalised images (B, C, H, W) to Features
 
 
 @final
 class Foreign(Backbone):
-    """A module of another library. `patches` is its grid of tokens or its last map, `pooled` what its library puts before
-    a classifier (it may be of another width than the patches); a module that gives one vector an image has one patch."""
+    """A module of another library. `patches` is its grid of tokens or its last map; `pooled` is the input of the
+    library's classifier (its width may differ from the patches'). A module that gives one vector per image has one
+    patch."""
 
     supports = frozenset()
 
     @dataclass(frozen=True)
     class Config:
-        """Where it comes from."""
+        """Origin of the module."""
 
         spec: str
-        """As given to --encoder."""
+        """The spec, as given to --encoder."""
 
     def __init__(self, module: nn.Module, read: Read, spec: str, image_size: tuple[int, int], in_chans: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Foreign(Backbone):
         except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
             raise UserError(
                 f"{spec} does not take an image of {in_chans} channels and {image_size[0]} x {image_size[1]} pixels: "
-                f"{problem}; another size is given by ,image-size="
+                f"{problem}; give another size with ,image-size="
             ) from None
         h, w = features.grid
         self.dim, self.depth = features.pooled.shape[1], 1
@@ -78,21 +78,21 @@ class Foreign(Backbone):
         blocks: tuple[int, ...] = (),
         drop: Tensor | None = None,
     ) -> Features:
-        """See `Backbone.forward`; every option is refused."""
+        """See `Backbone.forward`; all options are refused."""
         self.refuse_options(keep, replace, attention, prefix_length, blocks)
         return self.read(self.module, images)
 
     def layer_of(self, parameter: str) -> int:
-        """All parameters count as one block's: what is inside a foreign module is not known."""
+        """All parameters belong to one block, because the structure of another library's module is not known."""
         return 1
 
 
 def load(text: str) -> Encoder:
     """The encoder that a spec names (see `specs`), in eval mode on the CPU.
 
-    Raises UserError for what is no such spec, for a library that is not installed, files that are absent or not
-    readable without executing them, weights that do not fit key for key, and a preprocessing option that contradicts
-    what the library states for the model.
+    Raises UserError for an invalid spec, a library that is not installed, files that do not exist or cannot be read
+    without executing them, weights that do not fit key for key, and a preprocessing option that contradicts what the
+    library states for the model.
     """
     spec = Spec.parse(text)
     if spec is None:
@@ -101,8 +101,9 @@ def load(text: str) -> Encoder:
 
 
 def untrained(encoder: Encoder, seed: int) -> Encoder:
-    """A foreign encoder's untrained twin: every layer as its class starts it (`reset_parameters`), parameters outside
-    such layers (tokens, positions, scales) normal with deviation 0.02; a function of the seed."""
+    """An untrained copy of another library's encoder. Every layer is initialised by its class (`reset_parameters`);
+    parameters outside such layers (tokens, positions, scales) are normal with standard deviation 0.02. The result is a
+    function of the seed."""
     twin = copy.deepcopy(encoder.backbone)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(key(seed, "random encoder"))
@@ -117,10 +118,10 @@ def untrained(encoder: Encoder, seed: int) -> Encoder:
 
 
 def prepared(spec: Spec, stated: Preprocessing, *, firm: bool) -> Preprocessing:
-    """The preprocessing that was stated, at the image size and with the options that the spec asks for.
+    """The stated preprocessing, with the image size and the options of the spec.
 
-    firm: the library states it for this very model, so an option that says otherwise is a mistake (UserError); else it
-    is only the layout's usual one. Another image size keeps the proportion of resize and crop.
+    firm: the library states it for this model, so an option that contradicts it is an error (UserError); else it is
+    only the layout's usual preprocessing. Another image size keeps the proportion of resize and crop.
     """
     crop = spec.image_size() or stated.crop
     requested: dict[str, Any] = {
@@ -139,14 +140,14 @@ def prepared(spec: Spec, stated: Preprocessing, *, firm: bool) -> Preprocessing:
         if firm and value is not None and value != usual[option]:
             raise UserError(f"{spec}: {option} is {usual[option]} for this model; leave out {option}=")
     if requested["interpolation"] not in (None, "bicubic", "bilinear"):
-        raise UserError(f"{spec}: interpolation is bicubic or bilinear")
+        raise UserError(f"{spec}: interpolation must be bicubic or bilinear")
     merged = {option: usual[option] if value is None else value for option, value in requested.items()}
     if len(merged["mean"]) != len(merged["std"]):
-        raise UserError(f"{spec}: mean and std need a number for each channel")
+        raise UserError(f"{spec}: mean and std need one number for each channel")
     return Preprocessing(crop=crop, **merged)
 
 
-# ---- Official checkpoints, which become our own ViT.
+# ---- Published checkpoints, read into our ViT.
 
 
 def _torch(spec: Spec) -> Encoder:
@@ -176,7 +177,7 @@ def _timm(spec: Spec) -> Encoder:
 
     data = timm.data.resolve_data_config(pretrained_cfg=cfg)
     if data["interpolation"] not in ("bicubic", "bilinear"):
-        raise UserError(f"{spec}: timm states {data['interpolation']} resizing, and there is bicubic and bilinear here")
+        raise UserError(f"{spec}: timm states {data['interpolation']} resizing; only bicubic and bilinear work")
     channels, height, width = data["input_size"]
     if len(data["mean"]) != channels or len(data["std"]) != channels:
         raise UserError(f"{spec}: timm states a mean and std that do not fit images of {channels} channels")
@@ -191,7 +192,7 @@ def _timm(spec: Spec) -> Encoder:
 
 
 def _cached(cfg: Mapping[str, Any], spec: Spec) -> Path:
-    """The weights of an earlier download. Raises UserError where there are none."""
+    """The weights of an earlier download. Raises UserError if there are none."""
     if cfg.get("hf_hub_id"):
         hub = _library("huggingface_hub", spec)
         found = hub.try_to_load_from_cache(repo_id=cfg["hf_hub_id"], filename="model.safetensors")
@@ -204,15 +205,15 @@ def _cached(cfg: Mapping[str, Any], spec: Spec) -> Path:
 
 
 def _load_timm(model: Any, file: Path, spec: Spec) -> None:
-    """Weights from a file in timm's layout, or in an official one that timm itself translates; strict but for the
-    classifier."""
+    """Load weights from a file in timm's layout, or in a published layout that timm itself converts; strict except for
+    the classifier."""
     content = read_file(file)
     for place in ("state_dict_ema", "model_ema", "state_dict", "model"):
         content = content[place] if isinstance(content.get(place), Mapping) else content
     weights = {name.removeprefix("module."): value for name, value in flat(content).items()}
     translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if translate is not None:
-        # Of a file for another model it may find anything missing; what then does not fit is said below.
+        # For a file of another model, timm's conversion may fail in any way; the check below reports what does not fit.
         with contextlib.suppress(LookupError, AttributeError, ValueError, RuntimeError, AssertionError):
             weights = translate(dict(weights), model)
     heads = model.pretrained_cfg.get("classifier") or ()
@@ -242,7 +243,7 @@ def _transformers(spec: Spec) -> Encoder:
         raise UserError(f"{spec}: {folder} has no config.json: give a folder that save_pretrained wrote")
     stated = transformers_preprocessing(folder)
     if stated is None:
-        raise UserError(f"{spec}: {folder} has no preprocessor_config.json, which says how images are prepared for it")
+        raise UserError(f"{spec}: {folder} has no preprocessor_config.json, which states the preprocessing")
     try:
         model = library.AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
@@ -279,12 +280,12 @@ def _read_transformers(module: Any, images: Tensor) -> Features:
     return _of_tokens(x, images, prefix, has_cls, None)
 
 
-# ---- One's own code.
+# ---- Your own code.
 
 
 def _module(spec: Spec) -> Encoder:
     package, _, function = spec.name.partition(":")
-    if os.getcwd() not in sys.path:  # an installed command does not look in the current folder by itself
+    if os.getcwd() not in sys.path:  # an installed command does not search the current folder by itself
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(package)
@@ -304,7 +305,7 @@ def _module(spec: Spec) -> Encoder:
         size, mean, std = spec.image_size(), spec.numbers("mean"), spec.numbers("std")
         if size is None or mean is None or std is None:
             raise UserError(
-                f"{spec}: say how images are prepared for it: ,image-size=224,mean=imagenet,std=imagenet (or numbers, "
+                f"{spec}: state the preprocessing: ,image-size=224,mean=imagenet,std=imagenet (or numbers, "
                 f"mean=0.5/0.5/0.5), or give the module an attribute `preprocessing`"
             )
         how = prepared(spec, Preprocessing.for_size(size, mean, std), firm=False)
@@ -312,8 +313,8 @@ def _module(spec: Spec) -> Encoder:
 
 
 def _read_module(module: nn.Module, images: Tensor) -> Features:
-    """(B, D): one vector an image; (B, D, h, w): a map, pooled by its mean; (B, N, D): patches in raster order, pooled by
-    their mean; Features: as they are."""
+    """Features from a module's output. (B, D): one vector per image; (B, D, h, w): a map, pooled by its mean; (B, N,
+    D): patches in raster order, pooled by their mean; Features: unchanged."""
     output = module(images)
     if isinstance(output, Features):
         return output
@@ -327,7 +328,7 @@ def _read_module(module: nn.Module, images: Tensor) -> Features:
     return _of_tokens(output, images, 0, False, output.mean(1))
 
 
-# ---- What they share.
+# ---- Common functions.
 
 
 def _encoder(spec: Spec, module: nn.Module, read: Read, how: Preprocessing, lineage: dict[str, Any]) -> Encoder:
@@ -341,8 +342,8 @@ def _of_map(x: Tensor, pooled: Tensor) -> Features:
 
 
 def _of_tokens(x: Tensor, images: Tensor, prefix: int, has_cls: bool, pooled: Tensor | None) -> Features:
-    """Features of tokens (B, L, D), `prefix` of them before the patches, the first of those CLS if there is one; pooled,
-    where the library has no opinion, by the CLS token or else by the mean of the patches."""
+    """Features of tokens (B, L, D). `prefix` of them are before the patches; the first of those is CLS if there is one.
+    If the library defines no pooling, it is the CLS token, or else the mean of the patches."""
     cls, patches = x[:, 0] if has_cls else None, x[:, prefix:]
     if pooled is None:
         pooled = patches.mean(1) if cls is None else cls
@@ -351,7 +352,7 @@ def _of_tokens(x: Tensor, images: Tensor, prefix: int, has_cls: bool, pooled: Te
 
 
 def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
-    """The grid (h, w) of so many square patches of an image."""
+    """The grid (h, w) of that number of square patches of an image."""
     for h in range(1, patches + 1):
         if patches % h == 0 and h * width == patches // h * height:
             return h, patches // h
@@ -362,10 +363,10 @@ def _library(name: str, spec: Spec) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as problem:
-        raise UserError(f"{spec} needs {name}, which cannot be imported here ({problem}): pip install {name}") from None
+        raise UserError(f"{spec} needs {name}, which cannot be imported ({problem}): pip install {name}") from None
 
 
 def _near(name: str, known: list[str]) -> str:
-    """The nearest known name; nothing where none is near, for the list is long."""
+    """The nearest known name; empty if none is near, because the whole list is too long."""
     hint = nearest(name, known)
     return hint if hint.startswith("; did") else ""

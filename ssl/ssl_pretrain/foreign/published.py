@@ -1,11 +1,12 @@
-"""Checkpoints as their authors published them, read into our ViT: MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3,
-AIM, data2vec 2.0, and what timm and transformers make of them.
+"""Reads checkpoints as published by their authors into our ViT: MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3,
+AIM, data2vec 2.0, and the versions of timm and transformers.
 
 Shapes: D channels, N patches on a square (h, h) grid in raster order, P prefix tokens, p patch side.
 
-A file says nothing of its layout: it is known by the name of the patch embedding's weight, which every one of them has,
-and whose prefix says where in the file the encoder is. The rest is renaming, and it is strict: a name that is neither the
-encoder's nor a head's, decoder's or second network's is an error, and so is one that is missing.
+A file does not state its layout. The layout is detected from the name of the patch embedding's weight, which every
+layout has; the prefix of that name gives the position of the encoder in the file. The rest is renaming, and it is
+strict: a name that belongs neither to the encoder nor to a head, decoder or second network is an error, and so is a
+missing name.
 """
 
 import json
@@ -25,17 +26,17 @@ from ..encoder import Encoder, Preprocessing
 from ..errors import UserError, nearest
 from .weights import SHOWN, difference, flat, read_file
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of every layout here but BEiT's
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of all layouts except BEiT's
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # BEiT's; BEiT v2 has ImageNet's again
 LAYOUTS = ("mae", "beit", "ijepa", "dino", "ibot", "dinov2", "dinov3", "mocov3", "aim", "data2vec2", "transformers")
 
-# The weight of the patch embedding, by which a layout is known.
+# The weight of the patch embedding, from which a layout is detected.
 COMMON = "patch_embed.proj.weight"
 AIM = "preprocessor.patchifier.proj.weight"
 DATA2VEC = "modality_encoders.IMAGE.local_encoder.proj.weight"
 TRANSFORMERS = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight")
-TABLE = "relative_position_bias_table"  # BEiT's, one a block or one for all
-# Where a file has several encoders, the one that its authors evaluate: the first of these in the part's name.
+TABLE = "relative_position_bias_table"  # BEiT's, one for each block or one for all
+# If a file has several encoders, the one that its authors evaluate: the first of these in the part's name.
 PREFERRED = (
     "target_encoder",
     "teacher",
@@ -47,13 +48,13 @@ PREFERRED = (
     "model",
 )
 
-# Of the encoder's part but none of the encoder: heads, decoders, tokens and tables that only pretraining reads.
+# In the encoder's part, but not of the encoder: heads, decoders, tokens and tables that only pretraining uses.
 BESIDE = re.compile(
     r"(mask_token$|masked_embed$|head\.|head_drop|fc\.|decoder|predictor|lm_head|pooler\.|classifier\.|local_cls_norm\."
     r"|rope_embed\.|rope_embeddings\.|embeddings\.mask_token$|modality_encoders\.IMAGE\.decoder|_ema\.|dino_head|ibot_head"
     r"|recon_proj|cls_proj|regression_head|cls_pt_layers\.)"
 )
-WRAPPED = re.compile(r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")  # what torch puts into names
+WRAPPED = re.compile(r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")  # prefixes that torch adds
 RENAMED = {
     COMMON: [
         (r"^(register_tokens|storage_tokens|reg_token)$", "reg_tokens"),
@@ -109,15 +110,17 @@ def read(
     part: str | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Encoder:
-    """The encoder in a published checkpoint (torch or safetensors), as our ViT in eval mode; `encoder.save` exports it.
+    """Read the encoder of a published checkpoint (torch or safetensors) as our ViT in eval mode; `encoder.save` exports
+    it.
 
-    layout: one of LAYOUTS, where the file does not show it. heads: attention heads, which no weight betrays; by default
-    those of the published model of that layout and width. part: which encoder, where the file has several (its name, or a
-    word of it: "student", "momentum_encoder"); by default the one its authors evaluate. image_size: (height, width)
-    to make the position table for, by the layout's own rule; by default the size it was trained at, and 224 for DINOv2.
+    layout: one of LAYOUTS, if it cannot be detected. heads: number of attention heads, which no weight's shape shows;
+    by default that of the published model of this layout and width. part: the encoder to read if the file has several
+    (its name, or a word of it: "student", "momentum_encoder"); by default the one that its authors evaluate.
+    image_size: (height, width) to resize the position table for, by the layout's own rule; by default the training
+    size, and 224 for DINOv2.
 
-    `lineage` says the layout, the part and what was left out. Raises UserError for a file that cannot be read without
-    unpickling, an architecture that our ViT is not, and weights that do not match it name for name, with the
+    `lineage` names the layout, the part and what was left out. Raises UserError for a file that cannot be read without
+    unpickling, an architecture that our ViT does not support, and weights that do not match it name for name, with the
     difference.
     """
     if layout is not None and layout not in LAYOUTS:
@@ -137,7 +140,7 @@ def read(
     _positions(weights, options, layout, native, size)
     backbone = _vit(weights, options, size)
     if problem := difference(backbone.state_dict(), weights):
-        raise UserError(f"{file} does not fit a ViT ({_words(options)}): {problem}")
+        raise UserError(f"{file} does not fit a ViT ({_describe(options)}): {problem}")
     backbone.load_state_dict(weights)
 
     lineage = {
@@ -156,11 +159,11 @@ def read(
 
 
 def transformers_preprocessing(folder: Path) -> Preprocessing | None:
-    """What the image processor saved in a folder of transformers does; None without one. Raises UserError for steps
-    that an encoder's preprocessing here cannot express.
+    """The preprocessing of the image processor in a folder of transformers; None without one. Raises UserError for
+    steps that `Preprocessing` cannot express.
 
-    Where it squeezes images to a size whatever their shape, this is the central crop of that size instead: the same for
-    square images.
+    If the processor resizes images to a size without keeping their proportions, this is the central crop of that size
+    instead, which is the same for square images.
     """
     file = folder / "preprocessor_config.json"
     if not file.is_file():
@@ -181,13 +184,13 @@ def transformers_preprocessing(folder: Path) -> Preprocessing | None:
             settings.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3
         )
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{file} states no preprocessing that can be followed here: {problem!r}") from None
+        raise UserError(f"{file} states no preprocessing that is supported: {problem!r}") from None
     if not plain:
-        raise UserError(f"{file} does not normalise images from [0, 1], as every preprocessing here does")
+        raise UserError(f"{file} does not normalise images from [0, 1], which is the only supported preprocessing")
     return Preprocessing(short, crop, interpolation, mean, std)
 
 
-# ---- Where the encoder is, and what it is.
+# ---- Position and architecture of the encoder.
 
 
 def _part(weights: Mapping[str, Tensor], wanted: str | None, file: Path) -> tuple[str, str]:
@@ -198,8 +201,8 @@ def _part(weights: Mapping[str, Tensor], wanted: str | None, file: Path) -> tupl
     if not places:
         shown = ", ".join(list(weights)[:SHOWN])
         raise UserError(
-            f"{file} has no patch embedding of a layout known here ({', '.join(anchors)}); "
-            f"it begins with: {shown or 'nothing'}"
+            f"{file} has no patch embedding of a known layout ({', '.join(anchors)}); "
+            f"its first names: {shown or 'none'}"
         )
     listed = ", ".join(prefix.rstrip(".") or "the top" for prefix in places)
     if wanted is not None:
@@ -217,10 +220,10 @@ def _part(weights: Mapping[str, Tensor], wanted: str | None, file: Path) -> tupl
 
 
 def _refuse_other_architectures(inside: Mapping[str, Tensor], anchor: str, file: Path) -> None:
-    """Raise UserError, in words, for what our ViT is not."""
+    """Raise UserError for an architecture that our ViT does not support, with a description."""
     patch = inside[anchor]
     if any("relative_position" in name for name in inside) and any("fc_norm." in name for name in inside):
-        what = "BEiT's norm behind the mean of the patches (fc_norm), which its fine-tuned models have"
+        what = "BEiT's norm after the mean of the patches (fc_norm), which its fine-tuned models have"
         remedy = ": take the original model, hf:FOLDER or timm:beit_base_patch16_224,checkpoint=FILE"
     elif patch.ndim == 5:
         what, remedy = "patches of video (a 3-D patch embedding)", ""
@@ -234,7 +237,7 @@ def _refuse_other_architectures(inside: Mapping[str, Tensor], anchor: str, file:
 
 
 def _layout(weights: Mapping[str, Tensor], inside: Mapping[str, Tensor], prefix: str, anchor: str) -> str:
-    """The method whose layout it is; among those that only training tells apart, the oldest."""
+    """The method of a layout; the oldest one if methods differ only in training."""
     if anchor != COMMON:
         return {AIM: "aim", DATA2VEC: "data2vec2"}.get(anchor, "transformers")
     if any(name.endswith(TABLE) for name in weights):
@@ -253,14 +256,14 @@ def _layout(weights: Mapping[str, Tensor], inside: Mapping[str, Tensor], prefix:
     return "ibot" if "masked_embed" in inside else "dino"
 
 
-# ---- Names and forms.
+# ---- Names and shapes.
 
 
 def _renamed(inside: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:
-    """The encoder's weights, float32, under our names as far as one of theirs is one of ours."""
+    """The encoder's weights, float32, with names converted to ours where possible."""
     rules = RENAMED["transformers" if anchor in TRANSFORMERS else anchor]
     prenet = 0
-    if anchor == DATA2VEC:  # the modality's own first blocks, then the shared ones
+    if anchor == DATA2VEC:  # first the modality's own blocks, then the shared ones
         place = r"^modality_encoders\.IMAGE\.context_encoder\.blocks\.(\d+)\."
         prenet = 1 + max((int(m[1]) for name in inside if (m := re.match(place, name))), default=-1)
     renamed = {}
@@ -276,15 +279,15 @@ def _renamed(inside: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:
 
 
 def _in_our_form(weights: dict[str, Tensor], inside: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:
-    """Matrices that others keep apart, put together; biases that others lack, zero; tables in our shape."""
+    """Merge separate matrices, add zero biases where a layout has none, and convert tables to our shape."""
     for name in [name for name in weights if name.endswith(TABLE) and not name.startswith("blocks.")]:
-        shared = weights.pop(name)  # as BEiT's own fine-tuning does with it
+        shared = weights.pop(name)  # as in BEiT's fine-tuning
         weights |= {f"blocks.{i}.attn.{TABLE}": shared.clone() for i in _blocks(weights)}
     for i in _blocks(weights):
         attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
         _fuse_attention(weights, attn)
         _fuse_mlp(weights, mlp)
-        mask = inside.get(f"{attn}.qkv.bias_mask")  # DINOv3: keys have no bias, but a place for one
+        mask = inside.get(f"{attn}.qkv.bias_mask")  # DINOv3: keys have no bias, but an entry for it
         if mask is not None and f"{attn}.qkv.bias" in weights:
             weights[f"{attn}.qkv.bias"] = weights[f"{attn}.qkv.bias"] * mask.float()
         if anchor == AIM:  # no biases
@@ -298,8 +301,8 @@ def _in_our_form(weights: dict[str, Tensor], inside: Mapping[str, Tensor], ancho
 
 
 def _fuse_attention(weights: dict[str, Tensor], attn: str) -> None:
-    """Queries, keys and values in one matrix; keys that have no bias get a zero one."""
-    if f"{attn}.q_bias" in weights:  # BEiT's way, which timm kept
+    """Merge queries, keys and values into one matrix; keys without a bias get a zero bias."""
+    if f"{attn}.q_bias" in weights:  # as in BEiT and timm
         q, v = weights.pop(f"{attn}.q_bias"), weights.pop(f"{attn}.v_bias")
         weights[f"{attn}.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
     for kind in ("weight", "bias"):
@@ -308,12 +311,13 @@ def _fuse_attention(weights: dict[str, Tensor], attn: str) -> None:
             apart["k"] = torch.zeros_like(apart["q"])
         if len(apart) == 3:
             weights[f"{attn}.qkv.{kind}"] = torch.cat([apart[part] for part in "qkv"])
-        else:  # what is there of them stays, and is found to be of no use
+        else:  # incomplete sets stay, and the check of names reports them
             weights |= {f"{attn}.{part}.{kind}": value for part, value in apart.items()}
 
 
 def _fuse_mlp(weights: dict[str, Tensor], mlp: str) -> None:
-    """The gate and the other half of a gated MLP in one matrix w12; transformers' names of a plain MLP."""
+    """Merge the gate and the other half of a gated MLP into one matrix w12; convert transformers' names of a plain
+    MLP."""
     for kind in ("weight", "bias"):
         names = {part: f"{mlp}.{part}.{kind}" for part in ("gate", "up", "down", "fc1", "fc2", "w12", "w3")}
         gated = names["gate"] in weights and names["up"] in weights
@@ -382,7 +386,8 @@ def _architecture(weights: Mapping[str, Tensor], layout: str, heads: int, beside
 def _heads(
     weights: Mapping[str, Tensor], inside: Mapping[str, Tensor], layout: str, beside: Mapping[str, Any], file: Path
 ) -> int:
-    """The number of attention heads of the published model: no weight betrays it, but for rotary and relative positions."""
+    """The number of attention heads of the published model. Only rotary and relative positions show it in the
+    weights."""
     dim = weights["patch_embed.proj.weight"].shape[0]
     if (scores := weights.get(f"blocks.0.attn.{TABLE}")) is not None:
         return scores.shape[1]
@@ -391,13 +396,13 @@ def _heads(
     periods = inside.get("rope_embed.periods")
     if periods is not None:
         ours = ROPE_BASE ** (torch.arange(len(periods)) / len(periods))
-        if not torch.allclose(periods.float(), ours, rtol=0.01):  # they may have been kept in bfloat16
-            raise UserError(f"{file} has rotary positions of other periods than DINOv3's, which our ViT has")
+        if not torch.allclose(periods.float(), ours, rtol=0.01):  # they may have been stored in bfloat16
+            raise UserError(f"{file} has rotary positions of other periods than DINOv3's, which our ViT uses")
         return dim // (4 * len(periods))
     known = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
     if layout == "mocov3":
         known[384] = 12
-    elif "pos_embed" not in weights and layout != "aim":  # DINOv3, under whatever names
+    elif "pos_embed" not in weights and layout != "aim":  # DINOv3, with any names
         known |= {1280: 20, 4096: 32}
     elif layout == "aim":
         known = {1536: 12, 2048: 16, 3072: 24, 4096: 32}
@@ -413,12 +418,12 @@ def _image_size(
     wanted: tuple[int, int] | None,
     file: Path,
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The grid of the position table in the file, and the image size (height, width) it is wanted for."""
+    """The grid of the position table in the file, and the requested image size (height, width)."""
     patch, table = options["patch_size"], weights.get("pos_embed")
     if (scores := weights.get(f"blocks.0.attn.{TABLE}")) is not None:
         side = (_side(len(scores) - Offsets.count((1, 1), int(options["cls"])) + 1) + 1) // 2
         if Offsets.count((side, side), int(options["cls"])) != len(scores):
-            raise UserError(f"{file} has tables of {len(scores)} relative positions, which are no square grid's")
+            raise UserError(f"{file} has tables of {len(scores)} relative positions, which do not fit a square grid")
     elif table is None:
         side = 224 // patch
     else:
@@ -439,7 +444,7 @@ def _positions(
     native: tuple[int, int],
     size: tuple[int, int],
 ) -> None:
-    """Make the position table for images of `size`, as the layout's own code does; on its own grid it is left as it is."""
+    """Resize the position table for images of `size` by the layout's own rule; on its own grid it is not changed."""
     patch, tokens = options["patch_size"], int(options["cls"])
     grid = size[0] // patch, size[1] // patch
     table = weights.get("pos_embed")
@@ -457,7 +462,7 @@ def _positions(
         resized = sincos_table(grid, options["dim"])[None]
     elif layout == "dinov2" and options["registers"]:
         resized = _interpolated(rest, native, size=grid, antialias=True)
-    elif layout in ("dino", "ibot", "dinov2"):  # a tenth of a patch more, against a grid that rounding makes too small
+    elif layout in ("dino", "ibot", "dinov2"):  # a tenth of a patch more, against rounding down
         scale = (grid[0] + 0.1) / native[0], (grid[1] + 0.1) / native[1]
         resized = _interpolated(rest, native, scale_factor=scale)
     else:
@@ -471,20 +476,20 @@ def _interpolated(table: Tensor, grid: tuple[int, int], **how: Any) -> Tensor:
 
 
 def _vit(weights: Mapping[str, Tensor], options: Mapping[str, Any], size: tuple[int, int]) -> Any:
-    """A ViT of these options, without touching the process's random state."""
+    """A ViT with these options, built without changing the process's random state."""
     with torch.random.fork_rng(devices=[]):
         return backbones.build(_name(options), image_size=size, **options)
 
 
 def _name(options: Mapping[str, Any]) -> str:
-    """The size in vit.py with that width and depth, else any: all its options are given."""
+    """The size in vit.py with that width and depth, else any size, because all options are given."""
     vits = [name for name in backbones.own() if name.startswith("vit_")]
     same = [n for n in vits if all(backbones.defaults(n)[k] == options[k] for k in ("dim", "depth"))]
     return same[0] if same else "vit_base"
 
 
 def _fixed(table: Tensor, tokens: int) -> str | None:
-    """Whether a position table is a fixed sine-cosine one: "column first" (MAE, I-JEPA) or "row first" (MoCo v3)."""
+    """The kind of a fixed sine-cosine position table: "column first" (MAE, I-JEPA) or "row first" (MoCo v3)."""
     side, dim = _side(table.shape[1] - tokens), table.shape[2]
     if not side or dim % 4 or table[:, :tokens].any():
         return None
@@ -495,14 +500,14 @@ def _fixed(table: Tensor, tokens: int) -> str | None:
 
 
 def _side(count: int) -> int:
-    """The side of a square grid of so many patches; 0 where there is none."""
+    """The side of a square grid of that number of patches; 0 if there is none."""
     side = math.isqrt(max(count, 0))
     return side if side * side == count else 0
 
 
 def _config(file: Path) -> dict[str, Any]:
-    """The config.json that transformers keeps beside the weights; empty without one. Raises UserError where it asks for
-    what our ViT has not."""
+    """The config.json that transformers saves with the weights; empty without one. Raises UserError for options that
+    our ViT does not support."""
     config = file.parent / "config.json"
     if not config.is_file():
         return {}
@@ -519,7 +524,7 @@ def _config(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _words(options: Mapping[str, Any]) -> str:
+def _describe(options: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{key} {options[key]}" for key in ("dim", "depth", "heads", "patch_size", "registers", "positions")
     )

@@ -1,12 +1,12 @@
-"""What `--encoder` may say beside a path: an encoder of another library or another layout. Needs no torch.
+"""Values of `--encoder` that are not paths: encoders of other libraries or in other layouts. Needs no torch.
 
     timm:NAME[,checkpoint=FILE]      a model of timm
     hf:FOLDER                        a model that transformers saved
-    torch:FILE                       an official checkpoint, read into our ViT (see `official`)
-    module:PACKAGE:FUNCTION          what a function of your own code returns
+    torch:FILE                       a published checkpoint, read into our ViT (see `published`)
+    module:PACKAGE:FUNCTION          the result of a function of your own code
 
-with more options behind commas: `image-size=224` (or 192x256), `resize=256`, `mean=0.5/0.5/0.5`, `std=...`,
-`interpolation=bicubic`; for `torch`, `layout=`, `heads=` and `part=` too.
+More options are separated by commas: `image-size=224` (or 192x256), `resize=256`, `mean=0.5/0.5/0.5`, `std=...`,
+`interpolation=bicubic`; for `torch` also `layout=`, `heads=` and `part=`.
 """
 
 import re
@@ -22,7 +22,7 @@ WORDS = {"imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225
 
 @dataclass(frozen=True)
 class Spec:
-    """An encoder that is none of our exports."""
+    """An encoder that is not an export of this package."""
 
     kind: str  # one of KINDS
     name: str  # a model's name, a path, or PACKAGE:FUNCTION
@@ -30,8 +30,8 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> "Spec | None":
-        """The spec in `text`; None where it begins with none of KINDS and a colon, and so is a path. Raises UserError
-        for options there are not and for files that are not there."""
+        """The spec in `text`; None if it does not start with one of KINDS and a colon, and so is a path. Raises
+        UserError for unknown options and for files that do not exist."""
         kind, colon, rest = text.partition(":")
         if not colon or kind not in KINDS:
             return None
@@ -43,9 +43,7 @@ class Spec:
                 raise UserError(f"{text}: unknown option {option!r}{nearest(option, known)}")
         path = {"timm": options.get("checkpoint"), "hf": name, "torch": name}.get(kind)
         if path is not None and not Path(path).exists():
-            raise UserError(
-                f"{text}: {path or 'the name behind the colon'} does not exist; give a local {_PLACE[kind]}"
-            )
+            raise UserError(f"{text}: {path or 'the name after the colon'} does not exist; give a local {_PLACE[kind]}")
         if kind == "module" and not re.fullmatch(r"[\w.]+:[\w.]+", name):
             raise UserError(f"{text}: write module:PACKAGE:FUNCTION, a function that returns a torch module")
         return cls(kind, name, options)
@@ -54,7 +52,7 @@ class Spec:
         return ",".join([f"{self.kind}:{self.name}", *(f"{key}={value}" for key, value in self.options.items())])
 
     def integers(self, option: str, separator: str = "x") -> tuple[int, ...] | None:
-        """The whole numbers above 0 of an option, None where it is not given. Raises UserError for what is none."""
+        """The positive integers of an option, None if it is not given. Raises UserError for other values."""
         text = self.options.get(option)
         if text is None:
             return None
@@ -63,7 +61,7 @@ class Spec:
         return tuple(int(part) for part in text.split(separator))
 
     def image_size(self) -> tuple[int, int] | None:
-        """(height, width) asked for, pixels."""
+        """The requested (height, width) in pixels."""
         sides = self.integers("image-size")
         if sides is not None and len(sides) > 2:
             raise UserError(f"{self}: image-size is one side, or HEIGHTxWIDTH")
@@ -80,7 +78,7 @@ class Spec:
             return tuple(float(part) for part in text.split("/"))
         except ValueError:
             raise UserError(
-                f"{self}: {option}={text} must be a number a channel, as in {option}=0.5/0.5/0.5, or 'imagenet'"
+                f"{self}: {option}={text} must be one number per channel, as in {option}=0.5/0.5/0.5, or 'imagenet'"
             ) from None
 
 

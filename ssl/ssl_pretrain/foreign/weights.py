@@ -1,4 +1,4 @@
-"""Files of weights from elsewhere: read without executing anything in them, and compared name for name."""
+"""Reads weight files of other sources without executing their content, and compares weights name for name."""
 
 import argparse
 import pickle
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..errors import UserError
 
-SHOWN = 8  # names listed in a message of each kind of mismatch
+SHOWN = 8  # largest number of names that a message lists for each kind of mismatch
 
 
 def read_file(file: Path) -> Mapping[str, Any]:
-    """What a checkpoint holds, on the CPU: safetensors, or a torch file of tensors and plain data.
+    """The content of a checkpoint, on the CPU: a safetensors file, or a torch file of tensors and plain data.
 
-    Nothing in it is executed: beside tensors, only an `argparse.Namespace` (of settings; it does nothing) is let through.
-    Raises UserError for a file that wants more, or is damaged, or holds no names.
+    Nothing in it is executed. Besides tensors, only an `argparse.Namespace` (of settings; it does nothing) is accepted.
+    Raises UserError for a file that needs more, is damaged, or has no weights by name.
     """
     try:
         if file.suffix == ".safetensors":
@@ -60,7 +60,7 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
 
 
 def difference(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """How weights differ from what an architecture holds, in words; empty where names and shapes are the same."""
+    """A description of how weights differ from an architecture's; empty if names and shapes are the same."""
     kinds = {
         "missing": sorted(own.keys() - weights.keys()),
         "unknown": sorted(weights.keys() - own.keys()),

@@ -66,8 +66,8 @@ class Rotation:
                 covariance += centred.T @ centred
             variance, axes = torch.linalg.eigh(covariance / n)
             variance, axes = variance.flip(0), axes.flip(1)
-        there = variance > variance[0].clamp_min(1e-300) * 1e-12
-        self.variance, self.axes = variance[there], axes[:, there].contiguous()  # (R,), (F, R)
+        nonzero = variance > variance[0].clamp_min(1e-300) * 1e-12
+        self.variance, self.axes = variance[nonzero], axes[:, nonzero].contiguous()  # (R,), (F, R)
 
     def __call__(self, rows: np.ndarray, chosen: np.ndarray | None = None) -> Tensor:
         """Rows (n, F), or those with the indices `chosen`, rotated: (n, R) in their own precision, on the device."""
@@ -166,11 +166,11 @@ def _minimise(
         length = 1.0
         for _ in range(HALVINGS):
             trial = point + length * scale * direction
-            there, slopes, _ = objective(trial)
-            if there <= value + DECREASE * length * slope:
+            trial_value, slopes, _ = objective(trial)
+            if trial_value <= value + DECREASE * length * slope:
                 break
             # the minimum of the parabola through the value and slope at the point and the value at the trial
-            length *= min(max(-slope * length / (2 * (there - value - slope * length)), 0.1), 0.5)
+            length *= min(max(-slope * length / (2 * (trial_value - value - slope * length)), 0.1), 0.5)
         else:
             break  # the remaining gain is below rounding errors
         slopes = slopes * scale
@@ -178,7 +178,7 @@ def _minimise(
         bend = float((change * turn).sum())
         if bend > 1e-12 * float(change.norm() * turn.norm()):
             pairs.append((change, turn, bend))
-        point, value, gradient = trial, there, slopes
+        point, value, gradient = trial, trial_value, slopes
         iteration += 1
     return Fit(objective.penalty, point[:, :-1], point[:, -1], value, iteration)
 

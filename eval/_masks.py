@@ -71,7 +71,7 @@ class Pair:
     folder: str  # of both, without the folder names for images and masks; frames of one video share it
     image: str  # names within the data
     mask: str
-    split: str  # "" where the data is not split
+    split: str  # "" if the data is not split
 
 
 @final
@@ -160,8 +160,8 @@ class Found:
     @property
     def splits(self) -> list[str]:
         """The splits of the data; [] if the data is not split."""
-        there = {pair.split for pair in self.pairs} - {""}
-        return [word for word in names.SPLIT_WORDS if word in there]
+        present = {pair.split for pair in self.pairs} - {""}
+        return [word for word in names.SPLIT_WORDS if word in present]
 
     def open(self, split: str | None) -> tuple[Masked, int]:
         """The images with masks of a split, or of all data; and the number of images without a mask. Raises UserError

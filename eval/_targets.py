@@ -49,13 +49,13 @@ class Targets:
             )
         if len(set(heads)) < len(heads):
             raise UserError(f"--targets {path}: two columns have the same name")
-        there = [head for head in heads if head not in (FILE, SPLIT)]
-        names = tuple(columns or there)
+        existing = [head for head in heads if head not in (FILE, SPLIT)]
+        names = tuple(columns or existing)
         if not names:
             raise UserError(f"--targets {path}: there is no column except {', '.join(heads)}: nothing to predict")
         for name in names:
-            if name not in there:
-                raise UserError(f"--columns {name}: {path} has no such column{nearest(name, there)}")
+            if name not in existing:
+                raise UserError(f"--columns {name}: {path} has no such column{nearest(name, existing)}")
         places = [heads.index(name) for name in names]
         values = np.full((len(lines) - 1, len(names)), np.nan)
         for row, line in enumerate(lines[1:]):

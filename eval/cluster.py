@@ -78,16 +78,16 @@ def evaluate(task: Task, config: Config) -> Outcome:
         rows = torch.from_numpy(np.array(side.features[name])).to(task.device)
         if config.normalise == "l2":
             rows = normalize(rows, dim=1)
-        few = rows[torch.from_numpy(part).to(rows.device)]
+        subset = rows[torch.from_numpy(part).to(rows.device)]
         for algorithm in dict.fromkeys(config.algorithms):
             for k in dict.fromkeys(numbers):
                 of = part if algorithm == "ward" else np.arange(n)
                 if algorithm == "ward":
-                    found = ward(few.cpu().numpy(), k)
+                    found = ward(subset.cpu().numpy(), k)
                 else:
                     found = kmeans(rows, k, seed=task.seed, starts=config.starts).assigned.cpu().numpy()
                 entry: dict[str, Any] = {"algorithm": algorithm, "clusters": k, "feature": name}
-                entry["silhouette"] = silhouette(few, found if algorithm == "ward" else found[part])
+                entry["silhouette"] = silhouette(subset, found if algorithm == "ward" else found[part])
                 labelled = known[of]
                 if classes >= 2:
                     entry |= agreement(found[labelled], side.labels[of][labelled])

@@ -43,7 +43,7 @@ SHARED = True
 PAIRS = 4096  # number of images whose pairs uniformity averages over
 DELTA = 1e-4  # weight of the identity that LiDAR adds to the scatter of views
 VARIANCE = 0.99
-K, TEMPERATURE = 20, 0.07  # of the leave-one-out kNN of each block, where there are labels
+K, TEMPERATURE = 20, 0.07  # of the leave-one-out kNN of each block, if there are labels
 
 
 @dataclass(frozen=True, kw_only=True)

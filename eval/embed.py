@@ -78,9 +78,14 @@ def evaluate(task: Task, config: Config) -> Outcome:
         raise UserError(
             f"{task.out} cannot be written ({problem.strerror}): choose another folder with --out"
         ) from None
-    said = [f"{name}: {' x '.join(map(str, shape))} {config.dtype}" for name, shape in shapes.items()]
+    descriptions = [f"{name}: {' x '.join(map(str, shape))} {config.dtype}" for name, shape in shapes.items()]
     return Outcome(
-        {"n": len(side.index), "shapes": shapes, "files": files, "findings": [*said, f"files: {', '.join(files)}"]},
+        {
+            "n": len(side.index),
+            "shapes": shapes,
+            "files": files,
+            "findings": [*descriptions, f"files: {', '.join(files)}"],
+        },
         {
             "headline": f"features {', '.join(shapes)}",
             "features": list(shapes),

@@ -132,11 +132,11 @@ def evaluate(task: Task, config: Config) -> Outcome:
     if len(config.lrs) > 1:
         fit, held_out = hold_out(task.data.train.labels, config.held_out, task.seed)
         known = task.data.train
-        asked = Images(known.split, Subset(known.source, held_out), known.labels[held_out], 0)
+        selection_images = Images(known.split, Subset(known.source, held_out), known.labels[held_out], 0)
         for lr in config.lrs:
             tried.append({"lr": lr, "top1": None, "loss": None})
             with contextlib.suppress(NotFinite):
-                ranked, loss, side = _test(task, config, _train(task, config, fit, lr, f"lr {lr:g}"), asked)
+                ranked, loss, side = _test(task, config, _train(task, config, fit, lr, f"lr {lr:g}"), selection_images)
                 tried[-1] |= {"top1": 100 * float((ranked[:, 0] == side.labels).mean()), "loss": loss}
     whole = [one for one in tried if one["top1"] is not None]
     if tried and not whole:
@@ -471,8 +471,8 @@ def _accuracy(task: Task, model: nn.Module) -> float:
 def _test(task: Task, config: Config, tuned: _Tuned, images: Images) -> tuple[np.ndarray, float, Side]:
     """For the readable images: the most probable classes, best first, (n, min(5, C)) int64; the mean cross-entropy; and
     these images. Raises NotFinite if training diverged."""
-    asked = replace(task, encoder=tuned.encoder, data=replace(task.data, test=images), cache=False)
-    side = asked.single((config.feature,))
+    tuned_task = replace(task, encoder=tuned.encoder, data=replace(task.data, test=images), cache=False)
+    side = tuned_task.single((config.feature,))
     ranked, loss = [], 0.0
     for start in range(0, len(side.labels), CHUNK):
         part = slice(start, start + CHUNK)

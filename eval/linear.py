@@ -259,7 +259,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
     if single:
         selection = "a single head: nothing was chosen"
     elif on_test:
-        selection = "highest top-1 on the test images themselves, as asked for (--select test): a number that flatters"
+        selection = "highest top-1 on the test images themselves, as requested (--select test): the number is too good"
     else:
         selection = (
             f"highest top-1 on {len(held_out)} held-out training images ({config.held_out:g} of each class); "

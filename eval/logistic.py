@@ -84,14 +84,14 @@ def evaluate(task: Task, config: Config) -> Outcome:
     everything = np.arange(len(train.labels))
     ranked, iterations = _test(task, config, train, test, best["feature"], everything, best["C"])
 
-    few = []
+    few_labels = []
     for number, budget in enumerate(config.budgets):
-        few.append(_few_labels(task, config, train, test, names[0], budget, cs))
+        few_labels.append(_few_labels(task, config, train, test, names[0], budget, cs))
         task.report("budgets", number + 1, len(config.budgets))
     metrics = classification(ranked, test.labels, task.data.classes)
-    if few:
-        metrics["few_labels"] = few
-        metrics["findings"] = [_sentence(row) for row in few]
+    if few_labels:
+        metrics["few_labels"] = few_labels
+        metrics["findings"] = [_sentence(row) for row in few_labels]
     return Outcome(
         metrics,
         {
@@ -107,7 +107,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
             "optimizer": f"preconditioned L-BFGS, at most {config.max_iterations} steps ({iterations} for the headline)",
             **(
                 {"budgets": f"on feature {names[0]}; C chosen within each draw by the same rule, {config.draws} draws"}
-                if few
+                if few_labels
                 else {}
             ),
             **task.protocol(train, test),

@@ -193,8 +193,8 @@ def _write(
         for path in stale:  # of an earlier evaluation
             path.unlink(missing_ok=True)
         if config.sheet:
-            few = numpy_generator(task.seed, "sheet").permutation(queries)[: config.sheet]
-            _sheet(task, side, [[q, *index[q][:COLUMNS]] for q in few]).save(task.out / "neighbours.png")
+            chosen = numpy_generator(task.seed, "sheet").permutation(queries)[: config.sheet]
+            _sheet(task, side, [[q, *index[q][:COLUMNS]] for q in chosen]).save(task.out / "neighbours.png")
         if pairs:
             listed = [
                 {"cosine": cosine, "images": [source.name(int(side.index[i])) for i in (a, b)]}

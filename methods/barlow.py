@@ -26,7 +26,7 @@ class BarlowTwins(WholeBatchMethod):
     """Each channel of one view's embedding agrees with the same channel of the other view's, and with no other (eq. 1).
 
     Defaults are the paper's (sections 2.2 and 5.1) and its release's: batch 2,048 on ImageNet with ResNet-50. Raises
-    UserError for knobs out of range.
+    UserError for options out of range.
     """
 
     recipe = Recipe(

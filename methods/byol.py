@@ -25,7 +25,7 @@ class BYOL(WholeBatchMethod):
     """Predict the target network's projection of the other view; the exported encoder is the online one.
 
     Defaults are the paper's (section 3.3 and appendix B): batch 4,096, 1,000 epochs of ImageNet with ResNet-50. Raises
-    UserError for knobs out of range.
+    UserError for options out of range.
     """
 
     recipe = Recipe(
@@ -108,5 +108,5 @@ class BYOL(WholeBatchMethod):
         ema_update_(self.teacher, online, cosine_momentum(self.config.momentum, step.progress), step.ok)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
-        """The loss where one vector answers everything."""
+        """The loss if all embeddings are the same vector."""
         return {"loss": (0.0, "all views of all images get the same embedding")}

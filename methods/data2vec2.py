@@ -54,7 +54,7 @@ class ConvBlock(nn.Module):
 class Data2Vec2(Method):
     """Regress the teacher's features of masked patches, and their mean from the class token.
 
-    Defaults are the paper's for ViT-B on images (section 4 and appendix A). Raises UserError for knobs out of range,
+    Defaults are the paper's for ViT-B on images (section 4 and appendix A). Raises UserError for options out of range,
     UnsupportedByBackbone for an encoder that cannot drop tokens or give the outputs of its blocks.
     """
 

@@ -37,7 +37,7 @@ class DINO(Method):
     """Self-distillation with no labels; the exported encoder is the teacher's.
 
     Defaults are the paper's for ViT-S/16 (section 3 and appendix), and the released code's where the two differ. Raises
-    UserError for knobs out of range.
+    UserError for options out of range.
     """
 
     centre: Tensor

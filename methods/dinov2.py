@@ -51,7 +51,7 @@ class DINOv2(WholeBatchMethod):
     """DINO, iBOT and a spreading regulariser; the exported encoder is the teacher's.
 
     Defaults are the paper's (section 4 and appendix B) in the size of its released ImageNet-1k recipe. Raises UserError
-    for knobs out of range and for encoders that cannot replace patches or have no class token.
+    for options out of range and for encoders that cannot replace patches or have no class token.
     """
 
     class_centre: Tensor

@@ -29,7 +29,7 @@ from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 class IJEPA(Method):
     """Predict the teacher's features of target blocks from those of a context; the exported encoder is the teacher.
 
-    Defaults are the paper's (section 3 and appendix A). Raises UserError for knobs out of range and for grids of less
+    Defaults are the paper's (section 3 and appendix A). Raises UserError for options out of range and for grids of less
     than 2 x 2 patches, UnsupportedByBackbone for an encoder that cannot drop tokens.
     """
 

@@ -28,7 +28,7 @@ from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 class MAE(Method):
     """Reconstruct the pixels of masked patches; the mean squared error over masked patches is the loss (eq. in section 3).
 
-    Defaults are the paper's pre-training setting (appendix A.1, table 8). Raises UserError for knobs out of range and
+    Defaults are the paper's pre-training setting (appendix A.1, table 8). Raises UserError for options out of range and
     UnsupportedByBackbone for an encoder that cannot drop tokens.
     """
 

@@ -28,7 +28,7 @@ from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 class MoCoV3(WholeBatchMethod):
     """Contrast queries with the momentum encoder's keys; the exported encoder is that of the queries.
 
-    Defaults are the paper's for ViTs (sections 3 to 5): batch 4,096, 300 epochs of ImageNet. Raises UserError for knobs
+    Defaults are the paper's for ViTs (sections 3 to 5): batch 4,096, 300 epochs of ImageNet. Raises UserError for options
     out of range.
     """
 
@@ -132,7 +132,7 @@ class MoCoV3(WholeBatchMethod):
         ema_update_(self.teacher, queries, cosine_momentum(self.config.momentum, (step.step + 1) / step.total), step.ok)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
-        """The loss where all similarities are equal."""
+        """The loss if all similarities are equal."""
         equal = 4 * self.config.temperature * math.log(batch_size)
         return {"loss": (equal, "all views get the same embedding, so images cannot be distinguished")}
 

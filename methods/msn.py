@@ -41,7 +41,7 @@ class MSN(WholeBatchMethod):
     """Match the soft assignments of masked anchors to the sharpened one of the target; the exported encoder is the
     target's.
 
-    Defaults are the released ones for ViT-S/16 (section 4 and appendix). Raises UserError for knobs out of range and
+    Defaults are the released ones for ViT-S/16 (section 4 and appendix). Raises UserError for options out of range and
     UnsupportedByBackbone for an encoder that cannot drop tokens, where `drop_ratio` is above 0.
     """
 

@@ -28,7 +28,7 @@ class NNCLR(WholeBatchMethod):
     """Contrast the nearest neighbour of one view's projection with the predictions of the other view.
 
     Defaults are the paper's (sections 3.2 and 4.1): batch 4,096, 1,000 epochs of ImageNet with ResNet-50. Raises
-    UserError for knobs out of range.
+    UserError for options out of range.
     """
 
     recipe = Recipe(
@@ -123,6 +123,6 @@ class NNCLR(WholeBatchMethod):
         self.queue.put_(distributed.gather(step.carried["projected"]), step.ok)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
-        """The loss where all similarities are equal."""
+        """The loss if all similarities are equal."""
         told_from = batch_size if self.config.loss == "infonce" else batch_size - 1
         return {"loss": (math.log(told_from), "all views get the same embedding, so images cannot be distinguished")}

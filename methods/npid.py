@@ -28,7 +28,7 @@ class NPID(WholeBatchMethod):
     them by the exact softmax (section 3.1).
 
     Defaults are the paper's and its release's (sections 3 and 4.2): momentum SGD, learning rate 0.03 for 256 images,
-    4,096 negatives, temperature 0.07. Raises UserError for knobs out of range.
+    4,096 negatives, temperature 0.07. Raises UserError for options out of range.
     """
 
     bank: Tensor

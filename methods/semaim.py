@@ -52,7 +52,7 @@ class CrossBlock(nn.Module):
 class SemAIM(Method):
     """Predict each patch's blurred pixels from those before it in a semantic order; the loss is the mean squared error.
 
-    With pixels as targets (section 3). Raises UserError for knobs out of range and images of a single patch,
+    With pixels as targets (section 3). Raises UserError for options out of range and images of a single patch,
     UnsupportedByBackbone for an encoder that cannot reorder its tokens or mask its attention.
     """
 

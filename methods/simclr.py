@@ -104,6 +104,6 @@ class SimCLR(WholeBatchMethod):
         return Losses(total=each.mean(), per_sample=each.detach())
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
-        """The loss where all similarities are equal."""
+        """The loss if all similarities are equal."""
         others = 2 * batch_size - (1 if self.config.loss == "infonce" else 2)
         return {"loss": (math.log(others), "all views get the same embedding, so images cannot be distinguished")}

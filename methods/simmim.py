@@ -26,7 +26,7 @@ UNITS = 6  # smallest number of mask units along the image's shorter side: the p
 class SimMIM(Method):
     """Reconstruct the pixels of masked squares; the mean absolute error over masked pixels is the loss (section 3.4).
 
-    Defaults are the paper's (sections 3.2 and 4.1). Raises UserError for knobs out of range and UnsupportedByBackbone for
+    Defaults are the paper's (sections 3.2 and 4.1). Raises UserError for options out of range and UnsupportedByBackbone for
     an encoder that cannot put a token in place of patches.
     """
 

@@ -24,7 +24,7 @@ class Supervised(Method):
     """Cross-entropy of the labels, with label smoothing; images without one (-1) do not count.
 
     Defaults are MAE's for training ViTs from scratch (He et al., 2022, appendix A.2), without mixup and random
-    augmentation. Raises UserError where the data has no labels, or more classes than `classes`.
+    augmentation. Raises UserError if the data has no labels, or more classes than `classes`.
     """
 
     recipe = Recipe(

@@ -29,7 +29,7 @@ class SwAV(WholeBatchMethod):
     """Swapped prediction of Sinkhorn assignments (section 3.1) with multi-crop (section 3.2).
 
     Defaults are the paper's (appendix A) and its release's: 800 epochs of ImageNet at batch 4,096 with ResNet-50. Raises
-    UserError for knobs out of range.
+    UserError for options out of range.
     """
 
     queue: Tensor

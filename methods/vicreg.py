@@ -29,7 +29,7 @@ class VICReg(WholeBatchMethod):
     """Invariance, variance and covariance, weighted (section 4.1, eq. 6).
 
     Defaults are the paper's (section 4.2) and its release's: batch 2,048 on ImageNet with ResNet-50. Raises UserError for
-    knobs out of range.
+    options out of range.
     """
 
     recipe = Recipe(

@@ -93,13 +93,13 @@ def test_a_sketch_finds_what_float32_finds_however_alike_the_features(common: fl
 def test_a_sketch_multiplies_few_pairs_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = vectors(20_000, 64)
     taken = []
-    whole = neighbours._singly
+    whole = neighbours._single_products
 
     def counted(queries: torch.Tensor, columns: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         taken.append(len(place))
         return whole(queries, columns, place)
 
-    monkeypatch.setattr(neighbours, "_singly", counted)
+    monkeypatch.setattr(neighbours, "_single_products", counted)
     nearest(rows[:512], rows, 10, sketched=True)
     assert len(taken) == 3  # tiles
     assert sum(taken) < 150 * 512  # of 20,000 a row
@@ -118,9 +118,9 @@ def test_the_bound_on_a_sketched_product_holds(width: int, common: float, scale:
     exact = left.double() @ right.double().T - here.base[:, None].double() - there.base
     for column in range(0, 900, 7):
         # Whichever of the two is known, the other is no less than said.
-        assert bool((rounded_products.least(rough[:, column], here, there) <= exact[:, column]).all())
-        assert bool((rounded_products.least(exact[:, column].float(), here, there) <= rough[:, column]).all())
-    loose = exact - torch.stack([rounded_products.least(rough[:, c], here, there) for c in range(900)], 1)
+        assert bool((rounded_products.lower_bound(rough[:, column], here, there) <= exact[:, column]).all())
+        assert bool((rounded_products.lower_bound(exact[:, column].float(), here, there) <= rough[:, column]).all())
+    loose = exact - torch.stack([rounded_products.lower_bound(rough[:, c], here, there) for c in range(900)], 1)
     assert loose.mean() < 0.15 * exact.std()  # and the bound is of use
 
 

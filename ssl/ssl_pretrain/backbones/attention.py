@@ -21,7 +21,7 @@ PLAIN = 2**18  # scores of a head: above this, storing all scores for the backwa
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v (Vaswani et al., 2017, eq. 1).
 
-    q, k, v: (B, h, L, d) of one dtype. mask: broadcastable to (B, h, L, L); bool, True where a query (row) may see a key
+    q, k, v: (B, h, L, d) of one dtype. mask: broadcastable to (B, h, L, L); bool, True if a query (row) may attend to a key
     (column), every row needs one; or float, what is added to the scaled scores. causal: a token sees itself and earlier
     ones; not together with `mask`. Returns (B, h, L, d) of that dtype.
     """
@@ -126,7 +126,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: list[int])
     from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths))
-    assert isinstance(out, Tensor)  # a pair only where more is asked for
+    assert isinstance(out, Tensor)  # a pair only if more outputs are requested
     return out
 
 

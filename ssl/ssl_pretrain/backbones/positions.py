@@ -118,8 +118,8 @@ class Offsets:
         rows[prefix:, prefix:] = between
         if keep is None:
             return cls(rows[None], trained, grid)
-        there = torch.cat([torch.arange(prefix, device=device).expand(len(keep), -1), keep + prefix], dim=1)
-        return cls(rows[there[:, :, None], there[:, None, :]], trained, grid)
+        index = torch.cat([torch.arange(prefix, device=device).expand(len(keep), -1), keep + prefix], dim=1)
+        return cls(rows[index[:, :, None], index[:, None, :]], trained, grid)
 
     def scores(self, table: Tensor) -> Tensor:
         """The scores that a table (R, heads) of the trained grid adds to those of queries and keys: (1 or B, heads, L,

@@ -257,7 +257,7 @@ class _Work:
         widths = self._widths(taps)
         key = hashlib.blake2b(json.dumps(widths).encode(), digest_size=8).hexdigest()
         with _cache_errors(folder):
-            job = join(folder, key, widths, len(self.source), lambda: self._there(folder, taps))
+            job = join(folder, key, widths, len(self.source), lambda: self._is_cached(folder, taps))
         if job is None:
             return
         try:
@@ -275,7 +275,7 @@ class _Work:
         finally:
             job.leave()
 
-    def _there(self, folder: Path, taps: list[Tap]) -> bool:
+    def _is_cached(self, folder: Path, taps: list[Tap]) -> bool:
         """Whether the cache has those taps."""
         return len(_stored(folder, len(self.source), list(map(str, taps)))[1]) == len(taps)
 

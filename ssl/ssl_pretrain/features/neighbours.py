@@ -88,16 +88,16 @@ def nearest(
                 rough = product(rounded_queries.values, rounded_rows.values, top, start)
                 known = bar - rounded_queries.base - rounded_rows.base
                 if start == 0:  # no element below what k elements reach can be among the k best
-                    known = rounded_products.least(_reached(rough, k), rounded_queries, rounded_rows)
-                place = _above(rough, rounded_products.least(known, rounded_queries, rounded_rows))
+                    known = rounded_products.lower_bound(_kth_bound(rough, k), rounded_queries, rounded_rows)
+                place = _above(rough, rounded_products.lower_bound(known, rounded_queries, rounded_rows))
                 if len(place) <= FEW * rough.numel():
-                    _merge(*top_k, place, _singly(unit, columns, place), len(columns), start)
+                    _merge(*top_k, place, _single_products(unit, columns, place), len(columns), start)
                     continue
                 if start:  # rows are too similar for bfloat16, and later rows probably too
                     sketched, rounded_rows = False, None
             similarity = product(unit, columns, top, start)
             if start == 0:
-                bar = torch.nextafter(_reached(similarity, k), bar)
+                bar = torch.nextafter(_kth_bound(similarity, k), bar)
             place = _above(similarity, bar)
             _merge(*top_k, place, similarity.view(-1)[place], len(columns), start)
     return best, index
@@ -150,7 +150,7 @@ def _maxima(tile: Tensor) -> Tensor:
     return tile.view(q, width, n // width).amax(1)
 
 
-def _reached(tile: Tensor, k: int) -> Tensor:
+def _kth_bound(tile: Tensor, k: int) -> Tensor:
     """A value that at least k elements of each row reach, (q,) float32; -inf if a row has fewer than k groups."""
     maxima = _maxima(tile)
     if maxima.shape[1] < k:
@@ -168,7 +168,7 @@ def _above(tile: Tensor, bar: Tensor) -> Tensor:
     return place[value > bar[row, None]].sort().values
 
 
-def _singly(queries: Tensor, columns: Tensor, place: Tensor) -> Tensor:
+def _single_products(queries: Tensor, columns: Tensor, place: Tensor) -> Tensor:
     """The elements (M,) float32 at the given positions of queries (q, D) times columns (n, D)."""
     row, column = place // len(columns), place % len(columns)
     chunk = max(1, CHUNK // queries.shape[1])

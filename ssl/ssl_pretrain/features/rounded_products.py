@@ -61,7 +61,7 @@ def rows(rows: Tensor, centre: Tensor) -> Rows:
     return Rows(values, length, lost, base, offset)
 
 
-def least(product: Tensor, queries: Queries, rows: Rows) -> Tensor:
+def lower_bound(product: Tensor, queries: Queries, rows: Rows) -> Tensor:
     """The smallest exact value (Q,) of elements `product` (Q,) of `queries.values @ rows.values.T`; and in the same way
     the smallest product for such exact values. Exact products are `product` plus `queries.base + rows.base`. The error
     is at most |x - m| times the rounding error of y, plus the rounding error of x times |y - m| (Cauchy and Schwarz),

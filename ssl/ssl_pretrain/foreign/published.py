@@ -295,7 +295,7 @@ def _in_our_form(weights: dict[str, Tensor], inside: Mapping[str, Tensor], ancho
                 if f"{layer}.weight" in weights:
                     weights.setdefault(f"{layer}.bias", torch.zeros(len(weights[f"{layer}.weight"])))
     if "cls_token" in weights and "pos_embed" in weights and _side(weights["pos_embed"].shape[1]):
-        # Positions of patches only: the class token has none (data2vec 2.0, and timm where there are registers).
+        # Only patches have positions, the class token has none (data2vec 2.0, and timm with registers).
         weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))
     return weights
 

@@ -68,7 +68,7 @@ class Spec:
         return None if sides is None else (sides[0], sides[-1])
 
     def numbers(self, option: str) -> tuple[float, ...] | None:
-        """The numbers, one a channel, of `mean` or `std`; None where it is not given."""
+        """The numbers of `mean` or `std`, one per channel; None if it is not given."""
         text = self.options.get(option)
         if text is None:
             return None

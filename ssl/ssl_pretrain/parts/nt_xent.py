@@ -68,7 +68,7 @@ class _Negatives(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, temperature: float, decoupled: bool, table: torch.dtype) -> Tensor:
-        everyone = _own_first(gather(mine), len(mine))
+        everyone = _starting_at_own_rank(gather(mine), len(mine))
         everyone = (everyone - everyone.mean(0)).to(table)
         total = everyone.new_zeros(len(mine))
         for i, j, e in _tiles(everyone, len(mine), temperature, decoupled):
@@ -83,7 +83,7 @@ class _Negatives(torch.autograd.Function):
     def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor, None, None, None]:
         everyone, total = ctx.saved_tensors
         count = len(total)
-        share = _own_first(gather((by_loss / ctx.temperature).to(total.dtype) / total), count)  # (2N,)
+        share = _starting_at_own_rank(gather((by_loss / ctx.temperature).to(total.dtype) / total), count)  # (2N,)
         out, sums = torch.zeros_like(everyone[:count]), torch.zeros_like(total)
         for i, j, e in _tiles(everyone, count, ctx.temperature, ctx.decoupled):
             e.mul_(share[i:j, None] + share[i:])
@@ -96,7 +96,7 @@ class _Negatives(torch.autograd.Function):
         return out.to(by_loss.dtype), None, None, None
 
 
-def _own_first(rows: Tensor, count: int) -> Tensor:
+def _starting_at_own_rank(rows: Tensor, count: int) -> Tensor:
     """All processes' rows, `count` of each, starting with this process and wrapping around."""
     return rows.roll(-rank() * count, 0)
 

@@ -28,7 +28,7 @@ class _CharacteristicFunction(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.spacing, ctx.knots = spacing, knots
         out = x.new_zeros(2, knots, x.shape[1])
-        for samples in _few(x):
+        for samples in _slices(x):
             for k, cos, sin in _multiples(x[samples], spacing, knots):
                 out[0, k] += cos.sum(0)
                 out[1, k] += sin.sum(0)
@@ -41,7 +41,7 @@ class _CharacteristicFunction(torch.autograd.Function):
         t = ctx.spacing * torch.arange(ctx.knots, dtype=x.dtype, device=x.device)[:, None]  # (K, 1)
         by_cos, by_sin = by_mean * _signs(ctx.knots, x) * (t / len(x))  # (K, S) each
         total = torch.zeros_like(x)
-        for samples in _few(x):
+        for samples in _slices(x):
             chunk_total = total[samples]
             for k, cos, sin in _multiples(x[samples], ctx.spacing, ctx.knots):
                 chunk_total.addcmul_(cos, by_sin[k]).addcmul_(sin, by_cos[k], value=-1)
@@ -72,11 +72,11 @@ def _signs(knots: int, like: Tensor) -> Tensor:
     return (1 - k % 4 // 2 * 2).to(like.dtype)[:, None]
 
 
-def _few(x: Tensor) -> list[slice]:
+def _slices(x: Tensor) -> list[slice]:
     """Slices of the samples: on a CPU so many that its cache holds several tables of them, else all."""
     n, s = x.shape
-    few = max(1, CACHED // s) if x.device.type == "cpu" else n
-    return [slice(i, min(i + few, n)) for i in range(0, n, few)]
+    step = max(1, CACHED // s) if x.device.type == "cpu" else n
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
 def sigreg(vectors: Tensor, directions: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, counted: T
     divisors of the columns are stored as logarithms, one number each, and the table is only read.
     """
     count, width = logits.shape
-    few = memory.in_cache(count, width, logits.device)
+    slices = memory.in_cache(count, width, logits.device)
     weights = torch.ones(count, device=logits.device) if counted is None else counted.float()
 
     def scaled(rows: slice, less: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, counted: T
     absent = weights.log()[:, None]  # minus infinity for rows that do not count
     top = torch.full((width,), NOTHING, device=logits.device)
     total = torch.zeros_like(top)
-    for rows in few:
+    for rows in slices:
         x = scaled(rows, -absent[rows])
         higher = torch.maximum(top, x.amax(0))
         total.mul_((top - higher).exp_()).add_(x.sub_(higher).exp_().sum(0))
@@ -40,11 +40,11 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, counted: T
     # From here on a column's sum is 1 before the rows are divided, by at most K: so values are never too small.
     for _ in range(iterations - 1):
         sums = torch.zeros_like(columns)
-        for rows in few:
+        for rows in slices:
             sums.addmv_(torch.softmax(scaled(rows, columns), dim=1).T, weights[rows])
         columns += all_reduce_(sums).log_()
 
     found = memory.empty(count, width, dtype=torch.float32, device=logits.device)
-    for rows in few:
+    for rows in slices:
         torch.softmax(scaled(rows, columns), dim=1, out=found[rows])
     return found if counted is None else found.masked_fill_(~counted[:, None], 0)

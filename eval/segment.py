@@ -108,8 +108,9 @@ def open_data(name: str, train_split: str | None, test_split: str | None, config
     if missing := sorted(in_test.keys() - known.keys() - unknown):
         listed = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise UserError(
-            f"{name}: masks of split {test_split!r} hold {len(missing)} class(es) that no mask of split {train_split!r} "
-            f"has: {listed} (the first in {in_test[missing[0]]} of them); if they mean 'unknown', give --ignore-label "
+            f"{name}: masks of split {test_split!r} hold {len(missing)} class(es) that no mask of split "
+            f"{train_split!r} has: {listed} (the first in {in_test[missing[0]]} of them); if they mean 'unknown', give "
+            f"--ignore-label "
             f"{' '.join(map(str, [*config.ignore_label, *missing[:5]]))}"
         )
     by_value = class_names(name)

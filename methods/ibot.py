@@ -47,8 +47,8 @@ from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 class IBOT(Method):
     """Self-distillation of class tokens and masked patches with one head; the exported encoder is the teacher's.
 
-    Defaults are the paper's for ViT-S/16 (section 4.1 and appendix), and the released command's where they differ. Raises
-    UserError for options out of range and for encoders that cannot replace patches or have no class token.
+    Defaults are the paper's for ViT-S/16 (section 4.1 and appendix), and the released command's where they differ.
+    Raises UserError for options out of range and for encoders that cannot replace patches or have no class token.
     """
 
     class_centre: Tensor

@@ -28,8 +28,8 @@ from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 class MoCoV3(WholeBatchMethod):
     """Contrast queries with the momentum encoder's keys; the exported encoder is that of the queries.
 
-    Defaults are the paper's for ViTs (sections 3 to 5): batch 4,096, 300 epochs of ImageNet. Raises UserError for options
-    out of range.
+    Defaults are the paper's for ViTs (sections 3 to 5): batch 4,096, 300 epochs of ImageNet. Raises UserError for
+    options out of range.
     """
 
     recipe = Recipe(

@@ -26,8 +26,8 @@ UNITS = 6  # smallest number of mask units along the image's shorter side: the p
 class SimMIM(Method):
     """Reconstruct the pixels of masked squares; the mean absolute error over masked pixels is the loss (section 3.4).
 
-    Defaults are the paper's (sections 3.2 and 4.1). Raises UserError for options out of range and UnsupportedByBackbone for
-    an encoder that cannot put a token in place of patches.
+    Defaults are the paper's (sections 3.2 and 4.1). Raises UserError for options out of range and UnsupportedByBackbone
+    for an encoder that cannot put a token in place of patches.
     """
 
     recipe = Recipe(

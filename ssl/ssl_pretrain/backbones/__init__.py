@@ -1,11 +1,12 @@
-"""Encoders: one file an architecture, found by the leading letters of a name: "vit_tiny" is a size in vit.py.
+"""Encoders: one file for each architecture. A name's leading letters give the file: "vit_tiny" is a size in vit.py.
 
-Such a file holds `SIZES`, a literal dict (name -> the options that make that size), and one final subclass of
-`backbone.Backbone` with a nested `Config`, the frozen dataclass of its options. Importing this package, `names` and
-`defaults` of ours need no torch; `config_class` and `build` do.
+Each file has `SIZES`, a literal dict (name -> the options of that size), and one final subclass of `backbone.Backbone`
+with a nested `Config`, the frozen dataclass of its options. Importing this package, `names` and `defaults` of this
+package's encoders need no torch; `config_class` and `build` do.
 
-Another package adds encoders by entry points of the group `ssl_pretrain.backbones`, one for each name that `--encoder`
-takes. It names a module as above, or a Backbone whose module may have `SIZES`. It is imported when the name is used.
+Other packages add encoders with entry points of the group `ssl_pretrain.backbones`, one for each name of `--encoder`.
+An entry point refers to a module as above, or to a Backbone whose module may have `SIZES`. It is imported when the name
+is used.
 """
 
 import ast
@@ -29,25 +30,25 @@ GROUP = "ssl_pretrain.backbones"  # the entry points of other packages
 
 
 def own() -> list[str]:
-    """Every size of every architecture of ours, in the order of each file's `SIZES`."""
+    """Every size of every architecture of this package, in the order of each file's `SIZES`."""
     return [name for file in sorted(Path(__file__).parent.glob("*.py")) for name in _sizes(file)]
 
 
 def names() -> list[str]:
-    """Our own encoders, then those that other packages declare. Imports nothing."""
+    """This package's encoders, then those that other packages declare. Imports nothing."""
     mine = own()
     return mine + [name for name in plugins.installed(GROUP) if name not in mine]
 
 
 def known(name: str) -> bool:
-    """Whether there is an encoder of that name, ours or another package's. Imports nothing."""
+    """Whether an encoder of that name exists, in this package or another. Imports nothing."""
     return name in own() or name in plugins.installed(GROUP)
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """The options that make the size `name`, e.g. {"dim": 192, "depth": 12, "heads": 3}; every other option has the
-    default of `config_class(name)`. Raises UserError for an unknown name, with the nearest one. Another package's encoder
-    is imported."""
+    """The options of the size `name`, e.g. {"dim": 192, "depth": 12, "heads": 3}; all other options have the defaults
+    of `config_class(name)`. Raises UserError for an unknown name, with the nearest one. Another package's encoder is
+    imported."""
     file = _file(name)
     return dict(_sizes(file)[name]) if file is not None else _installed(name)[1]
 
@@ -58,10 +59,10 @@ def config_class(name: str) -> type:
 
 
 def build(name: str, *, image_size: tuple[int, int], in_chans: int = 3, **options: Any) -> "Backbone":
-    """The encoder of that name for images of `image_size` (height, width) pixels, its weights drawn from torch's global
-    generator.
+    """The encoder of that name for images of `image_size` (height, width) pixels. Its weights are drawn from torch's
+    global generator.
 
-    `options` (fields of `config_class(name)`) go over `defaults(name)`; lists, of JSON or YAML, stand for tuples.
+    `options` (fields of `config_class(name)`) override `defaults(name)`; lists (from JSON or YAML) are read as tuples.
     Raises UserError for an unknown name or option (with the nearest one), a value of the wrong type, or sizes that do
     not fit.
     """
@@ -79,7 +80,7 @@ def build(name: str, *, image_size: tuple[int, int], in_chans: int = 3, **option
 
 
 def _file(name: str) -> Path | None:
-    """The file of ours that `name` is a size in; None where it is another package's encoder. Raises UserError."""
+    """The file of this package that has the size `name`; None for another package's encoder. Raises UserError."""
     if name in own():
         letters = re.match("[a-z]+", name)
         assert letters is not None, f"the size {name!r} must begin with the name of its file"
@@ -91,7 +92,7 @@ def _file(name: str) -> Path | None:
 
 @cache
 def _sizes(file: Path) -> dict[str, dict[str, Any]]:
-    """The literal `SIZES` of a file, read without importing it; empty where there is none."""
+    """The literal `SIZES` of a file, read without importing it; empty if there is none."""
     for line in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(line, ast.Assign) and [ast.unparse(target) for target in line.targets] == ["SIZES"]:
             return ast.literal_eval(line.value)
@@ -105,8 +106,8 @@ def _architecture(name: str) -> Any:
 
 
 def _installed(name: str) -> tuple[Any, dict[str, Any]]:
-    """The Backbone class of another package's encoder, and the options that make its size. Raises TypeError where the
-    entry point names neither a Backbone nor a module with one and this size."""
+    """The Backbone class of another package's encoder, and the options of its size. Raises TypeError if the entry point
+    refers neither to a Backbone nor to a module with one and this size."""
     from .backbone import Backbone
 
     found = plugins.load_installed(GROUP, name)
@@ -122,7 +123,7 @@ def _installed(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _only_backbone(module: ModuleType) -> Any:
-    """The one Backbone that a module defines."""
+    """The Backbone that a module defines."""
     from .backbone import Backbone
 
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Backbone)]

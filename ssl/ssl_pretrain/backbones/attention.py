@@ -21,9 +21,9 @@ PLAIN = 2**18  # scores of a head: above this, storing all scores for the backwa
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v (Vaswani et al., 2017, eq. 1).
 
-    q, k, v: (B, h, L, d) of one dtype. mask: broadcastable to (B, h, L, L); bool, True if a query (row) may attend to a key
-    (column), every row needs one; or float, what is added to the scaled scores. causal: a token sees itself and earlier
-    ones; not together with `mask`. Returns (B, h, L, d) of that dtype.
+    q, k, v: (B, h, L, d) of one dtype. mask: broadcastable to (B, h, L, L); bool, True if a query (row) may attend to a
+    key (column), at least one in every row; or float, added to the scaled scores. causal: a token attends to itself and
+    earlier ones; not together with `mask`. Returns (B, h, L, d) of that dtype.
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         # The CPU's half-precision kernels, above all their backward pass, are several times slower than float32

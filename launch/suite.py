@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssl_pretrain import encoder as exported
+from ssl_pretrain.config import load_yaml
 from ssl_pretrain.data.source import open_source
 from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.files import write_text
@@ -66,11 +65,11 @@ class Entry:
 def read(path: Path) -> list[Entry]:
     """The evaluations of a list file. Raises UserError for an invalid file."""
     try:
-        text = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = load_yaml(path.read_bytes())
     except OSError as problem:
         raise UserError(f"--list {path} cannot be read ({problem.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UserError(f"--list {path} is not YAML: {' '.join(str(problem).split())}") from None
+    except ValueError as problem:
+        raise UserError(f"--list {path} {problem}") from None
     if not isinstance(text, dict):
         raise UserError(f"--list {path}: it needs encoders, data and evaluators")
     for key in text:

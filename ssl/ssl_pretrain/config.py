@@ -199,6 +199,8 @@ BUILT_IN_RUN = {
     "picture_every": 50,
 }
 
+MOST_YAML_BYTES, MOST_YAML_VALUES, MOST_YAML_DEPTH = 1 << 18, 10_000, 100
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -225,6 +227,53 @@ def read_recorded(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not what the run wrote ({why}): put it back as it was, or choose another --out"
         ) from None
+
+
+def load_yaml(content: bytes) -> Any:
+    """What a YAML file of settings holds (plain data only, None where it is empty).
+
+    Raises ValueError, in words that follow the file's name, for what is none. Time and memory are bounded: aliases, which
+    can make a short file stand for billions of values, are counted before anything is built from them.
+    """
+    if len(content) > MOST_YAML_BYTES:
+        raise ValueError(f"is larger than {MOST_YAML_BYTES >> 10} KiB: that is no file of settings")
+    depth = deepest = 0
+    for byte in content:  # the parser takes seconds to find this out
+        depth += (byte in b"[{") - (byte in b"]}")
+        deepest = max(deepest, depth)
+    if deepest > MOST_YAML_DEPTH:
+        raise ValueError("is nested too deeply")
+    loader = None
+    try:
+        loader = yaml.SafeLoader(content.decode("utf-8-sig"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > MOST_YAML_VALUES:
+            raise ValueError(f"stands for more than {MOST_YAML_VALUES:,} values through its aliases (&name, *name)")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise ValueError(f"is not YAML: {' '.join(str(problem).split())}") from None
+    except (TypeError, AttributeError, OverflowError, KeyError) as problem:  # of a value like !!timestamp x
+        raise ValueError(f"is not YAML: {problem}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, those of its aliases counted each time. known: of nodes that were counted."""
+    if id(node) not in known:
+        known[id(node)] = MOST_YAML_VALUES + 1  # while it is counted: one that holds itself has no end
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        known[id(node)] = 1 + sum(_values(part, known) for part in inner)
+    return known[id(node)]
 
 
 def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", "bf16"]) -> Resolved:
@@ -311,10 +360,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], allowed: froz
 
 def _mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, {} where it is empty. Raises OSError, and ValueError that says what it is instead."""
-    try:
-        read = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise ValueError(f"is not YAML: {' '.join(str(problem).split())}") from None
+    read = load_yaml(path.read_bytes())
     if read is None:
         return {}
     if not isinstance(read, dict) or not all(isinstance(name, str) for name in read):

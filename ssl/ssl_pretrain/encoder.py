@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +129,16 @@ def save(path: Path, encoder: Encoder) -> None:
         os.replace(aside, path / "model.safetensors")
     except (OSError, SafetensorError) as problem:
         aside.unlink(missing_ok=True)
-        raise problem if isinstance(problem, OSError) else OSError(f"{path}: {problem}") from None
+        raise problem if isinstance(problem, OSError) else _system_error(problem, path) from None
     write_text(path / "config.json", text)
     write_text(path / "README.md", _card(encoder))
     sync(path)
+
+
+def _system_error(problem: SafetensorError, path: Path) -> OSError:
+    """An error of the safetensors library as the system's, of which it gives the number in words."""
+    number = re.search(r"os error (\d+)", str(problem))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else OSError(f"{path}: {problem}")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:

@@ -3,9 +3,10 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ def sync(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically: to a temporary file that is synced and renamed."""
+    """Write a small file, UTF-8, whole or not at all: aside, synced, renamed. Bytes that are not UTF-8 (of a file's name)
+    are written as they are escaped in Python, \\udcff."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "w") as file:
+        with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -57,11 +59,56 @@ def lock_folder(folder: Path, patience: float) -> Iterator[None]:
         os.close(descriptor)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a .jsonl file; [] if it does not exist. An incomplete line, of a killed process or one that
-    is still being written, is left out."""
+def overwrite_text(path: Path, text: str) -> None:
+    """Write a small file over itself, where the disk has no room for a second one (`write_text`)."""
+    with open(path, "r+", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def utf8(text: str) -> str:
+    """The text with what UTF-8 cannot hold, bytes of a file's name, escaped: \\udcff."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """A line of a .jsonl file, with its end. JSON has no NaN and no infinity: null stands for them."""
+    return json.dumps(finite(values), allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """Plain data with None in the place of numbers that are not finite, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value
+
+
+def read_lines(path: Path, left_out: list[str] | None = None) -> list[dict[str, Any]]:
+    """The objects in the lines of a .jsonl file, none where it is not there. A line that is none (damaged, foreign) is left
+    out, and said in `left_out` in words; a last one that is half there (a process was killed, or is writing) only left out.
+    """
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    pieces = content.split(b"\n")
+    for number, text in enumerate(pieces, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            why = "" if isinstance(line, dict) else "no JSON object"
+        except (ValueError, RecursionError):
+            why = "not JSON"
+        if not why:
+            lines.append(line)
+        elif left_out is not None and number < len(pieces):
+            left_out.append(f"{path.name}, line {number}: {why}; left out")
     return lines

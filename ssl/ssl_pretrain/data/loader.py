@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ..errors import UserError
+from ..errors import UserError, of_the_machine
 from ..randomness import Part, key, numpy_generator
 from . import colour, composed
 from .batch import Batch
@@ -285,6 +285,8 @@ class _Maker(Dataset, ABC):
         try:
             item = self.source[sample]
         except (OSError, ValueError) as error:
+            if (fault := of_the_machine(error)) is not None:
+                raise UserError(fault) from error
             raise BadImage(f"{type(error).__name__}: {error}") from error
         picture = Picture(item, self.channels)
         draws = []

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from .. import plugins
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, reads_data
 
 Kind = Literal["fractals", "folder", "tar", "parquet", "packed"]
 GROUP = "ssl_pretrain.sources"  # the entry points of other packages
@@ -82,6 +82,7 @@ def plugin(kind: str) -> type[PluginSource]:
     return found
 
 
+@reads_data
 def splits(data: str) -> list[str]:
     """The splits of the data, e.g. ["train", "val"]; [] where it is not split. Raises UserError as `open_source`."""
     if (kind := _plugin_kind(data)) is not None:
@@ -89,6 +90,7 @@ def splits(data: str) -> list[str]:
     return _splits(data, _kind(data))
 
 
+@reads_data
 def open_source(data: str, split: str | None) -> Source:
     """The samples of one split, or with None everything.
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, system_error
 
 SHOWN = 8  # largest number of names that a message lists for each kind of mismatch
 
@@ -36,13 +35,18 @@ def read_file(file: Path) -> Mapping[str, Any]:
             f"executed here; where you trust the file, save its tensors alone once: torch.save(torch.load(FILE, "
             f"weights_only=False)['model'], NEW), with the name its weights have in it instead of 'model'"
         ) from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as problem:
+    except Exception as problem:  # of a damaged file: what torch's reader raises has no end
         if _is_program(file):
             raise UserError(
                 f"{file} is a program (TorchScript or torch.export), not weights, and nothing from a file is executed "
                 f"here; load it in a function of your own and name that: module:PACKAGE:FUNCTION"
             ) from None
-        raise UserError(f"{file} cannot be read as a checkpoint: {str(problem).splitlines()[0]}") from None
+        if file.is_file() and file.stat().st_size == 0:
+            raise UserError(f"{file} is empty: copy or download it again") from None
+        why = (str(problem).splitlines() or ["it ends in the middle"])[0].partition(". ")[0]  # behind it: advice
+        if isinstance(problem, OSError):
+            why = system_error(problem)
+        raise UserError(f"{file} cannot be read as a checkpoint: {why}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}, not weights by name")
     return content
@@ -79,9 +83,9 @@ def difference(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
 
 def _is_program(file: Path) -> bool:
     """Whether it is a TorchScript or torch.export archive."""
-    if not zipfile.is_zipfile(file):
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return False
-    with zipfile.ZipFile(file) as archive:
-        return any(
-            re.search(r"(^|/)(code/|constants\.pkl$|archive_format$|models/)", name) for name in archive.namelist()
-        )
+    return any(re.search(r"(^|/)(code/|constants\.pkl$|archive_format$|models/)", name) for name in names)

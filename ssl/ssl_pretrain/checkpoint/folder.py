@@ -7,8 +7,11 @@ import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 PATTERN = re.compile(r"step-(\d{8,})")
+CHECKSUM = "checksum"  # of checkpoint.json: CRC-32 of the JSON of all other entries
+WITHOUT_CHECKSUM = {"step", "skipped", "files"}  # what one of an earlier version holds, exactly
 
 
 def steps(folder: Path) -> list[int]:
@@ -45,10 +48,33 @@ def newest(folder: Path) -> int | None:
     return None
 
 
+def described(facts: dict[str, Any]) -> str:
+    """The text of a checkpoint.json: the facts, with a checksum of them."""
+    text = json.dumps(facts)
+    return json.dumps({**json.loads(text), CHECKSUM: zlib.crc32(text.encode())})
+
+
+def description(path: Path) -> dict[str, Any]:
+    """The facts in a checkpoint's checkpoint.json. Raises OSError, and ValueError where it is not what was written."""
+    facts = json.loads((path / "checkpoint.json").read_bytes())
+    if not isinstance(facts, dict):
+        raise ValueError("it is no object")
+    written = facts.pop(CHECKSUM, None)
+    if written is None and facts.keys() != WITHOUT_CHECKSUM:
+        raise ValueError("it has no checksum")
+    if written is not None and written != zlib.crc32(json.dumps(facts).encode()):
+        raise ValueError("it does not match its checksum")
+    if missing := {"step", "files"} - facts.keys():
+        raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
+    if path.name != f"step-{facts['step']:08d}" and PATTERN.fullmatch(path.name):
+        raise ValueError(f"it is of step {facts['step']}")
+    return facts
+
+
 def damage(path: Path) -> str | None:
     """A description of what is wrong with a checkpoint; None if it is complete and undamaged."""
     try:
-        recorded = json.loads((path / "checkpoint.json").read_text())["files"]
+        recorded = description(path)["files"]
         for name, (size, _) in recorded.items():
             if (path / name).stat().st_size != size:
                 return f"{name} has {(path / name).stat().st_size} bytes, {size} were written"
@@ -61,7 +87,7 @@ def damage(path: Path) -> str | None:
         return None if recorded else "it lists no files"
     except FileNotFoundError as problem:
         return f"{Path(problem.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         return f"checkpoint.json cannot be read: {problem}"
 
 

@@ -1,6 +1,5 @@
 """Reads a checkpoint with any number of processes."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -9,6 +8,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from .folder import description
 
 
 @final
@@ -40,7 +41,7 @@ class Reader:
             different = sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name))
             raise ValueError(f"{self.path} belongs to another model: {', '.join(different[:10])}")
         self.read_some(flat)
-        recorded = json.loads((self.path / "checkpoint.json").read_text())
+        recorded = description(self.path)
         return {name: value for name, value in recorded.items() if name not in ("files", "step")}
 
     def read_some(self, into: dict[str, Tensor]) -> None:

@@ -1,6 +1,5 @@
 """Writes checkpoints in the background during training."""
 
-import json
 import os
 import shutil
 import threading
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..files import sync, write_text
-from .folder import prune
+from .folder import described, prune
 from .shard_file import ShardWriter
 from .shard_plan import OwnPlan, mine
 
@@ -99,7 +98,7 @@ class Writer:
                 if _size(aside / name) != size:
                     shared = "is --out on a file system that all machines share?"
                     raise OSError(f"{aside / name} is missing or does not have its {size} bytes: {shared}")
-            write_text(aside / "checkpoint.json", json.dumps({"step": step, **self._facts, "files": files}))
+            write_text(aside / "checkpoint.json", described({"step": step, **self._facts, "files": files}))
             sync(aside)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
             os.rename(aside, final)
@@ -110,6 +109,14 @@ class Writer:
             return
         if keep_last is not None:
             prune(self.folder, keep_last=keep_last, keep_every=keep_every)
+
+    def abandon(self) -> None:
+        """Remove what was begun and cannot be finished: what is half there would take the room of a full disk. Once every
+        process's thread is done."""
+        self.wait()
+        step, self.step = self.step, None
+        if step is not None and self.rank == 0:
+            shutil.rmtree(self._aside(step), ignore_errors=True)
 
     def _aside(self, step: int) -> Path:
         return self.folder / f".writing-{step:08d}"

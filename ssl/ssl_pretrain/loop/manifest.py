@@ -13,21 +13,33 @@ from typing import Any
 import torch
 
 from ..distributed import World, cores
-from ..files import write_text
+from ..errors import NO_ROOM
+from ..files import overwrite_text, write_text
+
+ROOM = 1000  # bytes kept free at the end of the file
 
 
 def read(out: Path) -> dict[str, Any]:
     """The manifest of a run folder; empty where there is none or it cannot be read."""
     try:
-        found = json.loads((out / "manifest.json").read_text())
-    except (OSError, ValueError):
+        found = json.loads((out / "manifest.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def starts(out: Path) -> list[int]:
     """The step that each start of the run in a folder began at, the oldest first."""
-    return [launch["step"] for launch in read(out).get("launches", [])]
+    return [
+        each["step"] for each in _launches(read(out)) if isinstance(each, dict) and isinstance(each.get("step"), int)
+    ]
+
+
+def fingerprint(out: Path) -> str | None:
+    """That of the images that the run in a folder is trained on; None where it does not say."""
+    data = read(out).get("data")
+    found = data.get("fingerprint") if isinstance(data, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def begin(out: Path, *, world: World, step: int, data: dict[str, Any], hosts: list[str]) -> None:
@@ -49,8 +61,8 @@ def begin(out: Path, *, world: World, step: int, data: dict[str, Any], hosts: li
         "commit": commit(),
     }
     before = read(out)
-    manifest = {**before, "state": "running", "data": data, "launches": [*before.get("launches", []), launch]}
-    write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    manifest = {**before, "state": "running", "data": data, "launches": [*_launches(before), launch]}
+    _write(out, manifest)
 
 
 def end(out: Path, state: str, **facts: Any) -> None:
@@ -60,7 +72,23 @@ def end(out: Path, state: str, **facts: Any) -> None:
     120; requeued ..." (in a Slurm job); "failed: why".
     """
     manifest = {**read(out), **facts, "state": state, "ended": _now()}
-    write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    _write(out, manifest)
+
+
+def _write(out: Path, manifest: dict[str, Any]) -> None:
+    """Write it, on a full disk over the old one: it has room for the words of how the run ended."""
+    text = json.dumps(manifest, indent=1)
+    try:
+        write_text(out / "manifest.json", text + " " * ROOM + "\n")
+    except OSError as problem:
+        if problem.errno not in NO_ROOM:
+            raise
+        overwrite_text(out / "manifest.json", text + "\n")
+
+
+def _launches(manifest: dict[str, Any]) -> list[Any]:
+    found = manifest.get("launches", [])
+    return found if isinstance(found, list) else []
 
 
 def _now() -> str:

@@ -107,7 +107,11 @@ class Saver:
             self._exporting = self._writing and self._export_from_files and not failed
             self._writing = False
             if failed:
-                raise next(problem for problem in distributed.from_all(self._writer.problem) if problem)
+                self._writer.abandon()
+                problems = distributed.from_all(self._writer.problem)
+                problem = next(each for each in problems if each)
+                problem.reported_elsewhere = not self.world.first
+                raise problem
             if self._exporting and self.world.first:
                 self._writer.follow(self._export_written)
             self.seconds_blocked += time.perf_counter() - began

@@ -73,14 +73,21 @@ def find_start(run: Resolved, record: dict[str, Any], source: Source, run_lock: 
         if not config.differences(before, record, config.CHANGEABLE | config.LENGTH_KEYS):
             remedy += ", or add --extend to give this run another length"
         raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}): {remedy}")
-    known = manifest.read(out).get("data", {}).get("fingerprint")
+    known = manifest.fingerprint(out)
     if known not in (None, source.fingerprint):
         raise UserError(
-            f"the images in {run.data} are not those that the run in {out} began with: choose another --out"
+            f"the images in {run.data} are not those that the run in {out} began with (files came, went or changed): "
+            f"choose another --out, with --init-from {out} to start from this run's weights"
         )
     folder = saver.folder(run)
     checkpoint.clear(folder)
-    return checkpoint.newest(folder) or 0
+    reached = checkpoint.newest(folder) or 0
+    if reached > run.steps:
+        raise UserError(
+            f"the run in {out} has reached step {reached}, and --steps {run.steps} lies below: --extend makes a run "
+            f"longer; give at least {reached}, or choose another --out"
+        )
+    return reached
 
 
 def precision(run: Run, device: torch.device) -> Literal["fp32", "bf16"]:

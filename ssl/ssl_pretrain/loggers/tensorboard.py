@@ -1,5 +1,6 @@
 """TensorBoard: curves and pictures in the folder `tensorboard/` of the run."""
 
+import math
 from pathlib import Path
 from typing import Any, final
 
@@ -27,7 +28,8 @@ class TensorBoard(Logger):
     def scores(self, group: str, values: dict[str, float], step: int) -> None:
         """See `Logger.scores`."""
         for name, value in values.items():
-            self._board.add_scalar(f"{group}/{name}", value, step)
+            if math.isfinite(value):  # what is not, it says in lines of its own
+                self._board.add_scalar(f"{group}/{name}", value, step)
 
     def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
         """See `Logger.picture`."""

@@ -3,9 +3,8 @@
 Shapes: S steps since the last line, T terms of the loss, B images of a forward.
 """
 
-import math
 import time
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from ..config import Resolved
 from ..data.sampler import samples
 from ..data.source import Source
 from ..distributed import World
+from ..files import finite
 from ..pretext import Losses
 from .monitor import CollapseMonitor
 from .report import Report
@@ -88,7 +88,7 @@ class Log:
             "bad_images": self.report.count_bad_images(),
             "time": time.time(),
         }
-        self.report.metrics({k: _json_number(v) for k, v in line.items()}, (self.run.steps - step) / steps_per_s)
+        self.report.metrics(finite(line), (self.run.steps - step) / steps_per_s)
         warm = step > max(self.run.warmup_steps, self.run.steps // 20)
         for warning in self.monitor.losses(line, warm=warm):
             self.report.warn(warning)
@@ -128,8 +128,3 @@ class Log:
 
 def _some(values: list[int]) -> str:
     return ", ".join(map(str, values[:8])) + (f", ... ({len(values)} in all)" if len(values) > 8 else "")
-
-
-def _json_number(value: Any) -> Any:
-    """JSON has no NaN: None stands for it."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

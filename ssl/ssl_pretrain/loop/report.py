@@ -6,7 +6,6 @@ Only the first process reports; the others hold a silent Report.
 
 import contextlib
 import copy
-import json
 import os
 import sys
 import threading
@@ -23,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from .. import loggers
-from ..files import read_lines, write_text
+from ..files import json_line, read_lines, write_text
 
 
 class Report:
@@ -44,14 +43,16 @@ class Report:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.out, self.steps, self.silent = out, steps, silent
-        self.bad_images = read_lines(out / "bad_images.jsonl")
+        left_out: list[str] = []  # lines of earlier processes that cannot be read
+        self.bad_images = _listed(out, left_out)
         self._bad_known = {line["index"] for line in self.bad_images}
         self._bad_size = 0  # of the list when it was last read
         if silent:
             return
         self.console = Console(stderr=True, soft_wrap=True)
-        kept = [line for line in read_lines(out / "metrics.jsonl") if line.get("step", 0) <= step]
-        write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        lines = read_lines(out / "metrics.jsonl", left_out)
+        kept = [line for line in lines if isinstance(at := line.get("step"), int | float) and at <= step]
+        write_text(out / "metrics.jsonl", "".join(map(json_line, kept)))
         self._metrics = open(out / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run is)
         self._bar: Progress | None = None
         if sys.stderr.isatty():
@@ -75,20 +76,24 @@ class Report:
                 logger.begin(out, copy.deepcopy(dict(config or {})), step)
                 self._loggers[name] = logger
         self._thread = threading.get_ident()
+        for text in left_out:
+            self.warn(text)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and not self.silent:
-            self._tell(lambda logger: logger.end(f"failed: {error or type(error).__name__}"))
+            with contextlib.suppress(OSError):  # of a warning
+                self._tell(lambda logger: logger.end(f"failed: {error or type(error).__name__}"))
             self._loggers = {}
+            self._close_own()
 
     def metrics(self, line: dict[str, Any], seconds_left: float) -> None:
         """Log one line (plain numbers; must hold step, loss, images_per_s, data_wait)."""
         if self.silent:
             return
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(json_line(line))
         self._tell(lambda logger: logger.metrics(dict(line)))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         shown = (
@@ -106,7 +111,7 @@ class Report:
         if self.silent:
             return
         named = {f"{group}/{name}": value for name, value in values.items()}
-        self._metrics.write(json.dumps({"step": step, **named}) + "\n")
+        self._metrics.write(json_line({"step": step, **named}))
         self._tell(lambda logger: logger.scores(group, dict(values), step))
         self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in named.items()))
 
@@ -129,7 +134,7 @@ class Report:
             return
         self._bad_known.add(index)
         self.bad_images.append({"index": index, "name": name, "reason": reason})
-        line = json.dumps(self.bad_images[-1]) + "\n"
+        line = json_line(self.bad_images[-1])
         # One write to a file opened for appending: lines of several processes do not mix.
         descriptor = os.open(self.out / "bad_images.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -143,14 +148,14 @@ class Report:
         size = listed.stat().st_size if listed.exists() else 0
         if size != self._bad_size:
             self._bad_size = size
-            self._bad_known |= {line["index"] for line in read_lines(listed)}
+            self._bad_known |= {line["index"] for line in _listed(self.out)}
         return len(self._bad_known)
 
     def merge_bad_images(self) -> int:
         """List each bad image once, whichever processes met it; returns how many there are. For one process."""
-        merged = {line["index"]: line for line in read_lines(self.out / "bad_images.jsonl")}
+        merged = {line["index"]: line for line in _listed(self.out)}
         if merged:
-            lines = [json.dumps(merged[index]) + "\n" for index in sorted(merged)]
+            lines = [json_line(merged[index]) for index in sorted(merged)]
             write_text(self.out / "bad_images.jsonl", "".join(lines))
         return len(merged)
 
@@ -163,23 +168,37 @@ class Report:
         """A warning: on the terminal and, with its time, in warnings.log of the run."""
         if not self.silent:
             self.console.print(f"warning: {text}", markup=False, highlight=False, style="yellow")
-            with open(self.out / "warnings.log", "a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._keep(text)
             self._untold.append(text)
             if threading.get_ident() == self._thread:
                 self._tell()
+
+    def say_for_all(self, text: str) -> None:
+        """A warning about the whole run, also of a process that is silent otherwise: the first may not be able to."""
+        if not self.silent:
+            self.warn(text)
+            return
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+        self._keep(text)
+
+    def _keep(self, text: str) -> None:
+        with open(self.out / "warnings.log", "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def close(self, state: str) -> None:
         """Flush and close everything; safe where the disk is full. state: how the run stands, for the loggers."""
         if self.silent:
             return
+        self._close_own()
+        with contextlib.suppress(OSError):  # of a warning
+            self._tell(lambda logger: logger.end(state))
+        self._loggers = {}
+
+    def _close_own(self) -> None:
         if self._bar:
             self._bar.stop()
         with contextlib.suppress(OSError):
             self._metrics.close()
-        with contextlib.suppress(OSError):  # of a warning
-            self._tell(lambda logger: logger.end(state))
-        self._loggers = {}
 
     def _tell(self, call: Callable[[loggers.Logger], None] = lambda logger: None) -> None:
         """Make a call to every logger, after the warnings that came before it."""
@@ -200,6 +219,12 @@ class Report:
         except Exception as problem:
             self._loggers.pop(name, None)
             self.warn(f"the logger {name} failed and is left out from here on: {type(problem).__name__}: {problem}")
+
+
+def _listed(out: Path, left_out: list[str] | None = None) -> list[dict[str, Any]]:
+    """The lines of bad_images.jsonl that are whole."""
+    lines = read_lines(out / "bad_images.jsonl", left_out)
+    return [line for line in lines if isinstance(line.get("index"), int) and {"name", "reason"} <= line.keys()]
 
 
 def _duration(seconds: float) -> str:

@@ -34,6 +34,14 @@ def lost_a_process(problem: BaseException) -> bool:
     )
 
 
+def plain(problem: BaseException) -> str:
+    """An exception in one line; of an exchange that broke off, without the library's words."""
+    if isinstance(problem, LostProcess) or not lost_a_process(problem):
+        text = " ".join(str(problem).split())
+        return text if isinstance(problem, LostProcess) else f"{type(problem).__name__}: {text}"
+    return "an exchange with another process broke off, which is gone or cannot be reached"
+
+
 def preempted(out: Path, place: Place, stopped: str, step: int, limit: int) -> str | None:
     """Requeue the job of a run that has stopped and saved; returns what was done, in words for the user.
 

@@ -50,6 +50,7 @@ class BarlowTwins(WholeBatchMethod):
             "steps": 200,
         },
     )
+    least_batch = 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

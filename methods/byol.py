@@ -48,6 +48,7 @@ class BYOL(WholeBatchMethod):
             "steps": 150,
         },
     )
+    least_batch = 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -50,6 +50,7 @@ class MoCoV3(WholeBatchMethod):
             "steps": 150,
         },
     )
+    least_batch = 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

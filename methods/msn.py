@@ -71,6 +71,7 @@ class MSN(WholeBatchMethod):
             "steps": 150,
         },
     )
+    least_batch = 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -45,6 +45,7 @@ class SimCLR(WholeBatchMethod):
             "steps": 200,
         },
     )
+    least_batch = 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

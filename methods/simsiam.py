@@ -47,6 +47,7 @@ class SimSiam(WholeBatchMethod):
             "steps": 200,
         },
     )
+    least_batch = 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -53,6 +53,7 @@ class VICReg(WholeBatchMethod):
             "steps": 200,
         },
     )
+    least_batch = 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

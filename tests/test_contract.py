@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, losses
+from conftest import ROOT, losses, metrics
 from one_step import SIZE, SMALL, batch, build, one_step
+from ssl_pretrain.launch.pretrain import main
 
 from ssl_pretrain import backbones, checkpoint, encoder, flags, plugins, pretext
 from ssl_pretrain.config import Run
@@ -232,3 +233,37 @@ def test_draws_on_the_host_go_on_where_the_step_stands() -> None:
     with one.on_host() as host:
         assert torch.equal(host.rand(3), other.rand(3))
     assert torch.equal(one.shared_rand(3), other.shared_rand(3))
+
+
+@pytest.mark.parametrize("encoder", ["vit_micro", "resnet18"])
+@every_method
+def test_a_batch_of_one_image_trains_or_says_what_it_lacks(
+    name: str, encoder: str, photos_in_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["--method", name, "--data", photos_in_classes, "--out", tmp_path / "run", "--steps", 1, "--batch-size", 1]
+    argv += [
+        "--encoder",
+        encoder,
+        "--image-size",
+        *SIZE,
+        "--workers",
+        0,
+        "--log-every",
+        1,
+        "--lr",
+        "1e-3",
+        "--no-score",
+    ]
+    argv += ["--patch-size", 8, "--depth", 2] if encoder == "vit_micro" else []
+    argv += [word for knob, value in SMALL.get(name, {}).items() for word in ("--" + knob.replace("_", "-"), value)]
+    code = main([str(word) for word in argv])
+    said = capsys.readouterr().err.splitlines()
+    if code == 0:
+        (line,) = [line for line in metrics(tmp_path / "run") if "loss" in line]
+        assert line["grad_norm"] > 1e-6  # something is learned
+        assert line["skipped"] == 0
+    else:
+        assert code == 2
+        assert re.search(r"--batch-size|needs an encoder that supports|of different images", said[-1])
+        assert sum("ssl-pretrain:" in line for line in said) == 1
+        assert not any("Traceback" in line for line in said)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,78 @@ def test_who_is_late(others: dict, late: str, tmp_path: Path, monkeypatch: pytes
                 beat(tmp_path / "heartbeats", rank, *there)
             time.sleep(0.02)
     assert late in said[0]
+
+
+@pytest.mark.parametrize("first_is_heard", [False, True])
+def test_a_first_process_that_is_not_heard_of_is_named_by_the_next(first_is_heard: bool, tmp_path: Path) -> None:
+    said: list[str] = []
+    beat(tmp_path / "heartbeats", 0, 7, "the step", 0)
+    with Watch(tmp_path, World(1, 3, 0, 1, HERE.device), 0.5, said.append) as watched:
+        watched.at(8, "waiting for images")
+        end = time.monotonic() + (2.5 if first_is_heard else 10)
+        while not said and time.monotonic() < end:
+            if first_is_heard:
+                beat(tmp_path / "heartbeats", 0, 7, "the step", 0)
+            beat(tmp_path / "heartbeats", 2, 8, "the step", 2)
+            time.sleep(0.02)
+    if first_is_heard:
+        assert said == []  # it says so itself
+    else:
+        (text,) = said
+        assert "no progress for" in text
+        assert "after step 8. Late: rank 0 on n0: not heard of for" in text
+        assert "the last time at step 7, the step." in text
+
+
+@pytest.mark.slow
+def test_a_stopped_first_process_of_a_run_is_named_by_the_second(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = command("pretrain", "--method", "mae", "--data", photos, "--out", out, "--steps", 100_000, "--log-every", 1,
+                   "--nproc", 2, "--stall-after", 2, "--workers", 0, *TINY)  # fmt: skip
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        ranks = {}
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            ranks |= {int(e[5:]): int(child) for e in environment if e.startswith(b"RANK=")}
+        os.kill(ranks[0], signal.SIGSTOP)
+        try:
+            assert process.stderr is not None
+            told = next((line for line in process.stderr if "no progress" in line), "")
+        finally:
+            for pid in ranks.values():
+                os.kill(pid, signal.SIGKILL)
+    assert re.search(r"Late: rank 0 on \S+: not heard of for \d+ s, the last time at step \d+, ", told), told
+    assert told.split("warning: ")[1].strip() in (out / "warnings.log").read_text()
+
+
+def test_progress_while_the_stacks_are_written_is_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    with Watch(tmp_path, HERE, 0.3, said.append) as watched:
+        monkeypatch.setattr(watched, "_dump", lambda: watched.at(9, "the step"))  # it comes just then
+        watched.at(8, "the step")
+        time.sleep(0.5)
+        watched.at(10, "the step")
+        assert said == []
+
+
+def test_a_lost_process_is_named_without_the_words_of_a_library(tmp_path: Path) -> None:
+    beat(tmp_path / "heartbeats", 1, 40, "the step", 0)
+
+    def lose() -> None:
+        with Watch(tmp_path, World(0, 2, 0, 1, HERE.device), 0, print) as watched:
+            watched.at(43, "the step")
+            raise RuntimeError("[gloo/pair.cc:534] Connection closed by peer. GLHF! Please file an issue")
+
+    with pytest.raises(watch.LostProcess) as found:
+        lose()
+    text = str(found.value)
+    assert re.search(r"^rank 1 on n1 is gone \(not heard of for \d+ s, the last time at step 40, the step\)", text)
+    assert "noticed in step 43; the same command continues" in text
+    assert not re.search("gloo|GLHF|issue", text)
 
 
 SLEEPS = {

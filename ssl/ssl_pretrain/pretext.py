@@ -134,6 +134,9 @@ class Method(nn.Module, ABC):
     """
 
     recipe: ClassVar[Recipe] = Recipe()
+    # Images that a batch (the global one) must hold at least: 2 where the loss compares images with one another, or a head
+    # has batch norm. What the encoder needs comes on top.
+    least_batch: ClassVar[int] = 1
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

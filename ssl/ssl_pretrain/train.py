@@ -124,7 +124,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     # ---- The loop.
     step_number, stopped = start, None
     method.train()
-    with closing(loader), Watch(run.out, world, run.stall_after, report.warn) as watch:
+    with closing(loader), Watch(run.out, world, run.stall_after, report.say_for_all) as watch:
         while step_number < steps:
             # -- what the processes have to agree on, in one exchange
             signal = stop.signal
@@ -163,6 +163,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                     report.bad_image(*failure)
                 batch = to_batch(raw, specs, run.mean, run.std, world.device)
                 step = step_of(run, step_number, share.rows(micro), world)
+                probes.see(step_number + 1, share.rows(micro), batch, specs)
                 last = micro == accumulate - 1
                 if whole_batch:
                     parts.append((batch, step))
@@ -240,6 +241,16 @@ def _build_method(
     )
     plan = stages.plan(run, method_class, knobs, backbone.stride)
     method = method_class(backbone, knobs)
+    if run.batch_size < method_class.least_batch:
+        raise UserError(
+            f"--batch-size {run.batch_size}: --method {run.method} compares the images of a batch with one another; give "
+            f"at least {method_class.least_batch}"
+        )
+    if run.batch_size < 2 and couples_samples(method.encoder):
+        raise UserError(
+            f"--batch-size {run.batch_size}: --encoder {run.encoder} has batch norm, which compares the images of a batch "
+            f"with one another; give at least 2"
+        )
     sees_micro_batches = method.encoder if isinstance(method, WholeBatchMethod) else method
     if run.accumulate > 1 and couples_samples(sees_micro_batches):
         raise UserError(

@@ -1,5 +1,7 @@
 """Collapse, looked for while it happens and said in plain words. Shapes: n images, D features."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,11 @@ def feature_statistics(features: Tensor) -> dict[str, float]:
     "rank": effective rank of the centred features, exp of the entropy of the normalised singular values (RankMe, Garrido
     et al. 2023, eq. 1, on centred features), between 1 and min(n, D). "std": mean over dimensions of the standard
     deviation of the L2-normalised features, times sqrt(D): 1 where they fill the sphere, 0 where all images are alike
-    (SimSiam, Chen & He 2021, section 4.1).
+    (SimSiam, Chen & He 2021, section 4.1). Both are NaN where a feature is not finite, or of fewer than two images.
     """
     features = features.double()
+    if len(features) < 2 or not bool(features.isfinite().all()):
+        return {"feature_rank": math.nan, "feature_std": math.nan}
     unit = torch.nn.functional.normalize(features, dim=1)
     std = unit.std(0).mean() * features.shape[1] ** 0.5
     singular = torch.linalg.svdvals(features - features.mean(0))
@@ -27,6 +31,7 @@ class CollapseMonitor:
     collapsed: by loss term, the value of a method that learned nothing and what that means (`Method.collapsed`).
     """
 
+    FEWEST = 32  # images whose features say something: few images vary in few directions, collapsed or not
     PATIENCE = 5  # logs in a row, so that passing a value on the way down is no alarm
 
     def __init__(self, collapsed: dict[str, tuple[float, str]]) -> None:
@@ -48,9 +53,14 @@ class CollapseMonitor:
                 self._said.discard(name)
         return warnings
 
-    def features(self, seen: dict[str, float]) -> list[str]:
-        """Warnings for what `feature_statistics` measured."""
-        warnings = []
+    def features(self, seen: dict[str, float], images: int) -> list[str]:
+        """Warnings for what `feature_statistics` measured on so many images; none for fewer than FEWEST."""
+        warnings: list[str] = []
+        if images < self.FEWEST:
+            return warnings
+        if not all(map(math.isfinite, seen.values())):
+            return self._once("finite", "features are not finite: the encoder gives NaN or infinity for some images")
+        self._said.discard("finite")
         if seen["feature_std"] < 0.01:
             warnings += self._once(
                 "std", f"features collapse: all images get nearly the same one (spread {seen['feature_std']:.4f} of 1)"

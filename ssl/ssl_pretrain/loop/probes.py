@@ -24,7 +24,7 @@ from .report import Report
 from .saver import Saver
 from .score import KnnScore
 
-IMAGES = 256  # of a batch at most, whose features are looked at for collapse
+IMAGES = 256  # the first of the global batch, whose features are looked at for collapse
 PICTURES = 8  # images that are shown
 
 
@@ -48,12 +48,25 @@ class Probes:
         """knn: on the first process, where kNN accuracy is asked for; held_out: validation images, seen with `specs`."""
         self.run, self.method, self.world, self.report, self.monitor = run, method, world, report, monitor
         self.saver, self.knn, self.held_out, self.specs, self.autocast = saver, knn, held_out, specs, autocast
+        # Micro-batches to look at for collapse: the first of this process's rows in the global batch, and images of them
+        self._watched: list[tuple[int, Tensor]] = []
+
+    def see(self, step: int, rows: slice, batch: Batch, specs: tuple[ViewSpec, ...]) -> None:
+        """Keep what will be looked at after `step` steps of a micro-batch that holds `rows` of the global batch."""
+        if not is_due(step, self.run.monitor_every):
+            return
+        wanted = max(0, min(IMAGES - rows.start, rows.stop - rows.start))
+        # Processes that share the model must call it equally often: one without images to look at takes its first one.
+        if wanted or self.saver.sharded:
+            images = batch.views[specs[0].name]
+            images = images[0] if specs[0].count > 1 else images
+            self._watched.append((rows.start, images[: max(1, wanted)]))
 
     def __call__(self, step: int, batch: Batch, specs: tuple[ViewSpec, ...]) -> None:
         """After `step` steps, of which the last micro-batch was `batch`, with views as `specs` declare them."""
         run = self.run
         if is_due(step, run.monitor_every):
-            self._feature_statistics(step, batch, specs)
+            self._feature_statistics(step)
         if is_due(step, run.picture_every) and (self.world.first or self.saver.sharded):
             self._pictures(step, batch, specs)
         if self.held_out is not None and (is_due(step, run.val_every) or step == run.steps):
@@ -63,13 +76,20 @@ class Probes:
         if is_due(step, run.knn_every):
             self._knn(step)
 
-    def _feature_statistics(self, step: int, batch: Batch, specs: tuple[ViewSpec, ...]) -> None:
-        images = batch.views[specs[0].name]
-        images = images[0] if specs[0].count > 1 else images
+    def _feature_statistics(self, step: int) -> None:
+        """Of the same images, whatever processes and micro-batches they came in."""
         with parallel.gathered(self.method):
-            statistics = feature_statistics(exported_features(self.method, images[:IMAGES], self.autocast))
+            own = [
+                (start, exported_features(self.method, images, self.autocast).cpu()) for start, images in self._watched
+            ]
+        self._watched.clear()
+        parts = sorted((part for each in distributed.from_all(own) for part in each), key=lambda part: part[0])
+        features = torch.cat([part for start, part in parts if start < IMAGES])
+        if len(features) < 2:
+            return
+        statistics = feature_statistics(features)
         self.report.scores("features", statistics, step)
-        for warning in self.monitor.features(statistics):
+        for warning in self.monitor.features(statistics, len(features)):
             self.report.warn(warning)
 
     def _pictures(self, step: int, batch: Batch, specs: tuple[ViewSpec, ...]) -> None:

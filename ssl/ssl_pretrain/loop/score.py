@@ -36,8 +36,8 @@ class KnnScore:
         score = cls._of(run)
         if score is None and run.knn_every:
             raise UserError(
-                f"--knn-every {run.knn_every} scores by labels, and {run.data} has none, or too few images: leave the flag "
-                f"out, or sort the images into a folder a class"
+                f"--knn-every {run.knn_every} scores by labels, and {run.data} has none, one class only, or too few "
+                f"images: leave the flag out, or sort the images into a folder a class"
             )
         return score
 

@@ -29,10 +29,11 @@ class LostProcess(RuntimeError):
 @final
 class Watch:
     """While entered: `at` says where this process is; where that does not change for `patience` seconds, its stacks are
-    written to stalls/rank-00000.txt of the run folder, and the first process says which are late.
+    written to stalls/rank-00000.txt of the run folder, and the first process says which are late. Where the first process
+    itself is not heard of any more, the next one that is says it.
 
-    say: what takes the message (a line). patience: 0 for never. An exchange that fails inside because a process is gone
-    becomes a LostProcess.
+    say: what takes the message (a line), on every process. patience: 0 for never. An exchange that fails inside because a
+    process is gone becomes a LostProcess.
     """
 
     def __init__(self, out: Path, world: World, patience: float, say: Any) -> None:
@@ -63,36 +64,46 @@ class Watch:
             with suppress(OSError):
                 self.beats.rmdir()  # the last one can
         if gone:
-            reason = str(problem).strip().splitlines()[0]
             raise LostProcess(
-                f"{', '.join(gone)} is gone ({reason}); the same command continues from the last checkpoint"
+                f"{', '.join(gone)}, noticed in step {self._where[0]}; the same command continues from the last checkpoint"
             ) from problem
 
     def _gone(self) -> list[str]:
         """The processes that are not heard of any more, in words; waits as long as a silence takes to be one."""
         time.sleep(SILENT + BEAT)
         return [
-            f"rank {r} on {beat['host']} (step {beat['step']})" for r, beat in self._all().items() if beat["silent"]
+            f"rank {r} on {beat['host']} is gone ({_silence(beat)})"
+            for r, beat in self._all().items()
+            if beat["silent"]
         ]
 
     def _look(self) -> None:
-        reported = False
+        stacks, said = "", False  # of the stall that there is
         while not self._over.wait(BEAT):
-            stuck = time.monotonic() - self._since
+            where, stuck = self._where, time.monotonic() - self._since
             # A disk that is full stops the loop, with a message, when it writes; a stall is told all the same.
             with suppress(OSError):
                 self._beat()
-            if self.patience > 0 and stuck > self.patience and not reported:
+            if stuck <= BEAT:
+                stacks, said = "", False
+            if not 0 < self.patience < stuck or said:
+                continue
+            if not stacks:
                 try:
                     self._dump()
                     stacks = f"Stacks of all processes: {self.stalls}"
                 except OSError as problem:
                     stacks = f"Its stacks cannot be written: {problem}"
                 self._over.wait(2 * BEAT)  # for the others' heartbeats and stacks
-                if self.world.first:
-                    self.say(f"{self._text(stuck)} {stacks}")
-                reported = True
-            reported = reported and stuck > BEAT
+                with suppress(OSError):
+                    self._beat()
+            beats = self._all() if self.world.size > 1 else {}
+            # Whoever is first among those that are heard of: that may change while the stall lasts.
+            speaks = next((rank for rank, beat in beats.items() if not beat["silent"]), self.world.rank)
+            if self._where == where and speaks == self.world.rank:
+                with suppress(OSError):
+                    self.say(f"{self._text(where, stuck, beats)} {stacks}")
+                said = True
 
     def _file(self, rank: int) -> Path:
         return self.beats / f"rank-{rank:05d}.json"
@@ -129,8 +140,7 @@ class Watch:
             file.flush()
             faulthandler.dump_traceback(file)
 
-    def _text(self, stuck: float) -> str:
-        heartbeats = self._all() if self.world.size > 1 else {}
+    def _text(self, where: tuple[int, str], stuck: float, heartbeats: dict[int, dict[str, Any]]) -> str:
         heard = {rank: beat for rank, beat in heartbeats.items() if not beat["silent"]}
         # Whoever waits in an exchange waits for somebody who is not there: for one that is gone; else for those that do
         # something else, the furthest behind of them; else for those that are in backward, which may be either.
@@ -145,7 +155,7 @@ class Watch:
             + (_silence(beat) if beat["silent"] else f"step {beat['step']}, {beat['doing']}")
             for rank, beat in list(late.items())[:NAMED]
         ) + (f"; ... ({len(late)} in all)" if len(late) > NAMED else "")
-        step, doing = self._where
+        step, doing = where
         late_text = f" Late: {who or 'nobody, all wait for one another'}." if heartbeats else f" This process: {doing}."
         return f"no progress for {stuck:.0f} s after step {step}.{late_text}"
 
@@ -168,4 +178,6 @@ def _waits() -> int:
 
 
 def _silence(beat: dict[str, Any]) -> str:
-    return f"not heard of for {beat['age']:.0f} s" if beat["at"] else "not heard of at all"
+    if not beat["at"]:
+        return "not heard of at all"
+    return f"not heard of for {beat['age']:.0f} s, the last time at step {beat['step']}, {beat['doing']}"

@@ -5,6 +5,7 @@ Shapes: N images of a split, n of them readable, F floats a feature, C classes.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,8 @@ def _facts(images: Images, side: Side) -> dict[str, Any]:
 def _labelled(name: str, split: str) -> tuple[Source, Source]:
     """The labelled images of a split, and the whole split."""
     whole = open_source(name, split)
+    if whole.labels is None and (only := _only_folder(whole, name, split)) is not None:
+        raise UserError(f"all images of split {split!r} of {name} are of one class, {only}: nothing to tell apart")
     if whole.labels is None or not (whole.labels != UNKNOWN).any():
         raise UserError(
             f"{name}: the images of split {split!r} have no labels, and this evaluator needs them: sort them into a "
@@ -236,6 +239,14 @@ def _labelled(name: str, split: str) -> tuple[Source, Source]:
         )
     known = np.flatnonzero(whole.labels != UNKNOWN)
     return (whole if len(known) == len(whole) else Subset(whole, known)), whole
+
+
+def _only_folder(source: Source, name: str, split: str) -> str | None:
+    """The folder below the split that holds all its images; None where it is another one or none."""
+    folders = {os.path.dirname(source.name(i)) for i in range(0, len(source), max(1, len(source) // 1000))}
+    top = {os.path.basename(os.path.abspath(name)), split.lower()}
+    only = os.path.basename(next(iter(folders)))
+    return only if len(folders) == 1 and only and only.lower() not in top else None
 
 
 def _agree(train: Source, test: Source) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ import torch
 
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import NotFinite, Pixels, Tap, poolings
+from ssl_pretrain.files import utf8
 
 from ._results import Outcome
 from ._task import UNKNOWN, Side, Task
@@ -120,7 +121,8 @@ def _array(path: Path, rows: np.ndarray, dtype: str) -> str:
 def _described(task: Task, side: Side) -> Iterator[tuple[str, int, str]]:
     """Name, label and class of each row."""
     for i, label in zip(side.index.tolist(), side.labels.tolist(), strict=True):
-        yield task.data.test.source.name(i), label, "" if label == UNKNOWN else task.data.classes[label]
+        name = "" if label == UNKNOWN else task.data.classes[label]
+        yield utf8(task.data.test.source.name(i)), label, utf8(name)
 
 
 def _table(task: Task, side: Side) -> str:

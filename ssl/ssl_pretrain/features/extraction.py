@@ -20,7 +20,7 @@ import signal
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, final
@@ -36,8 +36,9 @@ from ..data.index import directory
 from ..data.source import Source
 from ..data.subset import Subset
 from ..data.views import resize_and_crop
+from ..distributed import environment
 from ..encoder import Encoder, Preprocessing
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, of_the_machine
 from ..files import write_text
 from .feature_cache import BLOCK, Bad, Pass, join
 
@@ -110,29 +111,26 @@ def extract(
     that cannot be read is left out and listed. Several processes that extract the same at the same time share the work,
     and the work of a killed process is continued, in blocks of images.
 
-    Raises UserError if no image can be read, for an unknown tap, one that the encoder does not have, or a cache that
-    cannot be written; NotFinite if the encoder gives NaN or infinity. Incomplete results are removed.
+    Raises UserError where no image can be read, an unknown tap, one that the encoder does not have, or a cache that
+    cannot be written where several processes share the work (one process goes on without it, with a warning); NotFinite
+    where the encoder gives NaN or infinity. Either way nothing half-written stays.
     """
     wanted = {str(Tap.parse(text)): Tap.parse(text) for text in taps}
     encoder.to(device).eval()
     work = _Work(encoder, source, batch_size, workers, torch.device(device), precision, progress)
+    stored = None
     if cache:
-        folder = _folder(encoder, source, precision)
-        with _cache_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        for _ in range(PASSES):
-            bad, found = _stored(folder, len(source), list(wanted))
-            missing = [tap for name, tap in wanted.items() if name not in found]
-            if not missing:
-                break
-            # If other images are readable than in the first pass, taps of that pass count as missing in the next one.
-            work.on_disk(folder, missing)
-        else:
-            raise UserError(
-                f"{source.description}: other images are readable in each pass: do not change them, and repeat"
+        try:
+            stored = work.stored(_folder(encoder, source, precision), wanted)
+        except _CacheUnwritable as problem:
+            if environment.find().size > 1:
+                raise UserError(f"{problem}: set SSL_PRETRAIN_CACHE to a folder with free space") from None
+            warnings.warn(
+                f"{problem}: features are kept in memory and not for the next time; set SSL_PRETRAIN_CACHE to a folder "
+                f"with free space, or use --no-cache",
+                stacklevel=2,
             )
-    else:
-        found, bad = work.in_memory(list(wanted.values()))
+    found, bad = stored or work.in_memory(list(wanted.values()))
     if len(bad) == len(source):
         raise UserError(f"none of the {len(bad)} images can be read; {bad[0].name}: {bad[0].reason}")
     readable = np.ones(len(source), bool)
@@ -251,6 +249,21 @@ class _Work:
             self._report(done)
         return arrays, bad
 
+    def stored(self, folder: Path, wanted: Mapping[str, Tap]) -> tuple[dict[str, np.ndarray], list[Bad]]:
+        """As `in_memory`, of the cache, which is filled before. Raises _CacheUnwritable."""
+        with _cache_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(PASSES):
+            bad, found = _stored(folder, len(self.source), list(wanted))
+            missing = [tap for name, tap in wanted.items() if name not in found]
+            if not missing:
+                return found, bad
+            # If other images are readable than in the first pass, taps of that pass count as missing in the next one.
+            self.on_disk(folder, missing)
+        raise UserError(
+            f"{self.source.description}: other images are readable in each pass: do not change them meanwhile, and repeat"
+        )
+
     def on_disk(self, folder: Path, taps: list[Tap]) -> None:
         """Fill the cache with those taps, together with other processes that do the same; returns when it is
         complete."""
@@ -269,7 +282,7 @@ class _Work:
                 else:
                     time.sleep(PAUSE)
                     self._report(job.finished)
-        except UserError:
+        except (UserError, _CacheUnwritable):
             job.abandon()
             raise
         finally:
@@ -349,6 +362,9 @@ class _Work:
 # ---- Reading the images.
 
 
+_MACHINE = -1  # in the place of an image's number: no image is to blame
+
+
 class _Images(Dataset):
     """Images of a source as uint8 (H, W, C), or the reason why one is missing."""
 
@@ -362,6 +378,10 @@ class _Images(Dataset):
         try:
             pixels = decode(self.source[i], self.how.channels)
         except (BadImage, OSError, ValueError) as problem:
+            if (fault := of_the_machine(problem)) is not None:
+                return Bad(
+                    _MACHINE, "", fault
+                )  # raised in the main process: out of a worker it would come with a traceback
             return Bad(i, self.source.name(i), str(problem))
         return resize_and_crop(pixels, self.how.resize, self.how.crop, self.how.interpolation)
 
@@ -391,7 +411,7 @@ def crops_of(
     with warnings.catch_warnings():
         # Python 3.12 warns about forking with threads, which the workers do not use; torch about more workers than CPUs
         warnings.simplefilter("ignore")
-        return iter(
+        loader = iter(
             DataLoader(
                 _Images(source, preprocessing),
                 **how,
@@ -402,6 +422,10 @@ def crops_of(
                 multiprocessing_context="fork" if workers else None,
             )
         )
+    for images, bad in loader:
+        for fault in (one for one in bad if one.index == _MACHINE):
+            raise UserError(fault.reason)
+        yield images, bad
 
 
 # ---- The cache.
@@ -445,13 +469,14 @@ def _stored(folder: Path, count: int, names: list[str]) -> tuple[list[Bad], dict
     return bad, found
 
 
+class _CacheUnwritable(Exception):
+    """The cache of features cannot be written, and why."""
+
+
 @contextlib.contextmanager
 def _cache_errors(folder: Path) -> Iterator[None]:
-    """Convert operating system errors within this context, which concern the cache, to UserError."""
+    """Errors of the system in here are about the cache: raised as _CacheUnwritable."""
     try:
         yield
     except OSError as problem:
-        raise UserError(
-            f"the feature cache {folder.parent} cannot be written ({problem.strerror}): set SSL_PRETRAIN_CACHE to a "
-            f"folder with free space, or use --no-cache"
-        ) from None
+        raise _CacheUnwritable(f"the feature cache {folder.parent} cannot be written ({problem.strerror})") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssl_pretrain import flags
-from ssl_pretrain.errors import UserError, nearest
+from ssl_pretrain.errors import UserError, nearest, of_the_machine
 
 from .run_command import run_command
 
@@ -130,11 +130,17 @@ def _read(source: Any, common: Common) -> Iterator[tuple[int, Any, Any]]:
 
     workers: dict[str, Any] = {"multiprocessing_context": "fork"} if common.workers else {}
     reader: Any = _Reader(source, common.channels)
-    yield from DataLoader(reader, batch_size=None, num_workers=common.workers, collate_fn=_as_is, **workers)
+    for row in DataLoader(reader, batch_size=None, num_workers=common.workers, collate_fn=_as_is, **workers):
+        if row[0] == _MACHINE:
+            raise UserError(row[1])
+        yield row
 
 
 def _as_is(item: Any) -> Any:
     return item
+
+
+_MACHINE = -1  # in the place of an image's number: a fault of the machine, no image is to blame
 
 
 class _Reader:
@@ -157,6 +163,8 @@ class _Reader:
             print_of = hashlib.blake2b(item if isinstance(item, bytes) else item.tobytes(), digest_size=16).digest()
             return index, decode(item, self.channels), print_of
         except (BadImage, OSError, ValueError) as problem:
+            if (fault := of_the_machine(problem)) is not None:
+                return _MACHINE, fault, b""
             return index, str(problem) or type(problem).__name__, print_of
 
 

@@ -19,6 +19,7 @@ from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.foreign.specs import Spec
 
 from .options import Launch
+from .run_command import run_command
 from .start import start_processes_or_job
 
 PROG = "ssl-eval"
@@ -37,18 +38,16 @@ def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
 
     placed: this process is where the flags of the launch want it: they are not obeyed again.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _main(argv, placed)
-    except UserError as mistake:
-        text = str(mistake)
-        if _helping():
-            return 0  # the first process meets it too, and says it
-        print(text if text.startswith(PROG) else f"{PROG}: {text}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; no result was written", file=sys.stderr)
-        return 1
+
+    def work(argv: list[str]) -> int:
+        try:
+            return _main(argv, placed)
+        except (UserError, OSError):
+            if _helping():
+                return 0  # the first process meets it too, and says it
+            raise
+
+    return run_command(PROG, work, argv, nothing="; no result was written")
 
 
 def _main(argv: list[str], placed: bool) -> int:

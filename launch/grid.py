@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.files import read_lines
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _last_line(path: Path) -> dict[str, Any]:
     """The newest whole line with a loss of a metrics.jsonl; empty without one."""
     try:
-        lines = path.read_text().splitlines()
+        lines = read_lines(path)
     except OSError:
         return {}
-    for line in reversed(lines):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if "loss" in found:
-            return dict(found)
-    return {}
+    return next((line for line in reversed(lines) if "loss" in line), {})

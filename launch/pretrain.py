@@ -15,6 +15,7 @@ from ssl_pretrain.loop.signals import StopRequest
 
 from . import grid
 from .options import Launch
+from .run_command import cannot_write, run_command
 from .start import start_processes_or_job
 
 PROG = "ssl-pretrain"
@@ -30,18 +31,17 @@ def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
 
     placed: this process is where the flags of the launch want it: they are not obeyed again.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        # In a job, signals are heard from the first moment on: torch alone takes seconds to import.
-        with StopRequest() if environment.in_slurm_step() else nullcontext():
-            return _main(argv, placed)
-    except UserError as mistake:
-        if not mistake.reported_elsewhere:
-            print(f"{PROG}: {str(mistake).removeprefix(f'{PROG}: ')}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 75
+
+    def work(argv: list[str]) -> int:
+        try:
+            # In a job, signals are heard from the first moment on: torch alone takes seconds to import.
+            with StopRequest() if environment.in_slurm_step() else nullcontext():
+                return _main(argv, placed)
+        except KeyboardInterrupt:
+            print(f"{PROG}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+            return 75
+
+    return run_command(PROG, work, argv)
 
 
 def _main(argv: list[str], placed: bool) -> int:
@@ -89,32 +89,30 @@ def _main(argv: list[str], placed: bool) -> int:
             failed(str(problem))
         print(f"{PROG}: {problem}{'' if done is None else f'; {done}'}", file=sys.stderr)
         return 1 if done is None else 75
+    except KeyboardInterrupt:
+        failed("interrupted before it was saved; the same command continues from the last checkpoint")
+        raise
     except Diverged as problem:
         print(f"{PROG}: {problem}", file=sys.stderr)
         failed(str(problem))
         return 1
     except OSError as problem:
-        failed(f"cannot write the run: {problem}")
-        where = f" ({problem.filename})" if problem.filename else ""
-        print(
-            f"{PROG}: cannot write the run: {problem.strerror or problem}{where}; what was written before is whole. "
-            f"Free some space or rights there, then the same command continues from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 75
+        text, code = cannot_write(problem)
+        failed(text)
+        if not getattr(problem, "reported_elsewhere", False):
+            print(f"{PROG}: {text}", file=sys.stderr)
+        return code
     except Exception as problem:
-        why = f"process {place.rank} of {place.size}: {type(problem).__name__}: {problem}"
-        if not requeue.lost_a_process(problem):
+        why = f"process {place.rank} of {place.size}: {requeue.plain(problem)}"
+        if place.size == 1 or not requeue.lost_a_process(problem):
             failed(why)
             raise
         done = requeue.crashed(out, place, starts, launch.max_requeues)
         if done is None:
             if not manifest.read(out).get("state", "").startswith("failed"):  # unless the process at fault has said why
                 failed(why)
-            if isinstance(problem, LostProcess):
-                print(f"{PROG}: {problem}", file=sys.stderr)
-                return 1
-            raise
+            print(f"{PROG}: {problem if isinstance(problem, LostProcess) else why}", file=sys.stderr)
+            return 1
         print(f"{PROG}: {why}; {done}", file=sys.stderr)
         return 75
     if outcome.stopped:

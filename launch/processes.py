@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from ssl_pretrain.distributed.rendezvous import RENDEZVOUS
-from ssl_pretrain.loop.signals import STOPPING
+from ssl_pretrain.loop.signals import stopping
 
 GRACE = 20.0  # seconds in which the others can detect which process is gone, and report it
 PR_SET_PDEATHSIG = 1
@@ -44,7 +44,7 @@ def run_local(module: str, argv: list[str], count: int) -> int:
                 if child.poll() is None and not (number == signal.SIGINT and sys.stdin.isatty()):
                     child.send_signal(number)
 
-        before = {number: signal.signal(number, forward) for number in STOPPING}
+        before = {number: signal.signal(number, forward) for number in stopping()}
         try:
             return _wait(children)
         finally:

@@ -1,7 +1,6 @@
 """The command `ssl-report`: writes a self-contained page of curves, scores and pictures of one or several runs."""
 
 import base64
-import contextlib
 import html
 import json
 import logging
@@ -13,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssl_pretrain import flags
+from ssl_pretrain.config import read_recorded
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.files import read_lines, write_text
 
@@ -32,7 +30,8 @@ run. RUN is the --out folder of ssl-pretrain. The page of a run that has not fin
 
 {PROG} --help shows all flags. Exit codes: 0 done, 2 wrong flags, 1 any other error."""
 NOT_DRAWN = ("step", "time", "epoch", "skipped", "bad_images")
-LISTED = 20  # largest number of warnings and of bad images shown for a run
+MOST, MOST_STEPS = 1e300, 10**12  # of a number that is drawn
+LISTED = 20  # warnings and bad images that are shown of a run
 STYLE = """body{font:14px sans-serif;margin:2em;max-width:1100px}table{border-collapse:collapse;margin:.5em 0}
 th,td{border:1px solid #999;padding:.25em .6em;text-align:left}svg{background:#fff}svg text{font:11px sans-serif}
 .grid{stroke:#ddd}polyline{fill:none;stroke-width:1.5}figure{display:inline-block;margin:0 1em 1em 0}
@@ -105,27 +104,64 @@ def read(folder: Path, name: str) -> Run:
         what = "is not a run: it has no metrics.jsonl" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what}{inside}. Give the --out folder of an ssl-pretrain run")
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-    except (FileNotFoundError, ValueError, yaml.YAMLError) as problem:
-        raise UserError(f"{folder} is not a complete run: {' '.join(str(problem).split())}") from None
+        config = read_recorded(folder / "config.yaml")
+    except UserError as problem:
+        raise UserError(f"{folder} is no whole run: {problem}") from None
+    skipped: list[str] = []
+    lines = [_numbers(line, skipped) for line in read_lines(folder / "metrics.jsonl", skipped)]
+    bad_images = read_lines(folder / "bad_images.jsonl", skipped)
+    manifest = _manifest(folder, skipped)
     results = []
     for path in sorted(folder.rglob("results.json")):
-        with contextlib.suppress(ValueError):  # another program's file of that name
-            result = json.loads(path.read_text())
-            if isinstance(result, dict) and "evaluator" in result:
-                results.append((str(path.parent.relative_to(folder)), result))
+        where = str(path.parent.relative_to(folder))
+        try:
+            result = json.loads(path.read_bytes())
+            _score_rows(name, where, result)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
+            skipped.append(f"{path.relative_to(folder)}: no result of an evaluator; left out")
+            continue
+        results.append((where, result))
     warnings = folder / "warnings.log"
+    said = warnings.read_text(encoding="utf-8", errors="backslashreplace").splitlines() if warnings.exists() else []
+    for text in skipped[:LISTED]:
+        print(f"{PROG}: {folder}: {text}", file=sys.stderr)
+    if len(skipped) > LISTED:
+        print(f"{PROG}: {folder}: ... ({len(skipped)} in all)", file=sys.stderr)
     return Run(
         name,
         folder,
         manifest,
-        {key: json.dumps(value) for key, value in config.items()},
-        read_lines(folder / "metrics.jsonl"),
-        warnings.read_text().splitlines() if warnings.exists() else [],
-        read_lines(folder / "bad_images.jsonl"),
+        {key: json.dumps(value, default=str) for key, value in config.items()},
+        [line for line in lines if line],
+        [*said, *skipped],
+        bad_images,
         results,
     )
+
+
+def _numbers(line: dict[str, Any], skipped: list[str]) -> dict[str, float | None]:
+    """The numbers of a line of metrics.jsonl, None for one that was not finite; empty for somebody else's line."""
+    step = line.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < MOST_STEPS:
+        skipped.append(f"metrics.jsonl: a line without a step ({json.dumps(line)[:60]}); left out")
+        return {}
+    kept: dict[str, float | None] = {}
+    for name, value in line.items():
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            kept[name] = value if value is not None and abs(value) < MOST else None
+        else:
+            skipped.append(f"metrics.jsonl, step {step}: {name} is no number; left out")
+    return kept
+
+
+def _manifest(folder: Path, skipped: list[str]) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        skipped.append("manifest.json: not there or damaged; the page lacks what it says")
+    return found if isinstance(found, dict) else {}
 
 
 def pictures(folder: Path) -> list[tuple[str, int, bytes]]:
@@ -135,10 +171,14 @@ def pictures(folder: Path) -> list[tuple[str, int, bytes]]:
 
     if not (folder / "tensorboard").is_dir():
         return []
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={IMAGES: 1})
-    events.Reload()
-    last: dict[str, Any] = {tag: events.Images(tag)[-1] for tag in events.Tags()[IMAGES]}
-    return [(tag, picture.step, picture.encoded_image_string) for tag, picture in last.items()]
+    try:
+        events = EventAccumulator(str(folder / "tensorboard"), size_guidance={IMAGES: 1})
+        events.Reload()
+        last: dict[str, Any] = {tag: events.Images(tag)[-1] for tag in events.Tags()[IMAGES]}
+        return [(tag, picture.step, picture.encoded_image_string) for tag, picture in last.items()]
+    except Exception as problem:  # a damaged file; what its reader raises is not documented
+        print(f"{PROG}: {folder / 'tensorboard'}: pictures cannot be read ({type(problem).__name__})", file=sys.stderr)
+        return []
 
 
 # ---- Writing.
@@ -154,7 +194,10 @@ def page(runs: Sequence[Run]) -> str:
             parts.append(f"<figure><figcaption>{html.escape(name)}</figcaption>{svg}</figure>")
     parts.append(_scores(runs))
     for run in runs:
-        notes = [*run.warnings[-LISTED:], *(f"{bad['name']}: {bad['reason']}" for bad in run.bad_images[:LISTED])]
+        notes = [
+            *run.warnings[-LISTED:],
+            *(f"{bad.get('name')}: {bad.get('reason')}" for bad in run.bad_images[:LISTED]),
+        ]
         if notes:
             items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
             parts.append(f"<h2>Warnings and unreadable images: {html.escape(run.name)}</h2><ul>{items}</ul>")
@@ -185,23 +228,28 @@ def _summary(runs: Sequence[Run]) -> str:
     rows = []
     for i, run in enumerate(runs):
         last: dict[str, Any] = next((line for line in reversed(run.lines) if "loss" in line), {})
-        speeds = sorted(line["images_per_s"] for line in run.lines if "images_per_s" in line)
+        speeds = sorted(speed for line in run.lines if (speed := line.get("images_per_s")) is not None)
         step = last.get("step", 0)
         ink, dashes = chart.colour(i)
         key = f'<i style="border-color:{ink};border-top-style:{"dashed" if dashes else "solid"}"></i> '
         cells = [
             json.loads(run.config.get("method", '""')),
             json.loads(run.config.get("encoder", '""')),
-            f"{run.manifest.get('data', {}).get('images', 0):,}",
+            f"{images:,}" if isinstance(images := _of(run.manifest.get("data"), "images"), int) else "",
             run.manifest.get("state", ""),
-            f"{step:,} of {run.manifest['steps']:,}" if run.manifest.get("steps") else f"{step:,}",
-            "not finite" if last.get("loss", 0) is None else f"{last['loss']:.4f}" if last else "",
+            f"{step:,} of {steps:,}" if isinstance(steps := run.manifest.get("steps"), int) else f"{step:,}",
+            "" if "loss" not in last else "not finite" if last["loss"] is None else f"{last['loss']:.4f}",
             f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "",
             str(last.get("skipped", "")),
             str(len(run.bad_images)),
         ]
         rows.append([key + html.escape(run.name), *(html.escape(str(cell)) for cell in cells)])
     return _table(heads, rows)
+
+
+def _of(part: Any, name: str) -> Any:
+    """An entry of what may be a mapping."""
+    return part.get(name) if isinstance(part, dict) else None
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -215,19 +263,23 @@ def _differences(runs: Sequence[Run]) -> str:
 
 
 def _scores(runs: Sequence[Run]) -> str:
-    """Results of evaluators, with intervals and baselines."""
-    rows = []
-    for run in runs:
-        for path, result in run.results:
-            for cell in cells_of(
-                run.name, str(result["protocol"].get("data", "")), result["evaluator"], result, path, None
-            ):
-                if cell.value is not None:
-                    between = "{:.2f} to {:.2f}".format(*cell.interval) if cell.interval else ""
-                    what = [cell.encoder, cell.evaluator, cell.data, cell.metric, f"{cell.value:.2f}", between, path]
-                    rows.append([html.escape(text) for text in what])
+    """What evaluators found, with their intervals and baselines."""
+    rows = [row for run in runs for path, result in run.results for row in _score_rows(run.name, path, result)]
     heads = ["encoder", "evaluator", "data", "metric", "value", "95 % interval", "in"]
     return "<h2>Scores</h2>" + _table(heads, rows) if rows else ""
+
+
+def _score_rows(name: str, path: str, result: dict[str, Any]) -> list[list[str]]:
+    """The cells of a result and of its baselines. Raises where it is no result: LookupError, TypeError, ValueError,
+    AttributeError."""
+    rows = []
+    data = str(result["protocol"].get("data", ""))
+    for cell in cells_of(name, data, str(result["evaluator"]), result, path, None):
+        if cell.value is not None:
+            between = "{:.2f} to {:.2f}".format(*cell.interval) if cell.interval else ""
+            what = [cell.encoder, cell.evaluator, cell.data, cell.metric, f"{cell.value:.2f}", between, path]
+            rows.append([html.escape(text) for text in what])
+    return rows
 
 
 def _table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

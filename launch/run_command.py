@@ -1,23 +1,41 @@
-"""How a command that runs in this process alone ends: an exit code, and one line where something is wrong."""
+"""How a command ends: an exit code, and one line where something is wrong. The same fault has the same line and the same
+code in every command."""
 
 import sys
 from collections.abc import Callable, Sequence
 
-from ssl_pretrain.errors import UserError
+from ssl_pretrain.errors import NO_ROOM, UserError, system_error
+
+from .console import lasting_console
 
 
-def run_command(prog: str, work: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
-    """Give the words of the command to `work` and return its exit code; 2 and its message for a UserError, 1 for a file
-    that cannot be read or written and for Ctrl-C."""
-    try:
-        return work(list(sys.argv[1:] if argv is None else argv))
-    except UserError as mistake:
-        print(f"{prog}: {str(mistake).removeprefix(f'{prog}: ')}", file=sys.stderr)
-        return 2
-    except OSError as problem:
-        where = f"{problem.filename}: " if problem.filename else ""
-        print(f"{prog}: {where}{problem.strerror or problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 1
+def run_command(prog: str, work: Callable[[list[str]], int], argv: Sequence[str] | None, *, nothing: str = "") -> int:
+    """Give the words of the command to `work` and return its exit code, of a command that runs in this process alone: 2 for
+    a UserError, else as `told` says, and 1 for Ctrl-C.
+
+    nothing: what to say of the result where it was interrupted.
+    """
+    with lasting_console(prog):
+        try:
+            return work(list(sys.argv[1:] if argv is None else argv))
+        except UserError as mistake:
+            if not mistake.reported_elsewhere:
+                print(f"{prog}: {str(mistake).removeprefix(f'{prog}: ')}", file=sys.stderr)
+            return 2
+        except OSError as problem:
+            print(f"{prog}: {system_error(problem)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"{prog}: interrupted{nothing}", file=sys.stderr)
+            return 1
+
+
+def cannot_write(problem: OSError) -> tuple[str, int]:
+    """What a run says where the system refused something while it trained, and its exit code: 75 where a disk has no room,
+    which passes; else 1, so that no cluster starts it again and again."""
+    if problem.errno in NO_ROOM:
+        return (
+            f"cannot write the run: {system_error(problem)}; what was written before is whole. Then the same command "
+            f"continues from the last checkpoint"
+        ), 75
+    return (f"the system refused: {system_error(problem)}. The same command then continues from the last checkpoint"), 1

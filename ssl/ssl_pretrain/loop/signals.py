@@ -4,8 +4,13 @@ import signal
 import time
 from types import FrameType
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 TIME_LIMIT = "the time limit"
+
+
+def stopping() -> list[signal.Signals]:
+    """The signals that stop a run: not a hang-up that was ignored when it started (nohup)."""
+    return [each for each in STOPPING if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
 
 
 class StopRequest:
@@ -28,7 +33,7 @@ class StopRequest:
         return self._noted
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        self._before = {number: signal.signal(number, self._note) for number in stopping()}
         outer = getattr(self._before[signal.SIGTERM], "__self__", None)
         if isinstance(outer, StopRequest):
             self._noted = self._noted or outer._noted

@@ -57,6 +57,7 @@ class AIM(Method):
         encoder={"positions": "sincos", "cls": False, "pool": "mean", "qkv_bias": False},
         # Plain pixels: classes of the built-in images differ mainly by colour, which normalised patches do not contain.
         small={"lr": 1e-3, "head_dim": 128, "head_depth": 2, "norm_pix": False, "steps": 100},
+        tiny={"head_dim": 32, "head_depth": 1},
     )
 
     @dataclass(frozen=True, kw_only=True)

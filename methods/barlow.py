@@ -49,6 +49,7 @@ class BarlowTwins(WholeBatchMethod):
             "patch_size": 8,
             "steps": 200,
         },
+        tiny={"projector_dim": 32},
     )
     least_batch = 2
 

@@ -47,6 +47,7 @@ class BYOL(WholeBatchMethod):
             "patch_size": 8,
             "steps": 150,
         },
+        tiny={"hidden_dim": 64, "embedding_dim": 16},
     )
     least_batch = 2
 

@@ -68,6 +68,7 @@ class Data2Vec2(Method):
         warmup=50 / 375,
         encoder={"positions": "sincos"},
         small={"lr": 1e-3, "masks": 4, "decoder_depth": 2, "momentum": 0.98, "momentum_end": 0.998, "steps": 100},
+        tiny={"masks": 2, "decoder_depth": 2},
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,7 @@ class DINO(Method):
             "patch_size": 8,
             "steps": 600,
         },
+        tiny={"hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 48, "local_views": 2},
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,9 @@ class DINOv2(WholeBatchMethod):
             "patch_size": 8,
             "steps": 100,
         },
+        # KoLeo of class tokens that LayerScale keeps nearly equal magnifies rounding errors: it has its own test of two
+        # processes.
+        tiny={"hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 48, "local_views": 2, "regulariser": "kde"},
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -241,6 +244,9 @@ class DINOv2(WholeBatchMethod):
             spread = torch.stack(views).sum()
             losses.total = losses.total + config.regulariser_weight * spread
             losses.terms[config.regulariser] = spread.detach()
+            # A spread that is not finite does not say which image is the reason. The cross-entropies do.
+            shared = torch.nan_to_num(config.regulariser_weight * spread.detach(), 0.0, 0.0, 0.0)
+            losses.per_sample = per_sample.detach() + shared
         if config.centring == "centre":
             losses.carry = {
                 "class": whole.mean((0, 1)).unsqueeze(0),

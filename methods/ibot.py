@@ -77,6 +77,7 @@ class IBOT(Method):
             "patch_size": 8,
             "steps": 120,
         },
+        tiny={"hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 48, "local_views": 2},
     )
 
     @dataclass(frozen=True, kw_only=True)

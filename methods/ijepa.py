@@ -53,6 +53,7 @@ class IJEPA(Method):
             "momentum": 0.98,
             "steps": 150,
         },
+        tiny={"predictor_dim": 32, "predictor_depth": 1, "predictor_heads": 2},
     )
 
     @dataclass(frozen=True, kw_only=True)

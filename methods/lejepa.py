@@ -46,6 +46,7 @@ class LeJEPA(WholeBatchMethod):
             "patch_size": 8,
             "steps": 200,
         },
+        tiny={"hidden_dim": 64, "embedding_dim": 16, "slices": 32, "local_views": 2},
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ class LeJEPA(WholeBatchMethod):
         return Losses(
             total=(1 - weight) * prediction.mean() + weight * normality,
             terms={"prediction": prediction.mean().detach(), "sigreg": normality.detach()},
-            per_sample=prediction.detach(),
+            per_sample=(1 - weight) * prediction.detach() + weight * normality.detach(),
         )
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:

@@ -43,6 +43,7 @@ class MAE(Method):
         encoder={"positions": "sincos"},
         # The class token separates the fractals' classes much earlier in training than the mean of the patches does.
         small={"lr": 2e-3, "decoder_dim": 128, "decoder_depth": 1, "decoder_heads": 4, "pool": "cls"},
+        tiny={"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,14 @@ class MoCoV3(WholeBatchMethod):
             "patch_size": 8,
             "steps": 150,
         },
+        tiny={"hidden_dim": 64, "embedding_dim": 16},
+    )
+
+    # The patch embedding is frozen at its random start (`freeze_patch_embed`), so the momentum encoder's is the same.
+    constant = frozenset(
+        f"{network}.patch_embed.proj.{tensor}"
+        for network in ("encoder", "teacher.encoder")
+        for tensor in ("weight", "bias")
     )
     least_batch = 2
 

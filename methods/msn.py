@@ -70,6 +70,7 @@ class MSN(WholeBatchMethod):
             "patch_size": 8,
             "steps": 150,
         },
+        tiny={"hidden_dim": 64, "embedding_dim": 16, "prototypes": 24, "local_views": 2},
     )
     least_batch = 2
 
@@ -186,7 +187,7 @@ class MSN(WholeBatchMethod):
                 "unevenness": unevenness.detach(),
                 "target_entropy": entropy,
             },
-            per_sample=each.detach(),
+            per_sample=each.detach() + self.config.entropy_weight * unevenness.detach(),
         )
 
     def assign(self, similarities: Tensor) -> Tensor:

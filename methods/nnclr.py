@@ -52,6 +52,7 @@ class NNCLR(WholeBatchMethod):
             "patch_size": 8,
             "steps": 200,
         },
+        tiny={"queue": 40, "hidden_dim": 64, "predictor_dim": 64, "embedding_dim": 16, "temperature": 0.5},
     )
     least_batch = 2
 
@@ -107,7 +108,9 @@ class NNCLR(WholeBatchMethod):
         vectors = [l2_normalize(z.detach()) for z in projected]
         neighbours = [self.queue.nearest(z) for z in vectors]
         each = (self._contrast(neighbours[0], predicted[1]) + self._contrast(neighbours[1], predicted[0])) / 2
-        return Losses(total=each.mean(), per_sample=each.detach(), carry={"projected": vectors[0]})
+        places = torch.arange(step.batch_size, device=step.device)[step.rows]
+        carry = {"projected": vectors[0], "place": places}
+        return Losses(total=each.mean(), per_sample=each.detach(), carry=carry)
 
     def _contrast(self, neighbours: Tensor, predicted: Tensor) -> Tensor:
         """(B,) losses of finding each neighbour's (B, K) own prediction among those (B, K) of all processes; unit rows."""
@@ -121,7 +124,9 @@ class NNCLR(WholeBatchMethod):
 
     def after_step(self, step: Step) -> None:
         """The first views' projections of the global batch take the place of the oldest in the queue (algorithm 1)."""
-        self.queue.put_(distributed.gather(step.carried["projected"]), step.ok)
+        # In the order of the global batch, so that the queue is the same on any number of processes and micro-batches.
+        order = distributed.gather(step.carried["place"]).argsort()
+        self.queue.put_(distributed.gather(step.carried["projected"])[order], step.ok)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss if all similarities are equal."""

@@ -44,6 +44,7 @@ class NPID(WholeBatchMethod):
         warmup=0.0,
         encoder={"pool": "cls"},
         small={"optimizer": "adamw", "lr": 1e-3, "negatives": 1024, "warmup_steps": 20, "steps": 130},
+        tiny={"embedding_dim": 16, "negatives": 8},
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,8 @@ class NPID(WholeBatchMethod):
         count, m = len(self.bank), self.config.negatives
         others = (step.rand(m) * count).long().clamp_max(count - 1)  # (B, m), uniform; the image itself is not excluded
         bank = self.bank[torch.cat([index[:, None], others], dim=1)]  # (B, 1 + m, K)
-        logits = torch.einsum("bk,bmk->bm", v, bank) / self.config.temperature
+        with torch.autocast(v.device.type, enabled=False):  # bfloat16 logits of 14 (1 / 0.07) are off by 0.03
+            logits = torch.einsum("bk,bmk->bm", v, bank) / self.config.temperature
         first = distributed.mean(logits.detach()[:, 1:].exp().mean()) * count
         normaliser = torch.where(self.normaliser > 0, self.normaliser, first)
         # h = P / (P + m / M) with P = exp(logit) / Z, so its log-odds are these
@@ -123,7 +125,9 @@ class NPID(WholeBatchMethod):
 
     def _softmax(self, v: Tensor, index: Tensor) -> Tensor:
         """The loss of each image (B,): which of all M it is."""
-        return F.cross_entropy(v @ self.bank.T / self.config.temperature, index, reduction="none")
+        with torch.autocast(v.device.type, enabled=False):
+            logits = v @ self.bank.T / self.config.temperature
+        return F.cross_entropy(logits, index, reduction="none")
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:

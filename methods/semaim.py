@@ -66,6 +66,7 @@ class SemAIM(Method):
         warmup=40 / 800,
         encoder={"positions": "sincos", "cls": False, "pool": "mean"},
         small={"lr": 1e-3, "decoder_dim": 128, "decoder_depth": 2, "decoder_heads": 4, "norm_pix": False, "steps": 70},
+        tiny={"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ class SimCLR(WholeBatchMethod):
             "patch_size": 8,
             "steps": 200,
         },
+        tiny={"hidden_dim": 64, "embedding_dim": 32},
     )
     least_batch = 2
 

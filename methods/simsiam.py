@@ -46,6 +46,7 @@ class SimSiam(WholeBatchMethod):
             "patch_size": 8,
             "steps": 200,
         },
+        tiny={"hidden_dim": 64, "embedding_dim": 32, "bottleneck_dim": 16},
     )
     least_batch = 2
 

@@ -34,6 +34,7 @@ class Supervised(Method):
         weight_decay=0.3,
         warmup=20 / 300,
         small={"lr": 1e-3, "weight_decay": 0.05, "classes": 20, "steps": 150},
+        tiny={"classes": 6},
     )
 
     @dataclass(frozen=True, kw_only=True)

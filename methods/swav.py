@@ -63,6 +63,7 @@ class SwAV(WholeBatchMethod):
             "patch_size": 8,
             "steps": 150,
         },
+        tiny={"hidden_dim": 64, "embedding_dim": 16, "prototypes": 24, "local_views": 2, "queue": 24},
     )
 
     @dataclass(frozen=True, kw_only=True)

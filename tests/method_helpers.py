@@ -1,10 +1,10 @@
 """What tests of several methods need beside `one_step`: steps, batches in float64, collapsed states."""
 
 import torch
-from one_step import BATCH, batch
 from torch import nn
 
 from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.conformance.one_step import BATCH, batch
 from ssl_pretrain.parts.heads import PrototypeHead, Prototypes
 from ssl_pretrain.pretext import Batch, Losses, Method, Step
 

@@ -379,7 +379,7 @@ MUTATIONS = [
         "methods/dino.py",
         'distributed.mean(step.carried["teacher"].mean(0))',
         'step.carried["teacher"].mean(0)',
-        ("test_contract.py::test_two_ranks_and_two_micro_batches_give_the_loss_and_gradients_of_one[dino]",),
+        ("test_contract.py::test_conformance[dino-two_processes_equal_one]",),
     ),
     _core(
         "DINO: pairs counted with a view and itself",

@@ -5,13 +5,15 @@ import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_zero_
 from numpy_oracles import numpy_patches
-from one_step import BATCH, batch, build
 from ssl_pretrain.methods.aim import AIM
 
 from ssl_pretrain import backbones
 from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
+from ssl_pretrain.conformance.one_step import BATCH, batch, build
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Step
+
+KERNELS = 133  # of a step: python tests/kernels.py aim
 
 
 def step(noise: int = 1, rows: slice = slice(0, 16), batch_size: int = 16) -> Step:

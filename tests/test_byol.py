@@ -5,11 +5,13 @@ import pytest
 import torch
 from method_helpers import check_stated, double_batch, losses_of, make_constant_, perturb_, step
 from numpy_oracles import Weights, check_gradients, numpy_head, numpy_normalize, weights_of
-from one_step import after_step, build
 from ssl_pretrain.methods.byol import BYOL
 from torch import nn
 
+from ssl_pretrain.conformance.one_step import after_step, build
 from ssl_pretrain.errors import UserError
+
+KERNELS = 359  # of a step: python tests/kernels.py byol
 
 PROJECTOR = PREDICTOR = "linear norm relu linear"
 

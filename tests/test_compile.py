@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from one_step import BATCH, after_step, batch, build
 
 from ssl_pretrain import backbones, plugins
+from ssl_pretrain.conformance.one_step import BATCH, after_step, batch, build
 from ssl_pretrain.loop import parallel
 from ssl_pretrain.pretext import Step
 

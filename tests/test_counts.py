@@ -1,67 +1,34 @@
 """A step's cost where no clock is needed: no method makes the host wait for the device, and none starts more kernels than
-its figure.
-
-Forward, backward and what follows the step (teachers, queues) are counted together (benchmarks/counted.py), of a ViT of two
-blocks. The figures are what was counted when they were written: a change that
-adds operations must raise them here, knowingly.
+its own test states (`KERNELS`, see kernels.py). The figures are what was counted when they were written: a change that adds
+operations must raise them, knowingly.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from one_step import BATCH, after_step, batch, build
+from kernels import Counted, counted, stated
 from ssl_pretrain.methods.mae import MAE
 
 from ssl_pretrain import backbones, plugins, train
 from ssl_pretrain.config import Run
-from ssl_pretrain.pretext import Method, Step
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from counted import Counted
+from ssl_pretrain.conformance.one_step import build
 
 METHODS = plugins.own("ssl_pretrain.methods")
-KERNELS = {
-    "aim": 133, "barlow": 283, "byol": 359, "data2vec2": 206, "dino": 304, "dinov2": 2562, "ibot": 2394, "ijepa": 313,
-    "lejepa": 470, "mae": 134, "mocov3": 546, "msn": 364, "nnclr": 408, "npid": 163, "semaim": 181, "simclr": 236,
-    "simmim": 113, "simsiam": 368, "supervised": 118, "swav": 369, "vicreg": 320,
-}  # fmt: skip
-ON_THE_HOST = {"ijepa": ["_local_scalar_dense"]}  # of a tensor that is on the CPU wherever the run is: nobody waits
-
-
 PLAIN = {**backbones.defaults("vit_micro"), "patch_size": 8}
 DECODER = MAE.Config(decoder_dim=32, decoder_depth=1, decoder_heads=2)
 LOOP = 21  # bytes to pixels, norms, the check, AdamW of two groups, the log's row
 CROPS = ("_upsample_bicubic2d_aa", "flip")  # the loader's, here without a worker
 
 
-def counted(name: str) -> Counted:
-    """Of a method as its test builds it."""
-    return of_a_step(build(name))
-
-
-def of_a_step(method: Method) -> Counted:
-    """The second step of a method, whose first may set things up."""
-    given = batch(method, slice(0, BATCH))
-    for number in (3, 4):
-        step = Step(step=number, total=10, noise=7, rows=slice(0, BATCH), batch_size=BATCH, device=torch.device("cpu"))
-        with Counted() as count:
-            losses = method(given, step)
-            losses.total.backward()
-            after_step(method, step, losses.carry)
-        for parameter in method.parameters():
-            parameter.grad = None
-    return count
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_makes_nobody_wait_and_starts_no_more_kernels_than_before(name: str) -> None:
-    count = counted(name)
-    assert count.waits == ON_THE_HOST.get(name, [])
+    kernels, on_the_host = stated(name)
+    count = counted(build(name))
+    assert count.waits == on_the_host
     total = sum(count.kernels.values())
-    assert total <= KERNELS[name], f"{total} kernels, {KERNELS[name]} before: {count.kernels.most_common(12)}"
-    assert total > 0.9 * KERNELS[name], f"{total} kernels, {KERNELS[name]} before: lower the figure"
+    assert total <= kernels, f"{total} kernels, {kernels} before: {count.kernels.most_common(12)}"
+    assert total > 0.9 * kernels, f"{total} kernels, {kernels} before: lower the figure"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +53,7 @@ def test_the_loop_waits_where_it_logs_and_nowhere_else(
     assert len(counts[0].waits) == len(counts[1].waits)
     assert len(counts[0].waits) > 0  # it logs once
     if kernels is not None:
-        own = of_a_step(MAE(backbones.build("vit_micro", image_size=(32, 32), **PLAIN), DECODER)).kernels
+        own = counted(MAE(backbones.build("vit_micro", image_size=(32, 32), **PLAIN), DECODER)).kernels
         short, long = (count.kernels for count in counts)
         beside = sum((long[name] - short[name]) / 5 - own[name] for name in long if name not in CROPS)
         assert 0.9 * kernels < beside <= kernels
@@ -101,9 +68,3 @@ def test_the_counter_sees_what_it_is_for() -> None:
     assert sorted(count.waits) == ["_local_scalar_dense", "index", "index_put"]
     assert count.kernels["sum"] == 2
     assert "view" not in count.kernels
-
-
-if __name__ == "__main__":
-    for each in METHODS:
-        found = counted(each)
-        print(f'    "{each}": {sum(found.kernels.values())},', found.waits)

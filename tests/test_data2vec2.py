@@ -3,17 +3,19 @@
 import math
 
 import numpy as np
-import one_step
 import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_zero_
-from one_step import after_step
 from ssl_pretrain.methods.data2vec2 import ConvBlock, Data2Vec2
 
 from ssl_pretrain import backbones
+from ssl_pretrain.conformance import one_step
+from ssl_pretrain.conformance.one_step import after_step
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.inverse_block_masks import centres, inverse_block_masking
 from ssl_pretrain.pretext import Batch, Step
+
+KERNELS = 206  # of a step: python tests/kernels.py data2vec2
 
 
 def build(size: tuple[int, int] = (32, 48), options: dict | None = None, **knobs: object) -> Data2Vec2:

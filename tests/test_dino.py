@@ -9,14 +9,16 @@ import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_certain_, make_uniform_
 from numpy_oracles import numpy_softmax
-from one_step import after_step, batch, build
 from ssl_pretrain.methods.dino import DINO
 
 from ssl_pretrain import backbones, encoder, pretext
+from ssl_pretrain.conformance.one_step import after_step, batch, build
 from ssl_pretrain.data.views import Jitter
 from ssl_pretrain.parts.ema_teacher import cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs, warmed_up
 from ssl_pretrain.pretext import Batch, Step
+
+KERNELS = 302  # of a step: python tests/kernels.py dino
 
 ONE = torch.ones((), dtype=torch.bool)
 

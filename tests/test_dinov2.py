@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import one_step
 import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_certain_, make_constant_, make_uniform_
@@ -16,13 +15,16 @@ from numpy_oracles import (
     numpy_softmax,
     numpy_view_pairs,
 )
-from one_step import after_step
 from ssl_pretrain.methods.dinov2 import DINOv2
 
 from ssl_pretrain import backbones
+from ssl_pretrain.conformance import one_step
+from ssl_pretrain.conformance.one_step import after_step
 from ssl_pretrain.data.views import fitted
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Batch, Step
+
+KERNELS = 2563  # of a step: python tests/kernels.py dinov2
 
 SIZE = (32, 48)
 BATCH = 5

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import DATA, ROOT, TINY, picture
-from one_step import SMALL
 from PIL import Image
+
+from ssl_pretrain import pretext
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 SHRINK = {
@@ -90,7 +91,7 @@ def small(words: list[str]) -> list[str]:
     """Flags that make a run small: of the encoder, and of the method's heads."""
     method = words[words.index("--method") + 1] if "--method" in words else "mae"
     flags = [w for i, w in enumerate(TINY) if w not in LEFT_OUT and TINY[i - 1] not in LEFT_OUT]
-    for knob, value in SMALL.get(method, {}).items():
+    for knob, value in pretext.load(method).recipe.tiny.items():
         name = "--" + knob.replace("_", "-")
         if name in words:
             continue

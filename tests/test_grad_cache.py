@@ -1,17 +1,14 @@
 """Micro-batches of a whole-batch loss: equal to the big batch in loss, gradients and noise, and refused where they could
 not be."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import losses
-from one_step import batch, build, one_step
 
+from ssl_pretrain.conformance.one_step import batch, build, one_step, two_processes
 from ssl_pretrain.loop import grad_cache
 from ssl_pretrain.pretext import Step
 
@@ -42,19 +39,9 @@ def test_any_number_of_parts_gives_the_gradients_of_the_whole(parts: int) -> Non
         torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
-def test_parts_on_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
+def test_parts_on_two_processes_give_the_gradients_of_one() -> None:
     """DDP knows nothing of the two passes: the gradients are averaged over the processes here."""
-    script = Path(__file__).with_name("one_step.py")
-    place = {"SSL_PRETRAIN_RENDEZVOUS": (tmp_path / "meet").as_uri(), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, "simclr", tmp_path / "out", "2"],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    assert [rank.wait() for rank in ranks] == [0, 0]
-    found, one = torch.load(tmp_path / "out.pt"), one_step("simclr")
+    found, one = two_processes().one_step("simclr", 2), one_step("simclr")
     torch.testing.assert_close(found["loss"], one["loss"])
     for name, gradient in one["gradients"].items():
         # A sum of large terms that cancel carries their rounding.

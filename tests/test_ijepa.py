@@ -3,17 +3,20 @@
 from collections.abc import Iterator
 
 import numpy as np
-import one_step
 import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_constant_, make_zero_
-from one_step import after_step
 from ssl_pretrain.methods.ijepa import IJEPA
 
 from ssl_pretrain import backbones
+from ssl_pretrain.conformance import one_step
+from ssl_pretrain.conformance.one_step import after_step
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.multi_block_masks import block_size, multi_block_masks
 from ssl_pretrain.pretext import Batch, Step
+
+KERNELS = 313  # of a step: python tests/kernels.py ijepa
+ON_THE_HOST = ["_local_scalar_dense"]  # of a tensor that is on the CPU wherever the run is: nothing waits
 
 GRID = (14, 14)
 

@@ -5,13 +5,15 @@ import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_zero_
 from numpy_oracles import numpy_sigreg
-from one_step import batch, build
 from ssl_pretrain.methods.lejepa import LeJEPA
 
 from ssl_pretrain import backbones
+from ssl_pretrain.conformance.one_step import batch, build
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.sigreg import sigreg
 from ssl_pretrain.pretext import Step
+
+KERNELS = 473  # of a step: python tests/kernels.py lejepa
 
 
 def step(number: int = 0) -> Step:

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import one_step
 import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_zero_
@@ -12,11 +11,14 @@ from ssl_pretrain.methods.mae import MAE
 from torch import nn
 
 from ssl_pretrain import backbones
+from ssl_pretrain.conformance import one_step
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.optim import parameter_groups
 from ssl_pretrain.parts.masks import put, random_masking, rows
 from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
 from ssl_pretrain.pretext import Batch, Step
+
+KERNELS = 134  # of a step: python tests/kernels.py mae
 
 
 def build(size: tuple[int, int] = (32, 48), **knobs: object) -> MAE:

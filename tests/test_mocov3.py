@@ -6,12 +6,14 @@ import pytest
 import torch
 from method_helpers import check_stated, double_batch, losses_of, make_constant_, perturb_, step
 from numpy_oracles import Weights, check_gradients, numpy_head, numpy_normalize, weights_of
-from one_step import after_step, build
 from ssl_pretrain.methods.mocov3 import MoCoV3
 
 from ssl_pretrain import backbones
+from ssl_pretrain.conformance.one_step import after_step, build
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.optim import parameter_groups
+
+KERNELS = 546  # of a step: python tests/kernels.py mocov3
 
 PROJECTOR, PREDICTOR = "linear norm relu linear norm relu linear norm", "linear norm relu linear norm"
 SMALL = {"hidden_dim": 64, "embedding_dim": 16}

@@ -3,19 +3,21 @@
 import math
 
 import numpy as np
-import one_step
 import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_nearest_, make_uniform_, make_zero_
-from one_step import after_step
 from ssl_pretrain.methods.msn import MSN
 from torch import Tensor, nn
 
 from ssl_pretrain import backbones
 from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
 from ssl_pretrain.backbones.vit import ViT
+from ssl_pretrain.conformance import one_step
+from ssl_pretrain.conformance.one_step import after_step
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Batch, Losses, Step
+
+KERNELS = 366  # of a step: python tests/kernels.py msn
 
 K, E, N, A = 7, 5, 12, 3
 SMALL = {"prototypes": K, "embedding_dim": E, "hidden_dim": 16, "local_views": A - 1}

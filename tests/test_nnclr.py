@@ -7,11 +7,13 @@ import pytest
 import torch
 from method_helpers import check_stated, double_batch, losses_of, make_constant_, step
 from numpy_oracles import Weights, check_gradients, numpy_head, numpy_normalize, weights_of
-from one_step import after_step, build
 from ssl_pretrain.methods.nnclr import NNCLR
 
+from ssl_pretrain.conformance.one_step import after_step, build
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.feature_queue import Queue
+
+KERNELS = 411  # of a step: python tests/kernels.py nnclr
 
 PROJECTOR, PREDICTOR = "linear norm relu linear norm relu linear norm", "linear norm relu linear"
 SMALL = {"queue": 40, "hidden_dim": 64, "predictor_dim": 64, "embedding_dim": 16}

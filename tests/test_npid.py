@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_constant_
-from one_step import BATCH, after_step, batch, build
 from ssl_pretrain.methods.npid import NPID
 
+from ssl_pretrain.conformance.one_step import BATCH, after_step, batch, build
 from ssl_pretrain.pretext import Step
+
+KERNELS = 163  # of a step: python tests/kernels.py npid
 
 
 def step(noise: int = 1) -> Step:

@@ -1,7 +1,6 @@
 """SemAIM: its orders, its two streams' blindness to what comes later, its loss and gradient against float64 NumPy."""
 
 import numpy as np
-import one_step
 import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_zero_
@@ -9,8 +8,11 @@ from ssl_pretrain.methods.semaim import CrossBlock, SemAIM
 from torch import nn
 
 from ssl_pretrain import backbones
+from ssl_pretrain.conformance import one_step
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Batch, Step
+
+KERNELS = 181  # of a step: python tests/kernels.py semaim
 
 
 def build(size: tuple[int, int] = (32, 48), options: dict | None = None, **knobs: object) -> SemAIM:

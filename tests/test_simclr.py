@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_constant_
-from one_step import batch, build
 from ssl_pretrain.methods.simclr import SimCLR
 
+from ssl_pretrain.conformance.one_step import batch, build
 from ssl_pretrain.pretext import Step
+
+KERNELS = 236  # of a step: python tests/kernels.py simclr
 
 
 def step() -> Step:

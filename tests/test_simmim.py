@@ -1,14 +1,16 @@
 """SimMIM: its masks against their distribution, its loss and gradient against float64 NumPy written from the paper."""
 
 import numpy as np
-import one_step
 import pytest
 import torch
 from ssl_pretrain.methods.simmim import SimMIM
 
 from ssl_pretrain import backbones
+from ssl_pretrain.conformance import one_step
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Batch, Step
+
+KERNELS = 113  # of a step: python tests/kernels.py simmim
 
 
 def build(size: tuple[int, int] = (32, 48), patch: int = 8, **knobs: object) -> SimMIM:

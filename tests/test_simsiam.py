@@ -5,9 +5,12 @@ import pytest
 import torch
 from method_helpers import check_stated, double_batch, losses_of, step
 from numpy_oracles import Weights, check_gradients, numpy_head, numpy_normalize, weights_of
-from one_step import BATCH, batch, build
 from ssl_pretrain.methods.simsiam import SimSiam
 from torch import nn
+
+from ssl_pretrain.conformance.one_step import BATCH, batch, build
+
+KERNELS = 368  # of a step: python tests/kernels.py simsiam
 
 PROJECTOR, PREDICTOR = "linear norm relu linear norm relu linear norm", "linear norm relu linear"
 

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_zero_
-from one_step import batch, build
 from ssl_pretrain.methods.supervised import Supervised
 
+from ssl_pretrain.conformance.one_step import batch, build
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Step
+
+KERNELS = 118  # of a step: python tests/kernels.py supervised
 
 
 def step() -> Step:

@@ -6,17 +6,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import one_step
 import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_constant_, make_uniform_
-from one_step import after_step
 from ssl_pretrain.methods.swav import SwAV
 from torch import nn
 
 from ssl_pretrain import backbones
+from ssl_pretrain.conformance import one_step
+from ssl_pretrain.conformance.one_step import after_step
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Losses, Step
+
+KERNELS = 369  # of a step: python tests/kernels.py swav
 
 K, E, N, V = 7, 5, 12, 4
 SMALL = {"prototypes": K, "embedding_dim": E, "hidden_dim": 16, "local_views": 2}

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import one_step
 import pytest
 import torch
 from method_helpers import check_stated, losses_of, make_constant_
@@ -11,8 +10,11 @@ from ssl_pretrain.methods.vicreg import VICReg
 from torch import nn
 
 from ssl_pretrain import backbones
+from ssl_pretrain.conformance import one_step
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Losses, Step
+
+KERNELS = 320  # of a step: python tests/kernels.py vicreg
 
 K, N = 5, 20
 STEP = Step(step=0, total=10, noise=1, rows=slice(0, N), batch_size=N, device=torch.device("cpu"))

@@ -100,7 +100,8 @@ class Losses:
 
     total: Tensor  # () with gradient: the mean over this micro-batch, so that the mean over ranks is the global loss
     terms: dict[str, Tensor] = field(default_factory=dict)  # detached scalars (), logged under these names
-    per_sample: Tensor | None = None  # (B,) detached, where the loss is a mean over samples
+    # (B,) detached: each sample's loss; their mean is `total`. A term of the whole batch counts in full for each sample.
+    per_sample: Tensor | None = None
     carry: dict[str, Tensor] = field(default_factory=dict)  # detached (n, ...): what `after_step` needs of this forward
 
 
@@ -122,6 +123,9 @@ class Recipe:
     warmup: float = 0.05  # share of the steps
     # Flags of the two-minute built-in run, where the paper's are too big.
     small: dict[str, Any] = field(default_factory=dict)
+    # The method's own knobs for the conformance checks, where those in `small` (what the checks take if this is empty) are
+    # too big or leave something out: a step of 16 images of 32 pixels should take a tenth of a second.
+    tiny: dict[str, Any] = field(default_factory=dict)
     encoder: dict[str, Any] = field(default_factory=dict)  # the paper's choices of encoder options, by flag name
 
 
@@ -137,6 +141,9 @@ class Method(nn.Module, ABC):
     # Images that a batch (the global one) must hold at least: 2 where the loss compares images with one another, or a head
     # has batch norm. What the encoder needs comes on top.
     least_batch: ClassVar[int] = 1
+    # Names in state_dict() of what has no gradient and never changes, each with the reason as a comment. The conformance
+    # checks hold that all else without a gradient moves. Not to be listed: what an encoder itself never changes.
+    constant: ClassVar[frozenset[str]] = frozenset()
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -1,0 +1,261 @@
+"""A small instance of a method and one step of it, in this process or as one of several.
+
+python -m ssl_pretrain.conformance.one_step        (what TwoProcesses starts)
+"""
+
+import atexit
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import backbones, distributed, pretext
+from ..data.loader import Share
+from ..data.views import fitted
+from ..loop import grad_cache
+from ..pretext import Batch, Method, Step, WholeBatchMethod
+from ..randomness import key
+from . import Fault
+
+BATCH, SIZE = 16, (32, 32)
+ENCODER: dict[str, Any] = {"patch_size": 8, "depth": 2}  # beside what makes a vit_micro
+STEP, STEPS = 3, 10  # where in a run the step is taken
+PATIENCE = 300.0  # seconds for two processes to start and take a step
+
+
+def tiny_knobs(method_class: type[Method]) -> dict[str, Any]:
+    """The knobs of the small instance: `Recipe.tiny`, or, where it is empty, the knobs in `Recipe.small`."""
+    recipe, known = method_class.recipe, {field.name for field in fields(method_class.Config)}
+    return recipe.tiny or {name: value for name, value in recipe.small.items() if name in known}
+
+
+def build(name: str, **knobs: Any) -> Method:
+    """A small instance of the method on a vit_micro of two blocks, prepared; its weights are a function of its name.
+
+    knobs: over `tiny_knobs`.
+    """
+    method_class = pretext.load(name)
+    options = {**backbones.defaults("vit_micro"), **ENCODER, **method_class.recipe.encoder}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key("one step", name))
+        encoder = backbones.build("vit_micro", image_size=SIZE, **options)
+        method = method_class(encoder, method_class.Config(**tiny_knobs(method_class) | knobs))
+        method.prepare(BATCH)
+    return method
+
+
+class Views(dict[str, Tensor]):
+    """The views of a batch. Remembers which of them were read, and raises Fault for one that is not there."""
+
+    def __init__(self, views: dict[str, Tensor]) -> None:
+        super().__init__(views)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def __missing__(self, name: str) -> Tensor:
+        raise Fault(f"batch.views[{name!r}] is read, and views() does not declare it (there are: {', '.join(self)})")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def values(self) -> Any:
+        self.read.update(self)
+        return super().values()
+
+    def items(self) -> Any:
+        self.read.update(self)
+        return super().items()
+
+
+def batch(method: Method, rows: slice = slice(0, BATCH)) -> Batch:
+    """Rows of a global batch of noise images, with the views that the method declares and labels below 4."""
+    views = {}
+    for spec in fitted(type(method).views(method.config, SIZE), SIZE, method.encoder.stride):
+        generator = torch.Generator().manual_seed(key("view", spec.name))
+        images = torch.randn(spec.count, BATCH, 3, *spec.size, generator=generator)[:, rows]
+        views[spec.name] = images if spec.count > 1 else images[0]
+    return Batch(views=Views(views), index=torch.arange(BATCH)[rows], labels=torch.arange(BATCH)[rows] % 4)
+
+
+def step(rows: slice = slice(0, BATCH), *, number: int = STEP, noise: int = 7) -> Step:
+    """Step `number` of a run of ten."""
+    return Step(step=number, total=STEPS, noise=noise, rows=rows, batch_size=BATCH, device=torch.device("cpu"))
+
+
+def after_step(method: Method, step: Step, carried: dict[str, Tensor]) -> None:
+    """The method's, as the loop calls it, with what its forwards gave in `Losses.carry`."""
+    step.carried = carried
+    method.after_step(step)
+
+
+def one_step(name: str, micro_batches: int = 1) -> dict[str, Any]:
+    """One step on this process's share of the batch, without an optimiser: "loss" (the global one), "gradients" by name,
+    "trainable" names, and "state" after `after_step`."""
+    method = build(name)
+    rank, size = distributed.rank(), distributed.size()
+    share = Share(BATCH, micro_batches, rank, size)
+    wrapped = DistributedDataParallel(method) if size > 1 else method
+    parts = [(batch(method, share.rows(micro)), step(share.rows(micro))) for micro in range(micro_batches)]
+    results = []
+    if isinstance(method, WholeBatchMethod) and micro_batches > 1:
+        results.append(grad_cache.backward(method, parts, nullcontext(), list(method.parameters())))
+    else:
+        for micro, part in enumerate(parts):
+            last = micro == micro_batches - 1
+            with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
+                results.append(wrapped(*part))
+                (results[-1].total / micro_batches).backward()
+    carried = {name: torch.cat([each.carry[name] for each in results]) for name in results[0].carry}
+    after_step(method, parts[-1][1], carried)
+    loss = torch.stack([each.total.detach() for each in results]).mean()
+    return {
+        "loss": distributed.all_reduce_(loss) / size,
+        "gradients": {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None},
+        "trainable": [n for n, p in method.named_parameters() if p.requires_grad],
+        "state": {n: v.clone() for n, v in method.state_dict().items()},
+    }
+
+
+class TwoProcesses:
+    """Two processes with gloo that take one step after another, of any method, so that torch is imported once."""
+
+    def __init__(self) -> None:
+        self.path = list(sys.path)  # where they find plugins
+        self._folder = tempfile.TemporaryDirectory(prefix="conformance-")
+        folder = Path(self._folder.name)
+        place = {
+            "SSL_PRETRAIN_RENDEZVOUS": (folder / "rendezvous").as_uri(),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(self.path),
+        }
+        self._errors = [folder / f"errors-{rank}" for rank in (0, 1)]
+        self._processes = []
+        for rank, errors in enumerate(self._errors):
+            with errors.open("w") as file:
+                self._processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", __name__],
+                        env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=file,
+                    )
+                )
+
+    def one_step(self, name: str, micro_batches: int = 1) -> dict[str, Any]:
+        """`one_step` of a method in both, as the first has it. Raises Fault where one of them fails, and ends both."""
+        result = Path(self._folder.name) / "result.pt"
+        try:
+            for process in self._processes:
+                assert process.stdin is not None
+                process.stdin.write(json.dumps([name, micro_batches, str(result)]).encode() + b"\n")
+                process.stdin.flush()
+            self._wait(name)
+        except BrokenPipeError:
+            self._fail(name)
+        return torch.load(result)
+
+    def _wait(self, name: str) -> None:
+        """Until both have answered; one that fails leaves the other waiting in an exchange."""
+        end = time.monotonic() + PATIENCE
+        with selectors.DefaultSelector() as selector:
+            for process in self._processes:
+                assert process.stdout is not None
+                selector.register(process.stdout, selectors.EVENT_READ)
+            while selector.get_map():
+                ready = selector.select(max(0.0, end - time.monotonic()))
+                if not ready:
+                    self._fail(name, f"no answer in {PATIENCE:.0f} s")
+                for key, _ in ready:
+                    if key.fileobj.readline() != b"done\n":  # type: ignore[union-attr]
+                        self._fail(name)
+                    selector.unregister(key.fileobj)
+
+    def _fail(self, name: str, why: str = "") -> None:
+        """End both, and raise Fault with what the one that failed has said last."""
+        if not why:
+            deadline = time.monotonic() + 5
+            while all(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        failed = next((rank for rank, process in enumerate(self._processes) if process.poll() not in (None, 0)), 0)
+        said = self._errors[failed].read_text().strip().splitlines()
+        self.close()
+        raise Fault(f"process {failed} of two fails in a step of {name}: {why or (said or ['it ended'])[-1]}")
+
+    @property
+    def alive(self) -> bool:
+        """Whether both can take another step."""
+        return all(process.poll() is None for process in self._processes)
+
+    def close(self) -> None:
+        """End both."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(BrokenPipeError):
+                    if pipe is not None:
+                        pipe.close()
+        self._folder.cleanup()
+
+
+_shared: list[TwoProcesses] = []  # one at most
+
+
+def two_processes() -> TwoProcesses:
+    """The two processes that all checks share; new ones where they have ended, or where plugins are found elsewhere."""
+    if _shared and (not _shared[0].alive or _shared[0].path != sys.path):
+        _shared.pop().close()
+    if not _shared:
+        _shared.append(TwoProcesses())
+        atexit.register(_shared[0].close)
+    return _shared[0]
+
+
+def _orders(answers: IO[str]) -> Iterator[tuple[str, int, Path]]:
+    """The lines of standard input, each answered when its step is done."""
+    for line in sys.stdin:
+        name, micro_batches, result = json.loads(line)
+        yield name, micro_batches, Path(result)
+        print("done", file=answers, flush=True)
+
+
+def _serve() -> None:
+    """What each of the two processes does until its standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a method prints is no answer
+    with distributed.world() as world:
+        for name, micro_batches, result in _orders(answers):
+            try:
+                found = one_step(name, micro_batches)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)  # the other process may never come to the exchange that leaving the world is
+            if world.first:
+                torch.save(found, result)
+            distributed.barrier()  # the file is there when both have answered
+
+
+if __name__ == "__main__":
+    _serve()

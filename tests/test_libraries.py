@@ -262,7 +262,7 @@ def test_preprocessing_that_the_module_states_is_firm(mine: str) -> None:
 def test_mistakes_of_ones_own_code_are_said(mine: str, tmp_path: Path) -> None:
     mistakes = {
         f"module:{mine}:build": "state the preprocessing: ,image-size=224,mean=imagenet",
-        f"module:{mine}:build,image-size=64,mean=0.5,std=0.1/0.2": "a number for each channel",
+        f"module:{mine}:build,image-size=64,mean=0.5,std=0.1/0.2": "one number for each channel",
         f"module:{mine}:build,image-size=64,mean=0.5,std=0.5": r"does not take an image of 1 channels and 64 x 64",
         f"module:{mine}:build,image-size=64,mean=some,std=0.5": "mean=some must be one number per channel",
         f"module:{mine}:build,image-size=0,mean=0.5,std=0.5": "image-size=0 must be whole numbers above 0",

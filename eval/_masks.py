@@ -28,6 +28,7 @@ from PIL import Image
 from ssl_pretrain.data import names
 from ssl_pretrain.data.decode import BadImage, Picture
 from ssl_pretrain.data.source import Source
+from ssl_pretrain.data.walk import list_shards
 from ssl_pretrain.errors import UserError, nearest
 
 IMAGE_TREES = frozenset({"images", "image", "imgs", "img", "jpegimages", "leftimg8bit"})
@@ -264,7 +265,7 @@ def _files(data: str) -> dict[str, _File]:
         raise UserError(f"{data} has no masks: there is no such folder or archive")
     if os.path.isfile(path) and not path.lower().endswith(".tar"):
         raise UserError(f"{data} cannot be read as masks: give a folder of images and masks, or a .tar of one")
-    shards = names.list_shards(path, ".tar")
+    shards = list_shards(path, ".tar")
     if os.path.isfile(path) or shards:
         found: dict[str, _File] = {}
         for split, shard in shards:

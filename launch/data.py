@@ -27,6 +27,7 @@ VERBS = {
 }
 EPILOG = "Exit codes: 0 done (check: nothing wrong), 1 check found something or anything else failed, 2 a mistake."
 SHOWN = 10  # bad or doubled images that are printed
+CLASSES_SHOWN = 20  # classes whose counts are printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class Common:
     """Only this split (default: everything; pack keeps splits apart)."""
     channels: int = 3
     """Channels to read images with."""
+    max_pixels: int | None = None
+    """Most pixels of an image; a larger one is taken for a decompression bomb (default: 178,956,970)."""
     images: int | None = None
     """Look at so many of them, drawn by the seed (default: all; stats 2000, bench 512)."""
     workers: int = 0
@@ -92,6 +95,11 @@ def _main(argv: list[str]) -> int:
     common: Common = options[0]
     if (common.images is not None and common.images < 1) or common.workers < 0 or common.channels < 1:
         raise UserError("--images and --channels must be at least 1, --workers at least 0")
+    if common.max_pixels is not None and common.max_pixels < 1:
+        raise UserError(f"--max-pixels is {common.max_pixels}; it must be at least 1")
+    from ssl_pretrain.data.decode import allow_pixels
+
+    allow_pixels(common.max_pixels)
     match verb:
         case "check":
             return _check(data, common)
@@ -116,6 +124,8 @@ def _source(data: str, common: Common, most: int | None) -> Any:
 
     source = open_source(data, common.split)
     print(source.description, flush=True)
+    if source.left_out:
+        print(source.left_out.sentence(), flush=True)
     most = common.images or most
     if most is None or most >= len(source):
         return source
@@ -124,8 +134,9 @@ def _source(data: str, common: Common, most: int | None) -> Any:
     return Subset(source, chosen)
 
 
-def _read(source: Any, common: Common) -> Iterator[tuple[int, Any, Any]]:
-    """Each image's number, its pixels (H, W, C) uint8 or why there are none (a string), and a hash of its bytes."""
+def _read(source: Any, common: Common) -> Iterator[tuple[int, Any, Any, int]]:
+    """Each image's number, its pixels (H, W, C) uint8 or why there are none (a string), a hash of its bytes, and the bits
+    that its values are stored in."""
     from torch.utils.data import DataLoader
 
     workers: dict[str, Any] = {"multiprocessing_context": "fork"} if common.workers else {}
@@ -152,20 +163,41 @@ class _Reader:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[int, Any, bytes]:
+    def __getitem__(self, index: int) -> tuple[int, Any, bytes, int]:
         import hashlib
 
-        from ssl_pretrain.data.decode import BadImage, decode
+        from ssl_pretrain.data.decode import BadImage, decode, stored_bits
 
         print_of = b""
         try:
             item = self.source[index]
             print_of = hashlib.blake2b(item if isinstance(item, bytes) else item.tobytes(), digest_size=16).digest()
-            return index, decode(item, self.channels), print_of
+            return index, decode(item, self.channels), print_of, stored_bits(item)
         except (BadImage, OSError, ValueError) as problem:
             if (fault := of_the_machine(problem)) is not None:
-                return _MACHINE, fault, b""
-            return index, str(problem) or type(problem).__name__, print_of
+                return _MACHINE, fault, b"", 0
+            return index, str(problem) or type(problem).__name__, print_of, 0
+
+
+class _Depth:
+    """Whether images of 16 bits use all of them."""
+
+    def __init__(self) -> None:
+        self.images, self.largest = 0, 0
+
+    def add(self, pixels: Any, bits: int) -> None:
+        """pixels: uint8, the upper 8 of 16 bits."""
+        if bits == 16:
+            self.images += 1
+            self.largest = max(self.largest, int(pixels.max()))
+
+    def tell(self) -> None:
+        """Print what is odd."""
+        if self.images and self.largest < 64:
+            print(
+                f"{self.images:,} images of 16 bits use at most {8 + self.largest.bit_length()}, so they are nearly black: "
+                f"scale their values to 0..65535 (12 bits: times 16)"
+            )
 
 
 def _watch(rows: Iterator[Any], total: int) -> Iterator[Any]:
@@ -198,21 +230,25 @@ def _check(data: str, common: Common) -> int:
     sizes: list[tuple[int, int]] = []
     first: dict[bytes, int] = {}
     double: list[tuple[str, str]] = []
-    for index, pixels, print_of in _watch(_read(source, common), len(source)):
+    depth = _Depth()
+    for index, pixels, print_of, bits in _watch(_read(source, common), len(source)):
         if isinstance(pixels, str):
             bad.append({"name": source.name(index), "reason": pixels})
             continue
         sizes.append(pixels.shape[:2])
+        depth.add(pixels, bits)
         if print_of in first:
             double.append((source.name(first[print_of]), source.name(index)))
         first.setdefault(print_of, index)
     print(f"{len(sizes):,} images can be read, {len(bad):,} cannot")
     for one in bad[:SHOWN]:
         print(f"  {one['name']}: {one['reason']}")
+    depth.tell()
+    contents = _contents(data, common.split, source)
     print(f"{len(double):,} are the same, byte for byte, as another one")
     for a, b in double[:SHOWN]:
         print(f"  {b} is {a}")
-    found: dict[str, Any] = {"readable": len(sizes), "bad": bad, "double": double}
+    found: dict[str, Any] = {"readable": len(sizes), "bad": bad, "double": double, **contents}
     if sizes:
         sides = np.array(sizes)
         for name, values in (("height", sides[:, 0]), ("width", sides[:, 1]), ("shorter side", sides.min(1))):
@@ -223,13 +259,51 @@ def _check(data: str, common: Common) -> int:
     return 1 if bad else 0
 
 
+def _contents(data: str, split: str | None, source: Any) -> dict[str, Any]:
+    """Print what is left out by name, the splits, and the classes with their counts; the same as plain data."""
+    from ssl_pretrain.data.source import open_source, splits
+
+    for line in source.left_out.lines():
+        print(f"  {line}")
+    known = splits(data) if split is None else []
+    sizes = {name: len(open_source(data, name)) for name in known}
+    if split is None:
+        print("splits: " + (", ".join(f"{name} {count:,}" for name, count in sizes.items()) or "none"))
+    found = {"left_out": source.left_out.as_json(), "splits": sizes, "classes": {}, "labels_from": source.labels_from}
+    if source.labels is None:
+        print("classes: none (no labels)")
+        return found
+    tally = Counter(source.labels.tolist())
+    named = source.classes or ()
+    by_name = {
+        named[n] if 0 <= n < len(named) else "without a label" if n < 0 else str(n): tally[n] for n in sorted(tally)
+    }
+    found["classes"] = by_name
+    classes = [name for name in by_name if name != "without a label"]
+    listed = ", ".join(f"{name} {by_name[name]:,}" for name in classes[:CLASSES_SHOWN])
+    rest = f", ... ({len(classes) - CLASSES_SHOWN:,} more)" if len(classes) > CLASSES_SHOWN else ""
+    print(
+        f"classes: {len(named) or len(classes):,}, from {source.labels_from or 'the data'}: {_printable(listed)}{rest}"
+    )
+    if tally[-1]:
+        print(f"without a label: {tally[-1]:,}")
+    return found
+
+
+def _printable(text: str) -> str:
+    """Text that any console takes, on one line."""
+    return text if text.isprintable() else text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+
+
 def _stats(data: str, common: Common) -> int:
     import numpy as np
 
     source = _source(data, common, 2000)
     total, squares, count = np.zeros(common.channels), np.zeros(common.channels), 0
-    for _, pixels, _ in _watch(_read(source, common), len(source)):
+    depth = _Depth()
+    for _, pixels, _, bits in _watch(_read(source, common), len(source)):
         if not isinstance(pixels, str):
+            depth.add(pixels, bits)
             # every image counts alike, whatever its size, for so they come to a method
             flat = pixels.reshape(-1, common.channels) / 255
             total, squares, count = total + flat.mean(0), squares + (flat**2).mean(0), count + 1
@@ -237,6 +311,7 @@ def _stats(data: str, common: Common) -> int:
         raise UserError(f"none of the images of {data} can be read: {PROG} check {data} says why")
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    depth.tell()
     print(f"of {count:,} images, each counting alike:")
     words = [" ".join(f"{value:.4f}" for value in values) for values in (mean, std)]
     print(f"--mean {words[0]} --std {words[1]}")
@@ -327,6 +402,7 @@ def _pack(data: str, common: Common, pack: Pack) -> int:
     import hashlib
 
     from ssl_pretrain.data import packed
+    from ssl_pretrain.data.left_out import LeftOut
     from ssl_pretrain.data.source import open_source, splits
     from ssl_pretrain.data.views import resize_and_crop
 
@@ -339,14 +415,15 @@ def _pack(data: str, common: Common, pack: Pack) -> int:
     names: list[str | None] = [common.split] if common.split else [*splits(data)] or [None]
     sources = {name or packed.WHOLE: open_source(data, name) for name in names}
     some = next(iter(sources.values()))
-    if any(source.classes != some.classes for source in sources.values()):
+    classes = {source.classes for source in sources.values()} - {None}  # a split without labels has none
+    if len(classes) > 1:
         raise UserError(f"the splits of {data} have different classes: pack them one by one (--split)")
     bad: list[dict[str, str]] = []
     written = 0
 
     def images(split: str, source: Any) -> Iterator[tuple[Any, str, int | None]]:
         nonlocal written
-        for index, pixels, _ in _watch(_read(source, common), len(source)):
+        for index, pixels, _, _ in _watch(_read(source, common), len(source)):
             if isinstance(pixels, str):
                 bad.append({"name": source.name(index), "reason": pixels})
                 continue
@@ -359,14 +436,20 @@ def _pack(data: str, common: Common, pack: Pack) -> int:
             label = None if source.labels is None else int(source.labels[index])
             yield pixels, source.name(index), label
 
+    report = LeftOut()
+    report.merge(some.left_out)
     with packed.Writer(common.out, common.channels) as writer:
         for split, source in sources.items():
             print(source.description, flush=True)
+            if source.left_out:
+                print(source.left_out.sentence(), flush=True)
             _room(common, pack, source)
             writer.split(split, images(split, source))
+        if bad:
+            report.add("image that cannot be read", bad[0]["name"], len(bad))
         identity = json.dumps([[source.fingerprint for source in sources.values()], pack.side, common.channels])
         fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-        writer.finish(classes=some.classes, fingerprint=fingerprint, source=data)
+        writer.finish(classes=next(iter(classes), None), fingerprint=fingerprint, source=data, left_out=report)
     print(f"packed {sum(writer.counts.values()):,} images, {written / 2**20:,.0f} MiB; {len(bad):,} could not be read")
     for one in bad[:SHOWN]:
         print(f"  {one['name']}: {one['reason']}")

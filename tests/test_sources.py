@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from source_files import IMAGE_TYPE, fill, pack, png, structs, write_parquet
 
 from ssl_pretrain.data import folder, index, names, parquet, tar
 from ssl_pretrain.data.source import evaluation_splits, open_source, pretraining_split, splits
@@ -29,35 +31,6 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images at {R
 def cache(tmp_path_factory, monkeypatch):
     path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("SSL_PRETRAIN_CACHE", str(path))
-    return path
-
-
-def png(seed: int) -> bytes:
-    """A small image that tells its seed by its pixels."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def fill(root, files: dict) -> Path:
-    """Write files by path (str or bytes) under root; the bytes of an int are png(int)."""
-    for name, content in files.items():
-        path = os.path.join(os.fsencode(root), os.fsencode(name))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(png(content) if isinstance(content, int) else content)
-    return Path(root)
-
-
-def pack(path: Path, members: dict) -> Path:
-    """A tar of members by name, in that order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", encoding="utf-8", errors="surrogateescape") as archive:
-        for name, content in members.items():
-            data = png(content) if isinstance(content, int) else content
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
     return path
 
 
@@ -222,7 +195,7 @@ def test_broken_and_decoded_files(tmp_path):
     np.testing.assert_array_equal(source[0], pixels)
     np.testing.assert_array_equal(source[1], pixels[..., :1])
     for wrong in (2, 3):
-        with pytest.raises(ValueError, match=r"c\.npy|allow_pickle"):
+        with pytest.raises(ValueError, match=r"\.npy of float32 .*save images as uint8|allow_pickle"):
             source[wrong]
     assert (source[4], source[5]) == (b"no image", b"")
 
@@ -308,8 +281,11 @@ def test_a_folder_that_may_not_be_read_is_told_each_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", guarded)
     for _ in range(2):
-        with pytest.warns(UserWarning, match="b: permission denied"):
-            assert everything(open_source(str(root), None)) == [png(1)]
+        source = open_source(str(root), None)
+        assert everything(source) == [png(1)]
+        assert source.left_out.sentence() == (
+            "left out of the data: 1 folder that may not be read (Permission denied) (b)"
+        )
     monkeypatch.undo()
 
 
@@ -501,7 +477,7 @@ def test_shards_and_a_tree_of_the_same_images_are_the_same_source(tmp_path):
 def test_tar_splits_labels_and_class_numbers(tmp_path):
     pack(tmp_path / "x-train-000.tar", shard_members(range(4)))
     pack(tmp_path / "x_val.tar", {"a.png": 1, "b.png": 2, "b.cls": b"7"})
-    pack(tmp_path / "training.tar", {"z.png": 9})  # not a whole token
+    pack(tmp_path / "trainer.tar", {"z.png": 9})  # not a whole token
     assert splits(str(tmp_path)) == ["train", "val"]
     train, val = open_source(str(tmp_path), "train"), open_source(str(tmp_path), "val")
     assert train.labels.tolist() == [0, 1, 2, 0]
@@ -543,9 +519,18 @@ def test_which_member_is_the_image(tmp_path):
             "b.jpg": b"photo",
             "c.1.jpg": b"c1",
             "c.2.jpg": b"c2",
+            "k.image.jpg": b"k",
+            "k.Mask.png": b"map",
+            "l.mask.png": b"l",  # a mask without its image
+            "photo.edited.jpg": b"p2",
+            "photo.jpg": b"p3",
+            "q.image.jpg": b"q1",
+            "q.rgb.jpg": b"q2",
         },
     )
-    assert everything(open_source(str(root), None)) == [b"image", b"photo", b"c1", b"c2"]
+    source = open_source(str(root), None)
+    assert everything(source) == [b"image", b"photo", b"mask", b"c1", b"c2", b"k", b"l", b"p2", b"p3", b"q1", b"q2"]
+    assert source.left_out.out == {"map of another image": (2, ["x.tar:a.seg.png", "x.tar:k.Mask.png"])}
 
 
 def test_words_in_cls_are_class_names(tmp_path):
@@ -579,9 +564,8 @@ def test_a_cut_shard_is_used_as_far_as_it_is_whole(tmp_path, cut):
     length = last.offset_data + 700 if cut == "in the data" else last.offset + 100
     bad.write_bytes(bad.read_bytes()[:length])
     for _ in range(2):  # built, and from the cache
-        with pytest.warns(UserWarning, match=r"bad\.tar is cut off") as caught:
-            source = open_source(str(root.parent), None)
-        assert len(caught) == 1
+        source = open_source(str(root.parent), None)
+        assert re.search(r"1 truncated shard, .*\(bad\.tar\)", source.left_out.sentence())
         assert everything(source) == [png(1), png(2), png(3)]
 
 
@@ -592,14 +576,29 @@ def test_a_header_damaged_in_the_middle_is_told(tmp_path):
     content = bytearray(root.read_bytes())
     content[at + 148 : at + 156] = b"\xff" * 8  # the checksum
     root.write_bytes(content)
-    with pytest.warns(UserWarning, match="damaged header in its middle"):
-        assert everything(open_source(str(root), None)) == [png(1)]
+    source = open_source(str(root), None)
+    assert everything(source) == [png(1)]
+    assert "1 damaged shard" in source.left_out.sentence()
 
 
-def test_a_shard_without_end_marker_is_whole(tmp_path):
+@pytest.mark.parametrize("end", [0, 512])
+def test_a_shard_without_its_end_is_truncated(tmp_path, end):
+    """The archive ends with two blocks of zeros; without both, members may be missing."""
     root = pack(tmp_path / "x.tar", {"a.png": 1})
-    root.write_bytes(root.read_bytes()[:1024])
-    assert everything(open_source(str(root), None)) == [png(1)]
+    root.write_bytes(root.read_bytes()[: 1024 + end])
+    source = open_source(str(root), None)
+    assert everything(source) == [png(1)]
+    assert "1 truncated shard" in source.left_out.sentence()
+    root.write_bytes(pack(tmp_path / "x.tar", {"a.png": 1}).read_bytes()[:2048])
+    assert not open_source(str(root), None).left_out
+
+
+def test_an_archive_behind_the_end_of_another_is_told(tmp_path):
+    one, two = pack(tmp_path / "x.tar", {"a.png": 1}), pack(tmp_path / "y" / "y.tar", {"b.png": 2})
+    one.write_bytes(one.read_bytes() + two.read_bytes())
+    source = open_source(str(one), None)
+    assert everything(source) == [png(1)]
+    assert "1 shard with more behind its end" in source.left_out.sentence()
 
 
 def test_archives_that_cannot_be_read_in_place(tmp_path):
@@ -678,22 +677,6 @@ def test_a_changed_shard_is_indexed_again_and_never_misread(tmp_path):
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
-
-IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-def write_parquet(path: Path, columns: dict, features: dict | None = None, **options) -> Path:
-    table = pa.table(columns)
-    if features is not None:
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, **options)
-    return path
-
-
-def structs(numbers) -> "pa.Array":
-    values = [None if i is None else {"bytes": png(i), "path": f"{i}.png"} for i in numbers]
-    return pa.array(values, IMAGE_TYPE)
 
 
 def test_parquet_of_the_hub(tmp_path):

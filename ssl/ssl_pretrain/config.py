@@ -25,6 +25,8 @@ class Run:
     """Pretext method: a file in methods/, or an installed plugin."""
     data: str = "fractals"
     """Images: a folder (flat or nested), tar shards, parquet; or built-in 'fractals[:classes=20,images=4096,...]'."""
+    train_split: str | None = None
+    """Images to train on: a split, a folder in the data, or 'all' (default: the split train where there are splits)."""
     out: Path | None = None
     """Run folder; the same command resumes it (default: runs/METHOD-DATA)."""
     config: Path | None = None
@@ -47,6 +49,8 @@ class Run:
     needed, and colour jitter is one matrix per image (docs/performance.md lists the differences)."""
     bad_images: Literal["replace", "skip", "fail"] = "replace"
     """What to do with an unreadable image: replace it by another random image, skip to the next one, or end the run."""
+    max_pixels: int | None = None
+    """Most pixels of an image; a larger one is taken for a decompression bomb and is a bad image (default: 178,956,970)."""
 
     steps: int | None = None
     """Length in optimiser steps (give only one of --steps, --epochs, --images)."""
@@ -148,8 +152,8 @@ class Run:
 
 # The interval of each numeric flag. None is not checked.
 RANGES = {
-    AT_LEAST_1: "image_size in_chans steps images batch_size accumulate shard_size checkpoint_every keep_last log_every "
-    "val_every bad_steps",
+    AT_LEAST_1: "image_size in_chans max_pixels steps images batch_size accumulate shard_size checkpoint_every "
+    "keep_last log_every val_every bad_steps",
     NOT_NEGATIVE: "lr final_lr warmup_steps cooldown_steps weight_decay final_weight_decay workers stall_after keep_every "
     "monitor_every picture_every val_images knn_every",
     POSITIVE: "epochs clip_grad",

@@ -111,6 +111,8 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
         manifest.begin(run.out, world=world, step=start, data=data_facts, hosts=[facts.host for facts in processes])
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6
         report.say(f"{source.description}; {run.encoder} with {trained:.1f} M trained parameters; {run.out}")
+        if source.left_out:
+            report.say(source.left_out.sentence())
         if process_table:
             report.say(process_table)
         if start:

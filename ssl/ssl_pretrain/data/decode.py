@@ -4,13 +4,16 @@ Same bytes with simplejpeg and without: both paths run libjpeg-turbo's accurate 
 upsampling. Whether a file is readable is the same question on both paths too, for Pillow has the last word.
 """
 
+import contextlib
 import functools
 import io
+import re
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 try:
     import simplejpeg
@@ -18,8 +21,10 @@ except ImportError:  # optional: Pillow reads the same pixels, slower
     simplejpeg = None
 
 # What Pillow may try. Not all it can: EPS, for one, would start Ghostscript on whatever the file says.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MAX_PIXELS = 178_956_970  # above it an image is taken for a decompression bomb (the limit where Pillow refuses, too)
+# HEIF and JXL come with packages of the extra `formats`.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL")
+# Above it an image is taken for a decompression bomb (the limit where Pillow refuses, too). `allow_pixels` changes it.
+MAX_PIXELS = 178_956_970
 
 _NPY = b"\x93NUMPY"
 _EXIF = b"Exif\0\0"
@@ -51,6 +56,20 @@ class BadImage(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def allow_pixels(most: int | None) -> None:
+    """Set the number of pixels above which an image is refused, for this process and those forked from it (None: leave
+    it)."""
+    global MAX_PIXELS  # noqa: PLW0603 -- a setting of the process, as Pillow's own is
+    if most is not None:
+        MAX_PIXELS = most
+        Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; `_pillow` looks at the size itself
+
+
+def _too_large(width: int, height: int) -> BadImage:
+    why = f"more than {MAX_PIXELS:,} (a decompression bomb?)"
+    return BadImage(f"{width} x {height} pixels, {why}: --max-pixels {width * height} allows it")
 
 
 def decode(item: bytes | np.ndarray, channels: int) -> np.ndarray:
@@ -273,8 +292,14 @@ def _orientation(app1: bytes) -> int:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this build of Pillow reads."""
+    """Those of FORMATS that this build of Pillow reads, with the packages of the extra `formats` that are installed."""
     Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    with contextlib.suppress(ImportError):
+        import pillow_jxl  # noqa: F401 -- importing it registers the format
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
@@ -288,20 +313,113 @@ def _pillow(data: bytes | bytearray, channels: int, box: tuple[int, int, int, in
         try:
             with Image.open(io.BytesIO(data), formats=("JPEG",) if box else _formats()) as file:
                 if file.width * file.height > MAX_PIXELS:
-                    raise BadImage(f"{file.width} x {file.height} pixels, taken for a decompression bomb")
+                    raise _too_large(file.width, file.height)
+                flip = _deep(file, data)
                 if channels == 1 and file.format in ("JPEG", "MPO"):
                     file.draft("L", file.size)  # the stored luma itself, as simplejpeg gives it
                 image = file.crop(box) if box else ImageOps.exif_transpose(file)
                 pixels = eight_bits(image, channels)
+                if flip:
+                    pixels = 255 - pixels
         except Image.UnidentifiedImageError:
-            raise BadImage("not an image, or of a format that is not read") from None
+            raise BadImage(_unknown(data)) from None
+        except Image.DecompressionBombError as error:
+            size = re.search(r"\d+", str(error))
+            raise BadImage(
+                f"{size[0] if size else 'too many'} pixels, more than {MAX_PIXELS:,} (a decompression bomb?): "
+                f"--max-pixels {size[0] if size else 'N'} allows it"
+            ) from None
         except BadImage:
             raise
         except Exception as error:  # hostile bytes make codecs raise nearly anything; all of it means unreadable
-            raise BadImage(f"{type(error).__name__}: {error}".removeprefix("OSError: ")) from error
+            said = " ".join(f"{type(error).__name__}: {error}".removeprefix("OSError: ").split())
+            raise BadImage(said) from error
     if pixels.size == 0:
         raise BadImage("the image has no pixels")
     return pixels
+
+
+_BITS, _PHOTOMETRIC, _BANDS, _PLANAR, _SAMPLE_FORMAT = 258, 262, 277, 284, 339  # tags of TIFF 6.0
+_CONVERT = "convert it to a PNG of 8 or 16 bits, or to .npy"
+
+
+def _deep(file: Image.Image, data: bytes | bytearray) -> bool:
+    """Whether a picture of more than 8 bits is stored as a negative that Pillow leaves one. Raises BadImage for those
+    that Pillow decodes wrongly."""
+    if file.format == "TIFF":
+        tags: Any = file.tag_v2  # type: ignore[attr-defined]
+        bits = max(tags.get(_BITS, (1,)))
+        if bits == 8 and tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
+            raise BadImage(f"a TIFF of signed 8 bits, which has no known full scale: {_CONVERT}")
+        tiles: Any = getattr(file, "tile", [])
+        if bits > 8 and tags.get(_PLANAR) == 2 and tiles and tiles[0][0] == "raw":
+            raise BadImage(f"a TIFF of {bits} bits with each colour in a plane of its own, uncompressed: {_CONVERT}")
+        if 8 < bits < 16:
+            raise BadImage(f"a TIFF of {bits} bits: {_CONVERT}")
+        if bits > 8 and tags.get(_PHOTOMETRIC) == 0:
+            if file.mode != "I;16":
+                raise BadImage(f"a TIFF of {bits} bits stored as a negative (MinIsWhite): {_CONVERT}")
+            return True
+    elif file.format == "JPEG2000":
+        depths = _jpeg2000_bits(data)
+        if len(depths) > 1 and max(depths) > 8:
+            raise BadImage(f"a JPEG 2000 of {max(depths)} bits in {len(depths)} channels: {_CONVERT}")
+    return False
+
+
+def _jpeg2000_bits(data: bytes | bytearray) -> list[int]:
+    """The bits of each component by the marker SIZ (ISO/IEC 15444-1, A.5.1); [] where there is none."""
+    at = data.find(b"\xff\x4f\xff\x51")
+    if at < 0 or len(data) < at + 42:
+        return []
+    count = data[at + 40] << 8 | data[at + 41]
+    return [(data[i] & 127) + 1 for i in range(at + 42, min(at + 42 + 3 * count, len(data)), 3)]
+
+
+def _unknown(data: bytes | bytearray) -> str:
+    """Why Pillow does not know the file."""
+    head = bytes(data[:16])
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        try:
+            tags: Any = TiffImagePlugin.ImageFileDirectory_v2(
+                head[:8] if head[2:3] != b"+" and head[3:4] != b"+" else head
+            )
+            stream = io.BytesIO(data)
+            stream.seek(tags.next)
+            tags.load(stream)
+            bands, bits = tags.get(_BANDS, 1), max(tags.get(_BITS, (1,)))
+            number = "float" if tags.get(_SAMPLE_FORMAT, (1,))[0] == 3 else "whole-number"
+        except Exception:  # a damaged directory makes Pillow raise nearly anything
+            return f"a TIFF that is damaged, or of a kind that is not read: {_CONVERT}"
+        return (
+            f"a TIFF of {bands} band{'s' if bands > 1 else ''} of {bits} bits ({number}), which is not read: "
+            f"save it as .npy, uint8 or uint16 (height, width, bands)"
+        )
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"heim", b"heis"):
+        return "HEIC, damaged, or to be read with pillow-heif: pip install 'ssl-pretrain[formats]'"
+    if head[:2] == b"\xff\x0a" or head[4:8] == b"JXL ":
+        return "JPEG XL, damaged, or to be read with pillow-jxl-plugin: pip install 'ssl-pretrain[formats]'"
+    return "not an image, or of a format that is not read"
+
+
+def stored_bits(item: bytes | np.ndarray) -> int:
+    """The bits that a value of an image is stored in, by its header; 8 where it does not say."""
+    if isinstance(item, np.ndarray):
+        return 8 * item.dtype.itemsize
+    if item.startswith(b"\x89PNG") and len(item) > 24:
+        return max(8, item[24])
+    if item.startswith((b"II*\0", b"MM\0*")):
+        try:
+            with Image.open(io.BytesIO(item), formats=("TIFF",)) as file:
+                return max(8, *file.tag_v2.get(_BITS, (8,)))  # type: ignore[attr-defined]
+        except Exception:  # see `_pillow`
+            return 8
+    if item.startswith((b"P5", b"P6")):
+        words = item[:64].split()
+        return 16 if len(words) > 3 and words[3].isdigit() and int(words[3]) > 255 else 8
+    if item[:4] == b"\xff\x4f\xff\x51" or item[4:8] == b"jP  ":
+        return max([8, *_jpeg2000_bits(item)])
+    return 8
 
 
 def eight_bits(image: Image.Image, channels: int) -> np.ndarray:
@@ -332,13 +450,13 @@ def _npy(data: bytes) -> np.ndarray:
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:
-        raise BadImage(f"damaged .npy: {error}") from error
+        raise BadImage(f"damaged .npy: {' '.join(str(error).split())}") from error
 
 
 def _checked(array: np.ndarray, channels: int) -> np.ndarray:
     """A given array as uint8 (H, W, channels)."""
     if array.dtype not in (np.uint8, np.uint16):
-        raise BadImage(f"array of {array.dtype}; uint8 or uint16 is read")
+        raise BadImage(f"array of {array.dtype}: save images as uint8 or uint16, scaled to the full range of the type")
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3:
@@ -348,7 +466,7 @@ def _checked(array: np.ndarray, channels: int) -> np.ndarray:
     if array.size == 0:
         raise BadImage("the image has no pixels")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise BadImage(f"{array.shape[1]} x {array.shape[0]} pixels, taken for a decompression bomb")
+        raise _too_large(array.shape[1], array.shape[0])
     if array.dtype == np.uint16:
         array = (array >> 8).astype(np.uint8)
     return array

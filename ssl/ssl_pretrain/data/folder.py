@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
-import warnings
 from collections import Counter
 from typing import Any, final
 
 import numpy as np
 
 from ..errors import UserError
-from . import index, names
+from . import index, left_out, names
 from .index import Index, Writer
 from .source import Source
+from .walk import Walk, walk
 
 FINGERPRINT_FILES = 1000
 # A folder that changed this shortly before it was walked may change again in the same tick of the file system's clock.
 CLOCK_TICK_NS = 100_000_000
-_SUFFIXES = frozenset(b"." + case for word in names.IMAGE_EXTENSIONS for case in (word, word.upper()))  # the usual ones
 
 
 @final
 class FolderSource(Source):
     """Every image file at or below `path`. The folders are the classes where they can be, see names.py."""
 
-    def __init__(self, path: str, split: str | None) -> None:
+    def __init__(self, path: str, split: str | None, walked: Walk | None = None) -> None:
+        """walked: what a walk has just found at `path`, where there was one."""
         self.path = path
-        found = _index(path)
+        found = _index(path, walked)
         self._listing = names.Listing(found, split)
         self.labels = self._listing.labels()
         self.classes = tuple(found.meta["classes"]) if self.labels is not None else None
+        self.labels_from = "the names of the folders" if self.classes else None
+        self.left_out = self._listing.left_out(split)
         classes = f" in {len(self.classes):,} classes" if self.classes else ""
         self.description = f"folder of {len(self):,} images{classes}"
         self.fingerprint = self._fingerprint()
@@ -63,9 +64,15 @@ class FolderSource(Source):
         return names.printable(self._file(index))
 
 
-def splits(path: str) -> list[str]:
-    """The splits of a folder: subfolders train/, val/, ... in any case."""
-    return names.splits_of(_index(path))
+def splits(path: str, walked: Walk | None = None) -> list[str]:
+    """The splits of a folder: subfolders train/, val/, ... as names.py finds them."""
+    return names.splits_of(_index(path, walked))
+
+
+def split_like(path: str) -> list[str]:
+    """Names of class folders that may be splits, but were not recognised as such."""
+    found: list[str] = _index(path).meta["split_like"]
+    return found
 
 
 def stored(path: str) -> Index | None:
@@ -73,12 +80,16 @@ def stored(path: str) -> Index | None:
     return index.stored("folder", path, lambda known: _current(path, known))
 
 
-def _index(path: str) -> Index:
-    return index.cached("folder", path, lambda known: _current(path, known), lambda writer: _build(path, writer))
+def _index(path: str, walked: Walk | None = None) -> Index:
+    return index.cached(
+        "folder", path, lambda known: _current(path, known), lambda writer: _build(path, writer, walked)
+    )
 
 
 def _current(path: str, known: Index) -> bool:
     """Whether no walked folder has changed: one stat a folder."""
+    if known.meta["plugins"] != sorted(map(os.fsdecode, names.readable_plugins())):
+        return False
     top, built = os.fsencode(path), known.meta["built_ns"]
     offsets, flat = known["walked_offsets"].tolist(), known["walked"].tobytes()
     for i, changed in enumerate(known["changed_ns"].tolist()):
@@ -88,73 +99,39 @@ def _current(path: str, known: Index) -> bool:
     return True
 
 
-def _build(path: str, writer: Writer) -> dict[str, Any]:
-    built_ns = time.time_ns()
-    found = names.Found()
-    walked, changed, others = _walk(os.fsencode(path), found)
+def _build(path: str, writer: Writer, known: Walk | None) -> dict[str, Any]:
+    walked = known or walk(path)
+    found, report = walked.found, walked.report
     if not found.lengths:
-        raise UserError(_nothing(path, others))
-    split_ids = names.split_of_folders(found.folders)
-    under = [f.partition(b"/")[2] if i else f for f, i in zip(found.folders, split_ids, strict=True)]
-    folder_labels, classes = names.classes_of_folders(under, split_ids)
+        raise UserError(_nothing(path, walked.others))
+    for shard in walked.shards:
+        report.add(left_out.OTHER_DATA, names.printable(os.fsencode(shard)))
+    split_ids, under = names.split_and_class_path(found.folders)
     folder = np.frombuffer(found.folder, np.int64)
+    counts = np.bincount(folder, minlength=len(found.folders))
+    of_folders = names.classes_of_folders(under, split_ids, counts)
+    for i in np.flatnonzero(of_folders.stray & (counts > 0)).tolist():
+        first = found.file_name(int(np.argmax(folder == i)))
+        where = found.folders[i] + b"/" if found.folders[i] else b""
+        report.note(left_out.STRAY, names.printable(where + first), int(counts[i]))
     meta = names.store(
         writer,
         found,
         split=np.array(split_ids, np.int64)[folder],
         under=under,
-        labels=folder_labels[folder],
+        labels=of_folders.labels[folder],
         columns={},
     )
-    writer.add("walked", np.frombuffer(b"".join(walked), np.uint8))
-    writer.add("walked_offsets", np.cumsum([0, *map(len, walked)]))
-    writer.add("changed_ns", np.array(changed, np.int64))
-    return meta | {"classes": classes, "built_ns": built_ns}
-
-
-def _walk(top: bytes, found: names.Found) -> tuple[list[bytes], list[int], Counter[str]]:
-    """Gather the images below `top`, without a stat of any file that is not a symlink.
-
-    Links are followed, except to a folder that the path already passes through. Hidden files and folders are left out.
-    Returns the walked folders, when each changed last (ns), and how many other files there are by extension.
-    """
-    walked: list[bytes] = []
-    changed: list[int] = []
-    others: Counter[str] = Counter()
-    pending: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
-    while pending:
-        folder, passed = pending.pop()
-        where = os.path.join(top, folder)
-        status = os.stat(where)
-        if (status.st_dev, status.st_ino) in passed:
-            continue
-        images: list[bytes] = []
-        inner: list[bytes] = []
-        walked.append(folder)
-        changed.append(status.st_mtime_ns)
-        try:
-            with os.scandir(where) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if name.startswith(b"."):
-                        continue
-                    if entry.is_dir():
-                        inner.append(name)
-                    elif name[name.rfind(b".") :] in _SUFFIXES or names.is_image(name):
-                        if entry.is_file() or entry.is_symlink():  # a dangling link is a bad image, a pipe is none
-                            images.append(name)
-                    else:
-                        others[names.printable(names.extension(name)) if b"." in name else "no extension"] += 1
-        except PermissionError:
-            changed[-1] = -1  # never current: permissions change without a trace in the folder's time
-            warnings.warn(f"{names.printable(where)}: permission denied, its images are left out", stacklevel=2)
-        if images:
-            found.folders.append(folder)
-            found.add(len(found.folders) - 1, images)
-        if inner:
-            ancestors = passed | {(status.st_dev, status.st_ino)}
-            pending += [(folder + b"/" + name if folder else name, ancestors) for name in sorted(inner, reverse=True)]
-    return walked, changed, others
+    writer.add("walked", np.frombuffer(b"".join(walked.folders), np.uint8))
+    writer.add("walked_offsets", np.cumsum([0, *map(len, walked.folders)]))
+    writer.add("changed_ns", np.array(walked.changed, np.int64))
+    return meta | {
+        "classes": of_folders.classes,
+        "built_ns": walked.built_ns,
+        "left_out": report.as_json(),
+        "split_like": [] if any(split_ids) else names.unrecognised_splits(found.folders),
+        "plugins": sorted(map(os.fsdecode, names.readable_plugins())),
+    }
 
 
 def _nothing(path: str, others: Counter[str]) -> str:

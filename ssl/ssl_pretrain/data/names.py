@@ -6,11 +6,14 @@ million of them are a few arrays and not a million Python objects.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
 import io
 import os
+import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +21,44 @@ import numpy as np
 
 from ..errors import UserError
 from .index import Index, Writer
+from .left_out import EXAMPLES, NO_SPLIT, LeftOut
 
 IMAGE_EXTENSIONS = frozenset(
-    b"jpg jpeg jfif png webp bmp gif tif tiff ppm pgm npy".split()  # npy: a decoded uint8 (H, W, C) array
+    b"jpg jpeg jpe jfif png apng webp bmp gif tif tiff ppm pgm pbm pnm pfm mpo jp2 j2k j2c jpc jpf jpx avif avifs "
+    b"npy".split()  # npy: a decoded (H, W, C) array of uint8 or uint16
 )
+# Image formats that a package of the extra `formats` reads: extension, package, the module that has it.
+PLUGINS = {
+    b"heic": ("pillow-heif", "pillow_heif"),
+    b"heif": ("pillow-heif", "pillow_heif"),
+    b"hif": ("pillow-heif", "pillow_heif"),
+    b"jxl": ("pillow-jxl-plugin", "pillow_jxl"),
+}
+# Image files that nothing here reads, and what to do with them.
+CONVERT = frozenset(b"cr2 cr3 nef arw dng raf orf rw2 psd exr hdr dcm dds tga svg eps ico".split())
+COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 SPLIT_WORDS = ("train", "val", "validation", "valid", "test")
 _SPLIT_IDS = {word.encode(): i + 1 for i, word in enumerate(SPLIT_WORDS)}  # 0: of no split
+_SPELLINGS = {
+    **{word: word for word in SPLIT_WORDS},
+    "training": "train",
+    "trainval": "train",
+    "train_val": "train",
+    "train-val": "train",
+    "testing": "test",
+    "tests": "test",
+    "validating": "validation",
+}
+# Words that may mean images to test on. They are no splits, but pretraining does not take them for classes.
+_PERHAPS = frozenset("eval evaluation dev devel holdout heldout hold_out held_out".split())
+_BESIDE = "(?:images?|imgs?|seg|data|dataset|set|split|folder|photos?)"  # words that say nothing more about a split
+_SPLIT_NAME = re.compile(
+    rf"(?:split=)?(?:{_BESIDE}[ _-]?)?({'|'.join(sorted(_SPELLINGS, key=len, reverse=True))})"
+    rf"(?:[ _-]?{_BESIDE})?(?:[ _-]?\d{{1,4}})?",
+    re.IGNORECASE,
+)
+SPLIT_DEPTH = 4  # folder levels that are looked through for splits: ILSVRC/Data/CLS-LOC/train is the deepest known
+STRAY_SHARE = 20  # one image of so many (or a single one) may lie beside the class folders without taking their labels
 MAX_CLASSES = 10_000_000
 _CHUNK = 1 << 14  # names copied at a time
 
@@ -34,8 +69,28 @@ def extension(name: bytes) -> bytes:
 
 
 def is_image(name: bytes) -> bool:
-    """Whether a file is an image by its extension."""
-    return b"." in name and extension(name) in IMAGE_EXTENSIONS
+    """Whether a file is an image by its extension, of a format that can be read."""
+    return b"." in name and extension(name) in (IMAGE_EXTENSIONS | readable_plugins())
+
+
+@functools.cache
+def readable_plugins() -> frozenset[bytes]:
+    """Those extensions of PLUGINS whose package is installed."""
+    return frozenset(ext for ext, (_, module) in PLUGINS.items() if importlib.util.find_spec(module) is not None)
+
+
+def why_not(ext: bytes) -> str:
+    """Why a file of this extension (lower case, no dot) is no image to us, as a reason of a LeftOut."""
+    if ext in PLUGINS:
+        return f".{ext.decode()}, which needs {PLUGINS[ext][0]}: pip install 'ssl-pretrain[formats]'"
+    if ext in CONVERT:
+        return f".{ext.decode()}, a format that is not read: convert to PNG, JPEG or .npy"
+    return f".{printable(ext)}"
+
+
+def stem(path: str) -> str:
+    """A file's name without its folders and its extension."""
+    return os.path.basename(path).rpartition(".")[0]
 
 
 def printable(name: bytes) -> str:
@@ -45,74 +100,194 @@ def printable(name: bytes) -> str:
 
 
 def as_item(name: bytes, data: bytes) -> bytes | np.ndarray:
-    """The sample in a file: its bytes, or for .npy the array (H, W, C) uint8. Raises ValueError for another array."""
+    """The sample in a file: its bytes, or for .npy the array (H, W, C) uint8 or uint16. Raises ValueError with the
+    remedy for another array."""
     if extension(name) != b"npy":
         return data
-    pixels = np.load(io.BytesIO(data), allow_pickle=False)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-        raise ValueError(f"{printable(name)} holds {pixels.dtype} {pixels.shape}, not uint8 (height, width, channels)")
+    try:
+        pixels = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # a damaged header makes numpy raise nearly anything
+        raise ValueError(f"damaged .npy: {one_line(error)}") from None
+    if not isinstance(pixels, np.ndarray):
+        raise ValueError("an .npz archive named .npy: save each image with numpy.save")
+    if pixels.dtype not in (np.uint8, np.uint16) or pixels.ndim not in (2, 3):
+        raise ValueError(
+            f".npy of {pixels.dtype} {pixels.shape}: save images as uint8 or uint16 (height, width, channels), scaled "
+            f"to the full range of the type"
+        )
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def split_of_name(name: str) -> int:
+    """The split id that a folder's name spells ("Train", "training", "seg_test", "val2017", "test_images"), 0 for none."""
+    spelled = _SPLIT_NAME.fullmatch(name)
+    return _SPLIT_IDS[_SPELLINGS[spelled[1].lower()].encode()] if spelled else 0
+
+
+def split_among_words(name: str) -> int:
+    """The split id that one word of a name is ("asl_alphabet_train"), 0 for none, or for several that differ."""
+    found = {split_of_name(word) for word in re.split(r"[^a-z]+", name.lower())} - {0}
+    return found.pop() if len(found) == 1 else 0
+
+
+def canonical_split(name: str) -> str:
+    """The name by which a split is known that is spelled so ("training" is "train"); other names in lower case."""
+    return ("", *SPLIT_WORDS)[split_of_name(name) or split_among_words(name)] or name.lower()
+
+
+def split_like(names: Iterable[str]) -> list[str]:
+    """Those of the names of folders or shards (all at one level) that may be splits: some are spelled as one, or half
+    of all have a word of one in them."""
+    names = sorted(set(names))
+    exact = [name for name in names if split_of_name(name) or name.lower() in _PERHAPS]
+    words = [name for name in names if split_among_words(name) or _PERHAPS & set(re.split(r"[^a-z]+", name.lower()))]
+    return exact or (words if 2 * len(words) >= len(names) else [])
 
 
 def split_of_token(name: str) -> int:
     """The split id that a shard's file name says as a whole token ('x-train-000.tar'), 0 for none."""
-    tokens = name.lower().replace("_", "-").replace(".", "-").split("-")
-    return next((_SPLIT_IDS[token.encode()] for token in tokens if token.encode() in _SPLIT_IDS), 0)
+    tokens = re.split(r"[-_. ]", name)
+    return next((split for token in tokens if (split := split_of_name(token))), 0)
 
 
-def list_shards(path: str, ending: str) -> list[tuple[int, str]]:
-    """The shards at `path` (one file, or a directory with them at its top, in data/, or in folders named as splits), as
-    (split id, path within the data; "" for one file), sorted by path."""
-    if os.path.isfile(path):
-        return [(split_of_token(os.path.basename(path)), "")]
-    shards = []
-    for name in sorted(os.listdir(path)):
-        inner = os.path.join(path, name)
-        folder_split = _SPLIT_IDS.get(os.fsencode(name.lower()), 0)
-        if name.startswith("."):
+def split_of_shard(path: str) -> int:
+    """The split id of a shard by its path within the data ("/" between the parts): of the innermost folder whose name
+    spells one, else of a token of its file name, else of a word in a folder's name."""
+    *folders, file = path.split("/")
+    ways = (map(split_of_name, reversed(folders)), [split_of_token(file)], map(split_among_words, reversed(folders)))
+    return next((split for way in ways for split in way if split), 0)
+
+
+def with_splits(paths: Iterable[str]) -> list[tuple[int, str]]:
+    """(split id, path) of shards, sorted by path."""
+    return [(split_of_shard(path), path) for path in sorted(paths)]
+
+
+def braces(path: str) -> list[str]:
+    """The paths that a pattern with braces stands for, {000..003} or {a,b}; [] where there are none, or it is the path
+    of something that is there."""
+    if "{" not in path or os.path.exists(path):
+        return []
+    done, pending = [], [path]
+    while pending:
+        text = pending.pop(0)
+        found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
+        if found is None:
+            done.append(text)
             continue
-        if (folder_split or name.lower() == "data") and os.path.isdir(inner):
-            files = sorted(file for file in os.listdir(inner) if file.lower().endswith(ending) and file[0] != ".")
-            shards += [(folder_split or split_of_token(file), f"{name}/{file}") for file in files]
-        elif name.lower().endswith(ending) and os.path.isfile(inner):
-            shards.append((split_of_token(name), name))
-    return shards
+        if found[3] is not None:
+            inner = found[3].split(",")
+        else:
+            first, last = int(found[1]), int(found[2])
+            if last - first >= 1_000_000:
+                raise UserError(f"{path} stands for {last - first + 1:,} files: 1,000,000 are supported")
+            width = len(found[1]) if len(found[1]) == len(found[2]) or found[1].startswith("0") else 1
+            inner = [f"{number:0{width}}" for number in range(first, last + 1)]
+        pending += [text[: found.start()] + word + text[found.end() :] for word in inner]
+    return done if done != [path] else []
 
 
 def split_of_folders(folders: Sequence[bytes]) -> list[int]:
-    """The split id of each folder (a path; it holds images itself) by its first part; all 0 where there are no splits.
+    """The split id of each folder (a path; it holds images itself); all 0 where there are no splits."""
+    return split_and_class_path(folders)[0]
 
-    A folder `train` alone beside others may be the class of railway vehicles: the data is split where every image lies
-    in a folder named as a split, or where there is `train` and at least one more.
+
+def split_and_class_path(folders: Sequence[bytes]) -> tuple[list[int], list[bytes]]:
+    """The split id of each folder (a path; it holds images itself), and its path without the split's own folder.
+
+    The splits are the first level, of SPLIT_DEPTH, whose names tell. A folder `train` alone beside others may be the class
+    of railway vehicles: a level has the splits where every image lies in a folder named as a split there, or where there
+    is `train` and at least one more (below the top: with half of the folders at least). A split's name within a longer one
+    ("asl_alphabet_train") counts where every folder of the level has one, and train is among at least two.
     """
-    ids = [_SPLIT_IDS.get(folder.split(b"/", 1)[0].lower(), 0) for folder in folders]
-    found = set(ids) - {0}
-    split = bool(found) and (0 not in ids or (_SPLIT_IDS[b"train"] in found and len(found) > 1))
-    return ids if split else [0] * len(ids)
+    parts = [folder.split(b"/") for folder in folders]
+    names = {part: os.fsdecode(part) for path in parts for part in path[:SPLIT_DEPTH]}
+    train = _SPLIT_IDS[b"train"]
+    for spelled in (split_of_name, split_among_words):
+        known = {part: spelled(name) for part, name in names.items()}
+        if not any(known.values()):
+            continue
+        for depth in range(SPLIT_DEPTH):
+            ids = [known[path[depth]] if len(path) > depth else 0 for path in parts]
+            found = set(ids) - {0}
+            outside = ids.count(0)
+            pair = train in found and len(found) > 1
+            exact = spelled is split_of_name and (
+                (pair and (depth == 0 or 2 * outside <= len(ids))) or (bool(found) and not outside)
+            )
+            if exact or (pair and not outside):
+                rest = [
+                    b"/".join(p[:depth] + p[depth + 1 :]) if i else f
+                    for p, f, i in zip(parts, folders, ids, strict=True)
+                ]
+                return ids, rest
+    return [0] * len(folders), list(folders)
 
 
-def classes_of_folders(folders: Sequence[bytes], splits: Sequence[int]) -> tuple[np.ndarray, list[str] | None]:
-    """The class of each folder, (D,) int64 with -1 for none, and the class names.
+def unrecognised_splits(folders: Sequence[bytes]) -> list[str]:
+    """Paths of folders that may be splits (`split_like`) at the first level that has several."""
+    parts = [folder.split(b"/") for folder in folders if folder]
+    for depth in range(SPLIT_DEPTH):
+        level = {path[depth] for path in parts if len(path) > depth}
+        if len(level) > 1:
+            above = "".join(os.fsdecode(part) + "/" for part in parts[0][:depth])
+            return [above + name for name in split_like(map(os.fsdecode, level))]
+    return []
 
-    `folders` are paths under their split's own folder. Classes are the first folder level that has at least two names,
-    provided every image lies that deep or deeper. All splits count together, so that they agree on the classes; a split
-    with an image at its top has none. Where the data is split, folders outside of it have none.
+
+@dataclass
+class FolderClasses:
+    """What `classes_of_folders` found."""
+
+    labels: np.ndarray  # (D,) int64, -1 for none
+    classes: list[str] | None
+    stray: np.ndarray  # (D,) bool: lies beside the class folders of a split that has labels
+
+
+def classes_of_folders(folders: Sequence[bytes], splits: Sequence[int], counts: np.ndarray) -> FolderClasses:
+    """The class of each of D folders.
+
+    `folders` are paths under their split's own folder; `counts` (D,) says how many images lie in each. Classes are the
+    first folder level that has at least two names. All splits count together, so that they agree on the classes. A split
+    has none where more images than a few strays (one in STRAY_SHARE, or a single one) lie above that level, or where all
+    of it lies in one folder that no other split has, beside others with several (Tiny-ImageNet's val/images). Where the
+    data is split, folders outside of it have none.
     """
     parts = [folder.split(b"/") if folder else [] for folder in folders]
-    flat = {split for split, part in zip(splits, parts, strict=True) if not part}
-    if any(splits):
-        flat.add(0)
-    labelled = [split not in flat for split in splits]
-    chosen = [part for part, ok in zip(parts, labelled, strict=True) if ok]
-    depth = 0
-    while chosen and all(len(part) > depth for part in chosen):
-        classes = sorted({part[depth] for part in chosen})
-        if len(classes) > 1:
-            number = {name: i for i, name in enumerate(classes)}
-            labels = [number[p[depth]] if ok else -1 for p, ok in zip(parts, labelled, strict=True)]
-            return np.array(labels, np.int64), [os.fsdecode(name) for name in classes]
-        depth += 1
-    return np.full(len(folders), -1, np.int64), None
+    split_of = np.array(splits, np.int64)
+    depths = np.array([len(part) for part in parts])
+    deep = set(splits) - ({0} if any(splits) else set())  # the splits that may have classes
+    for depth in range(int(depths.max(initial=0))):
+        for split in list(deep):
+            mine = split_of == split
+            loose, rest = int(counts[mine & (depths <= depth)].sum()), int(counts[mine & (depths > depth)].sum())
+            if loose > max(1, (loose + rest) // STRAY_SHARE) or 4 * loose > rest:
+                deep.discard(split)
+        at = [i for i, part in enumerate(parts) if splits[i] in deep and len(part) > depth]
+        if len({parts[i][depth] for i in at}) < 2:
+            continue
+        of_split: dict[int, set[bytes]] = {}
+        for i in at:
+            of_split.setdefault(splits[i], set()).add(parts[i][depth])
+        if max(map(len, of_split.values())) > 1:
+            for split, mine_names in of_split.items():
+                others = set().union(*(theirs for other, theirs in of_split.items() if other != split))
+                if len(mine_names) == 1 and others and not mine_names & others:
+                    deep.discard(split)
+        classes = sorted({parts[i][depth] for i in at if splits[i] in deep})
+        number = {name: i for i, name in enumerate(classes)}
+        labels, stray = np.full(len(parts), -1, np.int64), np.zeros(len(parts), bool)
+        for i, part in enumerate(parts):
+            if splits[i] in deep:
+                stray[i] = len(part) <= depth
+                labels[i] = -1 if stray[i] else number[part[depth]]
+        return FolderClasses(labels, [os.fsdecode(name) for name in classes], stray)
+    return FolderClasses(np.full(len(parts), -1, np.int64), None, np.zeros(len(parts), bool))
 
 
 def class_names(largest: int, named: dict[int, str]) -> list[str]:
@@ -139,6 +314,16 @@ class Found:
         self.lengths.extend(map(len, names))
         self.stems.extend([name.index(b".", 1) for name in names])
         self.folder.extend([folder] * len(names))
+
+    def file_name(self, row: int) -> bytes:
+        """The file name that was added as number `row`."""
+        start = sum(self.lengths[:row])
+        return bytes(self.flat[start : start + self.lengths[row]])
+
+    def path(self, row: int) -> str:
+        """The path of the file that was added as number `row`."""
+        inside = self.folders[self.folder[row]]
+        return os.fsdecode((inside + b"/" if inside else b"") + self.file_name(row))
 
 
 def store(
@@ -286,6 +471,16 @@ class Listing:
         """(N,) int64 with -1 where unknown; None where no sample has a label."""
         labels = np.array(self.index["labels"][self.start : self.stop])
         return labels if (labels >= 0).any() else None
+
+    def left_out(self, split: str | None) -> LeftOut:
+        """What the index says of everything, and how many images lie outside of the splits where one is open."""
+        report = LeftOut.from_json(self.index.meta["left_out"])
+        first, last = self.index.meta["rows"].get("", [0, 0])
+        if split is not None and last > first:
+            everything = Listing(self.index, None)
+            examples = [printable(everything.path(row)) for row in range(first, min(last, first + EXAMPLES))]
+            report.out[NO_SPLIT] = (last - first, examples)
+        return report
 
 
 def _slice(flat: np.ndarray, offsets: np.ndarray, i: int) -> bytes:

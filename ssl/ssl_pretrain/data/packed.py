@@ -20,6 +20,7 @@ from typing import Any, final
 import numpy as np
 
 from ..errors import UserError
+from .left_out import LeftOut
 from .source import Source
 
 FORMAT = 1
@@ -38,10 +39,18 @@ class PackedSource(Source):
         self._parts = [_Part(self.folder, name, self.channels) for name in names]
         self._ends = np.cumsum([len(part.places) for part in self._parts])
         known = [part.labels for part in self._parts]
-        self.labels = None if any(labels is None for labels in known) else np.concatenate(known)
+        self.labels = None
+        if any(labels is not None for labels in known):  # a split without labels does not take the others'
+            sizes = [len(part.places) for part in self._parts]
+            bare = [
+                np.full(n, -1, np.int64) if labels is None else labels for n, labels in zip(sizes, known, strict=True)
+            ]
+            self.labels = np.concatenate(bare)
         self.classes = tuple(head["classes"]) if head["classes"] else None
         identity = json.dumps([head["fingerprint"], names, FORMAT])
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+        self.labels_from = "the data that was packed" if self.labels is not None else None
+        self.left_out = LeftOut.from_json(head.get("left_out", {}))
         self.description = f"{len(self):,} packed images of {head['from']}"
 
     def __len__(self) -> int:
@@ -158,9 +167,11 @@ class Writer:
         (self.aside / f"{name}.names").write_text("\n".join(names), encoding="utf-8")
         self.counts[name] = len(places)
 
-    def finish(self, *, classes: tuple[str, ...] | None, fingerprint: str, source: str) -> None:
-        """Give the folder its name. fingerprint, source: of the data it was packed from."""
+    def finish(
+        self, *, classes: tuple[str, ...] | None, fingerprint: str, source: str, left_out: LeftOut | None = None
+    ) -> None:
+        """Give the folder its name. fingerprint, source, left_out: of the data it was packed from."""
         head = {"format": FORMAT, "channels": self.channels, "splits": self.counts, "classes": classes,
-                "fingerprint": fingerprint, "from": source}  # fmt: skip
+                "fingerprint": fingerprint, "from": source, "left_out": (left_out or LeftOut()).as_json()}  # fmt: skip
         (self.aside / HEAD).write_text(json.dumps(head, indent=1))
         os.replace(self.aside, self.folder)

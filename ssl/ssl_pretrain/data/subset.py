@@ -15,6 +15,7 @@ class Subset(Source):
         self.source, self.indices = source, indices
         self.labels = None if source.labels is None else source.labels[indices]
         self.classes = source.classes
+        self.labels_from, self.left_out = source.labels_from, source.left_out
         self.fingerprint = source.fingerprint
         self.description = f"{len(indices):,} of {source.description}"
 

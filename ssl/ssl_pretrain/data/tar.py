@@ -1,8 +1,8 @@
 """Images in tar shards, read in place. An index of where each of N images lies is built once (data/index.py).
 
-A sample is what shares a name up to the first dot (the WebDataset convention): its image by extension, and its class,
-an integer or a word, in a member `.cls`. Archives of plain folders work too: without any .cls the folders are the
-classes.
+Every image is a sample, but maps of another one (k.jpg or k.image.jpg beside k.mask.png). Its class, an integer or a word,
+is in a member of its name with `.cls`, or of its name up to the first dot (the WebDataset convention). Archives of plain
+folders work too: without any .cls the folders are the classes.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ import hashlib
 import json
 import os
 import tarfile
-import warnings
 from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
 
 from ..errors import UserError
-from . import index, names
+from . import index, left_out, names
 from .index import Index, Writer
+from .left_out import LeftOut
 from .source import Source, compressed
+from .walk import Walk, list_shards, walk
 
 OPEN_SHARDS = 128  # file descriptors kept open by one source in one process
-IMAGE_PREFERENCE = (b"jpg", b"jpeg", b"jfif", b"png", b"webp", b"bmp", b"tif", b"tiff", b"gif", b"ppm", b"pgm", b"npy")
+IMAGE_WORDS = frozenset((b"", b"image", b"img", b"input", b"rgb"))  # k.jpg, k.image.jpg: the image of a sample
+MAP_WORDS = frozenset((b"mask", b"seg", b"label", b"depth", b"target"))  # k.mask.png: a map of it
+SIDECARS = frozenset(b"cls txt json caption xml csv".split())
 _MAGIC_OF_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
@@ -33,16 +37,19 @@ _MAGIC_OF_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gz
 class TarSource(Source):
     """The images of one .tar, or of a directory of them."""
 
-    def __init__(self, path: str, split: str | None) -> None:
+    def __init__(self, path: str, split: str | None, walked: Walk | None = None) -> None:
+        """walked: what a walk has just found at `path`, where there was one."""
         self.path = path
-        found = _index(path)
+        shards_, self.left_out = _shards(path, walked)
+        found = _index(path, shards_)
         self._listing = names.Listing(found, split)
-        for shard, how in found.meta["damaged"]:
-            warnings.warn(
-                f"{os.path.join(path, shard)} {how}: what is whole in it is used, the rest is lost", stacklevel=3
-            )
+        self.left_out.merge(self._listing.left_out(split))
         self.labels = self._listing.labels()
         self.classes = tuple(found.meta["classes"]) if self.labels is not None else None
+        self.labels_from = found.meta["labels_from"] if self.classes else None
+        if found.meta["labels_from"] == CLS and self.labels is not None and (bare := int((self.labels < 0).sum())):
+            first = int(np.argmax(self.labels < 0))
+            self.left_out.note(left_out.NO_LABEL, self.name(first), bare)
         self.fingerprint = hashlib.blake2b(self._listing.digest.encode(), digest_size=16).hexdigest()
         shards = len(np.unique(found["shard"][self._listing.start : self._listing.stop]))
         classes = f" in {len(self.classes):,} classes" if self.classes else ""
@@ -97,33 +104,60 @@ class _Shard:
             os.close(self._descriptor)
 
 
-def splits(path: str) -> list[str]:
-    """The splits of tar shards: words in their names, folders they lie in, or else the top folders inside of them."""
-    return names.splits_of(_index(path))
+def splits(path: str, walked: Walk | None = None) -> list[str]:
+    """The splits of tar shards: words in their names, folders they lie in, or else the folders inside of them."""
+    return names.splits_of(_index(path, _shards(path, walked)[0]))
 
 
-def _index(path: str) -> Index:
-    shards = names.list_shards(path, ".tar")
+def split_like(path: str) -> list[str]:
+    """Names of shards, or of class folders in them, that may be splits but were not recognised as such."""
+    found: list[str] = _index(path, _shards(path, None)[0]).meta["split_like"]
+    return found
+
+
+def _shards(path: str, walked: Walk | None) -> tuple[list[tuple[int, str]], LeftOut]:
+    """The shards as names.list_shards has them, and what else there is."""
+    if walked is None and not os.path.isdir(path):
+        return list_shards(path, ".tar"), LeftOut()
+    walked = walked or walk(path)
+    report = LeftOut()
+    report.merge(walked.report)
+    if os.path.isfile(_info_file(path)):
+        report.discard(names.why_not(b"json"), "info.json")
+    for name in walked.shards:
+        if not name.lower().endswith(".tar"):
+            report.add(left_out.OTHER_DATA, names.printable(os.fsencode(name)))
+    if walked.found.lengths:
+        report.add(left_out.LOOSE, names.printable(walked.found.file_name(0)), len(walked.found.lengths))
+    return names.with_splits(name for name in walked.shards if name.lower().endswith(".tar")), report
+
+
+def _index(path: str, shards: list[tuple[int, str]]) -> Index:
     beside = _info_file(path)
     state = [_state(path, name) for _, name in shards]
     info = _state(os.path.dirname(beside), os.path.basename(beside)) if os.path.isfile(beside) else None
+    plugins = sorted(map(os.fsdecode, names.readable_plugins()))
 
     def current(known: Index) -> bool:
-        return known.meta["shards"] == state and known.meta["info"] == info
+        meta = known.meta
+        return bool(meta["shards"] == state and meta["info"] == info and meta["plugins"] == plugins)
 
     def build(writer: Writer) -> dict[str, Any]:
-        return _build(path, shards, writer) | {"shards": state, "info": info}
+        return _build(path, shards, writer) | {"shards": state, "info": info, "plugins": plugins}
 
     return index.cached("tar", path, current, build)
 
 
 def _info_file(path: str) -> str:
-    return os.path.join(os.path.dirname(path) if os.path.isfile(path) else path, "info.json")
+    return os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "info.json")
 
 
 def _state(path: str, name: str) -> list[Any]:
     """Name, length in bytes and time of the last change (ns) of a shard."""
-    status = os.stat(os.path.join(path, name) if name else path)
+    try:
+        status = os.stat(os.path.join(path, name) if name else path)
+    except OSError as error:
+        raise UserError(f"{os.path.join(path, name)} cannot be read: {error.strerror}") from None
     return [name, status.st_size, status.st_mtime_ns]
 
 
@@ -137,16 +171,16 @@ class _Places:
     word: list[str | None] = field(default_factory=list)
 
 
+CLS = "the .cls members"
+
+
 def _build(path: str, shards: list[tuple[int, str]], writer: Writer) -> dict[str, Any]:
-    found, places = names.Found(), _Places()
+    found, places, report = names.Found(), _Places(), LeftOut()
     folders: dict[tuple[int, bytes], int] = {}  # by split of the shard and path in it
-    damaged: list[tuple[str, str]] = []
     for number, (split, name) in enumerate(shards):
         where = os.path.join(path, name) if name else path
-        members, damage = _members(where)
-        if damage:
-            damaged.append((name, damage))
-        for inside, file, start, size, word in _samples(where, members):
+        members = _members(where, name or os.path.basename(path), report)
+        for inside, file, start, size, word in _samples(where, members, report):
             key = (split, inside)
             if key not in folders:
                 folders[key] = len(folders)
@@ -157,25 +191,46 @@ def _build(path: str, shards: list[tuple[int, str]], writer: Writer) -> dict[str
             places.size.append(size)
             places.word.append(word)
     if not places.size:
-        raise UserError(f"{path} holds no image in {len(shards)} tar file{'s' if len(shards) > 1 else ''}")
+        told = f" ({report.sentence()})" if report else ""
+        raise UserError(f"{path} holds no image in {len(shards)} tar file{'s' if len(shards) > 1 else ''}{told}")
 
     split_ids, under = _split(list(folders))
-    folder = np.frombuffer(found.folder, np.int64)
+    of_folder = np.frombuffer(found.folder, np.int64)
     labels: np.ndarray
     classes: list[str] | None
     if any(word is not None for word in places.word):
-        labels, classes = _classes_of_words(places.word, _info_file(path))
+        labels_from = CLS
+
+        def called(i: int) -> str:
+            shard = shards[places.shard[i]][1] or path
+            return f"{shard}:{names.printable(found.file_name(i))}"
+
+        labels, classes = _classes_of_words(places.word, _info_file(path), called)
     else:
-        folder_labels, folder_classes = names.classes_of_folders(under, split_ids)
-        labels, classes = folder_labels[folder], folder_classes
+        labels_from = "the names of the folders in the shards"
+        counts = np.bincount(of_folder, minlength=len(folders))
+        of_folders = names.classes_of_folders(under, split_ids, counts)
+        for i in np.flatnonzero(of_folders.stray).tolist():
+            first = found.file_name(int(np.argmax(of_folder == i)))
+            report.note(left_out.STRAY, names.printable(found.folders[i] + b"/" + first), int(counts[i]))
+        labels, classes = of_folders.labels[of_folder], of_folders.classes
     columns: dict[str, np.ndarray] = {
         "shard": np.frombuffer(places.shard, np.int64).astype(np.int32),
         "start": np.frombuffer(places.start, np.int64),
         "size": np.frombuffer(places.size, np.int64),
     }
-    split_of_sample = np.array(split_ids, np.int64)[folder]
+    split_of_sample = np.array(split_ids, np.int64)[of_folder]
     meta = names.store(writer, found, split=split_of_sample, under=under, labels=labels, columns=columns)
-    return meta | {"classes": classes, "damaged": damaged}
+    suspects: list[str] = []
+    if not any(split_ids):
+        suspects = names.split_like(names.stem(name) for _, name in shards if name) if len(shards) > 1 else []
+        suspects = suspects or names.unrecognised_splits([inside for _, inside in folders])
+    return meta | {
+        "classes": classes,
+        "labels_from": labels_from,
+        "left_out": report.as_json(),
+        "split_like": suspects,
+    }
 
 
 def _split(folders: list[tuple[int, bytes]]) -> tuple[list[int], list[bytes]]:
@@ -184,89 +239,175 @@ def _split(folders: list[tuple[int, bytes]]) -> tuple[list[int], list[bytes]]:
     paths = [folder for _, folder in folders]
     if any(by_shard):
         return by_shard, paths
-    inside = names.split_of_folders(paths)
-    return inside, [path.partition(b"/")[2] if split else path for path, split in zip(paths, inside, strict=True)]
+    return names.split_and_class_path(paths)
 
 
-def _members(shard: str) -> tuple[list[tuple[bytes, int, int]], str | None]:
-    """The whole regular files of an archive as (path, start, size), and what is wrong with the archive, if anything."""
+def _members(shard: str, shown: str, report: LeftOut) -> list[tuple[bytes, int, int]]:
+    """The whole regular files of an archive as (path, start, size). What is wrong with it goes into `report`, where it is
+    called `shown`."""
     members: dict[bytes, tuple[int, int]] = {}
-    length = os.path.getsize(shard)
-    with open(shard, "rb") as file:
-        head = file.read(8)
-        file.seek(0)
-        if any(head.startswith(magic) for magic in _MAGIC_OF_PACKED):
-            raise UserError(compressed(shard))
-        if not head:
-            raise UserError(f"{shard} is empty (0 bytes): copy or download it again")
-        cut = length % tarfile.BLOCKSIZE != 0
-        try:
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
-                try:
-                    while (member := archive.next()) is not None:
-                        archive.members.clear()  # type: ignore[attr-defined]  # it keeps every header otherwise
-                        place = (member.offset_data, member.size)
-                        path = os.fsencode(os.path.normpath(member.name))
-                        if member.islnk():
-                            place = members.get(os.fsencode(os.path.normpath(member.linkname)), (0, -1))
-                        elif not member.isfile() or member.issparse():
-                            continue
-                        if place[0] + place[1] > length:
-                            cut = True
-                        elif place[1] >= 0:
+    try:
+        length = os.path.getsize(shard)
+        with open(shard, "rb") as file:
+            head = file.read(8)
+            file.seek(0)
+            if any(head.startswith(magic) for magic in _MAGIC_OF_PACKED):
+                raise UserError(compressed(shard))
+            if not head:
+                raise UserError(f"{shard} is empty (0 bytes): copy or download it again")
+            cut = False
+            offset = 0
+            # tarfile raises other errors than its own for damaged headers: ValueError, OverflowError, UnicodeError
+            try:
+                with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+                    try:
+                        while (member := archive.next()) is not None:
+                            archive.members.clear()  # type: ignore[attr-defined]  # it keeps every header otherwise
+                            place = (member.offset_data, member.size)
+                            path = os.fsencode(os.path.normpath(member.name))
+                            if member.islnk():
+                                place = members.get(os.fsencode(os.path.normpath(member.linkname)), (0, -1))
+                                if place[1] < 0:
+                                    report.add(left_out.BROKEN_LINK, _told(shown, path))
+                                    continue
+                            elif member.isdir():
+                                continue
+                            elif not member.isfile() or member.issparse():
+                                report.add("member that is no plain file", _told(shown, path))
+                                continue
+                            if place[1] < 0:
+                                raise tarfile.ReadError("a member of negative size")
+                            if place[0] + place[1] > length:
+                                cut = True
+                                continue
+                            if path in members:
+                                report.add(left_out.TWICE, _told(shown, path))
                             members[path] = place
-                except tarfile.ReadError:
-                    cut = True
-                file.seek(archive.offset)
-                broken = not cut and bool(file.read(tarfile.BLOCKSIZE).strip(b"\0"))
-        except tarfile.ReadError as error:
-            raise UserError(f"{shard} is not a tar archive ({error})") from None
-    damage = "is cut off in its last member" if cut else "has a damaged header in its middle" if broken else None
-    return [(path, *place) for path, place in members.items()], damage
+                    except tarfile.ReadError:
+                        cut = True
+                    offset = archive.offset
+            except tarfile.ReadError as error:
+                raise UserError(f"{shard} is not a tar archive ({names.one_line(error)})") from None
+            except (ValueError, OverflowError, RecursionError, EOFError, KeyError, IndexError, AttributeError) as error:
+                raise UserError(f"{shard} is damaged ({names.one_line(error)}): copy or download it again") from None
+            if damage := _damage(file, offset, length, cut):
+                report.add(damage, shown)
+    except OSError as error:
+        raise UserError(f"{shard} cannot be read: {error.strerror or names.one_line(error)}") from None
+    return [(path, *place) for path, place in members.items()]
 
 
-def _samples(shard: str, members: list[tuple[bytes, int, int]]) -> list[tuple[bytes, bytes, int, int, str | None]]:
-    """The images among the members as (folder, file name, start, size, word in its .cls)."""
-    groups: dict[bytes, list[tuple[bytes, bytes, int, int]]] = {}  # by path up to the first dot of the file name
-    words: dict[bytes, str] = {}
+def _damage(file: Any, offset: int, length: int, cut: bool) -> str | None:
+    """What is wrong with an archive whose last header that could be read ends at `offset`; `cut`: it or its member was
+    not whole."""
+    if cut:
+        return left_out.TRUNCATED
+    file.seek(offset)
+    end = file.read(2 * tarfile.BLOCKSIZE)
+    if end[: tarfile.BLOCKSIZE].strip(b"\0"):
+        return left_out.DAMAGED if len(end) >= tarfile.BLOCKSIZE else left_out.TRUNCATED
+    if len(end) < 2 * tarfile.BLOCKSIZE:
+        return left_out.TRUNCATED
+    if end.strip(b"\0"):
+        return left_out.BEHIND_END
+    while more := file.read(1 << 20):
+        if more.count(0) != len(more):
+            return left_out.BEHIND_END
+    return None
+
+
+def _samples(
+    shard: str, members: list[tuple[bytes, int, int]], report: LeftOut
+) -> list[tuple[bytes, bytes, int, int, str | None]]:
+    """The images among the members as (folder, file name, start, size, word in its .cls, "" where it is unreadable)."""
+    images: list[tuple[bytes, bytes, int, int, bytes, bytes]] = []  # and its key and word
+    words_of_key: dict[bytes, set[bytes]] = {}  # by path up to the first dot: the words before the extensions
+    words: dict[bytes, str] = {}  # what a .cls says, by its path without the extension
+    shown = os.path.basename(shard)
     descriptor = os.open(shard, os.O_RDONLY)
     try:
         for path, start, size in members:
-            folder, _, file = path.rpartition(b"/")
-            stem = file.partition(b".")[0]
-            if not stem:  # hidden, or the shadow files of macOS
+            folder_, _, file = path.rpartition(b"/")
+            if (path.startswith(b".") or b"/." in path) and _is_hidden(path):
+                report.add(left_out.HIDDEN, _told(shown, path))
                 continue
-            key = folder + b"/" + stem
-            if file == stem + b".cls":
-                words[key] = os.pread(descriptor, min(size, 4096), start).decode("utf-8", "replace").strip()
+            base, _, ext = path.rpartition(b".")
+            ext = ext.lower()
+            if ext == b"cls" and base:
+                try:
+                    word = os.pread(descriptor, min(size, 4096), start).decode().strip(" \t\r\n\0")
+                except UnicodeDecodeError:
+                    word = ""
+                if not word or not word.isprintable():
+                    report.note(left_out.BAD_LABEL, _told(shown, path))
+                    word = ""
+                words[base] = word
             elif names.is_image(file):
-                groups.setdefault(key, []).append((folder, file, start, size))
+                key, word_ = _key(folder_, file)
+                images.append((folder_, file, start, size, key, word_))
+                words_of_key.setdefault(key, set()).add(word_)
+            else:
+                ext = ext if b"." in file else b""
+                reason = f"{left_out.SIDECAR} .{ext.decode()}" if ext in SIDECARS else names.why_not(ext)
+                report.add(reason if ext else "without an extension", _told(shown, path))
     finally:
         os.close(descriptor)
     samples = []
-    for key, images in groups.items():
-        # One image a sample: "a.jpg" beside "a.seg.png" or "a.png" is the image, they are maps of it. Without a plainly
-        # named one, dots are part of the names and every file is an image of its own.
-        plain = [image for image in images if image[1].count(b".") == 1]
-        if plain:
-            images = [min(plain, key=lambda image: IMAGE_PREFERENCE.index(names.extension(image[1])))]
-        samples += [(*image, words.get(key)) for image in images]
+    for folder_, file, start, size, key, word_ in images:
+        if word_ in MAP_WORDS and words_of_key[key] & IMAGE_WORDS:
+            report.add(left_out.MAP, _told(shown, folder_ + b"/" + file if folder_ else file))
+            continue
+        inside = folder_ + b"/" if folder_ else b""
+        label = words.get(inside + file.rpartition(b".")[0], words.get(key))
+        samples.append((folder_, file, start, size, label))
     return samples
 
 
-def _classes_of_words(words: list[str | None], info_file: str) -> tuple[np.ndarray, list[str]]:
-    """Labels (N,) int64 of the words found in .cls (-1 without one), and the class names.
+def _told(shard: str, path: bytes) -> str:
+    return f"{shard}:{names.printable(path)}"
 
-    Integers are labels, named by info.json beside the shards where it has "classes": [{"index", "name"}, ...]; other
-    words are the names themselves.
+
+def _is_hidden(path: bytes) -> bool:
+    """Whether a file, or a folder that it lies in, is hidden."""
+    return any(part.startswith(b".") and part != b".." for part in path.split(b"/"))
+
+
+def _key(folder_: bytes, file: bytes) -> tuple[bytes, bytes]:
+    """The key of a sample in the WebDataset convention, with its folder, and the word before the file's extension (b""
+    where the extension follows the key at once)."""
+    stem, _, rest = file.partition(b".")
+    return (folder_ + b"/" if folder_ else b"") + stem, rest.rpartition(b".")[0].lower()
+
+
+def _classes_of_words(
+    words: Sequence[str | None], info_file: str, called: Callable[[int], str]
+) -> tuple[np.ndarray, list[str]]:
+    """Labels (N,) int64 of the words found in .cls (-1 without one, or an unreadable one), and the class names.
+
+    Integers are labels, the negative ones unlabelled; they are named by info.json beside the shards where it has
+    "classes": [{"index", "name"}, ...]. Other words are the names themselves. called: the name of image i for messages.
     """
-    given = {word for word in words if word is not None}
-    if not all(word.isdecimal() for word in given):
+    given = {word for word in words if word}
+    numbers = {word: _integer(word) for word in given}
+    if any(number is None for number in numbers.values()):
         ordered = sorted(given)
-        number = {word: i for i, word in enumerate(ordered)}
-        return np.array([-1 if word is None else number[word] for word in words], np.int64), ordered
-    labels = np.array([-1 if word is None else int(word) for word in words], np.int64)
-    return labels, names.class_names(int(labels.max()), _named_classes(info_file))
+        number_of = {word: i for i, word in enumerate(ordered)}
+        return np.array([number_of[word] if word else -1 for word in words], np.int64), ordered
+    largest = max((number for number in numbers.values() if number is not None), default=-1)
+    try:
+        classes = names.class_names(largest, _named_classes(info_file))
+    except UserError as error:
+        at = next(i for i, word in enumerate(words) if word and numbers[word] == largest)
+        raise UserError(f"the .cls of {called(at)}: {error}") from None
+    values = {word: max(-1, number) for word, number in numbers.items() if number is not None}
+    return np.array([values[word] if word else -1 for word in words], np.int64), classes
+
+
+def _integer(word: str) -> int | None:
+    try:
+        return int(word) if word.lstrip("+-").isdecimal() and len(word) < 1000 else None
+    except ValueError:
+        return None
 
 
 def _named_classes(info_file: str) -> dict[int, str]:

@@ -8,9 +8,12 @@ import torch
 
 from .. import checkpoint, config, distributed, files
 from ..config import Resolved, Run
+from ..data.decode import allow_pixels
 from ..data.loader import RawBatch, Share, batches
-from ..data.source import Source, open_source, pretraining_split, splits
+from ..data.names import canonical_split
+from ..data.source import Source, open_source, splits
 from ..data.subset import Subset
+from ..data.training import ALL, open_training
 from ..data.views import ViewSpec
 from ..distributed import World
 from ..errors import UserError
@@ -24,11 +27,14 @@ SECONDS_FOR_LOCK = 15.0  # to wait for a run that has the folder and may be abou
 def open_data(run: Run, world: World) -> tuple[Source, Source | None]:
     """The images to train on, and those held out for the validation loss (None without --val-images): of a split for
     validation where there is one, else taken out of the training images."""
-    split = pretraining_split(run.data)
-    source = open_source(run.data, split)
+    allow_pixels(run.max_pixels)
+    source = open_training(run.data, run.train_split)
     if run.val_images == 0:
         return source, None
-    validation_splits = [name for name in splits(run.data) if name != split and name.startswith("val")]
+    trained_on = canonical_split(run.train_split or "train")
+    validation_splits = [name for name in splits(run.data) if name.startswith("val") and name != trained_on]
+    if run.train_split == ALL:
+        validation_splits = []  # they are trained on
     pool = open_source(run.data, validation_splits[0]) if validation_splits else source
     if not world.size <= run.val_images < len(pool):
         raise UserError(

@@ -437,3 +437,12 @@ def test_a_run_says_it_once_and_takes_a_train_split(photos: Path, tmp_path: Path
     assert "folder of 32 images" in said
     assert said.count("left out of the data: 1 .csv") == 1
     assert "--train-split: train -> all" in pretrain(*argv, "--train-split", "all", code=2).stderr
+
+
+def test_heic_is_read_where_its_package_is_there(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    heif = pillow_heif.from_pillow(Image.new("RGB", (32, 32), (200, 20, 20)))
+    (tmp_path / "d").mkdir()
+    heif.save(str(tmp_path / "d" / "x.heic"))
+    source = twice(tmp_path / "d")
+    assert np.abs(decode(source[0], 3).mean((0, 1)) - (200, 20, 20)).max() < 5

@@ -396,10 +396,16 @@ def _unknown(data: bytes | bytearray) -> str:
             f"save it as .npy, uint8 or uint16 (height, width, bands)"
         )
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"heim", b"heis"):
-        return "HEIC, damaged, or to be read with pillow-heif: pip install 'ssl-pretrain[formats]'"
+        return _of_plugin("HEIC", "pillow-heif", "HEIF")
     if head[:2] == b"\xff\x0a" or head[4:8] == b"JXL ":
-        return "JPEG XL, damaged, or to be read with pillow-jxl-plugin: pip install 'ssl-pretrain[formats]'"
+        return _of_plugin("JPEG XL", "pillow-jxl-plugin", "JXL")
     return "not an image, or of a format that is not read"
+
+
+def _of_plugin(what: str, package: str, name: str) -> str:
+    if name in _formats():
+        return f"a damaged {what} file"
+    return f"{what}, which needs {package}: pip install 'ssl-pretrain[formats]'"
 
 
 def stored_bits(item: bytes | np.ndarray) -> int:

@@ -30,6 +30,7 @@ from ..data.views import ViewSpec
 from ..errors import UserError
 from ..pretext import Losses, Method, WholeBatchMethod
 from . import Fault
+from ._common import own_folder, with_cache
 from .one_step import (
     BATCH,
     ENCODER,
@@ -72,7 +73,7 @@ def checks(name: str) -> list[Callable[[], None]]:
         method.pictures_have_the_shape_of_images,
         method.two_micro_batches_equal_one,
         method.two_processes_equal_one,
-        method.resumed_run_is_bit_identical_and_exports,
+        *with_cache(lambda: own_folder(method), [method.resumed_run_is_bit_identical_and_exports]),
     ]
 
 

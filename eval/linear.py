@@ -129,7 +129,7 @@ class Input:
 
 
 @final
-class Heads:
+class LinearProbes:
     """G linear classifiers of the same input with different learning rates, in one matrix. They are independent: one
     that diverges to NaN does not change the others."""
 
@@ -362,7 +362,7 @@ def _inputs(task: Task, config: Config) -> list[Input]:
     return [Input(number, kind) for number in dict.fromkeys(layers) for kind in dict.fromkeys(kinds)]
 
 
-_Groups = dict[Input, Heads]
+_Groups = dict[Input, LinearProbes]
 
 
 # ---- From features to the heads' inputs.
@@ -444,7 +444,7 @@ def _train(
     supply = _augmented if config.augment else _cached
     heads = {}
     for one in inputs:
-        heads[one] = Heads(
+        heads[one] = LinearProbes(
             sum(train.features[tap].shape[1] for tap in one.taps),
             len(task.data.classes),
             [lr * batch / LR_BATCH for lr in lrs],

@@ -92,7 +92,7 @@ class BYOL(WholeBatchMethod):
         # Two batches: if the encoder has batch norm, its statistics are those of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
         online = encode_pooled(self.encoder, views, step)
-        with torch.no_grad():
+        with torch.no_grad():  # stop-gradient: nothing flows into the target
             target = encode_pooled(self.teacher.backbone, views, step)
         return {"online": torch.stack(online, dim=1), "target": torch.stack(target, dim=1)}
 

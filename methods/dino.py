@@ -27,7 +27,7 @@ from ssl_pretrain.flags import (
 )
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
-from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs, warmed_up
+from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs, update_centering_, warmed_up
 from ssl_pretrain.parts.views import encode_pooled, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -168,8 +168,7 @@ class DINO(Method):
         student = EncoderWithHeads({"encoder": self.encoder, "head": self.head})
         ema_update_(self.teacher, student, cosine_momentum(self.config.momentum, step.progress), step.ok)
         seen = distributed.mean(step.carried["teacher"].mean(0))
-        moved = self.centre.lerp(seen, 1 - self.config.centre_momentum)
-        self.centre.copy_(torch.where(step.ok, moved, self.centre))
+        update_centering_(self.centre, seen, self.config.centre_momentum, step.ok)
 
     def exported(self) -> Backbone:
         """The teacher's encoder."""

@@ -7,7 +7,7 @@ masked, D encoder width, K prototypes.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 import torch
@@ -37,6 +37,7 @@ from ssl_pretrain.parts.self_distillation import (
     cross_entropy_of_pairs,
     cross_entropy_of_patches,
     to_float32,
+    update_centering_,
     warmed_up,
 )
 from ssl_pretrain.parts.sinkhorn import sinkhorn
@@ -97,10 +98,10 @@ class DINOv2(WholeBatchMethod):
         """Width of the vectors that are compared with the prototypes."""
         shared_head: bool = False
         """Use one head for class tokens and patches, as in iBOT, instead of one head for each."""
-        centring: Literal["sinkhorn", "centre"] = "sinkhorn"
+        centering: Literal["sinkhorn", "centre"] = field(default="sinkhorn", metadata={"stored_as": "centring"})
         """How collapse to one prototype is prevented: Sinkhorn-Knopp over the batch, or DINO's centering."""
         centre_momentum: float = 0.9
-        """Momentum of the moving averages of the teacher's outputs (only with --centring centre)."""
+        """Momentum of the moving averages of the teacher's outputs (only with --centering centre)."""
         sinkhorn_iterations: int = 3
         """Iterations of Sinkhorn-Knopp."""
         momentum: float = 0.992
@@ -167,7 +168,7 @@ class DINOv2(WholeBatchMethod):
         if not config.shared_head:
             self.heads["patch"] = PrototypeHead(*head)
         self.mask_token = nn.Parameter(torch.zeros(encoder.dim))
-        if config.centring == "centre":
+        if config.centering == "centre":
             self.register_buffer("class_centre", torch.zeros(config.prototypes))
             self.register_buffer("patch_centre", torch.zeros(config.prototypes))
 
@@ -247,7 +248,7 @@ class DINOv2(WholeBatchMethod):
             # A spread that is not finite does not say which image is the reason. The cross-entropies do.
             shared = torch.nan_to_num(config.regulariser_weight * spread.detach(), 0.0, 0.0, 0.0)
             losses.per_sample = per_sample.detach() + shared
-        if config.centring == "centre":
+        if config.centering == "centre":
             losses.carry = {
                 "class": whole.mean((0, 1)).unsqueeze(0),
                 "patch": (parts * counted[..., None]).sum((0, 1)).unsqueeze(0),
@@ -283,7 +284,7 @@ class DINOv2(WholeBatchMethod):
     ) -> Tensor:
         """The teacher's distributions over the prototypes, from logits (..., K), of the same shape and dtype. Values
         where `counted` (...) is False have no meaning."""
-        if self.config.centring == "centre":
+        if self.config.centering == "centre":
             centre = self.class_centre if tokens == "class" else self.patch_centre
             return torch.softmax((logits - centre) / self.temperature(step), dim=-1)
         flat = None if counted is None else counted.flatten()
@@ -295,7 +296,7 @@ class DINOv2(WholeBatchMethod):
         """The teacher follows the student, each centre the teacher's outputs, that of patches the masked ones'."""
         student = EncoderWithHeads({"encoder": self.encoder, "heads": self.heads})
         ema_update_(self.teacher, student, cosine_momentum(self.config.momentum, step.progress), step.ok)
-        if self.config.centring == "sinkhorn":
+        if self.config.centering == "sinkhorn":
             return
         count = distributed.mean(step.carried["patches"].sum())
         seen = distributed.mean(step.carried["patch"].sum(0)) / count.clamp_min(1e-6)
@@ -304,7 +305,7 @@ class DINOv2(WholeBatchMethod):
             (self.patch_centre, seen, step.ok & (count > 0)),
         )
         for centre, mean, ok in pairs:
-            centre.copy_(torch.where(ok, centre.lerp(mean, 1 - self.config.centre_momentum), centre))
+            update_centering_(centre, mean, self.config.centre_momentum, ok)
 
     def exported(self) -> Backbone:
         """The teacher's encoder."""
@@ -326,7 +327,7 @@ class DINOv2(WholeBatchMethod):
             "class": (uniform, "student and teacher give every image the uniform distribution"),
             "patch": (masked * uniform, "student and teacher give every masked patch the uniform distribution"),
         }
-        if self.config.centring == "centre":  # Sinkhorn-Knopp lets no prototype have all images
+        if self.config.centering == "centre":  # Sinkhorn-Knopp lets no prototype have all images
             stated["teacher_entropy"] = (0.0, "the teacher assigns every image to the same prototype with certainty")
         if self.config.regulariser_weight:
             alike = -2 * math.log(DUPLICATES) if self.config.regulariser == "koleo" else 2 * self.config.concentration

@@ -37,6 +37,7 @@ from ssl_pretrain.parts.self_distillation import (
     cross_entropy_of_pairs,
     cross_entropy_of_patches,
     to_float32,
+    update_centering_,
     warmed_up,
 )
 from ssl_pretrain.parts.views import by_image, encode, encode_crops, multi_crop
@@ -227,8 +228,8 @@ class IBOT(Method):
         student = EncoderWithHeads({"encoder": self.encoder, "head": self.head})
         ema_update_(self.teacher, student, cosine_momentum(self.config.momentum, step.progress), step.ok)
         for name, centre in (("class", self.class_centre), ("patch", self.patch_centre)):
-            moved = centre.lerp(distributed.mean(step.carried[name].mean(0)), 1 - self.config.centre_momentum)
-            centre.copy_(torch.where(step.ok, moved, centre))
+            mean = distributed.mean(step.carried[name].mean(0))
+            update_centering_(centre, mean, self.config.centre_momentum, step.ok)
 
     def exported(self) -> Backbone:
         """The teacher's encoder."""

@@ -86,7 +86,7 @@ def by_loops(method: DINOv2, batch: Batch, step: Step) -> dict[str, float]:
     of_views = masks.transpose(0, 1).numpy()
     teacher = np.stack([numpy_prototype_head(method.teacher["heads"][names[0]], f.cls) for f in seen])
     parts = np.stack([numpy_prototype_head(method.teacher["heads"][names[1]], f.patches) for f in seen])
-    if config.centring == "centre":
+    if config.centering == "centre":
         assigned = numpy_softmax((teacher - method.class_centre.numpy()) / temperature)
         targets = numpy_softmax((parts - method.patch_centre.numpy()) / temperature)
     else:
@@ -114,7 +114,7 @@ def by_loops(method: DINOv2, batch: Batch, step: Step) -> dict[str, float]:
     "knobs",
     [
         {},
-        {"centring": "centre", "shared_head": True, "regulariser_weight": 0.0},
+        {"centering": "centre", "shared_head": True, "regulariser_weight": 0.0},
         {
             "regulariser": "kde",
             "concentration": 3.0,
@@ -144,9 +144,9 @@ def test_loss_and_gradient(knobs: dict) -> None:
         assert found == pytest.approx(slope, rel=1e-4)
 
 
-@pytest.mark.parametrize("centring", ["sinkhorn", "centre"])
-def test_autocast_changes_little(centring: str) -> None:
-    method = build(centring=centring, teacher_temperature=0.2, teacher_temperature_start=0.2).float()
+@pytest.mark.parametrize("centering", ["sinkhorn", "centre"])
+def test_autocast_changes_little(centering: str) -> None:
+    method = build(centering=centering, teacher_temperature=0.2, teacher_temperature_start=0.2).float()
     images = batch(method)
     images.views = {name: view.float() for name, view in images.views.items()}
     exact = method(images, step())
@@ -205,7 +205,7 @@ def test_knobs_of_the_masks() -> None:
 
 
 def test_teacher_and_centres_follow() -> None:
-    method = build(momentum=0.9, centre_momentum=0.7, centring="centre")
+    method = build(momentum=0.9, centre_momentum=0.7, centering="centre")
     images = batch(method)
     masks = method.masks((4, 6), step())
     views = [images.views["global1"], images.views["global2"]]
@@ -242,10 +242,10 @@ def test_teacher_and_centres_follow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("centring", "regulariser", "weight"), [("sinkhorn", "koleo", 0.1), ("centre", "kde", 0.1), ("centre", "koleo", 0)]
+    ("centering", "regulariser", "weight"), [("sinkhorn", "koleo", 0.1), ("centre", "kde", 0.1), ("centre", "koleo", 0)]
 )
-def test_collapsed_state_has_the_stated_loss(centring: str, regulariser: str, weight: float) -> None:
-    knobs = {"centring": centring, "regulariser": regulariser, "regulariser_weight": weight}
+def test_collapsed_state_has_the_stated_loss(centering: str, regulariser: str, weight: float) -> None:
+    knobs = {"centering": centering, "regulariser": regulariser, "regulariser_weight": weight}
     method = one_step.build("dinov2", **knobs, mask_ratio=(0.4, 0.5))  # four patches at least: a rectangle has no fewer
     for heads in (method.heads, method.teacher["heads"]):
         for head in heads.values():
@@ -253,7 +253,7 @@ def test_collapsed_state_has_the_stated_loss(centring: str, regulariser: str, we
     states = dict.fromkeys(("class", "patch"), losses_of(method))
 
     method = one_step.build("dinov2", **knobs)
-    if centring == "centre":  # Sinkhorn-Knopp lets no prototype have all images
+    if centering == "centre":  # Sinkhorn-Knopp lets no prototype have all images
         make_certain_(method.teacher["heads"]["class"])
         states["teacher_entropy"] = losses_of(method)
 

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from small_encoders import ImageCounter, small_encoder
 from ssl_pretrain.eval import linear
 from ssl_pretrain.eval._task import Side, Task
-from ssl_pretrain.eval.linear import Heads, hold_out
+from ssl_pretrain.eval.linear import LinearProbes, hold_out
 from synthetic_data import ArraySource, noisy_classes
 
 from ssl_pretrain.errors import UserError
@@ -20,9 +20,9 @@ from ssl_pretrain.errors import UserError
 FEW = linear.Config(lrs=(0.01, 0.1), steps=60, probe_batch_size=64)
 
 
-def heads(lrs: list[float], width: int = 6, classes: int = 4, weight_decay: float = 0.0) -> Heads:
+def heads(lrs: list[float], width: int = 6, classes: int = 4, weight_decay: float = 0.0) -> LinearProbes:
     generator = torch.Generator().manual_seed(5)
-    return Heads(width, classes, lrs, weight_decay=weight_decay, generator=generator, device=torch.device("cpu"))
+    return LinearProbes(width, classes, lrs, weight_decay=weight_decay, generator=generator, device=torch.device("cpu"))
 
 
 def batch(rows: int = 33, width: int = 6, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +91,7 @@ WAYS = {
 def test_heads_together_go_the_way_each_goes_alone(way: str, weight_decay: float) -> None:
     steps = 12
     lrs = {"lars": [5.0, 1.0, 20.0], "adamw": [0.1, 0.01, 0.3]}.get(way, [0.5, 0.01, 3.0])
-    group = Heads(
+    group = LinearProbes(
         6, 4, lrs,
         weight_decay=weight_decay, generator=torch.Generator().manual_seed(5), device=torch.device("cpu"),
         optimizer="sgd" if way == "nesterov" else way, nesterov=way == "nesterov",

@@ -106,6 +106,13 @@ def warmed_up(start: float, end: float, share: float, progress: float) -> float:
     return end if progress >= share else start + (end - start) * progress / share
 
 
+@torch.no_grad()
+def update_centering_(centre: Tensor, mean: Tensor, momentum: float, ok: Tensor) -> None:
+    """Centering of a teacher's outputs (DINO: Caron et al., 2021, eq. 4): centre <- momentum * centre + (1 - momentum) * mean
+    where `ok` (bool ()) is true. centre (K,); mean (K,) over all processes."""
+    centre.copy_(torch.where(ok, centre.lerp(mean, 1 - momentum), centre))
+
+
 def class_token(features: Features, method: str) -> Tensor:
     """The class token (B, D) of each image. Raises UserError if the encoder has none."""
     if features.cls is None:

@@ -42,11 +42,11 @@ def resampled(statistic: Callable[[np.ndarray], float], n: int, seed: int) -> li
 
 def by_class(found: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, float]]:
     """Measures of each class that has images, by name: "n" images, and "recall" (its accuracy), "precision" and "f1" in
-    percent. found, labels: predicted and true classes, both (n,) int64 in [0, C). A class that is never predicted has
-    precision 0."""
+    percent. found, labels: predicted and true classes, both (n,) int64 in [0, C); found is negative where no class was
+    predicted. A class that is never predicted has precision 0."""
     count = len(classes)
     right = np.bincount(labels[found == labels], minlength=count)
-    true, predicted = np.bincount(labels, minlength=count), np.bincount(found, minlength=count)
+    true, predicted = np.bincount(labels, minlength=count), np.bincount(found[found >= 0], minlength=count)
     return {
         name: {
             "n": int(true[c]),

@@ -17,6 +17,7 @@ from ssl_pretrain.files import write_text
 from ._intervals import by_class, wilson
 
 LISTED = 12  # rows of a sweep, or classes, that are printed
+NO_CLASS = -1  # in a ranking: no further class, like one that none of an image's neighbours belongs to
 UNBALANCED = 1.5  # ratio of the largest to the smallest class above which the single classes are printed
 
 
@@ -34,7 +35,8 @@ def classification(ranked: np.ndarray, labels: np.ndarray, classes: tuple[str, .
     (`per_class`), precision and F1 of each class that has images; the unweighted means `balanced` (of the accuracies)
     and `macro_f1`; and the numbers of images.
 
-    ranked: (n, at least min(5, C)) int64, each image's likeliest classes, best first; labels: (n,) int64 in [0, C).
+    ranked: (n, at least min(5, C)) int64, each image's likeliest classes, best first, and NO_CLASS where the classifier has
+    no more of them, which is never a hit; labels: (n,) int64 in [0, C).
     """
     hits = ranked[:, :5] == labels[:, None]
     table = by_class(ranked[:, 0], labels, classes)

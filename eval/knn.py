@@ -17,7 +17,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Pixels, Tap, blocks, poolings
 from ssl_pretrain.features.neighbours import Vote, nearest, vote
 
-from ._results import Outcome, classification
+from ._results import NO_CLASS, Outcome, classification
 from ._task import Side, Task
 
 BASELINES = ("random", "pixels")
@@ -126,8 +126,8 @@ def evaluate(task: Task, config: Config) -> Outcome:
 def _classify(
     task: Task, config: Config, train: Side, test: Side | None, *, name: str, ways: list[tuple[int, Vote]]
 ) -> Iterator[tuple[tuple[int, Vote], np.ndarray]]:
-    """For each k and vote the classes (m, min(5, C)) int64 of the test images, likeliest first; test None: of the
-    training images, each by the others. One search serves all."""
+    """For each k and vote the classes (m, min(5, C)) int64 of the test images, likeliest first, NO_CLASS where fewer have
+    a vote; test None: of the training images, each by the others. One search serves all."""
     most = max(k for k, _ in ways)
     queries = (test or train).features[name]
     similarity, index = nearest(queries, train.features[name], most, exclude_self=test is None, device=task.device)
@@ -151,5 +151,7 @@ def _of_blocks(task: Task, count: int) -> list[str]:
 
 
 def _rank(scores: Tensor) -> Tensor:
-    """The five highest of (m, C), best first; of equal ones the lower class first."""
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :5]
+    """The five classes with the highest votes (m, C), best first; of equal ones the lower class first. -1 stands where
+    fewer than five have a vote: which of the others would follow is only a matter of their numbers."""
+    votes, classes = scores.sort(dim=1, descending=True, stable=True)
+    return classes.masked_fill(votes <= 0, NO_CLASS)[:, :5]

@@ -6,6 +6,7 @@ Shapes: n training, m test images, F floats a feature, C classes; h x w pixels t
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from ssl_pretrain.randomness import numpy_generator
 
 from ._calibration import BINS, best_temperature, calibration, log_softmax, reliability
 from ._intervals import bootstrap, wilson
-from ._results import Outcome, classification
+from ._results import NO_CLASS, Outcome, classification
 from ._task import Images, Side, Task
 from .linear import hold_out
 
@@ -38,7 +39,8 @@ SHARED = True
 CHUNK = 4096  # rows scored at a time
 CALIBRATED_ON = 10_000  # held-out images at most that the temperature is fitted on
 VOTE_TEMPERATURE = 0.07  # of the neighbours' weights, as in `ssl-eval knn`
-NO_VOTE = 1e-6  # the least share of the votes that a class is said to have, so that its logarithm is finite
+NO_VOTE = 1e-6  # the share of a class without a vote, and the least of one with votes: its logarithm is finite
+LEAST_VOTE = NO_VOTE * (1 + 1e-9)  # what a class with votes has at least, so that a ranking tells it from one without
 KINDS = {"resolution": "resolutions", "crop": "crops", "input_size": "input_sizes"}  # sweeps, and their metrics
 Score = Callable[
     [np.ndarray], np.ndarray
@@ -179,7 +181,10 @@ def evaluate(task: Task, config: Config) -> Outcome:
     temperature = best_temperature(score(train.features[tap][few]), train.labels[few])
 
     clean = score(test.features[tap])
-    ranked = torch.from_numpy(clean).sort(dim=1, descending=True, stable=True).indices[:, :5].numpy()
+    shares, order = torch.from_numpy(clean).sort(dim=1, descending=True, stable=True)
+    if config.classifier == "knn":
+        order = order.masked_fill(shares < math.log(NO_VOTE * (1 + 0.5e-9)), NO_CLASS)
+    ranked = order[:, :5].numpy()
     right, rows = [], []
     for number, condition in enumerate(conditions):
         progress = partial(_tell, task, number, len(conditions))
@@ -299,7 +304,8 @@ def _neighbours(
     def score(features: np.ndarray) -> np.ndarray:
         similarity, index = nearest(features, bank, config.k, device=task.device)
         votes = vote(similarity.cpu(), index.cpu(), labels, len(task.data.classes), VOTE_TEMPERATURE).double()
-        return (votes / votes.sum(1, keepdim=True)).clamp_min(NO_VOTE).log().numpy()
+        shares = (votes / votes.sum(1, keepdim=True)).clamp_min(LEAST_VOTE)
+        return shares.masked_fill(votes <= 0, NO_VOTE).log().numpy()
 
     facts = {"classifier": f"{config.k} nearest neighbours", "vote_temperature": VOTE_TEMPERATURE, "no_vote": NO_VOTE}
     return score, facts, []

@@ -196,6 +196,10 @@ def test_neighbours_vote_as_scikit_learns_do(task: Task) -> None:
     ).fit(pixels(train.source.images)[fit], train.labels[fit])
     p = oracle.predict_proba(pixels(test.source.images))
     assert metrics["top1"] == pytest.approx(100 * (p.argmax(1) == test.labels).mean())
+    five = np.argsort(-p, axis=1, kind="stable")[:, :5]
+    hits = (five == test.labels[:, None]) & (np.take_along_axis(p, five, 1) > 0)  # a class without a vote is none
+    assert metrics["top5"] == pytest.approx(100 * hits.any(1).mean())
+    assert hits.any(1).mean() < (five == test.labels[:, None]).any(1).mean()
     p = p.clip(1e-6)
     assert metrics["nll"] == pytest.approx(log_loss(test.labels, p / p.sum(1, keepdims=True)), rel=1e-3)
     tempered = p ** (1 / metrics["temperature"])

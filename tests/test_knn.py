@@ -13,12 +13,13 @@ from pixel_tasks import pooled_features, split_task
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from small_encoders import small_encoder
 from ssl_pretrain.eval import knn
+from ssl_pretrain.eval._results import classification
 from ssl_pretrain.eval._task import Data, Task
 from synthetic_data import ArraySource, noisy_classes
 
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import neighbours, rounded_products
-from ssl_pretrain.features.neighbours import nearest, vote
+from ssl_pretrain.features.neighbours import Vote, nearest, vote
 
 
 def vectors(rows: int, dim: int = 24, seed: int = 0) -> np.ndarray:
@@ -210,7 +211,8 @@ def test_cosines_below_zero_do_not_vote() -> None:
 def test_a_low_temperature_stays_finite() -> None:
     similarity = torch.tensor([[0.9, 0.8, 0.8]])
     scores = vote(similarity, torch.tensor([[0, 1, 2]]), torch.tensor([1, 0, 0]), 2, 0.001)
-    assert scores.tolist() == [[pytest.approx(0, abs=1e-40), 1.0]]
+    assert scores.tolist() == [[pytest.approx(0, abs=1e-37), 1.0]]
+    assert scores[0, 0] > 0  # its neighbours have voted
 
 
 # ---- The evaluator, on images whose pixels are the features.
@@ -231,14 +233,67 @@ def test_every_setting_scores_what_scikit_learn_says(task: Task) -> None:
             entry["k"], metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
         ).fit(train, task.data.train.labels)
         assert entry["top1"] == pytest.approx(100 * oracle.score(test, labels), abs=1e-9)
-        five = np.argsort(-oracle.predict_proba(test), axis=1, kind="stable")[:, :5]
-        assert entry["top5"] == pytest.approx(100 * (five == labels[:, None]).any(1).mean(), abs=1e-9)
+        shares = oracle.predict_proba(test)
+        five = np.argsort(-shares, axis=1, kind="stable")[:, :5]
+        hits = (five == labels[:, None]) & (np.take_along_axis(shares, five, 1) > 0)
+        assert entry["top5"] == pytest.approx(100 * hits.any(1).mean(), abs=1e-9)
     first = outcome.all[0]
     assert (outcome.metrics["top1"], outcome.metrics["n"]) == (first["top1"], 150)
     assert 30 < first["top1"] < 100
     share = sum(outcome.metrics["per_class"][f"class {c}"] * (labels == c).sum() for c in range(7)) / 150
     assert share == pytest.approx(first["top1"])
     assert outcome.protocol["headline"] == "feature pooled, k 20"
+
+
+def voted(train: ArraySource, test: ArraySource, features: list[np.ndarray], k: int, kind: str) -> list[list[int]]:
+    """For each test image the classes that its k nearest vote for, most votes first: counted one neighbour at a time."""
+    ranked = []
+    for query in unit(features[1]):
+        cosines = unit(features[0]) @ query
+        votes: dict[int, float] = {}
+        for row in sorted(range(len(cosines)), key=lambda row: -cosines[row])[:k]:
+            weight = {"softmax": np.exp(cosines[row] / 0.07), "cosine": max(cosines[row], 0.0), "uniform": 1.0}[kind]
+            if weight > 0:
+                votes[int(train.labels[row])] = votes.get(int(train.labels[row]), 0.0) + weight
+        ranked.append(sorted(votes, key=lambda label: (-votes[label], label)))
+    return ranked
+
+
+@pytest.mark.parametrize("kind", ["softmax", "cosine", "uniform"])
+def test_a_class_without_a_vote_is_no_hit(kind: Vote) -> None:
+    train, test = noisy_classes(300, 1), noisy_classes(150, 2)
+    task = split_task(train, test)
+    outcome = knn.evaluate(task, knn.Config(k=(1, 3, 20), votes=(kind,)))
+    for entry in outcome.all:
+        ranked = voted(train, test, pooled_features(task), entry["k"], kind)
+        for most, metric in ((1, "top1"), (5, "top5")):
+            hits = [label in classes[:most] for label, classes in zip(test.labels, ranked, strict=True)]
+            assert entry[metric] == pytest.approx(100 * np.mean(hits), abs=1e-9)
+    one = outcome.metrics
+    assert (one["top5"], one["top5_interval"]) == (
+        one["top1"],
+        one["top1_interval"],
+    )  # a single neighbour has one class
+    if kind == "uniform":
+        return  # many classes have equal votes, whose order is that of their numbers
+    turned = split_task(*(ArraySource(side.images, (side.labels + 3) % 7) for side in (train, test)))
+    renamed = knn.evaluate(turned, knn.Config(k=(1, 3, 20), votes=(kind,)))
+    assert [entry["top5"] for entry in renamed.all] == [entry["top5"] for entry in outcome.all]
+
+
+def test_an_image_none_of_whose_neighbours_votes_has_no_class() -> None:
+    """All cosines are negative: by a cosine vote no class is found, not the first one."""
+    ranked = knn._rank(
+        vote(torch.tensor([[-0.1, -0.2]]), torch.tensor([[0, 1]]), torch.tensor([0, 1]), 7, 1.0, 2, "cosine")
+    )
+    assert ranked.tolist() == [[-1] * 5]
+    scores = classification(ranked.numpy(), np.array([0]), ("a", "b"))
+    assert (scores["top1"], scores["top5"], scores["per_class"], scores["per_class_f1"]) == (
+        0,
+        0,
+        {"a": 0.0},
+        {"a": 0.0},
+    )
 
 
 def test_the_choice_is_by_leave_one_out_and_never_by_the_test_labels(task: Task) -> None:

@@ -117,6 +117,7 @@ def vote(
     The weight of a neighbour's vote, by `kind`: "softmax": exp(similarity / temperature) (DINO, section 4.1; Wu et al.,
     2018), scaled so that each query's nearest neighbour has the weight 1; this does not change the order and keeps low
     temperatures finite. "cosine": its similarity, or 0 if that is negative. "uniform": 1.
+    A class has 0 exactly where no neighbour votes for it.
 
     similarity, index: (Q, K) from `nearest`; bank_labels: (N,) int64 in [0, C).
     """
@@ -124,7 +125,8 @@ def vote(
     near = similarity[:, :k]
     match kind:
         case "softmax":
-            weights = ((near - near[:, :1]) / temperature).exp()
+            # At a low temperature a far neighbour's weight is rounded to 0, but it has voted.
+            weights = ((near - near[:, :1]) / temperature).exp().clamp_min(torch.finfo(torch.float32).tiny)
         case "cosine":
             weights = near.clamp_min(0)
         case "uniform":

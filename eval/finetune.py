@@ -45,8 +45,8 @@ BASELINES = ("random",)
 # He et al. (2022), appendix A.1, table 9: the defaults are those of ViT-B.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "mae": {},
-    "mae-large": {"lrs": (1e-3,), "layer_decay": 0.75, "drop_path": 0.2, "epochs": 50.0},
-    "mae-huge": {"lrs": (1e-3,), "layer_decay": 0.75, "drop_path": 0.3, "epochs": 50.0},
+    "mae-large": {"lrs": (1e-3,), "layer_decay": 0.75, "drop_path": 0.2, "epochs": 50.0, "warmup": 0.1},
+    "mae-huge": {"lrs": (1e-3,), "layer_decay": 0.75, "drop_path": 0.3, "epochs": 50.0, "warmup": 0.1},
 }
 SCOPES = ("full", "attention", "bias", "lora", "last-4")
 BETAS = (0.9, 0.999)

@@ -31,12 +31,14 @@ from ._task import Side, Task
 
 BASELINES = ("random",)
 SHARED = True
-# Published protocols, as far as their sources and this code allow (docs/evaluators.md lists the differences): MAE A.1;
-# DINO's released evaluation of ViT-S and of ViT-B; DINOv2 B.3; MoCo v3's release; I-JEPA A.1 (VISSL's); LeJEPA's
+# Published protocols, as far as their sources and this code allow (docs/evaluators.md lists the differences): MAE A.1,
+# and its release's 50 epochs for ViT-L and H; DINO's released evaluation of ViT-S and of ViT-B; DINOv2 B.3; MoCo v3's release; I-JEPA A.1 (VISSL's); LeJEPA's
 # offline probe, whose learning rate and length are not published: we chose them.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "mae": {"layers": (1,), "poolings": ("cls",), "norm": "batch", "optimizer": "lars", "lrs": (0.1,), "epochs": 90.0,
             "warmup": 10 / 90, "probe_batch_size": 16384, "augment": True},
+    **{name: {"layers": (1,), "poolings": ("cls",), "norm": "batch", "optimizer": "lars", "lrs": (0.1,), "epochs": 50.0,
+              "warmup": 10 / 50, "probe_batch_size": 16384, "augment": True} for name in ("mae-large", "mae-huge")},
     "dino": {"layers": (4,), "poolings": ("cls",), "norm": "none", "lrs": (1e-3,), "epochs": 100.0,
              "probe_batch_size": 1024, "augment": True},
     "dino-base": {"layers": (1,), "poolings": ("cls+mean",), "norm": "none", "lrs": (1e-3,), "epochs": 100.0,

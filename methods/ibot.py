@@ -105,6 +105,8 @@ class IBOT(Method):
         """Share of the run in which the teacher's temperatures rise from start to end (30 of 800 epochs)."""
         centre_momentum: float = 0.9
         """Momentum of the moving averages of the teacher's outputs (centering)."""
+        norm_last_layer: bool = True
+        """Prototypes of length 1; without it each has a learned length, 1 at the start (the release for ViT-S)."""
         freeze_prototypes: float = 0.00125
         """Share of the run, from its start, in which the prototypes are frozen (1 of 800 epochs)."""
         class_weight: float = 1.0
@@ -144,7 +146,9 @@ class IBOT(Method):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("ibot", "replace")
-        self.head = PrototypeHead(encoder.dim, config.hidden_dim, config.bottleneck_dim, config.prototypes)
+        self.head = PrototypeHead(
+            encoder.dim, config.hidden_dim, config.bottleneck_dim, config.prototypes, gain=not config.norm_last_layer
+        )
         self.mask_token = nn.Parameter(torch.zeros(encoder.dim))
         self.register_buffer("class_centre", torch.zeros(config.prototypes))
         self.register_buffer("patch_centre", torch.zeros(config.prototypes))

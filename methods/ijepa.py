@@ -37,7 +37,7 @@ class IJEPA(Method):
 
     recipe = Recipe(
         lr=1e-3,
-        lr_batch=2048,
+        lr_scaling="none",
         final_lr=1e-6,
         betas=(0.9, 0.999),
         weight_decay=0.04,

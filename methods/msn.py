@@ -7,7 +7,7 @@ embedding width, K prototypes, P patches of a view.
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,8 @@ class MSN(WholeBatchMethod):
         """Side of a small view divided by that of a large view, rounded to a size that the encoder accepts."""
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+        """How crops are resized."""
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "prototypes")
@@ -137,7 +139,8 @@ class MSN(WholeBatchMethod):
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """The target's crop and the large anchor's, of one kind, and the small anchors' (section 4, as released)."""
-        colour = {"jitter": jitter(0.5), "grayscale": 0.2, "blur": config.blur}
+        colour: dict[str, Any] = {"jitter": jitter(0.5), "grayscale": 0.2, "blur": config.blur}
+        colour["interpolation"] = config.interpolation
         views = tuple(
             ViewSpec(name=name, size=image_size, scale=config.global_scale, **colour) for name in ("target", "anchor")
         )

@@ -67,6 +67,8 @@ class NPID(WholeBatchMethod):
         bank's momentum instead)."""
         crop_scale: tuple[float, float] = (0.2, 1.0)
         """Smallest and largest share of the image's area that a crop covers."""
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+        """How crops are resized."""
 
         def __post_init__(self) -> None:
             within(self, AT_LEAST_1, "embedding_dim", "negatives")
@@ -89,7 +91,16 @@ class NPID(WholeBatchMethod):
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """One crop with colour jitter (section 4.2 and the release)."""
         strong = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, p=1.0)
-        return (ViewSpec(name="image", size=image_size, scale=config.crop_scale, jitter=strong, grayscale=0.2),)
+        return (
+            ViewSpec(
+                name="image",
+                size=image_size,
+                scale=config.crop_scale,
+                interpolation=config.interpolation,
+                jitter=strong,
+                grayscale=0.2,
+            ),
+        )
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Unit embeddings "embedding" (B, K) and the sample ids "index" (B,)."""

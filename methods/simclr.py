@@ -54,6 +54,8 @@ class SimCLR(WholeBatchMethod):
 
         loss: Literal["infonce", "dcl", "dclw"] = "infonce"
         """InfoNCE, or decoupled contrastive learning, plain or with weighted positives."""
+        dcl_weights: Literal["gradient", "detached"] = "gradient"
+        """Weights of dclw's positives: part of the gradient (as eq. 7 is written), or constants (lightly's)."""
         temperature: float = 0.1
         """Temperature of the similarities."""
         hidden_dim: int = 2048
@@ -102,7 +104,14 @@ class SimCLR(WholeBatchMethod):
         """The mean over both views of all images (eq. 1); `per_sample` is each image's."""
         pooled = embedded["pooled"]
         first, second = self.projector(pooled.transpose(0, 1).flatten(0, 1)).unflatten(0, (2, -1))
-        each = contrast(first, second, self.config.temperature, self.config.loss).unflatten(0, (2, -1)).mean(0)
+        each = contrast(
+            first,
+            second,
+            self.config.temperature,
+            self.config.loss,
+            detach_weights=self.config.dcl_weights == "detached",
+        )
+        each = each.unflatten(0, (2, -1)).mean(0)
         return Losses(total=each.mean(), per_sample=each.detach())
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:

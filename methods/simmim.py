@@ -7,7 +7,7 @@ side, D encoder width, F = p * p * C values a patch.
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class SimMIM(Method):
         """Masking ratio: share of the squares that are masked; their number is rounded up."""
         crop_scale: tuple[float, float] = (0.67, 1.0)
         """Smallest and largest share of the image's area that a crop covers."""
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+        """How crops are resized."""
 
         def __post_init__(self) -> None:
             within(self, AT_LEAST_1, "mask_unit")
@@ -69,7 +71,7 @@ class SimMIM(Method):
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """One random resized crop, flipped; no colour (section 4.1)."""
-        return (ViewSpec(name="image", size=image_size, scale=config.crop_scale),)
+        return (ViewSpec(name="image", size=image_size, scale=config.crop_scale, interpolation=config.interpolation),)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """Loss over batch.views["image"] (B, C, H, W): the mean over all masked pixels of the global batch. The mean of

@@ -8,7 +8,7 @@ global, D encoder width, E embedding width, K prototypes, Q entries of the queue
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -101,6 +101,8 @@ class SwAV(WholeBatchMethod):
         """Strength of the colour jitter."""
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+        """How crops are resized."""
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "prototypes")
@@ -122,7 +124,8 @@ class SwAV(WholeBatchMethod):
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """Two global crops and small ones, coloured alike (section 3.2 and appendix A)."""
-        colour = {"jitter": jitter(config.colour), "grayscale": 0.2, "blur": config.blur}
+        colour: dict[str, Any] = {"jitter": jitter(config.colour), "grayscale": 0.2, "blur": config.blur}
+        colour["interpolation"] = config.interpolation
         large = ViewSpec(name="global", count=2, size=image_size, scale=config.global_scale, **colour)
         if not config.local_views:
             return (large,)

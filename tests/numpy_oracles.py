@@ -51,14 +51,16 @@ def numpy_head(weights: Weights, prefix: str, layout: str, x: np.ndarray) -> np.
 
 
 def numpy_prototype_head(module: nn.Module, x: torch.Tensor) -> np.ndarray:
-    """DINO's head from its parameters in their order: three linear maps with GELU between, unit vectors, prototypes."""
+    """DINO's head from its parameters in their order: three linear maps with GELU between, unit vectors, prototypes, each
+    times its gain where there are gains."""
     found = sorted(module.named_parameters(), key=lambda item: item[0])  # mlp.0.bias, mlp.0.weight, ..., prototypes
-    w1, b1, w2, b2, w3, b3, prototypes = [found[i][1].detach().double().numpy() for i in (1, 0, 3, 2, 5, 4, 6)]
+    w1, b1, w2, b2, w3, b3, prototypes = [found[i][1].detach().double().numpy() for i in (1, 0, 3, 2, 5, 4, -1)]
+    gain = found[6][1].detach().double().numpy() if len(found) == 8 else 1.0  # prototypes.gain, prototypes.weight
     y = x.detach().double().numpy()
     for w, b in ((w1, b1), (w2, b2)):
         y = y @ w.T + b
         y = y * (1 + _erf(y / math.sqrt(2))) / 2
-    return numpy_normalize(y @ w3.T + b3) @ numpy_normalize(prototypes).T
+    return numpy_normalize(y @ w3.T + b3) @ (gain * numpy_normalize(prototypes)).T
 
 
 # ---- Losses

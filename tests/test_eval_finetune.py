@@ -523,3 +523,11 @@ def test_what_cannot_be_fine_tuned(
     backbone = backbones.build("convnext_micro", image_size=(32, 32), in_chans=3)
     with pytest.raises(UserError, match="--scope lora: ConvNeXt has no such weights"):
         finetune.trained(backbone, "lora")
+
+
+def test_the_protocols_of_mae_warm_up_for_five_epochs() -> None:
+    """He et al. (2022), table 9: 100 epochs for ViT-B, 50 for ViT-L and H, 5 of them warm-up."""
+    for name, epochs in (("mae", 100), ("mae-large", 50), ("mae-huge", 50)):
+        config = finetune.Config(**finetune.PROTOCOLS[name])
+        assert config.epochs == epochs
+        assert config.warmup * config.epochs == pytest.approx(5)

@@ -20,6 +20,7 @@ from ssl_pretrain.conformance import one_step
 from ssl_pretrain.conformance.one_step import after_step
 from ssl_pretrain.data.views import fitted
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.optim.groups import decays
 from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 2392  # of a step: python tests/kernels.py ibot
@@ -89,8 +90,13 @@ def by_loops(method: IBOT, batch: Batch, step: Step) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "knobs",
-    [{}, {"class_weight": 0.5, "patch_weight": 3.0, "teacher_patch_temperature": 0.2}, {"masking": "random"}],
-    ids=["paper", "weighted", "random"],
+    [
+        {},
+        {"class_weight": 0.5, "patch_weight": 3.0, "teacher_patch_temperature": 0.2},
+        {"masking": "random"},
+        {"norm_last_layer": False},
+    ],
+    ids=["paper", "weighted", "random", "learned lengths"],
 )
 def test_loss_and_gradient(knobs: dict) -> None:
     method = build(**knobs)
@@ -206,11 +212,26 @@ def test_collapsed_state_has_the_stated_loss() -> None:
 
 
 def test_prototypes_are_frozen_at_the_start() -> None:
-    method = build(freeze_prototypes=0.02)
+    method = build(freeze_prototypes=0.02, norm_last_layer=False)
     for number, still in ((1, True), (2, False)):
         method.zero_grad()
         method(batch(method), step(number)).total.backward()
-        assert bool((method.head.prototypes.weight.grad == 0).all()) == still
+        for parameter in method.head.prototypes.parameters():
+            assert bool((parameter.grad == 0).all()) == still
+
+
+def test_learned_lengths_of_prototypes_begin_at_one_and_decay() -> None:
+    """As in the release, whose gains are a matrix (K, 1) and so are among the parameters that decay."""
+    fixed, learned = (
+        IBOT(one_step.build("ibot").encoder, IBOT.Config(**SMALL, norm_last_layer=normed)) for normed in (True, False)
+    )
+    assert fixed.head.prototypes.gain is None
+    assert learned.head.prototypes.gain is not None
+    assert learned.head.prototypes.gain.shape == (12, 1)
+    x = torch.randn(3, fixed.encoder.dim)
+    learned.load_state_dict(fixed.state_dict(), strict=False)
+    assert torch.equal(fixed.head(x), learned.head(x))
+    assert decays("head.prototypes.gain", learned.head.prototypes.gain, IBOT.recipe.decay)
 
 
 def test_views_and_pictures() -> None:

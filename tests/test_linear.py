@@ -203,6 +203,18 @@ def test_a_single_head_is_trained_once_and_a_choice_on_test_images_says_so() -> 
     assert flattered.all[1]["top1"] == single.all[0]["top1"]
 
 
+def test_the_protocol_of_mae_has_each_sizes_length() -> None:
+    """He et al.'s release: 90 epochs for ViT-B, 50 for ViT-L and H, 10 of them warm-up."""
+    base, large, huge = (linear.PROTOCOLS[name] for name in ("mae", "mae-large", "mae-huge"))
+    for protocol, epochs in ((base, 90), (large, 50), (huge, 50)):
+        assert protocol["epochs"] == epochs
+        assert protocol["warmup"] * epochs == pytest.approx(10)
+    length = ("epochs", "warmup")
+    assert [{k: v for k, v in p.items() if k not in length} for p in (large, huge)] == [
+        {k: v for k, v in base.items() if k not in length}
+    ] * 2
+
+
 @pytest.mark.parametrize("name", linear.PROTOCOLS)
 def test_published_protocols_run(name: str) -> None:
     task = split_task(noisy_classes(300, 1), noisy_classes(150, 2))

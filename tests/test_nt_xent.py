@@ -53,6 +53,35 @@ def test_value_and_gradient_are_those_of_the_equations(kind: str) -> None:
         assert a.grad[row, column].item() == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=1e-5, abs=1e-9)
 
 
+def test_weights_of_decoupled_positives_may_be_constants() -> None:
+    """The same losses, and the gradient of positives whose weights stay what they are as the embeddings move."""
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(2, 5, 3))
+    a, b = (torch.tensor(x, requires_grad=True) for x in (first, second))
+    found = contrast(a, b, TEMPERATURE, "dclw", SIGMA, detach_weights=True)
+    np.testing.assert_allclose(found.detach().numpy(), numpy_losses(first, second, "dclw"), rtol=1e-12)
+    found.mean().backward()
+    assert a.grad is not None
+
+    def cosines(x: np.ndarray) -> np.ndarray:
+        return (x * second).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(second, axis=1)
+
+    fixed = 2 - np.exp(cosines(first) / SIGMA) / np.exp(cosines(first) / SIGMA).mean()
+
+    def of_constants(x: np.ndarray) -> float:
+        """dcl with its positives, of weight 1, replaced by those of the fixed weights."""
+        plain = numpy_losses(x, second, "dcl").mean()
+        return float(plain - ((fixed - 1) * cosines(x) / TEMPERATURE).mean())
+
+    for row, column in ((0, 0), (3, 2), (4, 1)):
+        moved = []
+        for sign in (1, -1):
+            x = first.copy()
+            x[row, column] += sign * 1e-6
+            moved.append(of_constants(x))
+        assert a.grad[row, column].item() == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=1e-5, abs=1e-9)
+
+
 def test_equal_embeddings_give_the_closed_forms() -> None:
     z = torch.ones(8, 4)
     assert contrast(z, z, TEMPERATURE)[0].item() == pytest.approx(math.log(15))

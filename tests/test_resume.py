@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import TINY, command, losses, metrics
+from ssl_pretrain.launch.pretrain import main
 
 from ssl_pretrain import checkpoint
 
@@ -294,6 +296,38 @@ main({argv})
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 137
     pretrain_here(*argv)
     assert list(losses(out)) == [2]
+
+
+def test_a_run_that_does_not_know_a_newer_flag_has_its_default(
+    photos: Path, tmp_path: Path, pretrain_here: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    same = [
+        "--method",
+        "simmim",
+        "--steps",
+        2,
+        "--lr",
+        1e-3,
+        "--data",
+        photos,
+        "--out",
+        out,
+        "--workers",
+        0,
+        "--no-score",
+    ]
+    same += TINY[: TINY.index("--decoder-dim")]
+    pretrain_here(*same)
+    written = out / "config.yaml"
+    record = yaml.safe_load(written.read_text())
+    newer = {name: record.pop(name) for name in ("warmup_lr", "interpolation")}
+    assert newer == {"warmup_lr": 0.0, "interpolation": "bicubic"}
+    written.write_text(yaml.safe_dump(record))
+    assert main(list(map(str, [*same, "--interpolation", "bilinear"]))) == 2
+    assert "--interpolation: bicubic -> bilinear" in capsys.readouterr().err
+    pretrain_here(*same)
+    assert yaml.safe_load(written.read_text())["interpolation"] == "bicubic"
 
 
 def test_two_runs_do_not_share_a_folder(photos: Path, tmp_path: Path, pretrain: Callable) -> None:

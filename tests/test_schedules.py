@@ -17,6 +17,13 @@ def test_warmup_then_half_a_cosine() -> None:
     assert rates[100] == 0.5
 
 
+def test_warmup_from_a_rate() -> None:
+    """I-JEPA's: 2e-4 before the first of 40 epochs, 1e-3 at the end of the last."""
+    rates = [learning_rate(s, steps=100, peak=1e-3, final=0.0, warmup=40, start=2e-4, kind="cosine") for s in range(41)]
+    assert rates[:40] == pytest.approx([2e-4 + 8e-4 * (s + 1) / 40 for s in range(40)])
+    assert rates[39] == rates[40] == 1e-3
+
+
 def test_constant_with_cooldown() -> None:
     rates = [learning_rate(s, steps=50, peak=1.0, final=0.0, warmup=5, kind="constant", cooldown=10) for s in range(51)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])

@@ -51,6 +51,17 @@ def test_the_decoupled_losses_are_other_losses() -> None:
     assert len(set(found)) == 3
 
 
+def test_weights_of_decoupled_positives_have_a_gradient_unless_they_are_detached() -> None:
+    gradients = []
+    for weights in ("gradient", "detached"):
+        torch.manual_seed(0)
+        config = SimCLR.Config(loss="dclw", dcl_weights=weights, hidden_dim=64)  # type: ignore[arg-type]
+        method = SimCLR(build("simclr").encoder, config)
+        method(batch(method, slice(0, 16)), step()).total.backward()
+        gradients.append(method.projector[0].weight.grad)
+    assert not torch.allclose(*gradients)
+
+
 @pytest.mark.parametrize("loss", ["infonce", "dcl", "dclw"])
 def test_collapsed_state_has_the_stated_loss(loss: str) -> None:
     method = build("simclr", loss=loss)

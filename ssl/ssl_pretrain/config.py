@@ -77,8 +77,10 @@ class Run:
     """Learning rate at the end (default: the method's)."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: half a cosine, or constant with a linear cooldown at the end."""
+    warmup_lr: float = 0.0
+    """Learning rate at the start of the warm-up, as used."""
     warmup_steps: int | None = None
-    """Steps of linear learning-rate warm-up from 0 (default: the method's share of the run)."""
+    """Steps of linear learning-rate warm-up (default: the method's share of the run)."""
     cooldown_steps: int | None = None
     """Steps of linear cooldown of the constant schedule (default: a fifth of the run)."""
     betas: tuple[float, float] | None = None
@@ -154,8 +156,8 @@ class Run:
 RANGES = {
     AT_LEAST_1: "image_size in_chans max_pixels steps images batch_size accumulate shard_size checkpoint_every "
     "keep_last log_every val_every bad_steps",
-    NOT_NEGATIVE: "lr final_lr warmup_steps cooldown_steps weight_decay final_weight_decay workers stall_after keep_every "
-    "monitor_every picture_every val_images knn_every",
+    NOT_NEGATIVE: "lr final_lr warmup_lr warmup_steps cooldown_steps weight_decay final_weight_decay workers stall_after "
+    "keep_every monitor_every picture_every val_images knn_every",
     POSITIVE: "epochs clip_grad",
     FROM_0_BELOW_1: "betas",
     FROM_0_TO_1: "mean layer_decay",
@@ -319,6 +321,8 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
     cooldown = steps // 5 if run.cooldown_steps is None else run.cooldown_steps
     if warmup + (cooldown if run.schedule == "constant" else 0) > steps:
         raise UserError(f"--warmup-steps {warmup} and --cooldown-steps {cooldown} do not fit into {steps} steps")
+    if run.warmup_lr > lr:
+        raise UserError(f"--warmup-lr {run.warmup_lr:g} is above the learning rate {lr:g} that the warm-up ends with")
     decided: dict[str, Any] = {
         "out": folder(run),
         "image_size": (size[0], size[-1]),
@@ -351,6 +355,13 @@ def folder(run: Run) -> Path:
 def plain(*parts: Any) -> dict[str, Any]:
     """The flags of all parts (run, method knobs, encoder options) as one mapping of plain data."""
     return {stored_name(f): _plain(getattr(part, f.name)) for part in parts for f in dataclasses.fields(part)}
+
+
+def defaults(*parts: Any) -> dict[str, Any]:
+    """The default of every flag of all parts that has one, as `plain` stores it. A flag that was added after a run began is
+    at its default for that run, so a new flag's default must be what was done before."""
+    fields = [f for part in parts for f in dataclasses.fields(part)]
+    return {stored_name(f): _plain(f.default) for f in fields if f.default is not dataclasses.MISSING}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], allowed: frozenset[str]) -> list[str]:

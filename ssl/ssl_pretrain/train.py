@@ -75,9 +75,9 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     share = Share(run.batch_size, accumulate, world.rank, world.size)
 
     # ---- Where to start: this run's own checkpoint, or step 0 with random weights or another encoder's.
-    record = config.plain(run, knobs, options)
+    record, defaults = config.plain(run, knobs, options), config.defaults(run, knobs, options)
     start = distributed.from_first(
-        distributed.on_all(lambda: run_start.find_start(run, record, source, cleanup) if world.first else 0)
+        distributed.on_all(lambda: run_start.find_start(run, record, defaults, source, cleanup) if world.first else 0)
     )
     began = time.monotonic()
     processes = preflight.check(world, run.out) if world.size > 1 else []
@@ -146,6 +146,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                 peak=run.lr,
                 final=run.final_lr,
                 warmup=run.warmup_steps,
+                start=run.warmup_lr,
                 kind=run.schedule,
                 cooldown=run.cooldown_steps,
             )

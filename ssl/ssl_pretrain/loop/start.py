@@ -48,11 +48,14 @@ def open_data(run: Run, world: World) -> tuple[Source, Source | None]:
     return source, held_out
 
 
-def find_start(run: Resolved, record: dict[str, Any], source: Source, run_lock: ExitStack) -> int:
+def find_start(
+    run: Resolved, record: dict[str, Any], defaults: dict[str, Any], source: Source, run_lock: ExitStack
+) -> int:
     """The step to start from: 0, or that of the newest whole checkpoint. For the first process.
 
-    record: the flags as they are stored. The run folder is locked until `run_lock` is closed. Raises UserError where the
-    folder holds another run or something else, or another process trains in it.
+    record: the flags as they are stored; defaults: theirs, for flags that the run's version did not have. The run folder is
+    locked until `run_lock` is closed. Raises UserError where the folder holds another run or something else, or another
+    process trains in it.
     """
     out = run.out
     try:
@@ -71,7 +74,7 @@ def find_start(run: Resolved, record: dict[str, Any], source: Source, run_lock: 
         if any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"--out {out} holds something else than a run: choose an empty or a new folder")
         return 0
-    before = config.read_recorded(written)
+    before = {**defaults, **config.read_recorded(written)}
     allowed = config.CHANGEABLE | (config.LENGTH_KEYS if run.extend else frozenset())
     changed = config.differences(before, record, allowed)
     if changed:

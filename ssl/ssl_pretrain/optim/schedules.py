@@ -11,17 +11,19 @@ def learning_rate(
     peak: float,
     final: float,
     warmup: int,
+    start: float = 0.0,
     kind: Literal["cosine", "constant"],
     cooldown: int = 0,
 ) -> float:
     """The rate of step `step` of `steps` (from 0).
 
-    Linear over the first `warmup` steps, from peak / warmup to peak (no step has the rate 0). Then "cosine": half a
+    Linear over the first `warmup` steps to peak, from the rate `start` one step before the first (from 0 the first step
+    has peak / warmup, so no step has the rate 0). Then "cosine": half a
     cosine to `final` (SGDR, Loshchilov & Hutter 2017, one period); or "constant": the peak until the last `cooldown`
     steps, which fall linearly to `final` (warm-up, stable, decay). Both reach `final` at `steps`, one past the last.
     """
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return start + (peak - start) * (step + 1) / warmup
     if kind == "cosine":
         return cosine((step - warmup) / max(1, steps - warmup), peak, final)
     left = steps - step

@@ -42,36 +42,42 @@ def mlp(
 
 class Prototypes(nn.Module):
     """Cosine similarities to K learned directions: a linear layer without bias whose rows and inputs are unit vectors
-    (DINO's weight-normalised last layer with frozen gain; the prototypes of SwAV and MSN)."""
+    (DINO's weight-normalised last layer with frozen gain; the prototypes of SwAV and MSN). With `gain` each direction has
+    a learned factor, 1 at the start (`norm_last_layer false` of DINO and iBOT)."""
 
-    def __init__(self, dim: int, count: int) -> None:
+    def __init__(self, dim: int, count: int, *, gain: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, dim))
+        self.gain = nn.Parameter(torch.ones(count, 1)) if gain else None  # (K, 1) as released: so weight decay takes it
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """Vectors (..., D) of any norm to similarities (..., K) in [-1, 1]; `frozen`: the directions get zero
-        gradients."""
+        """Vectors (..., D) of any norm to similarities (..., K) in [-1, 1], times the gain where there is one;
+        `frozen`: the directions and the gain get zero gradients."""
         weight = self.weight.detach() + 0 * self.weight if frozen else self.weight
         with torch.autocast(x.device.type, enabled=False):  # errors of bfloat16 cosines / 0.04 reach 0.1
-            return F.linear(
+            cosines = F.linear(
                 l2_normalize(x), _NormalizedRows.apply(weight.to(torch.promote_types(weight.dtype, torch.float32)))
             )
+            if self.gain is None:
+                return cosines
+            gain = self.gain.detach() + 0 * self.gain if frozen else self.gain
+            return cosines * gain[:, 0]
 
 
 class PrototypeHead(nn.Module):
     """DINO's head (Caron et al., 2021, section 3.1 and appendix C): three linear layers with GELU and without batch
-    norm, to unit vectors of `bottleneck` channels, which are compared with `count` prototypes. Weights: truncated
-    normal with standard deviation 0.02."""
+    norm, to unit vectors of `bottleneck` channels, which are compared with `count` prototypes (their lengths are learned
+    with `gain`). Weights: truncated normal with standard deviation 0.02."""
 
-    def __init__(self, dim: int, hidden: int, bottleneck: int, count: int) -> None:
+    def __init__(self, dim: int, hidden: int, bottleneck: int, count: int, *, gain: bool = False) -> None:
         super().__init__()
         self.mlp = mlp((dim, hidden, hidden, bottleneck), norm=False, activation=nn.GELU)
         for part in self.mlp:
             if isinstance(part, nn.Linear):
                 nn.init.trunc_normal_(part.weight, std=0.02)
                 nn.init.zeros_(part.bias)
-        self.prototypes = Prototypes(bottleneck, count)
+        self.prototypes = Prototypes(bottleneck, count, gain=gain)
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         """Vectors (..., D) to similarities (..., K); `frozen`: the prototypes are not trained in this step."""

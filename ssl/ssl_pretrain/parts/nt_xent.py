@@ -23,6 +23,8 @@ def contrast(
     temperature: float,
     kind: Literal["infonce", "dcl", "dclw"] = "infonce",
     sigma: float = 0.5,
+    *,
+    detach_weights: bool = False,
 ) -> Tensor:
     """Contrastive losses of each embedding with its other view as the positive and both views of all other images as
     negatives: (2 * B,) for this process's rows, first views before second views. Raises UserError for a temperature
@@ -34,7 +36,7 @@ def contrast(
       -s_ip + log sum over k != i of exp(s_ik);
     - "dcl" (Yeh et al., "Decoupled Contrastive Learning", 2022, eq. 6): the sum leaves out k = p too;
     - "dclw" (there, eq. 7): as dcl with -w_i s_ip, w_i = 2 - exp(c_i / sigma) / mean exp(c / sigma), c the cosine
-      similarities of all N positives.
+      similarities of all N positives. Gradients flow through w unless `detach_weights` makes it a constant.
     """
     if temperature < COLDEST:
         raise UserError(f"a temperature of {temperature} is too low for cosine similarities: at least {COLDEST}")
@@ -46,7 +48,7 @@ def contrast(
     cosines = 1 - (a - b).square().sum(-1) / 2  # (B,)
     positive = cosines / temperature
     if kind == "dclw":
-        everyone = gather(cosines)
+        everyone = gather(cosines.detach() if detach_weights else cosines)
         mine = slice(rank() * len(cosines), (rank() + 1) * len(cosines))
         positive = positive * (2 - len(everyone) * torch.softmax(everyone / sigma, dim=0)[mine])
     # In float32 weights below exp(-87) are 0, and opposite embeddings have exp(-2 / temperature). A small batch's table

@@ -19,6 +19,7 @@ from ssl_pretrain.distributed import environment
 from ssl_pretrain.encoder import Encoder, Preprocessing, load, random_like
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import pixel_encoder
+from ssl_pretrain.files import make_folder
 from ssl_pretrain.foreign import libraries
 from ssl_pretrain.foreign.specs import Spec
 
@@ -111,10 +112,7 @@ def run(
     else:
         data = Data.single(chosen, options.test_split, everything=images == "everything")
     out = options.out or _default_out(options, f"{name}-{Path(chosen).name.split(':')[0]}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(f"{out} cannot be created ({problem.strerror}): choose another folder with --out") from None
+    make_folder(out)
 
     task = Task(
         encoder=encoder,

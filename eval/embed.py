@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ssl_pretrain import plugins
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import NotFinite, Pixels, Tap, poolings
 from ssl_pretrain.files import utf8
@@ -53,10 +54,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
     if config.format == "parquet":
         if config.patches:
             raise UserError("--patches are written as npy only: use --format npy")
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise UserError("--format parquet needs pyarrow: pip install pyarrow, or use --format npy") from None
+        plugins.optional("pyarrow.parquet", "--format parquet", "pyarrow, or use --format npy")
     names = tuple(dict.fromkeys(str(Tap.parse(name)) for name in config.features or ()))
     if isinstance(task.encoder.backbone, Pixels):
         names = ("pooled",)

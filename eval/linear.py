@@ -32,8 +32,8 @@ from ._task import Side, Task
 BASELINES = ("random",)
 SHARED = True
 # Published protocols, as far as their sources and this code allow (docs/evaluators.md lists the differences): MAE A.1,
-# and its release's 50 epochs for ViT-L and H; DINO's released evaluation of ViT-S and of ViT-B; DINOv2 B.3; MoCo v3's release; I-JEPA A.1 (VISSL's); LeJEPA's
-# offline probe, whose learning rate and length are not published: we chose them.
+# and its release's 50 epochs for ViT-L and H; DINO's released evaluation of ViT-S and of ViT-B; DINOv2 B.3; MoCo v3's
+# release; I-JEPA A.1 (VISSL's); LeJEPA's offline probe, whose learning rate and length are not published: we chose them.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "mae": {"layers": (1,), "poolings": ("cls",), "norm": "batch", "optimizer": "lars", "lrs": (0.1,), "epochs": 90.0,
             "warmup": 10 / 90, "probe_batch_size": 16384, "augment": True},

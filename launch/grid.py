@@ -3,13 +3,17 @@
 import contextlib
 import itertools
 import json
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.files import read_lines
+
+NOTE = "SSL_PRETRAIN_GRID_NOTE"  # set for a run of a grid: the file that says why it did not begin
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,68 @@ def table(points: list[Point]) -> str:
         if not result and last.get("loss") is not None:
             result = f"loss {last['loss']:.4g}"
         state = str(facts.get("state", "finished" if metrics else "-")).split(";")[0]
+        if (why := _why(point)) and not state.startswith("failed"):
+            state, _, result = why.partition(": ")
         step = str(last.get("step", "-"))
         rows.append([str(number), *point.settings.values(), state, step, result or "-", point.out])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+@contextlib.contextmanager
+def member(point: Point) -> Iterator[None]:
+    """Around one run of a grid: what keeps it from beginning is noted beside its folder, which may not be there, for the
+    table. A note of an earlier try is removed."""
+    note = _note(point)
+    with contextlib.suppress(OSError):
+        note.unlink(missing_ok=True)
+    os.environ[NOTE] = str(note)
+    try:
+        yield
+    except Exception as problem:
+        _write_note("failed", f"{type(problem).__name__}: {problem}")
+        raise
+    finally:
+        del os.environ[NOTE]
+
+
+def note_mistake(message: str) -> None:
+    """What a command says before it ends with exit code 2: noted where it is a run of a grid."""
+    _write_note("mistake", message)
+
+
+def ended(point: Point, code: int) -> None:
+    """A run of a grid has ended with that exit code: noted where it is a failure that has not said why."""
+    if code not in (0, 75) and not _note(point).exists():
+        os.environ[NOTE] = str(_note(point))
+        _write_note("failed", f"exit code {code}; its log says more")
+        del os.environ[NOTE]
+
+
+def _note(point: Point) -> Path:
+    folder = Path(point.out)
+    return folder.with_name(folder.name + ".why")
+
+
+def _write_note(state: str, text: str) -> None:
+    path = os.environ.get(NOTE)
+    if path is not None:
+        with contextlib.suppress(OSError):  # a full disk must not hide how the run itself has ended
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(f"{state}: {' '.join(text.split())}\n")
+
+
+def _why(point: Point) -> str:
+    """The note of the run's last try: "mistake: ..." or "failed: ..."; empty where the run began after it."""
+    note, manifest = _note(point), Path(point.out) / "manifest.json"
+    try:
+        if manifest.exists() and manifest.stat().st_mtime > note.stat().st_mtime:
+            return ""
+        return note.read_text().strip()
+    except OSError:
+        return ""
 
 
 def summarize(points: list[Point]) -> None:

@@ -1,5 +1,6 @@
 """Flags of `ssl-pretrain` and `ssl-eval` that say where a command runs."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +80,23 @@ def check(launch: Launch) -> None:
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} needs --launcher slurm")
         return
+    for field in dataclasses.fields(launch):
+        value = getattr(launch, field.name)
+        refuse_line_breaks(f"--{field.name.replace('_', '-')}", *(value if isinstance(value, tuple) else (value,)))
     if launch.time is None:
         raise UserError("--launcher slurm needs --time, the limit of one job, like --time 24:00:00")
     if launch.stop_before >= 60 * minutes(launch.time):
         raise UserError(f"--stop-before {launch.stop_before} seconds is not below --time {launch.time}")
     if launch.array is not None and not launch.grid:
         raise UserError("--array selects runs of a grid: it needs --grid")
+
+
+def refuse_line_breaks(flag: str, *values: object) -> None:
+    """Raise UserError where a value that goes into a job script holds a line break or another control character: Slurm
+    reads its options line by line, and what follows a break would be a line of its own."""
+    for value in values:
+        if any(ord(letter) < 32 or ord(letter) == 127 for letter in str(value)):
+            raise UserError(f"{flag} {str(value)!r} holds a line break or control character, which a job script cannot")
 
 
 def minutes(text: str) -> int:

@@ -48,7 +48,7 @@ def _main(argv: list[str], placed: bool) -> int:
     run, launch, knobs, options = _read(argv)
     if not placed:
         out = (run.out or Path("runs/grid")) if launch.grid else config.folder(run)
-        code = start_processes_or_job("pretrain", argv, launch, out, _read)
+        code = start_processes_or_job("pretrain", argv, launch, out, _check)
         if code == 1 and launch.launcher == "local" and not launch.grid:
             _ended_without_a_word(out)
         if code is not None:
@@ -173,6 +173,15 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     known = {field for each in kinds for field in each.__dataclass_fields__}
     defaults = {**{key: value for key, value in below.items() if key in known}, **written}
     return tuple(flags.parse(kinds, argv, defaults, prog=PROG, description=DESCRIPTION, epilog=EPILOG))
+
+
+def _check(argv: list[str]) -> None:
+    """Raise UserError for a command line that cannot be read, or whose run would end before its first step: as far as that
+    can be told here, without its weights and processes."""
+    run, _, knobs, options = _read(argv)
+    from ssl_pretrain.train import check_settings
+
+    check_settings(run, knobs, options)
 
 
 def _methods() -> str:

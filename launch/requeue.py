@@ -1,6 +1,5 @@
 """What becomes of a Slurm job that has to stop, or that lost a process: back into the queue, or a clear end."""
 
-import os
 import signal
 import subprocess
 import time
@@ -90,16 +89,12 @@ def missed(out: Path, place: Place, before: str, limit: int) -> str | None:
 
 def restarted() -> bool:
     """Whether this is a job that Slurm has started before."""
-    return environment.in_slurm_step() and _restarts() > 0
-
-
-def _restarts() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return environment.in_slurm_step() and environment.restarts() > 0
 
 
 def _requeue(out: Path, why: str, limit: int) -> str:
     """Ask Slurm to requeue this job; returns what came of it, which the manifest says too."""
-    restarts = _restarts()
+    restarts = environment.restarts()
     job = environment.slurm_job() or ""
     facts = next(iter(environment.job_facts(job)), {})
     asking = False

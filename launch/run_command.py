@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ssl_pretrain.errors import NO_ROOM, UserError, system_error
 
+from . import grid
 from .console import lasting_console
 
 
@@ -21,6 +22,7 @@ def run_command(prog: str, work: Callable[[list[str]], int], argv: Sequence[str]
         except UserError as mistake:
             if not mistake.reported_elsewhere:
                 print(f"{prog}: {str(mistake).removeprefix(f'{prog}: ')}", file=sys.stderr)
+                grid.note_mistake(str(mistake))
             return 2
         except OSError as problem:
             print(f"{prog}: {system_error(problem)}", file=sys.stderr)

@@ -4,6 +4,7 @@ The script starts the command as an ordinary Slurm step, not a pickled function:
 submitted by hand, and no handler of signals stands between Slurm and the run.
 """
 
+import os
 import re
 import shlex
 import shutil
@@ -19,8 +20,10 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from ssl_pretrain.distributed.environment import job_facts
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.files import make_folder
 
 from .options import Launch, minutes
+from .paths import here
 
 GOING = {
     "PENDING",
@@ -50,14 +53,27 @@ class Jobs(SlurmExecutor):
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         text = super()._make_submission_file_text(command, uid)
+        # In the names of log files a percent sign begins a pattern (%j); one of the folder's own is written twice.
+        text = text.replace(f"{self.folder}/%", f"{str(self.folder).replace('%', '%%')}/%")
         if self.parameters["signal_delay_s"] == 0:  # submitit always asks for a signal
             text = re.sub(r"^#SBATCH --signal=.*\n", "", text, flags=re.MULTILINE)
         return text
 
     def submit_command(self, command: str) -> str:
         """Submit that script; returns the job's number."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return str(self._submit_command(command).job_id)
+        make_folder(self.folder, "--logs")
+        # submitit would take %j in the folder's own name for the job's number.
+        aside = self.folder / f".submission-{os.getpid()}.sh"
+        aside.write_text(self.script(command))
+        try:
+            said = subprocess.run(["sbatch", str(aside)], capture_output=True, text=True, check=False)
+            if said.returncode:
+                raise FailedJobError(said.stderr or f"sbatch ended with exit code {said.returncode}")
+            job = self._get_job_id_from_submission_command(said.stdout)
+            aside.rename(self.folder / f"{job}_submission.sh")
+        finally:
+            aside.unlink(missing_ok=True)
+        return job
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,7 @@ def executor(launch: Launch, folder: Path, name: str, runs: list[int] | None, at
         key: getattr(launch, key) for key in PASSED_ON if getattr(launch, key) is not None
     }  # as they are written: submitit would turn some into numbers
     more["requeue"] = True
+    more["chdir"] = str(here())  # also where the script is submitted by hand from elsewhere
     for word in launch.slurm:
         key, _, value = word.partition("=")
         key = key.strip("-").replace("-", "_")
@@ -90,6 +107,7 @@ def executor(launch: Launch, folder: Path, name: str, runs: list[int] | None, at
             "signal",
             "output",
             "error",
+            "chdir",
             "ntasks_per_node",
         ):
             raise UserError(f"--slurm {word}: the launcher sets this option itself; the flags are in --help")
@@ -141,8 +159,8 @@ def submit(jobs: Jobs, words: list[str], runs: list[int] | None) -> Submitted:
 
 
 def command(name: str, argv: list[str]) -> list[str]:
-    """The words that run `name` ("pretrain", "evaluate", "grid") as the task of a job."""
-    return [sys.executable, "-u", "-m", "ssl_pretrain.launch.job", name, *argv]
+    """The words that run `name` ("pretrain", "evaluate", "grid") as the task of a job, in this folder and nowhere else."""
+    return [sys.executable, "-u", "-m", "ssl_pretrain.launch.job", "--from", str(here()), name, *argv]
 
 
 def follow(submitted: Submitted, out: TextIO, pause: float = 2.0, patience: float = 60.0) -> int:

@@ -6,11 +6,12 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from ssl_pretrain import flags
 from ssl_pretrain.distributed import environment
 from ssl_pretrain.errors import UserError
 
-from . import grid
-from .options import Launch, check
+from . import grid, paths
+from .options import Launch, check, refuse_line_breaks
 
 
 def start_processes_or_job(
@@ -18,13 +19,23 @@ def start_processes_or_job(
 ) -> int | None:
     """Start the command `name` ("pretrain", "evaluate") where its flags say; None where that is here, in this process.
 
-    out: the folder of its results; of a grid, the folder of its runs' folders. parse: reads the arguments of a run or
-    raises UserError. Returns the exit code. Raises UserError for flags that contradict one another, and where Slurm
-    refuses the job.
+    out: the folder of its results; of a grid, the folder of its runs' folders. parse: reads the arguments of a run, or
+    raises UserError for what is wrong with them. Returns the exit code. Raises UserError for flags that contradict one
+    another, for combinations of a grid that `parse` refuses, and where Slurm refuses the job.
     """
+    if environment.in_slurm_step():
+        paths.check_submit_folder(out)
     if environment.find().size > 1 or "RANK" in os.environ:
         return None  # somebody has started the processes already
     check(launch)
+    if launch.launcher == "slurm":
+        refuse_line_breaks("--out", out)
+        out = paths.absolute(out)
+        argv = paths.absolute_words(argv, encoder_is_a_path=name == "evaluate")
+        if name == "pretrain" and not launch.grid and flags.word(argv, "--out") is None:
+            argv = [*argv, "--out", str(out)]
+        if not launch.grid:
+            parse(argv)
     points = grid.expand(launch.grid, argv, out) if launch.grid else []
     for point in points:
         try:
@@ -41,7 +52,9 @@ def start_processes_or_job(
         codes = []
         for number, point in enumerate(points):
             print(f"run {number} of {len(points)}: {_words(point.settings)}", flush=True)
-            codes.append(run_local(module, point.argv, count))
+            with grid.member(point):
+                codes.append(run_local(module, point.argv, count))
+            grid.ended(point, codes[-1])
             grid.summarize(points)
             if codes[-1] == 75:
                 break  # stopped by a person, who means all of it
@@ -53,7 +66,7 @@ def start_processes_or_job(
 def _submit(name: str, argv: list[str], launch: Launch, out: Path, points: list[grid.Point]) -> int:
     from . import slurm  # submitit, only where it is needed
 
-    folder = launch.logs or out.with_name(out.name + ".slurm")
+    folder = paths.absolute(launch.logs) if launch.logs else out.with_name(out.name + ".slurm")
     runs, at_once = grid.pick(launch.array, len(points)) if points else (None, 1)
     if points:
         words = slurm.command("grid", [name, str(out), *launch.grid, "--", *argv])

@@ -25,7 +25,7 @@ from ssl_pretrain import encoder as exported
 from ssl_pretrain.config import load_yaml
 from ssl_pretrain.data.source import open_source
 from ssl_pretrain.errors import UserError, nearest
-from ssl_pretrain.files import write_text
+from ssl_pretrain.files import make_folder, write_text
 from ssl_pretrain.foreign.specs import Spec
 
 from .table import Cell, Table, as_csv, as_json, cells_of
@@ -140,8 +140,8 @@ def run(entries: Sequence[Entry], suite: Suite, check: Callable[[list[str]], obj
 
 def _write(cells: Sequence[Cell], out: Path) -> None:
     table = Table.of(cells)
+    make_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         for name, text in (
             ("suite.md", table.markdown()),
             ("suite.html", table.page("Encoders compared")),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, command, losses
-from ssl_pretrain.launch import grid, requeue
+from PIL import Image
+from ssl_pretrain.launch import grid, job, requeue
 from ssl_pretrain.launch.options import Launch, check, minutes
+from ssl_pretrain.launch.pretrain import main as pretrain_main
 from ssl_pretrain.launch.slurm import Submitted, follow
 
-from ssl_pretrain.distributed import environment
+from ssl_pretrain.distributed import environment, processes
 from ssl_pretrain.distributed.environment import Place
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.loop import manifest
@@ -121,7 +124,7 @@ def test_a_dry_run_prints_the_whole_script(pretrain: Callable, tmp_path: Path) -
     step = next(line for line in lines if line.startswith("srun "))
     assert "--open-mode=append" in step
     assert "--cpus-per-task=6" in step  # srun does not inherit it
-    assert f"-m ssl_pretrain.launch.job pretrain {' '.join(flags[:3])}" in step
+    assert f"-m ssl_pretrain.launch.job --from {os.getcwd()} pretrain {' '.join(flags[:3])}" in step
     assert lines[-1] == f"# submitted by hand, it needs the folder of its logs: mkdir -p {tmp_path}/run.slurm"
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "run.slurm").exists()
@@ -153,7 +156,7 @@ def test_an_evaluation_takes_the_same_flags(evaluate: Callable, tmp_path: Path) 
     more = "--launcher slurm --time 30 --partition p --mem 8G --dry-run".split()
     said = evaluate("knn", "--encoder", "pixels", "--data", "fractals", "--out", tmp_path / "e", *more).stdout
     assert "#SBATCH --partition=p" in said
-    assert "-m ssl_pretrain.launch.job evaluate knn --encoder pixels" in said
+    assert f"-m ssl_pretrain.launch.job --from {os.getcwd()} evaluate knn --encoder pixels" in said
     assert "signal" not in said  # an evaluation cannot save and continue: one would only end it early
     done = subprocess.run(command("evaluate", "finetune", "--encoder", "random", "--data", "fractals", "--nproc", 2),
                           capture_output=True, text=True, check=False)  # fmt: skip
@@ -198,6 +201,104 @@ def test_the_script_of_a_grid_holds_all_that_its_jobs_need(evaluate: Callable, t
     assert [row.split()[3] for row in rows] == ["state", "-", "-", "finished", "-"]
 
 
+RELATIVE = "--method mae --data photos --config run.yaml --out=runs/mae --launcher slurm --time 30".split()
+
+
+def job_script(folder: Path, *argv: object) -> str:
+    """What `ssl-pretrain ARGV --dry-run` prints in a folder that holds photos/ and run.yaml."""
+    (folder / "photos").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16)).save(folder / "photos" / "grey.png")
+    (folder / "run.yaml").write_text("steps: 1\n")
+    done = subprocess.run(
+        command("pretrain", *argv, "--dry-run"), cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_script(script: str, bin_folder: Path, cwd: Path, **environ: str) -> subprocess.CompletedProcess:
+    """The job script with a srun that runs its command once, in a folder of one's choice."""
+    srun = bin_folder / "srun"
+    srun.write_text(f'#!/bin/sh\nwhile [ "$1" != {sys.executable} ]; do shift; done\nexec "$@"\n')
+    srun.chmod(0o755)
+    task = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", **environ}
+    return subprocess.run(["bash"], input=script, cwd=cwd, capture_output=True, text=True, env=task, check=False)
+
+
+def test_a_job_knows_its_paths_and_runs_in_no_other_folder_than_it_was_submitted_from(tmp_path: Path) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    script = job_script(here, *RELATIVE)
+    for word in (f"--data {here}/photos", f"--config {here}/run.yaml", f"--out={here}/runs/mae"):
+        assert word in script
+    assert f"#SBATCH --chdir={here}" in script.splitlines()
+    assert f"#SBATCH --output={here}/runs/mae.slurm/%j_0_log.out" in script.splitlines()
+    done = run_script(script, tmp_path, elsewhere)
+    assert done.returncode == 2
+    assert f"has started the job in {elsewhere} and not in {here}, where it was submitted" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(elsewhere.iterdir())
+    here.rename(tmp_path / "gone")  # the node lacks it, and Slurm starts the job in a temporary folder
+    done = run_script(script, tmp_path, elsewhere)
+    assert done.returncode == 2
+    assert f"not in {here}, where it was submitted, which this node lacks" in done.stderr
+    assert not list(elsewhere.iterdir())
+    assert not here.exists()
+
+
+def test_a_job_without_out_has_an_absolute_one(tmp_path: Path) -> None:
+    script = job_script(tmp_path, *[word for word in RELATIVE if not word.startswith("--out")])
+    assert f"--out {tmp_path}/runs/mae-photos" in script
+
+
+def test_a_script_of_ones_own_is_not_run_into_a_temporary_folder(tmp_path: Path, pretrain: Callable) -> None:
+    """srun in a job whose submit folder the node lacks: Slurm has put the task in another one."""
+    step = {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    step |= {"SLURM_SUBMIT_DIR": str(tmp_path / "gone"), "SLURM_STEP_TASKS_PER_NODE": "1"}
+    done = pretrain("--method", "mae", "--out", "not-to-be-made", code=2, **step)
+    assert f"lacks {tmp_path}/gone, where the job was submitted" in done.stderr
+    assert "give --out as an absolute path" in done.stderr
+    assert not Path("not-to-be-made").exists()
+
+
+def test_a_percent_sign_in_a_path_is_no_pattern_of_slurms(tmp_path: Path) -> None:
+    script = job_script(tmp_path, *RELATIVE[:4], *RELATIVE[-4:], "--out", "50%jobs/a b")
+    assert f"#SBATCH --output='{tmp_path}/50%%jobs/a b.slurm/%j_0_log.out'" in script
+    assert f"--output '{tmp_path}/50%%jobs/a b.slurm/%j_%t_log.out'" in script
+    assert f"--out '{tmp_path}/50%jobs/a b'" in script
+    assert f"mkdir -p '{tmp_path}/50%jobs/a b.slurm'" in script
+    script = job_script(tmp_path, *RELATIVE, "--logs", "%x")
+    assert f"#SBATCH --output={tmp_path}/%%x/%j_0_log.out" in script
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--comment", "two\nlines"], ["--partition", "p\n#SBATCH --mail-type=ALL"], ["--account", "a\r"],
+        ["--slurm", "reservation=x\ny"], ["--mem", "1G\n"], ["--out", "a\nb"], ["--logs", "a\nb"], ["--exclude", "n\0"],
+    ],
+    ids=lambda flags: flags[0],
+)  # fmt: skip
+def test_a_line_break_gets_into_no_job_script(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    argv = [
+        "--method",
+        "mae",
+        "--launcher",
+        "slurm",
+        "--time",
+        "30",
+        "--dry-run",
+        "--out",
+        str(tmp_path / "run"),
+        *flags,
+    ]
+    assert pretrain_main(argv) == 2
+    said = capsys.readouterr()
+    assert f"{flags[0]} " in said.err
+    assert "holds a line break or control character" in said.err
+    assert not said.out
+
+
 def test_a_grid_is_every_combination_with_a_folder_each() -> None:
     points = grid.expand(("lr=1e-4,3e-4", "data=a/b,c"), ["--method", "mae"], Path("g"))
     assert [point.settings for point in points] == [
@@ -226,6 +327,75 @@ def test_the_runs_that_array_picks(spec: str | None, picked: tuple) -> None:
 def test_an_array_that_is_none(spec: str) -> None:
     with pytest.raises(UserError, match=f"--array {spec}"):
         grid.pick(spec, 4)
+
+
+@pytest.mark.parametrize("launcher", [[], ["--launcher", "slurm", "--time", "30", "--dry-run"]], ids=["here", "slurm"])
+@pytest.mark.parametrize(
+    ("axis", "words"),
+    [
+        ("decoder-heads=4,5", ["--grid, --decoder-heads 5:", "--decoder-dim 128 must be a multiple"]),
+        ("patch-size=4,5", ["--grid, --patch-size 5:", "32"]),
+        ("warmup-steps=1,9", ["--grid, --warmup-steps 9:", "do not fit into 8 steps"]),
+        ("accumulate=2,3", ["--grid, --accumulate 3:"]),
+    ],
+)
+def test_combinations_are_checked_before_any_begins(
+    axis: str, words: list[str], launcher: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["--method", "mae", "--steps", "8", "--out", str(tmp_path / "grid"), "--grid", axis, *launcher]
+    assert pretrain_main(argv) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert len(said.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_says_why_a_run_did_not_begin(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A mistake that only the run itself can find: its folder holds something else."""
+    out = tmp_path / "grid"
+    (out / "seed=1").mkdir(parents=True)
+    (out / "seed=1" / "notes.txt").write_text("mine")
+    argv = ["--method", "simmim", "--data", str(photos), "--steps", "1", "--workers", "0", "--no-score"]
+    argv += TINY[: TINY.index("--decoder-dim")]
+    points = grid.expand(("seed=0,1",), argv, out)
+    for number, code in ((1, 2), (0, 0)):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        assert job.main(["--from", os.getcwd(), "grid", "pretrain", str(out), "seed=0,1", "--", *argv]) == code
+    rows = (out / "summary.txt").read_text().splitlines()
+    assert rows == grid.table(points).splitlines()
+    assert rows[1].split()[:4] == ["0", "0", "finished", "1"]
+    assert rows[2].split()[:4] == ["1", "1", "mistake", "-"]
+    assert "holds something else than a run" in rows[2]
+    (out / "seed=1" / "notes.txt").unlink()  # corrected, it runs, and the table forgets
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert job.main(["--from", os.getcwd(), "grid", "pretrain", str(out), "seed=0,1", "--", *argv]) == 0
+    assert grid.table(points).splitlines()[2].split()[:4] == ["1", "1", "finished", "1"]
+    assert sorted(path.name for path in out.iterdir()) == ["seed=0", "seed=1", "summary.txt"]
+
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("no such thing")
+
+    shutil.rmtree(out / "seed=1")
+    monkeypatch.setattr("ssl_pretrain.launch.pretrain._main", broken)
+    with pytest.raises(ValueError, match="no such thing"):
+        job.main(["--from", os.getcwd(), "grid", "pretrain", str(out), "seed=0,1", "--", *argv])
+    assert "1 1 failed - ValueError: no such thing" in " ".join(grid.table(points).splitlines()[2].split())
+    assert grid.NOTE not in os.environ
+
+
+@pytest.mark.slow
+def test_a_local_grid_says_why_a_run_did_not_begin(photos: Path, tmp_path: Path, pretrain: Callable) -> None:
+    out = tmp_path / "grid"
+    (out / "seed=1").mkdir(parents=True)
+    (out / "seed=1" / "notes.txt").write_text("mine")
+    same = ["--data", photos, "--steps", 1, "--workers", 0, *TINY, "--no-score"]
+    done = pretrain("--method", "mae", "--grid", "seed=0,1", "--out", out, *same, code=2)
+    rows = done.stdout.splitlines()[-3:]
+    assert rows[1].split()[2] == "finished"
+    assert rows[2].split()[2] == "mistake"
+    assert "holds something else than a run" in rows[2]
 
 
 @pytest.mark.slow
@@ -372,6 +542,48 @@ def test_follow_copies_the_log_once_and_returns_the_exit_code(tmp_path: Path, mo
     fake_slurm(tmp_path, "JobState=CANCELLED ExitCode=0:15")
     with open(tmp_path / "seen", "w") as out:
         assert follow(Submitted("7", ()), out, pause=0) == 1
+
+
+def test_a_requeued_job_waits_for_little_more_than_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_PRETRAIN_TIMEOUT", raising=False)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert processes.roll_call_patience().total_seconds() == 600  # a process that Slurm has not started
+    for name, value in {**STEP, "SLURM_JOB_END_TIME": str(int(time.time()) + 100_000)}.items():
+        monkeypatch.setenv(name, value)
+    waits = processes.roll_call_patience().total_seconds()
+    assert 60 <= waits <= 80  # the first process; the others half as long again
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert processes.roll_call_patience().total_seconds() == 600
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SSL_PRETRAIN_TIMEOUT", "33")
+    assert processes.roll_call_patience().total_seconds() == 33
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_requeued_job_that_misses_a_process_ends_with_75_within_two_minutes(
+    rank: int, photos: Path, tmp_path: Path
+) -> None:
+    """One of two tasks on two nodes comes back; a scontrol that says the job runs and takes the request."""
+    out = tmp_path / "run"
+    manifest.end(out, "preempted: lost a process; requeued (restart 1 of at most 100)", launches=[{"step": 0}])
+    step = {
+        **STEP,
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": str(rank),
+    }
+    step |= {"SLURM_STEP_NODELIST": "localhost,localhost", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    step |= {"SLURM_RESTART_COUNT": "1", "SLURM_JOB_END_TIME": str(int(time.time()) + 100_000)}
+    step |= {"PATH": fake_slurm(tmp_path, "JobState=RUNNING BatchFlag=1"), "MASTER_PORT": str(free_port())}
+    began = time.monotonic()
+    argv = command("pretrain", "--method", "mae", "--data", photos, "--out", out, "--steps", 2, "--workers", 0, *TINY)
+    done = subprocess.run(argv, env={**os.environ, **step}, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 75, done.stderr
+    assert time.monotonic() - began < 120
+    assert f"rank {1 - rank} of 2" in done.stderr
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "requeue 41234"
 
 
 CALL = """

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssl_pretrain import encoder as exported
+from ssl_pretrain import plugins
 from ssl_pretrain.encoder import Preprocessing
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Tap, poolings, vectors
@@ -363,3 +364,51 @@ def test_evaluation_of_an_official_checkpoint_and_of_its_untrained_twin(
     assert main(["knn", "--encoder", str(tmp_path / "encoder"), *words]) == 0
     again = json.loads((tmp_path / "encoder" / "eval" / "knn-photos" / "results.json").read_text())
     assert again["metrics"] == found["metrics"]
+
+
+# ---- Optional libraries that are missing, and those whose import fails
+
+
+BROKEN = {
+    "timm": "import no_such_library",
+    "transformers": "raise RuntimeError('operator torchvision::nms does not exist')",
+    "pyarrow": "raise AttributeError('numpy has no attribute product')",
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "argv"),
+    [
+        ("timm", ["knn", "--encoder", "timm:resnet18"]),
+        ("transformers", ["knn", "--encoder", "hf:{folder}"]),
+        ("pyarrow", ["embed", "--encoder", "pixels", "--format", "parquet"]),
+    ],
+)
+def test_an_optional_library_whose_import_fails_is_not_called_missing(
+    library: str, argv: list[str], tmp_path: Path, evaluate: Callable
+) -> None:
+    (tmp_path / library).mkdir()
+    (tmp_path / library / "__init__.py").write_text(BROKEN[library] + "\n")
+    argv = [word.format(folder=tmp_path) for word in argv]
+    said = evaluate(*argv, "--data", "fractals", "--out", tmp_path / "out", code=2, PYTHONPATH=str(tmp_path)).stderr
+    assert f"needs {library}" in said
+    assert "is installed, but its import fails" in said
+    assert {"timm": "No module named 'no_such_library'", "transformers": "torchvision::nms", "pyarrow": "product"}[
+        library
+    ] in said
+    assert f"pip install {library}" not in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_an_optional_library_that_is_missing_is_named_with_the_command() -> None:
+    with pytest.raises(UserError, match=r"^x needs no_such_library: pip install 'it'$"):
+        plugins.optional("no_such_library.part", "x", "'it'")
+
+
+def test_a_parquet_file_says_why_pyarrow_is_of_no_use(tmp_path: Path, pretrain: Callable) -> None:
+    (tmp_path / "pyarrow").mkdir()
+    (tmp_path / "pyarrow" / "__init__.py").write_text(BROKEN["pyarrow"] + "\n")
+    (tmp_path / "train.parquet").write_bytes(b"PAR1" + bytes(64) + b"PAR1")
+    said = pretrain("--method", "mae", "--data", tmp_path / "train.parquet", code=2, PYTHONPATH=str(tmp_path)).stderr
+    assert "train.parquet is parquet, which needs pyarrow" in said
+    assert "its import fails (AttributeError: numpy has no attribute product)" in said

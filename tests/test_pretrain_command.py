@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, command, losses, metrics, picture
-from ssl_pretrain.launch.pretrain import read_command
+from ssl_pretrain.launch import data, evaluate
+from ssl_pretrain.launch.pretrain import main, read_command
 
-from ssl_pretrain import encoder
+from ssl_pretrain import encoder, files
+from ssl_pretrain.errors import UserError
 
 
 def test_help_is_quick_and_does_not_import_torch() -> None:
@@ -307,3 +309,43 @@ def test_a_recipe_names_only_flags_that_there_are(recipe: Path) -> None:
     assert written.keys() <= {name for part in (run, knobs, options) for name in vars(part)}
     header = recipe.read_text().split("method:")[0]
     assert f"ssl-pretrain --config recipes/{recipe.name}" in header
+
+
+@pytest.mark.parametrize("below", [".", "deep/er"])
+def test_a_symbolic_link_to_nothing_as_out_is_named(
+    below: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    link = tmp_path / "run"
+    link.symlink_to(tmp_path / "gone")
+    out = link / below
+    argvs: dict[Callable[[list[str]], int], list[object]] = {
+        main: ["--method", "simmim", "--data", photos, "--out", out, "--steps", 1, "--workers", 0],
+        data.main: ["pack", photos, "--out", out],
+        evaluate.main: ["knn", "--encoder", "pixels", "--data", "fractals:images=64,classes=2", "--out", out],
+    }
+    for command_, argv in argvs.items():
+        assert command_(list(map(str, argv))) == 2
+        assert f"{link} is a symbolic link to {tmp_path}/gone, which is not there" in capsys.readouterr().err
+    assert not (tmp_path / "gone").exists()
+
+
+def test_what_is_in_the_way_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("gone")
+    (tmp_path / "file").touch()
+    for path, words in (
+        (
+            tmp_path / "link",
+            f"--out {tmp_path}/link cannot be made: {tmp_path}/link is a symbolic link to gone, which is not",
+        ),
+        (
+            tmp_path / "link" / "a" / "b",
+            f"--out {tmp_path}/link/a/b cannot be made: {tmp_path}/link is a symbolic link to",
+        ),
+        (tmp_path / "file", f"{tmp_path}/file is a file"),
+        (tmp_path / "file" / "a", f"{tmp_path}/file is a file"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            files.make_folder(path)
+    (tmp_path / "gone").mkdir()
+    files.make_folder(tmp_path / "link" / "a")
+    assert (tmp_path / "gone" / "a").is_dir()

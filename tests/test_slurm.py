@@ -291,6 +291,44 @@ def test_a_grid_is_an_array_with_one_folder_each_and_a_table(lab: dict[str, str]
     assert [row.split()[3] for row in rows] == ["state", "finished", "-", "finished", "finished"]
 
 
+def test_a_percent_sign_in_the_run_folder_is_no_pattern(lab: dict[str, str], photos: Path, tmp_path: Path) -> None:
+    few = [flag if flag != STEPS else 2 for flag in SAME]
+    out = tmp_path / "50%jobs" / "run"
+    argv = command(
+        "pretrain", *few, "--data", photos, "--out", out, "--launcher", "slurm", "--time", 5, *ONE_NODE, "--wait"
+    )
+    done = subprocess.run(argv, capture_output=True, text=True, env=lab, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 2/2" in done.stdout  # the log that was followed is the one that Slurm wrote
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["50%jobs"]
+    logs = sorted(
+        re.sub(r"\d+", "N", path.name, count=1) for path in (tmp_path / "50%jobs" / "run.slurm").glob("*log*")
+    )
+    assert logs == ["N_0_log.out", "N_1_log.out"]
+
+
+def test_a_job_whose_submit_folder_the_node_lacks_is_refused_there(
+    lab: dict[str, str], photos: Path, tmp_path: Path
+) -> None:
+    few = [flag if flag != STEPS else 2 for flag in SAME]
+    here = tmp_path / "here"
+    here.mkdir()
+    argv = command("pretrain", *few, "--data", photos, "--out", "runs/mae", "--logs", tmp_path / "logs", "--launcher",
+                   "slurm", "--time", 5, *ONE_NODE, "--slurm", "hold")  # fmt: skip
+    done = subprocess.run(argv, capture_output=True, text=True, env=lab, check=False, cwd=here)
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = Job.__new__(Job)
+    job.lab, job.out, job.id = lab, here / "runs" / "mae", done.stdout.split()[1]
+    job.log = tmp_path / "logs" / f"{job.id}_0_log.out"
+    here.rename(tmp_path / "gone")
+    job.slurm("scontrol", "release", job.id)
+    job.wait_for_end()
+    assert (job.facts()["JobState"], job.facts()["ExitCode"]) == ("FAILED", "2:0")
+    assert f"not in {here}, where it was submitted, which this node lacks" in job.log.read_text()
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+    assert not Path("/tmp/runs/mae").exists()  # where Slurm starts what has no folder
+
+
 def test_an_evaluation_in_less_time_than_a_run_needs_for_saving(
     lab: dict[str, str], undisturbed: Path, tmp_path: Path
 ) -> None:

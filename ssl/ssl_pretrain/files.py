@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 
 def sync(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
@@ -18,6 +20,25 @@ def sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path, flag: str = "--out") -> None:
+    """Make a folder and those above it, where they are not there. Raises UserError that names `flag` and what is in the
+    way: a file, a symbolic link to nothing, missing rights."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"{flag} {path} cannot be made: {in_the_way(path) or problem.strerror}") from None
+
+
+def in_the_way(path: Path) -> str | None:
+    """What of `path` or above it keeps it from being a folder, in words: a link to nothing or a file; else None."""
+    for each in (path, *path.parents):
+        if each.is_symlink() and not each.exists():
+            return f"{each} is a symbolic link to {os.readlink(each)}, which is not there"
+        if each.exists():
+            return None if each.is_dir() else f"{each} is a file"
+    return None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -52,3 +52,23 @@ def load(package: str, name: str, what: str) -> ModuleType | Any:
     if name in installed(package):
         return load_installed(package, name)
     raise UserError(f"unknown {what} {name!r}{nearest(name, names(package))}")
+
+
+def optional(name: str, wanted_by: str, install: str | None = None) -> ModuleType:
+    """An optional library, imported. wanted_by: what needs it, the start of a message; install: what pip is told,
+    where that is not the library's name.
+
+    Raises UserError: that it is not there and how it is installed, or that it is there and what its import failed of.
+    """
+    why: Exception
+    library = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as problem:
+        if problem.name == library:
+            raise UserError(f"{wanted_by} needs {library}: pip install {install or library}") from None
+        why, remedy = problem, f"it needs {problem.name}"
+    except Exception as problem:  # whatever a library raises that does not fit to what else is installed
+        why, remedy = problem, f"reinstall it to fit the others: pip install --force-reinstall {install or library}"
+    text = " ".join(f"{type(why).__name__}: {why}".split())
+    raise UserError(f"{wanted_by} needs {library}, which is installed, but its import fails ({text}): {remedy}")

@@ -6,7 +6,7 @@ Position in a run is one integer, the number of optimiser steps done. Data, view
 
 import dataclasses
 import time
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,22 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     report.close(state)
     distributed.barrier()
     return Outcome(run.out, step_number, steps, stopped, bad_images)
+
+
+def check_settings(flags: Run, knobs: Any, options: Any) -> None:
+    """Build the run's model without memory for it, before a job is submitted or a grid begins.
+
+    Raises UserError for data that is not there and for flags that contradict one another: what `train` would say before
+    the first step. What needs the weights (--init-from), the run folder, or the other processes is not looked at.
+    """
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("meta"))
+    method_class = pretext.load(flags.method)
+    source, _ = run_start.open_data(flags, world)
+    run = config.resolve(dataclasses.replace(flags, init_from=None), method_class.recipe, len(source), "fp32")
+    Share(run.batch_size, run.accumulate, world.rank, world.size)
+    # A method of somebody else's may look at its own values while it is made, which a tensor without memory has none of.
+    with torch.device("meta"), suppress(NotImplementedError, RuntimeError):
+        _build_method(run, method_class, knobs, options, len(source), 0, world)
 
 
 def _build_method(

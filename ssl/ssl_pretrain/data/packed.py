@@ -20,6 +20,7 @@ from typing import Any, final
 import numpy as np
 
 from ..errors import UserError
+from ..files import in_the_way, make_folder
 from .left_out import LeftOut
 from .source import Source
 
@@ -135,11 +136,14 @@ class Writer:
 
     def __init__(self, folder: Path, channels: int) -> None:
         """Raises UserError where the folder exists."""
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(f"--out {folder} cannot be made: {in_the_way(folder)}")
         if folder.exists():
             raise UserError(f"{folder} exists: choose another folder with --out, or remove it")
         self.folder, self.channels = folder, channels
         self.aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        self.aside.mkdir(parents=True)
+        make_folder(self.aside.parent)
+        self.aside.mkdir()
         self.counts: dict[str, int] = {}
 
     def __enter__(self) -> Writer:

@@ -18,6 +18,7 @@ from typing import Any, final
 
 import numpy as np
 
+from .. import plugins
 from ..errors import UserError
 from . import index, left_out, names
 from .index import Index, Writer
@@ -29,7 +30,7 @@ try:
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
-except ImportError:
+except Exception:  # whatever it is, it is said where a parquet file is met
     pa = None
 
 BATCH_ROWS = 64  # rows unpacked at a time
@@ -253,7 +254,7 @@ def _reading(file: str) -> Iterator[None]:
     """Whatever pyarrow raises in here means that the file is damaged or away. Raises UserError, of one line."""
     if pa is None:
         kind = "parquet" if file.lower().endswith(".parquet") else "Arrow"
-        raise UserError(f"{file} is {kind}, which needs pyarrow: pip install 'ssl-pretrain[parquet]'")
+        plugins.optional("pyarrow.parquet", f"{file} is {kind}, which", "'ssl-pretrain[parquet]'")  # raises UserError
     try:
         yield
     except (UserError, index.CacheUnwritable):

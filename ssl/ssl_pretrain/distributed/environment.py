@@ -63,6 +63,11 @@ def in_slurm_step(environ: Mapping[str, str] = os.environ) -> bool:
     return "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ
 
 
+def restarts(environ: Mapping[str, str] = os.environ) -> int:
+    """How often Slurm has started this job again."""
+    return int(environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def slurm_job(environ: Mapping[str, str] = os.environ) -> str | None:
     """The name of this process's Slurm job: "12", or "12_3" in an array; None outside Slurm.
 

@@ -21,6 +21,8 @@ import torch.distributed.nn
 from ..errors import UserError
 from . import collectives, environment, rendezvous
 
+ROLL_CALL_AFTER_REQUEUE = timedelta(seconds=75)
+
 
 @dataclass(frozen=True)
 class World:
@@ -43,7 +45,9 @@ def world(timeout: timedelta | None = None) -> Iterator[World]:
     """Connect to the other processes, if there are any, and disconnect at the end.
 
     timeout: limit for the rendezvous, and later for each collective (default: $SSL_PRETRAIN_TIMEOUT in seconds, else
-    ten minutes, but at most half of the remaining time of a Slurm job). Raises UserError if the environment has only
+    ten minutes, but at most half of the remaining time of a Slurm job; for the rendezvous of a requeued job little more
+    than a minute, because a machine may be missing, and then the job must be requeued once more).
+    Raises UserError if the environment has only
     some of torchrun's variables, or more processes than GPUs; rendezvous.MissingProcess if not all processes connect.
     """
     place = environment.find()
@@ -61,10 +65,11 @@ def world(timeout: timedelta | None = None) -> Iterator[World]:
     if place.size == 1:
         yield world
         return
+    roll_call = timeout or roll_call_patience()
     timeout = timeout or _patience()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=rendezvous.meet(place, timeout),
+        store=rendezvous.meet(place, roll_call),
         rank=place.rank,
         world_size=place.size,
         timeout=timeout,
@@ -85,6 +90,15 @@ def _patience() -> timedelta:
     end = environment.end_of_job()
     left = math.inf if end is None else end - time.time()
     return timedelta(seconds=min(600.0, max(30.0, left / 2)))
+
+
+def roll_call_patience() -> timedelta:
+    """For how long the processes of a run wait for one another at its start. All of a requeued job have ended within two
+    minutes where one does not come: those but the first wait half as long again."""
+    requeued = environment.in_slurm_step() and environment.restarts() > 0
+    if "SSL_PRETRAIN_TIMEOUT" in os.environ or not requeued:
+        return _patience()
+    return min(_patience(), ROLL_CALL_AFTER_REQUEUE)
 
 
 def cores() -> int:

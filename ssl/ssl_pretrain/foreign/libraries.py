@@ -18,12 +18,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from .. import plugins
 from ..backbones.backbone import Backbone, Features
 from ..encoder import Encoder, Preprocessing
 from ..errors import UserError, nearest
@@ -167,7 +167,7 @@ def _torch(spec: Spec) -> Encoder:
 
 
 def _timm(spec: Spec) -> Encoder:
-    timm = _library("timm", spec)
+    timm = plugins.optional("timm", str(spec))
     if not timm.is_model(spec.name):
         raise UserError(f"{spec}: timm {timm.__version__} has no such model{_near(spec.name, timm.list_models())}")
     model = timm.create_model(spec.name, pretrained=False, num_classes=0)
@@ -194,7 +194,7 @@ def _timm(spec: Spec) -> Encoder:
 def _cached(cfg: Mapping[str, Any], spec: Spec) -> Path:
     """The weights of an earlier download. Raises UserError if there are none."""
     if cfg.get("hf_hub_id"):
-        hub = _library("huggingface_hub", spec)
+        hub = plugins.optional("huggingface_hub", str(spec))
         found = hub.try_to_load_from_cache(repo_id=cfg["hf_hub_id"], filename="model.safetensors")
         if isinstance(found, str):
             return Path(found)
@@ -238,7 +238,7 @@ def _read_timm(module: Any, images: Tensor) -> Features:
 
 
 def _transformers(spec: Spec) -> Encoder:
-    library, folder = _library("transformers", spec), Path(spec.name)
+    library, folder = plugins.optional("transformers", str(spec)), Path(spec.name)
     if not (folder / "config.json").is_file():
         raise UserError(f"{spec}: {folder} has no config.json: give a folder that save_pretrained wrote")
     stated = transformers_preprocessing(folder)
@@ -357,13 +357,6 @@ def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
         if patches % h == 0 and h * width == patches // h * height:
             return h, patches // h
     raise ValueError(f"{patches} patches do not fill an image of {height} x {width} pixels with squares")
-
-
-def _library(name: str, spec: Spec) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError) as problem:
-        raise UserError(f"{spec} needs {name}, which cannot be imported ({problem}): pip install {name}") from None
 
 
 def _near(name: str, known: list[str]) -> str:

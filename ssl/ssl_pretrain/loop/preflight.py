@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .. import distributed
+from .. import distributed, files
 from ..distributed import World, cores
 from ..errors import UserError
 from .manifest import commit
@@ -93,10 +93,7 @@ def alone(out: Path) -> str:
     """`ssl-pretrain --preflight`: everything, and nothing but it. Returns the table. Raises UserError as `check`."""
     with distributed.world() as world:
         began = time.monotonic()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise UserError(f"--out {out} cannot be made: {problem.strerror}") from None
+        files.make_folder(out)
         all_facts = check(world, out, trial=TRIAL)
         return table(all_facts, out, time.monotonic() - began)
 

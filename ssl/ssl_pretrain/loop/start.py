@@ -58,10 +58,7 @@ def find_start(
     process trains in it.
     """
     out = run.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(f"--out {out} cannot be made: {problem.strerror}") from None
+    files.make_folder(out)
     try:
         run_lock.enter_context(files.lock_folder(out, SECONDS_FOR_LOCK))
     except BlockingIOError:

@@ -1,0 +1,66 @@
+"""The paths of a command that a job runs elsewhere: made absolute where it is submitted, and looked at where it starts."""
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from ssl_pretrain.errors import UserError
+
+PATHS = ("--out", "--config", "--init-from", "--logs", "--list")  # flags whose values are paths
+PERHAPS = ("--data", "--encoder", "--like")  # flags whose values may be
+
+
+def here() -> Path:
+    """The working folder by the name that the shell knows it by, which other machines may see it under too."""
+    named = os.environ.get("PWD", "")
+    if os.path.isabs(named) and os.path.isdir(named) and os.path.samefile(named, "."):
+        return Path(named)
+    return Path.cwd()
+
+
+def absolute(path: Path) -> Path:
+    """The same path from `here`, without dots."""
+    return Path(os.path.normpath(here() / path))
+
+
+def absolute_words(argv: list[str], encoder_is_a_path: bool) -> list[str]:
+    """The words of a command with the values of its flags of paths made absolute. A value of --data, --like and (where it
+    may be a path) --encoder is taken for a path if there is such a file or folder."""
+    words = list(argv)
+    for at, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag not in (*PATHS, *PERHAPS) or (flag == "--encoder" and not encoder_is_a_path):
+            continue
+        if not equals and at + 1 == len(words):
+            continue
+        value = value if equals else words[at + 1]
+        if flag in PATHS or Path(value).exists():
+            value = str(absolute(Path(value)))
+        if equals:
+            words[at] = f"{flag}={value}"
+        else:
+            words[at + 1] = value
+    return words
+
+
+def check_started_in(folder: str) -> None:
+    """Raise UserError where a job's task has not started in the folder that the job was submitted from: Slurm starts it
+    in a temporary folder of the node where the node lacks that folder, and relative paths would lead there."""
+    if not (os.path.isdir(folder) and os.path.samefile(folder, ".")):
+        raise UserError(
+            f"node {socket.gethostname()} has started the job in {Path.cwd()} and not in {folder}, where it was submitted"
+            + ("" if os.path.isdir(folder) else ", which this node lacks")
+            + ": submit it in a folder that all nodes see under the same path"
+        )
+
+
+def check_submit_folder(out: Path, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError where a task of somebody's own job would write a relative `out` into the folder that Slurm has put it
+    in because the node lacks the one that the job was submitted from."""
+    submitted = environ.get("SLURM_SUBMIT_DIR")
+    if submitted and not out.is_absolute() and not os.path.isdir(submitted):
+        raise UserError(
+            f"node {socket.gethostname()} lacks {submitted}, where the job was submitted, and has started it in "
+            f"{Path.cwd()}, where --out {out} would be written: give --out as an absolute path that all nodes see"
+        )

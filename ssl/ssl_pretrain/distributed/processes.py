@@ -47,8 +47,8 @@ def world(timeout: timedelta | None = None) -> Iterator[World]:
     timeout: limit for the rendezvous, and later for each collective (default: $SSL_PRETRAIN_TIMEOUT in seconds, else
     ten minutes, but at most half of the remaining time of a Slurm job; for the rendezvous of a requeued job little more
     than a minute, because a machine may be missing, and then the job must be requeued once more).
-    Raises UserError if the environment has only
-    some of torchrun's variables, or more processes than GPUs; rendezvous.MissingProcess if not all processes connect.
+    Raises UserError if the environment has only some of torchrun's variables, or more processes than GPUs;
+    rendezvous.MissingProcess if not all processes connect.
     """
     place = environment.find()
     if torch.cuda.is_available():

@@ -19,7 +19,7 @@ from typing import Any, final
 import numpy as np
 
 from .. import plugins
-from ..errors import UserError
+from ..errors import UserError, of_the_machine
 from . import index, left_out, names
 from .index import Index, Writer
 from .left_out import LeftOut
@@ -263,9 +263,9 @@ def _reading(file: str) -> Iterator[None]:
         raise UserError(f"there is no {file}") from None
     except PermissionError:
         raise UserError(f"{file} cannot be read: permission denied") from None
-    except (
-        Exception
-    ) as error:  # damaged files make pyarrow raise nearly anything: ArrowException, OSError, UnicodeError
+    except Exception as error:  # for damage pyarrow raises nearly anything: ArrowException, OSError, UnicodeError
+        if of_the_machine(error) is not None:  # too many open files, for one: the file is not to blame
+            raise
         said = names.printable(names.one_line(error).encode("utf-8", "replace"))
         raise UserError(
             f"{file} is not a whole {os.path.splitext(file)[1][1:].lower()} file ({said[:300]}): copy or download it again"

@@ -108,8 +108,8 @@ def warmed_up(start: float, end: float, share: float, progress: float) -> float:
 
 @torch.no_grad()
 def update_centering_(centre: Tensor, mean: Tensor, momentum: float, ok: Tensor) -> None:
-    """Centering of a teacher's outputs (DINO: Caron et al., 2021, eq. 4): centre <- momentum * centre + (1 - momentum) * mean
-    where `ok` (bool ()) is true. centre (K,); mean (K,) over all processes."""
+    """Centering of a teacher's outputs (DINO: Caron et al., 2021, eq. 4): where `ok` (bool ()) is true, centre (K,) becomes
+    momentum * centre + (1 - momentum) * mean, with the mean (K,) over all processes."""
     centre.copy_(torch.where(ok, centre.lerp(mean, 1 - momentum), centre))
 
 

@@ -62,7 +62,7 @@ def test_a_folder_counts_what_it_leaves_out(tmp_path: Path) -> None:
         "link that leads nowhere": 2, "link back to a folder that it lies in": 1, "neither file nor folder": 1,
     }  # fmt: skip
     assert source.left_out.total == 12
-    assert "2 .txt (a/notes.txt, b/more.TXT)" in source.left_out.sentence()
+    assert "2 x .txt (a/notes.txt, b/more.TXT)" in source.left_out.sentence()
     assert Subset(source, np.array([0])).left_out is source.left_out
 
 
@@ -124,12 +124,12 @@ def test_members_of_one_name_are_told(tmp_path: Path) -> None:
         archive.addfile(info, io.BytesIO(png(2)))
     source = twice(shard)
     assert [source[i] for i in range(len(source))] == [png(2)]
-    assert "1 member of a name that comes again" in source.left_out.sentence()
+    assert "1 x member of a name that comes again" in source.left_out.sentence()
 
 
 def test_images_outside_of_the_splits_are_told(tmp_path: Path) -> None:
     root = fill(tmp_path, {"train/1.png": 1, "val/2.png": 2, "extra/3.png": 3})
-    assert "1 image outside of the splits (extra/3.png)" in twice(root, "train").left_out.sentence()
+    assert "1 x image outside of the splits (extra/3.png)" in twice(root, "train").left_out.sentence()
     assert not twice(root).left_out
 
 
@@ -399,7 +399,7 @@ def test_check_lists_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = fill(tmp_path / "d", {**_files("splits"), "train/notes.txt": b"", "train/x.heix": b""})
     assert main(["check", str(root), "--out", str(tmp_path / "found.json")]) == 0
     said = capsys.readouterr().out
-    assert "left out of the data: 1 .heix (train/x.heix), 1 .txt (train/notes.txt)" in said
+    assert "left out of the data: 1 x .heix (train/x.heix), 1 x .txt (train/notes.txt)" in said
     assert "splits: train 6, val 6" in said
     assert "classes: 3, from the names of the folders: a 4, b 4, c 4" in said
     found = json.loads((tmp_path / "found.json").read_text())

@@ -1,5 +1,6 @@
 """Folders, tar shards and parquet as sources: what is found, in which order, with which labels; the index cache."""
 
+import importlib
 import io
 import json
 import multiprocessing
@@ -284,7 +285,7 @@ def test_a_folder_that_may_not_be_read_is_told_each_time(tmp_path, monkeypatch):
         source = open_source(str(root), None)
         assert everything(source) == [png(1)]
         assert source.left_out.sentence() == (
-            "left out of the data: 1 folder that may not be read (Permission denied) (b)"
+            "left out of the data: 1 x folder that may not be read (Permission denied) (b)"
         )
     monkeypatch.undo()
 
@@ -565,7 +566,7 @@ def test_a_cut_shard_is_used_as_far_as_it_is_whole(tmp_path, cut):
     bad.write_bytes(bad.read_bytes()[:length])
     for _ in range(2):  # built, and from the cache
         source = open_source(str(root.parent), None)
-        assert re.search(r"1 truncated shard, .*\(bad\.tar\)", source.left_out.sentence())
+        assert re.search(r"1 x truncated shard, .*\(bad\.tar\)", source.left_out.sentence())
         assert everything(source) == [png(1), png(2), png(3)]
 
 
@@ -578,7 +579,7 @@ def test_a_header_damaged_in_the_middle_is_told(tmp_path):
     root.write_bytes(content)
     source = open_source(str(root), None)
     assert everything(source) == [png(1)]
-    assert "1 damaged shard" in source.left_out.sentence()
+    assert "1 x damaged shard" in source.left_out.sentence()
 
 
 @pytest.mark.parametrize("end", [0, 512])
@@ -588,7 +589,7 @@ def test_a_shard_without_its_end_is_truncated(tmp_path, end):
     root.write_bytes(root.read_bytes()[: 1024 + end])
     source = open_source(str(root), None)
     assert everything(source) == [png(1)]
-    assert "1 truncated shard" in source.left_out.sentence()
+    assert "1 x truncated shard" in source.left_out.sentence()
     root.write_bytes(pack(tmp_path / "x.tar", {"a.png": 1}).read_bytes()[:2048])
     assert not open_source(str(root), None).left_out
 
@@ -598,7 +599,7 @@ def test_an_archive_behind_the_end_of_another_is_told(tmp_path):
     one.write_bytes(one.read_bytes() + two.read_bytes())
     source = open_source(str(one), None)
     assert everything(source) == [png(1)]
-    assert "1 shard with more behind its end" in source.left_out.sentence()
+    assert "1 x shard with more behind its end" in source.left_out.sentence()
 
 
 def test_archives_that_cannot_be_read_in_place(tmp_path):
@@ -771,6 +772,11 @@ def test_parquet_messages(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="set SSL_PRETRAIN_CACHE to a directory on a disk with room"):
         open_source(str(whole), None)
     monkeypatch.setattr(parquet, "pa", None)
+
+    def absent(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name="pyarrow")
+
+    monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(UserError, match=r"pip install 'ssl-pretrain\[parquet\]'"):
         open_source(str(whole), None)
 

@@ -132,7 +132,7 @@ def test_shards_named_like_splits(tmp_path: Path) -> None:
     pack(tmp_path / "b" / "other.tar", {"3.png": 3})
     source = open_training(str(tmp_path / "b"))
     assert [source[i] for i in range(len(source))] == [png(1)]
-    assert "1 image outside of the splits" in source.left_out.sentence()
+    assert "1 x image outside of the splits" in source.left_out.sentence()
     write_parquet(tmp_path / "c" / "holdout.parquet", {"image": structs([1])})
     write_parquet(tmp_path / "c" / "rest.parquet", {"image": structs([2])})
     with pytest.raises(UserError, match=r"holdout.*--train-split"):

@@ -10,7 +10,7 @@ EXAMPLES = 10  # names kept of each reason
 SHOWN = 3  # names told of each reason in a sentence
 REASONS = 8  # reasons told in a sentence
 
-# Reasons that several sources have. Each is a noun after a number: "2 hidden (.git, .a.png)".
+# Reasons that several sources have, shown after a number: "2 x hidden (.git, .a.png)".
 HIDDEN = "hidden"
 COMPRESSED = "compressed archive, unpack it to a plain .tar to use it"
 BROKEN_LINK = "link that leads nowhere"
@@ -81,7 +81,7 @@ class LeftOut:
     def lines(self) -> list[str]:
         """A line for each reason, with up to EXAMPLES names."""
         return [
-            f"{count:,} {reason}: {', '.join(names)}{', ...' if count > len(names) else ''}"
+            f"{count:,} x {reason}: {', '.join(names)}{', ...' if count > len(names) else ''}"
             for part in (self.out, self.noted)
             for reason, (count, names) in _ordered(part)
         ]
@@ -111,7 +111,7 @@ def _listed(counts: dict[str, tuple[int, list[str]]]) -> str:
     parts = []
     for reason, (count, names) in ordered[:REASONS]:
         shown = ", ".join(names[:SHOWN]) + (", ..." if count > SHOWN else "")
-        parts.append(f"{count:,} {reason}" + (f" ({shown})" if names else ""))
+        parts.append(f"{count:,} x {reason}" + (f" ({shown})" if names else ""))
     if len(ordered) > REASONS:
         parts.append(f"{sum(count for _, (count, _) in ordered[REASONS:]):,} for other reasons")
     return ", ".join(parts)

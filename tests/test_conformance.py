@@ -105,6 +105,11 @@ FAULTS = {
         "skipped_step_changes_no_state",
         ("centre", "step.ok is false"),
     ),
+    "teacher_ignores_ok": Broken(
+        {"self.config.momentum, step.ok)": "self.config.momentum, step.ok | True)"},
+        "skipped_step_changes_no_state",
+        ("teacher.", "step.ok is false"),
+    ),
     "multiplies_by_ok": Broken(
         {"torch.where(step.ok, moved, self.centre)": "self.centre + step.ok * (moved - self.centre)"},
         "skipped_step_changes_no_state",

@@ -223,16 +223,18 @@ class _Checks:
     def skipped_step_changes_no_state(self) -> None:
         for finite in (True, False):
             method = build(self.name)
-            here = step()
-            losses = method(batch(method), here)
+            skipped = step()
+            losses = method(batch(method), skipped)
             losses.total.backward()
+            # A teacher begins as a copy of the student, and an update from equal weights would change nothing.
+            torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=LR).step()
             before = _state(method)
-            here.ok = torch.zeros((), dtype=torch.bool)
+            skipped.ok = torch.zeros((), dtype=torch.bool)
             # What a step carries that was skipped is often not finite, and 0 * NaN is NaN.
             spoiled = {
                 n: torch.full_like(v, torch.nan) if v.is_floating_point() else v for n, v in losses.carry.items()
             }
-            after_step(method, here, losses.carry if finite else spoiled)
+            after_step(method, skipped, losses.carry if finite else spoiled)
             if changed := _changed(before, _state(method)):
                 how = "" if finite else " where what forward carried is not finite"
                 raise Fault(f"after_step changes {_some(changed)} though step.ok is false{how}")
@@ -242,12 +244,12 @@ class _Checks:
         before, kept = _state(method), set(method.state_dict())
         optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=LR)
         for number in range(STEP, STEP + 3):
-            here = step(number=number, noise=number)
-            losses = method(batch(method), here)
+            taken = step(number=number, noise=number)
+            losses = method(batch(method), taken)
             losses.total.backward()
             optimizer.step()
             optimizer.zero_grad()
-            after_step(method, here, losses.carry)
+            after_step(method, taken, losses.carry)
         changed = _changed(before, _state(method))
         constant = type(method).constant
         if lost := changed - kept:

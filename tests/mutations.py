@@ -133,7 +133,14 @@ MUTATIONS = [
         "test_grad_cache.py::test_parts_on_two_processes_give_the_gradients_of_one",
     ),
     # ---- schedules and optimisers
-    _core("warm-up from 0", "optim/schedules.py", "peak * (step + 1) / warmup", "peak * step / warmup", ADAMW),
+    _core(
+        "warm-up from 0",
+        "optim/schedules.py",
+        "(peak - start) * (step + 1) / warmup",
+        "(peak - start) * step / warmup",
+        ADAMW,
+    ),
+    _core("the warm-up's first rate ignored", "train.py", "start=run.warmup_lr,", "start=0.0,", BYOL),
     _core(
         "cooldown one step short", "optim/schedules.py", "left = steps - step\n", "left = steps - step - 1\n", TEACHER
     ),

@@ -51,6 +51,7 @@ class Case:
     final_lr: float = 0.0
     schedule: str = "cosine"
     warmup_steps: int = 0
+    warmup_lr: float = 0.0
     cooldown_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
@@ -100,7 +101,8 @@ CASES = {
         knobs={"temperature": 1.0},  # at 0.1 the biases' steps are long enough to magnify rounding
     ),
     "sgd, accumulated by GradCache, and a teacher": replace(
-        SGD, method="byol", final_weight_decay=0.05, accumulate=2, warmup_steps=3, knobs={"momentum": 0.7}, bad=(2, 5)
+        SGD, method="byol", final_weight_decay=0.05, accumulate=2, warmup_steps=3, warmup_lr=0.01,
+        knobs={"momentum": 0.7}, bad=(2, 5),
     ),
 }  # fmt: skip
 
@@ -109,11 +111,11 @@ CASES = {
 
 
 def learning_rate(case: Case, t: int) -> float:
-    """A linear warm-up without a step at 0, whose last step has the peak (Goyal et al., 2017, section 2.2). Then half a
-    cosine (Loshchilov & Hutter, 2017, eq. 5), or the peak and a linear cooldown. Both reach their end one step after the
-    last."""
+    """A linear warm-up from `warmup_lr` one step before the first; its last step has the peak (Goyal et al., 2017, section
+    2.2; I-JEPA's code starts above 0). Then half a cosine (Loshchilov & Hutter, 2017, eq. 5), or the peak and a linear
+    cooldown. Both reach their end one step after the last."""
     if t < case.warmup_steps:
-        return case.lr / case.warmup_steps * (t + 1)
+        return case.warmup_lr + (case.lr - case.warmup_lr) / case.warmup_steps * (t + 1)
     span = case.lr - case.final_lr
     if case.schedule == "cosine":
         return (

@@ -17,10 +17,10 @@ def learning_rate(
 ) -> float:
     """The rate of step `step` of `steps` (from 0).
 
-    Linear over the first `warmup` steps to peak, from the rate `start` one step before the first (from 0 the first step
-    has peak / warmup, so no step has the rate 0). Then "cosine": half a
-    cosine to `final` (SGDR, Loshchilov & Hutter 2017, one period); or "constant": the peak until the last `cooldown`
-    steps, which fall linearly to `final` (warm-up, stable, decay). Both reach `final` at `steps`, one past the last.
+    Warm-up: linear over the first `warmup` steps to the peak, from the rate `start` one step before the first. From 0 the
+    first step has peak / warmup, so no step has the rate 0. Then "cosine": half a cosine to `final` (SGDR, Loshchilov &
+    Hutter 2017, one period); or "constant": the peak until the last `cooldown` steps, which fall linearly to `final`
+    (warm-up, stable, decay). Both reach `final` at `steps`, one past the last.
     """
     if step < warmup:
         return start + (peak - start) * (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""What a command prints, and what becomes of it where nobody reads it any more.
+"""The output of a command, also after its console is closed.
 
 A run outlives its console: `| head`, a killed `tee`, a closed terminal and `2>&-` take the output away, and nothing else.
 """
@@ -26,13 +26,13 @@ OWN = (
 
 @contextmanager
 def lasting_console(prog: str) -> Iterator[None]:
-    """While entered, writing to stdout and stderr never fails, whatever is at their other end, and warnings of Python are
-    lines like any other: this package's own; those of libraries are not shown (python -W shows all as they come).
+    """A context in which writing to stdout and stderr never fails, also if the reader has gone. Python warnings of this
+    package are printed as one line each; those of libraries are not shown (python -W shows all unchanged).
 
-    prog: the command's name, for those lines.
+    prog: the command's name, for these lines.
     """
     _open_closed()
-    # What torch's C++ side prints of a lost connection is for its authors; the commands say it in their own words.
+    # torch's C++ code prints details of a lost connection. The commands report it in their own words.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     before = sys.stdout, sys.stderr, warnings.showwarning, threading.excepthook
     sys.stdout, sys.stderr = (cast(TextIO, _Stream(stream)) for stream in (sys.stdout, sys.stderr))
@@ -43,13 +43,13 @@ def lasting_console(prog: str) -> Iterator[None]:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(ValueError):  # closed by somebody
+            with suppress(ValueError):  # already closed
                 stream.flush()
         sys.stdout, sys.stderr, warnings.showwarning, threading.excepthook = before
 
 
 class _Stream:
-    """A text stream that loses what cannot be written; all else is as the stream inside has it."""
+    """A text stream that drops what cannot be written. Everything else is passed to the stream inside."""
 
     def __init__(self, inside: Any) -> None:
         self._inside = inside
@@ -78,7 +78,7 @@ class _Stream:
             self._lost(problem)
 
     def _lost(self, problem: OSError) -> None:
-        """Let what is gone for good be nowhere, what is still in the buffer included: Python writes it at its end."""
+        """Replace a stream whose reader has gone by the null device, also for its buffer, which Python writes at exit."""
         if problem.errno not in GONE:
             return  # a log on a full disk may have room again
         with suppress(OSError, ValueError):
@@ -88,8 +88,8 @@ class _Stream:
 
 
 def _open_closed() -> None:
-    """Give what was closed before the start (`>&-`) a place: else the next file that is opened gets its number, and what
-    libraries print goes into it."""
+    """Open the null device for each standard stream that was closed before the start (`>&-`). Otherwise the next file that
+    is opened gets its number, and the output of libraries would go into that file."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

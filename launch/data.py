@@ -1,4 +1,4 @@
-"""The command `ssl-data`: is this data as it should be, what is in it, how fast is it read; and the packing of it.
+"""The command `ssl-data`: checks images, measures their channels and the speed of the loader, and packs pixels.
 
 Shapes: H x W pixels, C channels.
 """
@@ -20,12 +20,12 @@ from .run_command import run_command
 
 PROG = "ssl-data"
 VERBS = {
-    "check": "read every image: which cannot be, which are twice there, which sizes there are",
-    "stats": "mean and deviation of the channels, for --mean and --std; images of each class",
-    "bench": "images a second on one core, step by step, and what limits them",
-    "pack": "decode once into one file of raw pixels, which --data takes and reads without decoding",
+    "check": "read every image; list unreadable images, duplicates and image sizes",
+    "stats": "mean and standard deviation of the channels, for --mean and --std; number of images of each class",
+    "bench": "images/s on one core for each step of the loader, and the slowest step",
+    "pack": "decode all images once into one file of raw pixels, which --data reads without decoding",
 }
-EPILOG = "Exit codes: 0 done (check: nothing wrong), 1 check found something or anything else failed, 2 a mistake."
+EPILOG = "Exit codes: 0 done (check: no fault found), 1 check found a fault, or any other error, 2 wrong flags or data."
 SHOWN = 10  # bad or doubled images that are printed
 CLASSES_SHOWN = 20  # classes whose counts are printed
 
@@ -35,19 +35,19 @@ class Common:
     """The data."""
 
     split: str | None = None
-    """Only this split (default: everything; pack keeps splits apart)."""
+    """Use only this split (default: all images; pack writes each split separately)."""
     channels: int = 3
-    """Channels to read images with."""
+    """Number of channels of the decoded images."""
     max_pixels: int | None = None
     """Most pixels of an image; a larger one is taken for a decompression bomb (default: 178,956,970)."""
     images: int | None = None
-    """Look at so many of them, drawn by the seed (default: all; stats 2000, bench 512)."""
+    """Use this number of images, drawn at random by the seed (default: all; stats 2000, bench 512)."""
     workers: int = 0
-    """Processes that read images beside this one (bench: always none)."""
+    """Number of additional processes that read images (bench: always 0)."""
     seed: int = 0
-    """Seed of what is drawn."""
+    """Seed of the random choice of images."""
     out: Path | None = None
-    """check, stats: also write what was found there, as JSON; pack: the folder to make."""
+    """check, stats: also write the results to this JSON file; pack: the folder to create."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +55,13 @@ class Bench:
     """The benchmark."""
 
     method: str = "mae"
-    """Whose views are made."""
+    """Method whose views are made."""
     image_size: tuple[int, ...] = (224,)
     """Size of the views, one side or height and width."""
     aug: Literal["exact", "fast"] = "exact"
     """How views are made, as in ssl-pretrain."""
     seconds: float = 10.0
-    """How long to measure."""
+    """Seconds to measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Pack:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, having said everything there is to say."""
+    """Run the command and print its messages; returns its exit code."""
     return run_command(PROG, _main, argv)
 
 
@@ -129,14 +129,14 @@ def _source(data: str, common: Common, most: int | None) -> Any:
     most = common.images or most
     if most is None or most >= len(source):
         return source
-    print(f"looking at {most:,} of them, drawn by the seed", flush=True)
+    print(f"using {most:,} of them, drawn at random by the seed", flush=True)
     chosen = np.sort(numpy_generator(common.seed, "ssl-data").permutation(len(source))[:most])
     return Subset(source, chosen)
 
 
 def _read(source: Any, common: Common) -> Iterator[tuple[int, Any, Any, int]]:
-    """Each image's number, its pixels (H, W, C) uint8 or why there are none (a string), a hash of its bytes, and the bits
-    that its values are stored in."""
+    """For each image: its number, its pixels (H, W, C) uint8 or the reason why it cannot be read (a string), a hash of its
+    bytes, and the number of bits of its stored values."""
     from torch.utils.data import DataLoader
 
     workers: dict[str, Any] = {"multiprocessing_context": "fork"} if common.workers else {}
@@ -151,7 +151,7 @@ def _as_is(item: Any) -> Any:
     return item
 
 
-_MACHINE = -1  # in the place of an image's number: a fault of the machine, no image is to blame
+_MACHINE = -1  # instead of an image's number: an error of the machine, not of an image
 
 
 class _Reader:
@@ -180,7 +180,7 @@ class _Reader:
 
 
 class _Depth:
-    """Whether images of 16 bits use all of them."""
+    """Whether images of 16 bits use the whole range of values."""
 
     def __init__(self) -> None:
         self.images, self.largest = 0, 0
@@ -192,7 +192,7 @@ class _Depth:
             self.largest = max(self.largest, int(pixels.max()))
 
     def tell(self) -> None:
-        """Print what is odd."""
+        """Print a warning if they do not."""
         if self.images and self.largest < 64:
             print(
                 f"{self.images:,} images of 16 bits use at most {8 + self.largest.bit_length()}, so they are nearly black: "
@@ -201,7 +201,7 @@ class _Depth:
 
 
 def _watch(rows: Iterator[Any], total: int) -> Iterator[Any]:
-    """The same rows, told to a person who looks on."""
+    """The same rows, with a progress bar if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield from rows
         return
@@ -304,7 +304,7 @@ def _stats(data: str, common: Common) -> int:
     for _, pixels, _, bits in _watch(_read(source, common), len(source)):
         if not isinstance(pixels, str):
             depth.add(pixels, bits)
-            # every image counts alike, whatever its size, for so they come to a method
+            # each image has the same weight, whatever its size, because a method sees all images at one size
             flat = pixels.reshape(-1, common.channels) / 255
             total, squares, count = total + flat.mean(0), squares + (flat**2).mean(0), count + 1
     if not count:

@@ -29,14 +29,14 @@ WORDS = ("random", "pixels")  # what --encoder may be beside a path
 EPILOG = (
     "Example: ssl-eval knn --encoder runs/mae --data photos/. The result is printed and written to results.json. "
     "Features are kept under $SSL_PRETRAIN_CACHE (or ~/.cache/ssl-pretrain) and shared by all evaluators. Exit codes: "
-    "0 done, 2 a mistake in the command, 1 anything else."
+    "0 done, 2 wrong flags or data, 1 any other error."
 )
 
 
 def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
-    """Run the command; returns its exit code, having said everything there is to say.
+    """Run the command and print its messages; returns its exit code.
 
-    placed: this process is where the flags of the launch want it: they are not obeyed again.
+    placed: this process was started by the launcher, so the flags of the launcher are ignored.
     """
 
     def work(argv: list[str]) -> int:
@@ -220,7 +220,8 @@ def _check_paths(argv: list[str]) -> None:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], Callable[[str, int, int], None] | None]]:
-    """Gives, for what a group of bars is about, a function that draws how far it is; nothing where nobody looks."""
+    """Yields a function: from the description of a group of bars to a function that updates them, or to None without a
+    terminal."""
     if not sys.stderr.isatty():
         yield lambda about: None
         return

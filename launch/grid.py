@@ -59,7 +59,7 @@ def first(argv: list[str], name: str) -> str | None:
 
 
 def pick(spec: str | None, count: int) -> tuple[list[int], int]:
-    """The runs that --array names of `count`, and how many at a time. Raises UserError for what it does not name."""
+    """The runs that --array names of `count`, and how many at a time. Raises UserError if the text is not valid."""
     which, _, at_once = (spec or "").partition("%")
     try:
         runs: list[int] = []

@@ -1,4 +1,4 @@
-"""The paths of a command that a job runs elsewhere: made absolute where it is submitted, and looked at where it starts."""
+"""The paths in the command of a Slurm job: they are made absolute when it is submitted and checked when it starts."""
 
 import os
 import socket
@@ -11,8 +11,8 @@ PATHS = ("--out", "--config", "--init-from", "--logs", "--list")  # flags whose 
 PERHAPS = ("--data", "--encoder", "--like")  # flags whose values may be
 
 
-def here() -> Path:
-    """The working folder by the name that the shell knows it by, which other machines may see it under too."""
+def working_folder() -> Path:
+    """The working folder under the name that the shell uses, because other machines may have it under this name too."""
     named = os.environ.get("PWD", "")
     if os.path.isabs(named) and os.path.isdir(named) and os.path.samefile(named, "."):
         return Path(named)
@@ -20,8 +20,8 @@ def here() -> Path:
 
 
 def absolute(path: Path) -> Path:
-    """The same path from `here`, without dots."""
-    return Path(os.path.normpath(here() / path))
+    """The path as an absolute one, from `working_folder`, without dots."""
+    return Path(os.path.normpath(working_folder() / path))
 
 
 def absolute_words(argv: list[str], encoder_is_a_path: bool) -> list[str]:
@@ -56,8 +56,8 @@ def check_started_in(folder: str) -> None:
 
 
 def check_submit_folder(out: Path, environ: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError where a task of somebody's own job would write a relative `out` into the folder that Slurm has put it
-    in because the node lacks the one that the job was submitted from."""
+    """Raise UserError if a task would write a relative `out` into another folder than the submit folder. Slurm starts a
+    task in another folder if the node lacks the submit folder."""
     submitted = environ.get("SLURM_SUBMIT_DIR")
     if submitted and not out.is_absolute() and not os.path.isdir(submitted):
         raise UserError(

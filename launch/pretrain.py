@@ -22,19 +22,19 @@ PROG = "ssl-pretrain"
 DESCRIPTION = "Pretrain a vision encoder on images without labels."
 EPILOG = (
     "Example: ssl-pretrain --method mae --data photos/ --out runs/mae. With --method, --help shows the method's and the "
-    "encoder's flags too. Exit codes: 0 done, 2 a mistake in the command, 75 stopped early and resumable, 1 anything else."
+    "encoder's flags too. Exit codes: 0 done, 2 wrong flags or data, 75 stopped early and resumable, 1 any other error."
 )
 
 
 def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
     """Run the command; returns its exit code, having said everything there is to say.
 
-    placed: this process is where the flags of the launch want it: they are not obeyed again.
+    placed: this process was started by the launcher, so the flags of the launcher are ignored.
     """
 
     def work(argv: list[str]) -> int:
         try:
-            # In a job, signals are heard from the first moment on: torch alone takes seconds to import.
+            # In a job, signals are handled from the start, because importing torch takes seconds.
             with StopRequest() if environment.in_slurm_step() else nullcontext():
                 return _main(argv, placed)
         except KeyboardInterrupt:
@@ -70,8 +70,8 @@ def _main(argv: list[str], placed: bool) -> int:
     starts, found = manifest.starts(out), manifest.read(out).get("state", "")
 
     def failed(why: str) -> None:
-        # A run that did not begin leaves the folder, which may be another run's, as it is, unless this is the job that was
-        # requeued to continue what is there. The disk may be full.
+        # A run that did not begin does not change the folder, because it may be another run's. The exception is a job that
+        # was requeued to continue this run. The disk may be full.
         if len(manifest.starts(out)) > len(starts) or requeue.restarted():
             with suppress(OSError):
                 manifest.end(out, f"failed: {why}")
@@ -138,7 +138,7 @@ def read_command(argv: list[str]) -> tuple[Run, Any, Any]:
 
 
 def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
-    """All that a command line asks for.
+    """The settings of a command line.
 
     Imports torch only once the method, the encoder and the data are known to be there.
     """
@@ -176,8 +176,8 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
 
 
 def _check(argv: list[str]) -> None:
-    """Raise UserError for a command line that cannot be read, or whose run would end before its first step: as far as that
-    can be told here, without its weights and processes."""
+    """Raise UserError for a command line that cannot be read, or whose run would end before its first step, as far as this
+    can be found without weights and other processes."""
     run, _, knobs, options = _read(argv)
     from ssl_pretrain.train import check_settings
 

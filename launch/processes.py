@@ -13,7 +13,7 @@ from pathlib import Path
 from ssl_pretrain.distributed.rendezvous import RENDEZVOUS
 from ssl_pretrain.loop.signals import stopping
 
-GRACE = 20.0  # seconds in which the others can detect which process is gone, and report it
+GRACE = 20.0  # seconds in which the others can detect which process has ended, and report it
 PR_SET_PDEATHSIG = 1
 
 
@@ -53,7 +53,7 @@ def run_local(module: str, argv: list[str], count: int) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """In a child: let the kernel send SIGTERM when the parent is gone. So the processes of a killed command save and
+    """In a child: let the kernel send SIGTERM when the parent has ended. So the processes of a killed command save and
     end instead of training on."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != parent:

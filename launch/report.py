@@ -140,7 +140,7 @@ def read(folder: Path, name: str) -> Run:
 
 
 def _numbers(line: dict[str, Any], skipped: list[str]) -> dict[str, float | None]:
-    """The numbers of a line of metrics.jsonl, None for one that was not finite; empty for somebody else's line."""
+    """The numbers of a line of metrics.jsonl, None for one that was not finite; empty for a line of another program."""
     step = line.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < MOST_STEPS:
         skipped.append(f"metrics.jsonl: a line without a step ({json.dumps(line)[:60]}); left out")
@@ -160,7 +160,7 @@ def _manifest(folder: Path, skipped: list[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        skipped.append("manifest.json: not there or damaged; the page lacks what it says")
+        skipped.append("manifest.json is missing or damaged: the page lacks its content")
     return found if isinstance(found, dict) else {}
 
 

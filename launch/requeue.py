@@ -1,4 +1,4 @@
-"""What becomes of a Slurm job that has to stop, or that lost a process: back into the queue, or a clear end."""
+"""A Slurm job that must stop or that lost a process: it is requeued, or it ends with a clear message."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ from ssl_pretrain.distributed.environment import Place
 from ssl_pretrain.loop import manifest
 from ssl_pretrain.loop.watch import LostProcess
 
-# What an exchange raises when the process at its other end is gone; gloo has no type of its own for it.
+# Raised by an exchange if the other process has ended; gloo has no exception type for this.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting",
         "Socket closed", "not reachable")  # fmt: skip
 
@@ -27,7 +27,7 @@ def deadline(margin: float) -> float | None:
 
 
 def lost_a_process(problem: BaseException) -> bool:
-    """Whether an exception says that another process of the run is gone, rather than that this one failed."""
+    """Whether an exception means that another process of the run has ended, and not that this one failed."""
     return isinstance(problem, dist.DistError | LostProcess) or (
         isinstance(problem, RuntimeError) and any(word in str(problem) for word in LOST)
     )

@@ -23,7 +23,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.files import make_folder
 
 from .options import Launch, minutes
-from .paths import here
+from .paths import working_folder
 
 GOING = {
     "PENDING",
@@ -95,7 +95,7 @@ def executor(launch: Launch, folder: Path, name: str, runs: list[int] | None, at
         key: getattr(launch, key) for key in PASSED_ON if getattr(launch, key) is not None
     }  # as they are written: submitit would turn some into numbers
     more["requeue"] = True
-    more["chdir"] = str(here())  # also where the script is submitted by hand from elsewhere
+    more["chdir"] = str(working_folder())  # also if the script is submitted by hand from another folder
     for word in launch.slurm:
         key, _, value = word.partition("=")
         key = key.strip("-").replace("-", "_")
@@ -160,7 +160,7 @@ def submit(jobs: Jobs, words: list[str], runs: list[int] | None) -> Submitted:
 
 def command(name: str, argv: list[str]) -> list[str]:
     """The words that run `name` ("pretrain", "evaluate", "grid") as the task of a job, in this folder and nowhere else."""
-    return [sys.executable, "-u", "-m", "ssl_pretrain.launch.job", "--from", str(here()), name, *argv]
+    return [sys.executable, "-u", "-m", "ssl_pretrain.launch.job", "--from", str(working_folder()), name, *argv]
 
 
 def follow(submitted: Submitted, out: TextIO, pause: float = 2.0, patience: float = 60.0) -> int:

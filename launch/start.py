@@ -1,4 +1,4 @@
-"""Where a command's flags want it: here and now, as several processes, as a Slurm job, or as the runs of a grid."""
+"""Starts a command as its flags say: in this process, as several processes, as a Slurm job, or as the runs of a grid."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ from .options import Launch, check, refuse_line_breaks
 def start_processes_or_job(
     name: str, argv: list[str], launch: Launch, out: Path, parse: Callable[[list[str]], object]
 ) -> int | None:
-    """Start the command `name` ("pretrain", "evaluate") where its flags say; None where that is here, in this process.
+    """Start the command `name` ("pretrain", "evaluate") as its flags say. Returns None if that is this process.
 
     out: the folder of its results; of a grid, the folder of its runs' folders. parse: reads the arguments of a run, or
     raises UserError for what is wrong with them. Returns the exit code. Raises UserError for flags that contradict one
@@ -26,7 +26,7 @@ def start_processes_or_job(
     if environment.in_slurm_step():
         paths.check_submit_folder(out)
     if environment.find().size > 1 or "RANK" in os.environ:
-        return None  # somebody has started the processes already
+        return None  # the processes are already started (torchrun, srun)
     check(launch)
     if launch.launcher == "slurm":
         refuse_line_breaks("--out", out)
@@ -57,7 +57,7 @@ def start_processes_or_job(
             grid.ended(point, codes[-1])
             grid.summarize(points)
             if codes[-1] == 75:
-                break  # stopped by a person, who means all of it
+                break  # stopped by the user, who means all runs
         print(grid.table(points))
         return next((code for code in codes if code), 0)
     return run_local(module, argv, count) if count > 1 else None

@@ -1,5 +1,5 @@
-"""The contract of a pretext method, and how one is found by its name. Shapes: B images of this micro-batch, C channels,
-H x W pixels; the global batch is what all ranks and all micro-batches of one optimiser step hold together."""
+"""The contract of a pretext method, and loading a method by its name. Shapes: B images of this micro-batch, C channels,
+H x W pixels. The global batch is all images of one optimiser step, over all ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ __all__ = ["Batch", "Losses", "Method", "Recipe", "Step", "WholeBatchMethod", "l
 
 
 class Step:
-    """Where in the run this micro-batch stands, and its share of the step's randomness.
+    """The position of this micro-batch in the run, and its rows of the step's noise.
 
-    Noise is drawn for the global batch from (the step's key, number of the draw) and then sliced, so a run's noise does not
-    depend on how many ranks or micro-batches hold the batch.
+    Noise is drawn for the global batch from (the step's key, number of the draw) and then sliced. So it does not depend on
+    the number of ranks or micro-batches.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Step:
         self.rows = rows  # which rows of the global batch this micro-batch holds
         self.batch_size = batch_size  # global
         self.device = device
-        # True where the step's loss and gradients are finite on every rank; set by the loop before `after_step`, a bool
-        # tensor () on the device so that nobody waits for it. State updates multiply or torch.where by it.
+        # True if the loss and gradients of the step are finite on every rank. A bool tensor () on the device, so that the
+        # host does not synchronise. The loop sets it before `after_step`. State updates use it in torch.where.
         self.ok: Tensor = torch.ones((), dtype=torch.bool, device=device)
-        # What the step's forwards gave in `Losses.carry`, by name, the rows of all micro-batches one after another; set by
-        # the loop before `after_step`.
+        # `Losses.carry` of the step's forward passes, by name: the rows of all micro-batches, concatenated. The loop sets
+        # it before `after_step`.
         self.carried: dict[str, Tensor] = {}
         self._noise = noise  # key of this step's randomness
         self._draws = 0
@@ -73,8 +73,8 @@ class Step:
 
     @contextmanager
     def on_host(self) -> Iterator[Step]:
-        """This step with its draws on the CPU, wherever the run is: for masks that take hundreds of small operations, which
-        an accelerator needs longer to be told of than the CPU to do them."""
+        """This step with its draws on the CPU, also if the run is on an accelerator. For masks made by hundreds of small
+        operations: launching their kernels takes longer than computing them on the CPU."""
         host = copy.copy(self)
         host.device = torch.device("cpu")
         host.rows = self.rows.cpu() if isinstance(self.rows, Tensor) else self.rows
@@ -82,13 +82,13 @@ class Step:
         self._draws = host._draws
 
     def restarted(self) -> Step:
-        """The same place in the run with the draws from the first on: a second pass meets the same noise."""
+        """The same position, with the draws from the first one again, so that a second pass gets the same noise."""
         again = copy.copy(self)
         again._draws = 0
         return again
 
     def with_rows(self, rows: Tensor) -> Step:
-        """The same place with other rows (B,) int64 of the global batch; its draws go on from where these stand."""
+        """The same position with other rows (B,) int64 of the global batch. Its draws continue after those made so far."""
         other = copy.copy(self)
         other.rows = rows
         return other
@@ -96,13 +96,13 @@ class Step:
 
 @dataclass
 class Losses:
-    """What a method's forward returns. All float32."""
+    """The result of a method's forward. All float32."""
 
     total: Tensor  # () with gradient: the mean over this micro-batch, so that the mean over ranks is the global loss
     terms: dict[str, Tensor] = field(default_factory=dict)  # detached scalars (), logged under these names
     # (B,) detached: each sample's loss; their mean is `total`. A term of the whole batch counts in full for each sample.
     per_sample: Tensor | None = None
-    carry: dict[str, Tensor] = field(default_factory=dict)  # detached (n, ...): what `after_step` needs of this forward
+    carry: dict[str, Tensor] = field(default_factory=dict)  # detached (n, ...): values that `after_step` needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,28 +121,28 @@ class Recipe:
     clip_grad: float | None = None  # norm of all gradients together, or of each parameter's alone
     clip_each: bool = False  # each parameter's alone (DINO, iBOT)
     warmup: float = 0.05  # share of the steps
-    # Flags of the two-minute built-in run, where the paper's are too big.
+    # Flags of the two-minute built-in run, if the paper's values are too large for it.
     small: dict[str, Any] = field(default_factory=dict)
-    # The method's own knobs for the conformance checks, where those in `small` (what the checks take if this is empty) are
-    # too big or leave something out: a step of 16 images of 32 pixels should take a tenth of a second.
+    # The method's own knobs for the conformance checks. If empty, the checks use those in `small`. Give them if those are
+    # too large or switch a part off: a step of 16 images of 32 pixels should take a tenth of a second.
     tiny: dict[str, Any] = field(default_factory=dict)
     encoder: dict[str, Any] = field(default_factory=dict)  # the paper's choices of encoder options, by flag name
 
 
 class Method(nn.Module, ABC):
-    """A pretext task: an encoder, what is trained around it, and the loss. A file in `methods/` holds one final subclass.
+    """A pretext task: an encoder, the heads trained with it, and the loss. A file in `methods/` has one final subclass.
 
-    All state is parameters and buffers; schedules are functions of `Step.progress`. `forward` changes no state
-    (batch-norm statistics excepted); `after_step` does. Losses, softmaxes and norms compute in float32 whatever the
-    autocast. Across ranks a method uses `ssl_pretrain.distributed` only.
+    All state is parameters and buffers. Schedules are functions of `Step.progress`. `forward` changes no state except
+    batch-norm statistics; `after_step` changes state. Losses, softmaxes and norms compute in float32, also under mixed
+    precision (autocast). For communication between ranks a method uses only `ssl_pretrain.distributed`.
     """
 
     recipe: ClassVar[Recipe] = Recipe()
-    # Images that a batch (the global one) must hold at least: 2 where the loss compares images with one another, or a head
-    # has batch norm. What the encoder needs comes on top.
+    # Smallest global batch: 2 if the loss compares images with one another or a head has batch norm. The loop also checks
+    # what the encoder needs.
     least_batch: ClassVar[int] = 1
-    # Names in state_dict() of what has no gradient and never changes, each with the reason as a comment. The conformance
-    # checks hold that all else without a gradient moves. Not to be listed: what an encoder itself never changes.
+    # Names in state_dict() of tensors without a gradient that never change, each with the reason as a comment. The
+    # conformance checks require that all others without a gradient change. Constants of an encoder need not be listed.
     constant: ClassVar[frozenset[str]] = frozenset()
 
     @dataclass(frozen=True, kw_only=True)
@@ -155,23 +155,23 @@ class Method(nn.Module, ABC):
         self.config = config
 
     def prepare(self, images: int) -> None:
-        """Make what hangs on the weights that the encoder starts from (a teacher) or on how many images there are to train
-        on (a bank of them). Called once, after the constructor and after --init-from, before a checkpoint is loaded."""
+        """Make what depends on the initial weights of the encoder (an EMA teacher) or on the number of training images (a
+        memory bank). Called once, after the constructor and --init-from, before a checkpoint is loaded."""
 
     @classmethod
     @abstractmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
-        """The views wanted of each image."""
+        """The views that the method needs of each image."""
 
     @abstractmethod
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The loss of one micro-batch."""
 
     def after_step(self, step: Step) -> None:
-        """Update state that gradients do not (teachers, queues, centres), after the optimiser; must honour `step.ok`.
+        """Update state without gradients (EMA teachers, queues, centres) after the optimiser's step, only if `step.ok`.
 
-        What this process's forwards gave in `Losses.carry` is in `step.carried`, what all processes gave is
-        `distributed.gather` of it.
+        `step.carried` has `Losses.carry` of this process's forward passes. `distributed.gather` of it gives those of all
+        processes.
         """
 
     def exported(self) -> Backbone:
@@ -179,36 +179,36 @@ class Method(nn.Module, ABC):
         return self.encoder
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
-        """For each loss term that has one: the value it takes when the method learns nothing, and what that means.
+        """The value of a loss term if the method learns nothing, and what that means, for each term that has such a value.
 
         batch_size: the global one.
         """
         return {}
 
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Pictures for a person, by name: (n, C, H, W) in the views' normalised colours. Called without gradients."""
+        """Pictures for TensorBoard, by name: (n, C, H, W) in the views' normalised colours. Called without gradients."""
         return {}
 
 
 class WholeBatchMethod(Method, ABC):
-    """A method whose loss looks at the batch as a whole: contrasts, clusters, correlations, batch norm in its heads.
+    """A method whose loss depends on the whole batch: contrastive, clustering or correlation losses, batch norm in heads.
 
-    Its forward is cut in two, so that a batch worked through in micro-batches gives the loss and the gradients of the
-    whole one (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021): first
-    `embed` for each micro-batch, then `loss` once for all, then `embed` again with gradients.
+    Its forward has two parts, so that gradient accumulation gives the loss and the gradients of the whole batch (GradCache;
+    Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021): first `embed` of each
+    micro-batch, then `loss` once for all, then `embed` again with gradients.
     """
 
     @abstractmethod
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """What the loss needs of each image, by name, each (B, ...): all that treats images one by one."""
+        """What the loss needs of each image, by name, each (B, ...). Everything that processes images independently."""
 
     @abstractmethod
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
-        """The loss of this process's share of the batch, from `embed`'s rows of all its micro-batches. Heads with batch
-        norm belong here. What the other processes hold comes through `distributed.gather` and `distributed.mean`."""
+        """The loss of this process's part of the batch, from the rows of `embed` of all its micro-batches. Heads with batch
+        norm belong here. `distributed.gather` and `distributed.mean` give access to the rows of other processes."""
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        """The loss of one micro-batch that is all there is. Final: not to be overridden."""
+        """The loss if there is only one micro-batch. Final: do not override it."""
         return self.loss(self.embed(batch, step), step)
 
 
@@ -216,7 +216,7 @@ def load(name: str) -> type[Method]:
     """The method of that name: the one subclass of Method that `methods/<name>.py` defines, or the class that another
     package's entry point (group `ssl_pretrain.methods`) names.
 
-    Raises UserError for a name there is not, and TypeError for a module or an entry point that holds no single Method.
+    Raises UserError for an unknown name, and TypeError for a module or an entry point without exactly one Method.
     """
     found = plugins.load("ssl_pretrain.methods", name, "method")
     if isinstance(found, ModuleType):

@@ -1,7 +1,7 @@
-"""The training loop, for every method, read top to bottom.
+"""The training loop of all methods, to be read from top to bottom.
 
-Position in a run is one integer, the number of optimiser steps done. Data, views, noise and schedules are functions of it
-(and of the seed), so a checkpoint is the tensors and that integer, and a continued run is the same run.
+The position in a run is one integer, the number of optimiser steps done. Data, views, noise and schedules are functions of
+it and of the seed. So a checkpoint is the tensors and this integer, and a resumed run gives the same result.
 """
 
 import dataclasses
@@ -49,13 +49,13 @@ class Outcome:
 
 
 class Diverged(Exception):
-    """Too many steps in a row were not finite; the message says where, in which term, and what is kept."""
+    """Too many consecutive steps were not finite. The message names the steps, the term and the checkpoint that is kept."""
 
 
 def train(run: Run, knobs: Any, options: Any) -> Outcome:
-    """Pretrain as the run, the method's knobs and the encoder's options say; the same call on the same folder resumes.
+    """Pretrain with these settings of the run, the method and the encoder. The same call with the same folder resumes.
 
-    Raises UserError for a user's mistake, OSError where the run folder cannot be written (a full disk), Diverged.
+    Raises UserError for a user's mistake, OSError if the run folder cannot be written (a full disk), Diverged.
     """
     with distributed.world() as world, StopRequest() as stop, ExitStack() as cleanup:
         return _train(run, knobs, options, world, stop, cleanup)
@@ -74,7 +74,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     steps, accumulate = run.steps, run.accumulate
     share = Share(run.batch_size, accumulate, world.rank, world.size)
 
-    # ---- Where to start: this run's own checkpoint, or step 0 with random weights or another encoder's.
+    # ---- Where to start: this run's newest checkpoint, or step 0 with random weights or those of --init-from.
     record, defaults = config.plain(run, knobs, options), config.defaults(run, knobs, options)
     start = distributed.from_first(
         distributed.on_all(lambda: run_start.find_start(run, record, defaults, source, cleanup) if world.first else 0)
@@ -101,7 +101,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     skipped = restore(run, start, method, optimizer, shards) if start else 0
     mixed_precision = torch.autocast(world.device.type, torch.bfloat16) if run.precision == "bf16" else nullcontext()
 
-    # ---- What is written while training. config.yaml comes first: it makes the folder a run's.
+    # ---- Files and reports. config.yaml is written first: it marks the folder as a run's.
     if world.first:
         files.write_text(run.out / "config.yaml", yaml.safe_dump(record, sort_keys=False))
     report = Report(run.out, step=start, steps=steps, silent=not world.first, names=run.loggers, config=record)
@@ -128,7 +128,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     method.train()
     with closing(loader), Watch(run.out, world, run.stall_after, report.say_for_all) as watch:
         while step_number < steps:
-            # -- what the processes have to agree on, in one exchange
+            # -- decisions that all processes must take together, in one exchange
             signal = stop.signal
             stopping, writing = distributed.any_of(signal is not None, saver.busy)
             if stopping:
@@ -139,7 +139,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
             if not writing:
                 saver.settle()
 
-            # -- rates of this step
+            # -- learning rate and weight decay of this step
             lr = learning_rate(
                 step_number,
                 steps=steps,
@@ -155,7 +155,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
 
             # -- forward and backward, micro-batch by micro-batch
             results: list[tuple[Tensor, Losses]] = []  # sample ids and losses of each forward
-            parts: list[tuple[Batch, Step]] = []  # micro-batches that wait for one loss of all of them (GradCache)
+            parts: list[tuple[Batch, Step]] = []  # micro-batches whose loss is computed once for all (GradCache)
             for micro in range(accumulate):
                 began = time.perf_counter()
                 watch.at(step_number, "waiting for images")
@@ -183,7 +183,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
             values = [torch.stack([each.total.detach(), *each.terms.values()]) for _, each in results]
             mean = values[0] if len(values) == 1 else torch.stack(values).mean(0)
 
-            # -- the optimiser's step, taken by all processes or by none, and only if everything in it is finite
+            # -- the optimiser's step: by all processes or by none, and only if loss and gradients are finite
             shards.take_gradients()
             norms = optim.gradient_norms(parameters, shards.norms)
             norm = torch.linalg.vector_norm(norms)
@@ -192,7 +192,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                 optim.clip_(parameters, run.clip_grad, norms, each=run.clip_each)
             optim.step_unless(bad, optimizer)
 
-            # -- what follows the step: EMA teachers, queues, centres
+            # -- state without gradients: EMA teachers, queues, centres
             step.ok = bad == 0
             step.carried = {name: torch.cat([each.carry[name] for _, each in results]) for name in losses.carry}
             method.after_step(step)
@@ -201,13 +201,13 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
             log.add(step_number, results, mean, bad, norm)
             step_number += 1
 
-            # -- now and then; only here the host waits for the device
+            # -- logging, scoring and saving; only here the host waits for the device
             watch.at(step_number, "logging, scoring and saving")
             if step_number % run.log_every == 0 or step_number == steps:
                 log.write(step_number, lr, weight_decay, saver.seconds_blocked)
                 saver.seconds_blocked = 0.0
                 if log.bad_in_a_row >= run.bad_steps:
-                    # Nothing was changed since the first of them: this is the state in which it happened.
+                    # Skipped steps change nothing, so this is the state before the first of them.
                     saver.save(step_number - log.bad_in_a_row, log.skipped, last=True)
                     raise Diverged(log.diverged(step_number))
             began = time.perf_counter()
@@ -216,7 +216,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
             if is_due(step_number, run.checkpoint_every):
                 saver.save(step_number, log.skipped)
 
-    # ---- The end: by the last step, or by a signal between two steps.
+    # ---- The end: after the last step, or after a signal between two steps.
     saver.settle(wait=True)
     not_exported = distributed.from_first(not (run.out / "encoder" / "config.json").exists())
     if saver.saved_step != step_number or not_exported:
@@ -232,17 +232,17 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
 
 
 def check_settings(flags: Run, knobs: Any, options: Any) -> None:
-    """Build the run's model without memory for it, before a job is submitted or a grid begins.
+    """Open the data and build the model without memory for it, before a job is submitted or a grid begins.
 
-    Raises UserError for data that is not there and for flags that contradict one another: what `train` would say before
-    the first step. What needs the weights (--init-from), the run folder, or the other processes is not looked at.
+    Raises UserError for missing data and for flags that contradict one another, as `train` would before the first step.
+    What needs the weights (--init-from), the run folder or other processes is not checked.
     """
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("meta"))
     method_class = pretext.load(flags.method)
     source, _ = run_start.open_data(flags, world)
     run = config.resolve(dataclasses.replace(flags, init_from=None), method_class.recipe, len(source), "fp32")
     Share(run.batch_size, run.accumulate, world.rank, world.size)
-    # A method of somebody else's may look at its own values while it is made, which a tensor without memory has none of.
+    # A method of another package may read values of its tensors in its constructor. Meta tensors have none.
     with torch.device("meta"), suppress(NotImplementedError, RuntimeError):
         _build_method(run, method_class, knobs, options, len(source), 0, world)
 
@@ -250,7 +250,7 @@ def check_settings(flags: Run, knobs: Any, options: Any) -> None:
 def _build_method(
     run: Resolved, method_class: type[Method], knobs: Any, options: Any, images: int, start: int, world: World
 ) -> tuple[Method, list[stages.Stage]]:
-    """The method on this process's device, and the run's stages. Random weights are a function of the seed alone.
+    """The method on this process's device, and the run's stages. Random weights depend only on the seed.
 
     Raises UserError for flags that contradict one another.
     """

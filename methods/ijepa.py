@@ -162,8 +162,10 @@ class IJEPA(Method):
             positions = sincos_table(grid, self.config.predictor_dim).to(images.device)
         seen = self.predictor_embed(encode(self.encoder, images, step, keep=context).patches)
         seen = seen + F.embedding(context, positions).to(seen.dtype)
-        asked = (self.mask_token + F.embedding(targets.flatten(0, 1), positions)).to(seen.dtype)  # (B * T, M, E)
-        x = torch.cat([asked, seen.repeat_interleave(t, dim=0)], dim=1)
+        masked_tokens = (self.mask_token + F.embedding(targets.flatten(0, 1), positions)).to(
+            seen.dtype
+        )  # (B * T, M, E)
+        x = torch.cat([masked_tokens, seen.repeat_interleave(t, dim=0)], dim=1)
         *others, last = self.predictor_blocks
         for block in others:
             x = block(x)

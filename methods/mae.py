@@ -132,10 +132,10 @@ class MAE(Method):
         tokens = self.decoder_embed(seen.patches if seen.tokens is None else seen.tokens)
         prefix, tokens = tokens.split([tokens.shape[1] - keep.shape[1], keep.shape[1]], dim=1)
         tokens = tokens + F.embedding(keep, positions[0]).to(tokens.dtype)
-        asked = (self.mask_token + F.embedding(masked, positions[0])).to(tokens.dtype)
+        masked_tokens = (self.mask_token + F.embedding(masked, positions[0])).to(tokens.dtype)
         # The order does not matter, because positions are added as embeddings. Masked tokens come first, so that the
         # last block can compute its outputs for them alone.
-        x = torch.cat([asked, prefix, tokens], dim=1)
+        x = torch.cat([masked_tokens, prefix, tokens], dim=1)
         *others, last = self.decoder_blocks
         for block in others:
             x = block(x)

@@ -23,11 +23,11 @@ def counted(method: Method) -> Counted:
     """What the second step of a method starts and waits for; its first may set things up."""
     given = batch(method)
     for number in (STEP, STEP + 1):
-        here = step(number=number)
+        counted_step = step(number=number)
         with Counted() as count:
-            losses = method(given, here)
+            losses = method(given, counted_step)
             losses.total.backward()
-            after_step(method, here, losses.carry)
+            after_step(method, counted_step, losses.carry)
         for parameter in method.parameters():
             parameter.grad = None
     return count

@@ -142,7 +142,7 @@ def test_the_temperature_of_the_teacher_warms_up() -> None:
     assert warmed_up(0.04, 0.07, 0.0, 0.0) == 0.07
 
 
-def test_the_follower_drops_nothing_and_follows_only_what_is_trained() -> None:
+def test_the_teacher_drops_nothing_and_follows_only_what_is_trained() -> None:
     student = backbones.build(
         "vit_micro", image_size=(16, 16), patch_size=8, depth=2, drop_path=0.5, positions="sincos"
     )

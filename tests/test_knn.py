@@ -33,10 +33,10 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("k", [1, 7, 100, 333])
 @pytest.mark.parametrize("tile", [(64, 128), (17, 50), (2048, 8192), (5, 1000)])
-@pytest.mark.parametrize("sketched", [False, True])
-def test_neighbours_are_those_of_scikit_learn(k: int, tile: tuple[int, int], sketched: bool) -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+def test_neighbours_are_those_of_scikit_learn(k: int, tile: tuple[int, int], rounded: bool) -> None:
     queries, bank = vectors(83, seed=1), vectors(1000, seed=2)
-    similarity, index = nearest(torch.from_numpy(queries), bank, k, tile=tile, sketched=sketched)
+    similarity, index = nearest(torch.from_numpy(queries), bank, k, tile=tile, rounded=rounded)
     oracle = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(unit(bank))
     distance, wanted = oracle.kneighbors(unit(queries))
     # In another order only where float32 cannot tell two neighbours apart.
@@ -49,13 +49,13 @@ def test_neighbours_are_those_of_scikit_learn(k: int, tile: tuple[int, int], ske
 
 @pytest.mark.parametrize("tile", [(4, 16), (3, 7), (100, 1000)])
 @pytest.mark.parametrize("exclude_self", [False, True])
-@pytest.mark.parametrize("sketched", [False, True])
+@pytest.mark.parametrize("rounded", [False, True])
 def test_of_equal_similarities_the_lower_index_comes_first(
-    tile: tuple[int, int], exclude_self: bool, sketched: bool
+    tile: tuple[int, int], exclude_self: bool, rounded: bool
 ) -> None:
     bank = np.eye(4, dtype=np.float32)[np.random.default_rng(0).integers(0, 3, 90)]  # copies of three unit vectors
     queries = bank if exclude_self else np.eye(4, dtype=np.float32)
-    similarity, index = nearest(queries, bank, 40, exclude_self=exclude_self, tile=tile, sketched=sketched)
+    similarity, index = nearest(queries, bank, 40, exclude_self=exclude_self, tile=tile, rounded=rounded)
     exact = queries @ bank.T
     if exclude_self:
         np.fill_diagonal(exact, -np.inf)
@@ -65,24 +65,24 @@ def test_of_equal_similarities_the_lower_index_comes_first(
 
 
 @pytest.mark.parametrize("tile", [(7, 16), (64, 64), (50, 33)])
-@pytest.mark.parametrize("sketched", [False, True])
-def test_without_oneself(tile: tuple[int, int], sketched: bool) -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+def test_without_oneself(tile: tuple[int, int], rounded: bool) -> None:
     bank = vectors(211)
-    _, index = nearest(bank, bank, 9, exclude_self=True, tile=tile, sketched=sketched)
+    _, index = nearest(bank, bank, 9, exclude_self=True, tile=tile, rounded=rounded)
     exact = unit(bank) @ unit(bank).T
     np.fill_diagonal(exact, -np.inf)
     np.testing.assert_array_equal(index.numpy(), np.argsort(-exact, axis=1)[:, :9])
 
 
 @pytest.mark.parametrize("common", [0.0, 3.0, 300.0])
-def test_a_sketch_finds_what_float32_finds_however_alike_the_features(common: float) -> None:
+def test_rounded_products_find_what_float32_finds_however_alike_the_features(common: float) -> None:
     # With 300 in each channel all cosines are within 1e-4 of 1, which bfloat16 alone cannot tell apart.
     rng = np.random.default_rng(0)
     bank = (common + rng.standard_normal((6000, 48))).astype(np.float32)
     bank[4000:4300] = bank[100:400]
     queries = (common + rng.standard_normal((150, 48))).astype(np.float32)
-    similarity, index = nearest(queries, bank, 10, tile=(64, 1024), sketched=True)
-    wanted, places = nearest(queries, bank, 10, tile=(64, 1024), sketched=False)
+    similarity, index = nearest(queries, bank, 10, tile=(64, 1024), rounded=True)
+    wanted, places = nearest(queries, bank, 10, tile=(64, 1024), rounded=False)
     torch.testing.assert_close(similarity, wanted, rtol=0, atol=6e-7)
     exact = unit(queries) @ unit(bank).T
     ours, theirs = (np.take_along_axis(exact, found.numpy(), 1) for found in (index, places))
@@ -91,7 +91,7 @@ def test_a_sketch_finds_what_float32_finds_however_alike_the_features(common: fl
         assert (index != places).float().mean() < 0.01
 
 
-def test_a_sketch_multiplies_few_pairs_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounded_products_leave_few_pairs_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = vectors(20_000, 64)
     taken = []
     whole = neighbours._single_products
@@ -101,17 +101,17 @@ def test_a_sketch_multiplies_few_pairs_in_float32(monkeypatch: pytest.MonkeyPatc
         return whole(queries, columns, place)
 
     monkeypatch.setattr(neighbours, "_single_products", counted)
-    nearest(rows[:512], rows, 10, sketched=True)
+    nearest(rows[:512], rows, 10, rounded=True)
     assert len(taken) == 3  # tiles
     assert sum(taken) < 150 * 512  # of 20,000 a row
 
     taken.clear()
-    nearest(rows[:512] * 1e-4 + 1, rows * 1e-4 + 1, 10, sketched=True)
+    nearest(rows[:512] * 1e-4 + 1, rows * 1e-4 + 1, 10, rounded=True)
     assert not taken  # float32 throughout: bfloat16 tells these apart by nothing
 
 
 @pytest.mark.parametrize(("width", "common", "scale"), [(3, 0.0, 1.0), (64, 2.0, 1.0), (700, 0.5, 0.1)])
-def test_the_bound_on_a_sketched_product_holds(width: int, common: float, scale: float) -> None:
+def test_the_bound_on_a_rounded_product_holds(width: int, common: float, scale: float) -> None:
     rng = np.random.default_rng(1)
     left, right = (torch.from_numpy(unit(common + scale * rng.standard_normal((n, width)))).float() for n in (70, 900))
     here, there = rounded_products.queries(left, right.mean(0)), rounded_products.rows(right, right.mean(0))

@@ -13,8 +13,8 @@ CACHED = 2**18  # values processed together, so that a few tables of them stay i
 LARGE = 2**25  # bytes: malloc returns blocks of this size to the system as soon as they are free
 
 
-def _references(held: list[Any]) -> list[int]:
-    return [sys.getrefcount(each) for each in held]
+def _references(objects: list[Any]) -> list[int]:
+    return [sys.getrefcount(each) for each in objects]
 
 
 _UNUSED = _references([object()])[0]  # count of an object that only the list holds; it depends on the Python version

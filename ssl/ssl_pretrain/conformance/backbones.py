@@ -366,13 +366,13 @@ class _Checks:
     def unsupported_options_are_refused(self) -> None:
         """What is not in `supports` is refused with a message that names the option and the encoder."""
         mask = torch.zeros(BATCH, self.plain.patches.shape[1], dtype=torch.bool)
-        asked: dict[str, dict[str, Any]] = {
+        unsupported: dict[str, dict[str, Any]] = {
             "keep": {"keep": torch.zeros(BATCH, 1, dtype=torch.int64)},
             "replace": {"replace": (mask, torch.zeros(self.model.dim))},
             "attention": {"attention": "causal"},
             "blocks": {"blocks": (0,)},
         }
-        for word, options in asked.items():
+        for word, options in unsupported.items():
             if not self.supports(word):
                 call, what = (
                     partial(self.features, self.images(), **options),

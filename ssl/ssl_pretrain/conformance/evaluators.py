@@ -357,11 +357,11 @@ def _difference(one: Any, other: Any, *, both: bool = False) -> str | None:
     both have."""
     a, b = dict(_leaves(one)), dict(_leaves(other))
     for path in [path for path in a if path in b] if both else [*a, *(path for path in b if path not in a)]:
-        here, there = a.get(path, "missing"), b.get(path, "missing")
-        numbers = isinstance(here, float) and isinstance(there, float)
-        rounding = both and numbers and math.isclose(here, there, rel_tol=1e-6, abs_tol=1e-9)
-        if here != there and not rounding:
-            return f"{path}: {here} and {there}"
+        in_one, in_other = a.get(path, "missing"), b.get(path, "missing")
+        numbers = isinstance(in_one, float) and isinstance(in_other, float)
+        rounding = both and numbers and math.isclose(in_one, in_other, rel_tol=1e-6, abs_tol=1e-9)
+        if in_one != in_other and not rounding:
+            return f"{path}: {in_one} and {in_other}"
     return None
 
 

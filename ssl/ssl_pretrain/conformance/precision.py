@@ -49,9 +49,9 @@ class NarrowLosses(TorchDispatchMode):
         normalisation = name in NORMALISATIONS
         scalar = name in TO_A_SCALAR and all(o.ndim == 0 for o in tree_leaves(out) if isinstance(o, Tensor))
         if normalisation or scalar or name in LOSSES:
-            asked = (kwargs or {}).get("dtype")  # sum(dtype=torch.float32) adds up in float32
+            result_dtype = (kwargs or {}).get("dtype")  # sum(dtype=torch.float32) adds up in float32
             narrow = {i.dtype for i in tree_leaves(args) if isinstance(i, Tensor) and _is_narrow(i.dtype)}
-            if narrow and (asked is None or _is_narrow(asked)):
+            if narrow and (result_dtype is None or _is_narrow(result_dtype)):
                 place = _place(sys._getframe(1), layers=not normalisation)
                 if place is not None:
                     self.found.append(f"{name} takes {', '.join(sorted(map(str, narrow)))} at {place}")

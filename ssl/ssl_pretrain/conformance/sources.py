@@ -285,9 +285,9 @@ class _Checks:
         environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
         expect(done.returncode == 0, f"in a new process it cannot be opened: {done.stderr.strip()}")
-        fingerprint, held = json.loads(done.stdout)
+        fingerprint, its_contents = json.loads(done.stdout)
         expect(fingerprint == own, "in another process the same data has another fingerprint")
-        expect(held == contents(self.part), "in another process the same data has other names, labels or items")
+        expect(its_contents == contents(self.part), "in another process the same data has other names, labels or items")
         prints = [open_source(self.data, word).fingerprint for word in self.splits]
         expect(len(set(prints)) == len(prints), "two splits have the same fingerprint")
 

@@ -14,7 +14,7 @@ TILE = (4096, 4096)  # rows of queries and of the bank in one tile: 64 MiB of si
 CPU_TILE = (512, 8192)  # 16 MiB, which stay in the cache between the product and the search: 5 % faster (AMD EPYC)
 GROUP = 16  # columns of a tile with a common maximum, so that most of them are never compared one by one
 FEW = 1 / 32  # share of a tile's elements above which the float32 product of all is faster than products of single ones
-FEWEST = 128  # rows of the bank per neighbour above which a sketch saves time
+FEWEST = 128  # rows of the bank per neighbour above which rounded products save time
 CHUNK = 2**18  # values of rows that are multiplied one by one at a time: they stay in the cache
 Vote = Literal["softmax", "cosine", "uniform"]
 
@@ -28,7 +28,7 @@ def nearest(
     exclude_self: bool = False,
     device: torch.device | str | None = None,
     tile: tuple[int, int] | None = None,
-    sketched: bool | None = None,
+    rounded: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k rows of `bank` (N, D) most similar to each of `queries` (Q, D): similarity (Q, K) float32, index (Q, K)
     int64.
@@ -40,7 +40,7 @@ def nearest(
     without available rows, k < 1, unequal widths, or a value that is not finite.
 
     The search is exact and costs little more than the matrix product: the maxima of groups of columns are compared with
-    the k-th best similarity so far, and only groups above it are searched. `sketched` (default: on CPUs with bfloat16
+    the k-th best similarity so far, and only groups above it are searched. `rounded` (default: on CPUs with bfloat16
     products, if k is small compared with N) computes that product in bfloat16. It then computes in float32 only those
     elements that, by a bound on the error, may be among the best: the same neighbours in less than half the time.
     """
@@ -72,13 +72,13 @@ def nearest(
             out.diagonal(top - start).fill_(-torch.inf)
         return out
 
-    if sketched is None:
-        sketched = on_cpu and torch.cpu._is_avx512_bf16_supported() and k * FEWEST <= len(bank)
+    if rounded is None:
+        rounded = on_cpu and torch.cpu._is_avx512_bf16_supported() and k * FEWEST <= len(bank)
     # Any centre is correct. The mean gives the smallest errors; of some rows, because a bank may exceed the memory.
     centre = _unit(bank[:: max(1, len(bank) // 1024)], where).mean(0)
     for start in range(0, len(bank), tile[1]):
         columns = _unit(bank[start : start + tile[1]], where)
-        rounded_rows = rounded_products.rows(columns, centre) if sketched else None
+        rounded_rows = rounded_products.rows(columns, centre) if rounded else None
         for top in range(0, len(best), tile[0]):
             unit = _unit(queries[top : top + tile[0]], where)
             top_k = best[top : top + tile[0]], index[top : top + tile[0]]
@@ -94,7 +94,7 @@ def nearest(
                     _merge(*top_k, place, _single_products(unit, columns, place), len(columns), start)
                     continue
                 if start:  # rows are too similar for bfloat16, and later rows probably too
-                    sketched, rounded_rows = False, None
+                    rounded, rounded_rows = False, None
             similarity = product(unit, columns, top, start)
             if start == 0:
                 bar = torch.nextafter(_kth_bound(similarity, k), bar)

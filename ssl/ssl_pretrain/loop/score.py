@@ -6,8 +6,10 @@ import numpy as np
 import torch
 
 from ..config import Run
+from ..data.names import canonical_split
 from ..data.source import Source, evaluation_splits, open_source, splits
 from ..data.subset import Subset
+from ..data.training import ALL, open_training
 from ..encoder import Encoder
 from ..errors import UserError
 from ..features import extract
@@ -28,8 +30,8 @@ class KnnScore:
 
     @classmethod
     def of(cls, run: Run) -> "KnnScore | None":
-        """The score on a run's data: its train against its test split where it has both, else two parts of its images;
-        None where the images have no labels.
+        """The score on a run's data: the images it trains on against those of the test split where there is one, else
+        two parts of the images it trains on; of labelled images only. None where the images have no labels.
 
         Raises UserError where they have none and the run is to be scored on the way (--knn-every).
         """
@@ -43,17 +45,13 @@ class KnnScore:
 
     @classmethod
     def _of(cls, run: Run) -> "KnnScore | None":
-        try:
-            train, test = evaluation_splits(run.data) if splits(run.data) else (None, None)
-        except UserError:
-            train, test = None, None
-        bank = open_source(run.data, train)
-        if bank.labels is None or len(bank) < 4:
+        bank = _labelled(open_training(run.data, run.train_split))
+        if bank is None or len(bank) < 4:
             return None
         order = numpy_generator(run.seed, "score").permutation(len(bank))
-        if test is not None:
-            queries = open_source(run.data, test)
-            if queries.labels is None:
+        if (test := _test_split(run)) is not None:
+            queries = _labelled(open_source(run.data, test))
+            if queries is None:
                 return None
             queries = Subset(queries, numpy_generator(run.seed, "score").permutation(len(queries))[:QUERIES])
         else:
@@ -71,3 +69,24 @@ class KnnScore:
         classes = int(max(bank_labels.max(), labels.max())) + 1
         votes = vote(similarity, index, torch.as_tensor(bank_labels), classes, TEMPERATURE, NEIGHBOURS)
         return 100 * float((votes.argmax(1).cpu() == torch.as_tensor(labels)).float().mean())
+
+
+def _test_split(run: Run) -> str | None:
+    """The split for testing; None where there is none, or the run trains on it."""
+    known = splits(run.data)
+    chosen = canonical_split(run.train_split or "train")
+    if run.train_split == ALL or chosen not in known:
+        return None
+    try:
+        test = evaluation_splits(run.data)[1]
+    except UserError:
+        return None
+    return None if test == chosen else test
+
+
+def _labelled(source: Source) -> Source | None:
+    """The samples that have a label; None where none has."""
+    if source.labels is None or not (source.labels >= 0).any():
+        return None
+    known = np.flatnonzero(source.labels >= 0)
+    return source if len(known) == len(source) else Subset(source, known)

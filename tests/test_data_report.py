@@ -435,7 +435,7 @@ def test_a_run_says_it_once_and_takes_a_train_split(photos: Path, tmp_path: Path
     assert "--train-split all" in refused
     said = pretrain(*argv, "--train-split", "train").stderr
     assert "folder of 32 images" in said
-    assert said.count("left out of the data: 1 .csv") == 1
+    assert said.count("left out of the data: 1 x .csv") == 1
     assert "--train-split: train -> all" in pretrain(*argv, "--train-split", "all", code=2).stderr
 
 

@@ -33,6 +33,10 @@ SPELLINGS = [
     ("split=train", "split=test", ("train", "test")),
     ("asl_alphabet_train", "asl_alphabet_test", ("train", "test")),
     ("my-photos-training", "my-photos-validation", ("train", "validation")),
+    ("trainA", "testA", ("train", "test")),
+    ("PublicTraining", "PublicTest", ("train", "test")),
+    ("seg_train/seg_train", "seg_test/seg_test", ("train", "test")),
+    ("training_set/training_set", "test_set/test_set", ("train", "test")),
 ]
 PLACES = ["", "chest/", "images/", "Data/CLS-LOC/", "ILSVRC/Data/CLS-LOC/"]
 
@@ -50,7 +54,7 @@ def test_spellings_and_places(tmp_path: Path, place: str, train: str, test: str,
     assert held.labels is not None
     assert held.labels.tolist() == [0, 1]
     assert evaluation_splits(root) == found
-    assert len(open_source(root, train)) == 4  # the user's spelling is understood
+    assert len(open_source(root, train.partition("/")[0])) == 4  # the user's spelling is understood
 
 
 @pytest.mark.parametrize("place", ["", "ds/"])
@@ -69,6 +73,26 @@ def test_a_split_within_each_class(tmp_path: Path) -> None:
     root = str(fill(tmp_path, {f"{c}/{s}/{c}.png": 1 for c in ("cat", "dog") for s in ("train", "test")}))
     assert splits(root) == ["train", "test"]
     assert open_training(root).classes == ("cat", "dog")
+
+
+def test_classes_within_repeated_split_folders_beside_images_of_neither(tmp_path: Path) -> None:
+    """The Intel images: seg_train/seg_train/CLASS, seg_test/seg_test/CLASS, and images to predict in seg_pred."""
+    files = {f"seg_{s}/seg_{s}/{c}/{i}.png": i for s in ("train", "test") for c in ("sea", "street") for i in range(3)}
+    root = str(fill(tmp_path, files | {f"seg_pred/seg_pred/{i}.png": i for i in range(6)}))
+    assert open_training(root).classes == open_source(root, "test").classes == ("sea", "street")
+    assert len(open_training(root)) == 6
+
+
+@pytest.mark.parametrize(
+    "names_", [("Training", "PublicTest", "PrivateTest"), ("imagesTr", "imagesTs"), ("trn", "tst")]
+)
+def test_shortened_and_joined_words_are_asked_about(tmp_path: Path, names_: tuple[str, ...]) -> None:
+    root = str(fill(tmp_path, {f"{name}/{i}.png": i for name in names_ for i in range(2)}))
+    if splits(root):
+        assert len(open_training(root)) == 2
+    else:
+        with pytest.raises(UserError, match="--train-split"):
+            open_training(root)
 
 
 def test_class_names_are_no_splits(tmp_path: Path) -> None:
@@ -142,14 +166,14 @@ def test_shards_named_like_splits(tmp_path: Path) -> None:
 def test_flat_validation_sets_have_no_labels_and_take_none_away(tmp_path: Path) -> None:
     """Tiny-ImageNet keeps its validation images in val/images, ImageNet in val/ itself."""
     train = {f"train/n{c}/images/{i}.png": i for c in range(3) for i in range(2)}
-    for name, val in (("tiny", "val/images/"), ("large", "val/")):
-        root = str(
-            fill(tmp_path / name, {**train, **{f"{val}{i}.png": 9 for i in range(3)}, "val/val_annotations.txt": b""})
-        )
+    unlabelled = {"tiny": ["val/images/"], "with test": ["val/images/", "test/images/"], "large": ["val/"]}
+    for name, folders in unlabelled.items():
+        flat = {f"{folder}{i}.png": 9 for folder in folders for i in range(3)}
+        root = str(fill(tmp_path / name, {**train, **flat, "val/val_annotations.txt": b""}))
         source, held = open_source(root, "train"), open_source(root, "val")
         assert source.classes == ("n0", "n1", "n2")
         assert held.labels is None
-        assert open_source(root, None).labels.tolist().count(-1) == 3
+        assert open_source(root, None).labels.tolist().count(-1) == 3 * len(folders)
 
 
 def test_spelling_by_itself() -> None:

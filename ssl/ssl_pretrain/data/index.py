@@ -31,7 +31,7 @@ import numpy as np
 
 from ..errors import UserError
 
-MAGIC = b"SSLPIDX2"  # the last digit is the version of what the indexes hold
+MAGIC = b"SSLPIDX3"  # the last digit is the version of what the indexes hold
 ALIGNMENT = 64
 CHECKED_BYTES = 32 << 20
 IN_MEMORY_BYTES = 1 << 30  # an index larger than this must have a file

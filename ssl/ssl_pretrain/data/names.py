@@ -50,7 +50,7 @@ _SPELLINGS = {
     "validating": "validation",
 }
 # Words that may mean images to test on. They are no splits, but pretraining does not take them for classes.
-_PERHAPS = frozenset("eval evaluation dev devel holdout heldout hold_out held_out".split())
+_PERHAPS = frozenset("eval evaluation dev devel holdout heldout hold_out held_out trn tst imagestr imagests".split())
 _BESIDE = "(?:images?|imgs?|seg|data|dataset|set|split|folder|photos?)"  # words that say nothing more about a split
 _SPLIT_NAME = re.compile(
     rf"(?:split=)?(?:{_BESIDE}[ _-]?)?({'|'.join(sorted(_SPELLINGS, key=len, reverse=True))})"
@@ -129,9 +129,14 @@ def split_of_name(name: str) -> int:
     return _SPLIT_IDS[_SPELLINGS[spelled[1].lower()].encode()] if spelled else 0
 
 
+def _words(name: str) -> list[str]:
+    """The words of a name, in lower case: "asl_alphabet_train", "trainA" and "PublicTest" have several."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+
+
 def split_among_words(name: str) -> int:
-    """The split id that one word of a name is ("asl_alphabet_train"), 0 for none, or for several that differ."""
-    found = {split_of_name(word) for word in re.split(r"[^a-z]+", name.lower())} - {0}
+    """The split id that one word of a name is ("asl_alphabet_train", "trainA"), 0 for none, or for several that differ."""
+    found = {split_of_name(word) for word in _words(name)} - {0}
     return found.pop() if len(found) == 1 else 0
 
 
@@ -145,7 +150,7 @@ def split_like(names: Iterable[str]) -> list[str]:
     of all have a word of one in them."""
     names = sorted(set(names))
     exact = [name for name in names if split_of_name(name) or name.lower() in _PERHAPS]
-    words = [name for name in names if split_among_words(name) or _PERHAPS & set(re.split(r"[^a-z]+", name.lower()))]
+    words = [name for name in names if split_among_words(name) or _PERHAPS & set(_words(name))]
     return exact or (words if 2 * len(words) >= len(names) else [])
 
 
@@ -221,12 +226,25 @@ def split_and_class_path(folders: Sequence[bytes]) -> tuple[list[int], list[byte
                 (pair and (depth == 0 or 2 * outside <= len(ids))) or (bool(found) and not outside)
             )
             if exact or (pair and not outside):
+                twice = _repeated(parts, ids, depth + 1)
                 rest = [
-                    b"/".join(p[:depth] + p[depth + 1 :]) if i else f
+                    b"/".join(p[:depth] + p[depth + 1 + (i in twice) :]) if i else f
                     for p, f, i in zip(parts, folders, ids, strict=True)
                 ]
                 return ids, rest
     return [0] * len(folders), list(folders)
+
+
+def _repeated(parts: Sequence[Sequence[bytes]], ids: Sequence[int], depth: int) -> set[int]:
+    """The splits whose images all lie in one folder at that depth that spells the split again (train/train)."""
+    below: dict[int, set[bytes]] = {}
+    for path, split in zip(parts, ids, strict=True):
+        below.setdefault(split, set()).add(path[depth] if len(path) > depth else b"")
+    return {
+        split
+        for split, names in below.items()
+        if split and len(names) == 1 and split_of_name(os.fsdecode(min(names))) == split
+    }
 
 
 def unrecognised_splits(folders: Sequence[bytes]) -> list[str]:
@@ -255,8 +273,8 @@ def classes_of_folders(folders: Sequence[bytes], splits: Sequence[int], counts: 
     `folders` are paths under their split's own folder; `counts` (D,) says how many images lie in each. Classes are the
     first folder level that has at least two names. All splits count together, so that they agree on the classes. A split
     has none where more images than a few strays (one in STRAY_SHARE, or a single one) lie above that level, or where all
-    of it lies in one folder that no other split has, beside others with several (Tiny-ImageNet's val/images). Where the
-    data is split, folders outside of it have none.
+    of it lies in one folder that no split with several has (Tiny-ImageNet's val/images and test/images). Where the data
+    is split, folders outside of it have none.
     """
     parts = [folder.split(b"/") if folder else [] for folder in folders]
     split_of = np.array(splits, np.int64)
@@ -274,11 +292,10 @@ def classes_of_folders(folders: Sequence[bytes], splits: Sequence[int], counts: 
         of_split: dict[int, set[bytes]] = {}
         for i in at:
             of_split.setdefault(splits[i], set()).add(parts[i][depth])
-        if max(map(len, of_split.values())) > 1:
-            for split, mine_names in of_split.items():
-                others = set().union(*(theirs for other, theirs in of_split.items() if other != split))
-                if len(mine_names) == 1 and others and not mine_names & others:
-                    deep.discard(split)
+        of_several = set().union(*(some for some in of_split.values() if len(some) > 1))
+        for split, mine_names in of_split.items():
+            if len(mine_names) == 1 and of_several and not mine_names & of_several:
+                deep.discard(split)
         classes = sorted({parts[i][depth] for i in at if splits[i] in deep})
         number = {name: i for i, name in enumerate(classes)}
         labels, stray = np.full(len(parts), -1, np.int64), np.zeros(len(parts), bool)

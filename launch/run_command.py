@@ -21,7 +21,8 @@ def run_command(prog: str, work: Callable[[list[str]], int], argv: Sequence[str]
             return work(list(sys.argv[1:] if argv is None else argv))
         except UserError as mistake:
             if not mistake.reported_elsewhere:
-                print(f"{prog}: {str(mistake).removeprefix(f'{prog}: ')}", file=sys.stderr)
+                text = str(mistake)  # of `ssl-eval knn`, say
+                print(text if text.startswith(prog) else f"{prog}: {text}", file=sys.stderr)
                 grid.note_mistake(str(mistake))
             return 2
         except OSError as problem:

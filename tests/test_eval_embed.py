@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,11 @@ def test_what_cannot_be_written(task: Task, tmp_path: Path, monkeypatch: pytest.
         task.encoder.backbone.norm.weight.mul_(1e6)
     with pytest.raises(UserError, match="values beyond 65504"):
         embed.evaluate(task, embed.Config(dtype="float16"))
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name="pyarrow")
+
+    monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(UserError, match="needs pyarrow"):
         embed.evaluate(task, embed.Config(format="parquet"))
     assert task.out is not None

@@ -80,7 +80,7 @@ def test_collapsed_state_has_the_stated_loss() -> None:
 
 @pytest.mark.parametrize(
     ("knobs", "said"),
-    [({"sigreg_weight": 1.0}, "--sigreg-weight"), ({"global_views": 1, "local_views": 0}, "two views")],
+    [({"sigreg_weight": 1.0}, "--sigreg-weight"), ({"global_views": 1, "local_views": 0}, "--local-views at least 2")],
 )
 def test_knobs_out_of_range_are_refused(knobs: dict, said: str) -> None:
     encoder = backbones.build("vit_micro", image_size=(32, 32), patch_size=8, depth=1)

@@ -28,7 +28,8 @@ def make_folder(path: Path, flag: str = "--out") -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise UserError(f"{flag} {path} cannot be made: {in_the_way(path) or problem.strerror}") from None
+        why = in_the_way(path) or problem.strerror
+        raise UserError(f"{flag} {path} cannot be made: {why}; choose another folder with {flag}") from None
 
 
 def in_the_way(path: Path) -> str | None:

@@ -157,6 +157,7 @@ def _splits(data: str, kind: Kind, walked: Walk | None) -> list[str]:
             return packed.splits(_path(data))
 
 
+@reads_data
 def pretraining_split(data: str) -> str | None:
     """The split to pretrain on: "train" where there is one, else None (everything).
 
@@ -207,6 +208,7 @@ def _split_like(data: str, kind: Kind) -> list[str]:
             return []
 
 
+@reads_data
 def evaluation_splits(data: str) -> tuple[str, str]:
     """The splits to train and to test an evaluator on: train, and the first of test, val, validation, valid that has
     labels. Raises UserError where the names do not tell."""

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, reads_data
 from .names import canonical_split
 from .source import Source, open_source, pretraining_split, splits
 from .subset import Subset
@@ -14,6 +14,7 @@ from .subset import Subset
 ALL = "all"  # --train-split all: every image, whatever split it may be of
 
 
+@reads_data
 def open_training(data: str, train_split: str | None = None) -> Source:
     """The images to pretrain on: those of `train_split` (a split, a folder beside others, or ALL), else of the split
     that `pretraining_split` finds. Raises UserError as that and `open_source`."""

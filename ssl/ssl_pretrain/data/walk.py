@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import Counter
@@ -12,6 +13,10 @@ from . import left_out, names
 from .left_out import LeftOut
 
 _SUFFIXES = frozenset(b"." + case for word in names.IMAGE_EXTENSIONS for case in (word, word.upper()))  # the usual ones
+
+
+# Of a folder within the data: no rights, gone since, a link to itself. Any other error is the machine's.
+LEFT_OUT = frozenset((errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP))
 
 
 @dataclass
@@ -36,7 +41,7 @@ def walk(path: str) -> Walk:
     """Gather what lies below `path`, without a stat of any image that is not a symlink.
 
     Links are followed, except to a folder that the path already passes through. Hidden files and folders are left out.
-    Raises UserError where the folder itself cannot be read.
+    Raises UserError where the folder itself cannot be read, OSError where the system fails within it.
     """
     top = os.fsencode(path)
     walked = Walk(time.time_ns())
@@ -94,6 +99,8 @@ def walk(path: str) -> Walk:
         except OSError as error:
             if not folder:
                 raise UserError(f"{path} cannot be read: {error.strerror}") from None
+            if error.errno not in LEFT_OUT:
+                raise  # a disk that fails is no property of the data: fewer images would be taken without need
             # never current: permissions change without a trace in the folder's time
             walked.folders.append(folder)
             walked.changed.append(-1)

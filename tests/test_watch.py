@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY, command, losses
 
-from ssl_pretrain.distributed import World
+from ssl_pretrain.distributed import World, collectives
 from ssl_pretrain.loop import watch
 from ssl_pretrain.loop.watch import Watch
 
@@ -269,6 +269,14 @@ def test_two_processes_one_stopped_then_killed(photos: Path, tmp_path: Path) -> 
     assert "is gone" in said.splitlines()[-1]
     assert "the same command continues" in said.splitlines()[-1]
     assert "Traceback" not in said
+
+
+def test_waiting_inside_our_collectives_counts_as_an_exchange() -> None:
+    """On a GPU the host waits for an all-reduce where it reads the result, which is in our own file."""
+    for file, expected in ((collectives.__file__, watch.EXCHANGE), (__file__, watch.COMPUTES)):
+        names = {"waits": watch._waits}
+        exec(compile("found = waits()", file, "exec"), names)
+        assert names["found"] == expected
 
 
 def test_an_error_of_its_own_is_not_called_a_lost_process(tmp_path: Path) -> None:

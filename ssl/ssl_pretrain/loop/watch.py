@@ -1,7 +1,7 @@
-"""Looks after a run from a thread of each process: notices a stall, shows where everybody stands, names who is late.
+"""A thread in each process that detects a stall of the run, writes the stacks of all processes and names the late ones.
 
-Every process leaves a heartbeat in the run folder: its step, what it is doing, how long. Nothing here goes through the
-collectives, for they are what hangs when one process is late.
+Each process writes a heartbeat file to the run folder: its step, what it is doing, and whether it waits for others. The
+thread uses no collectives, because these hang if one process is late.
 """
 
 import faulthandler
@@ -15,25 +15,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
-from ..distributed import World
+from ..distributed import World, collectives
 
 BEAT = 2.0  # seconds between heartbeats
-SILENT = 5 * BEAT  # a process that has not been heard of for so long is gone, or its machine is
+SILENT = 5 * BEAT  # a process whose heartbeat is older than this has ended, or its machine has
 NAMED = 8  # late processes that a message names
 
 
 class LostProcess(RuntimeError):
-    """A process of the run is gone; the message names it and says what the others saw."""
+    """A process of the run has ended. The message names it and its last heartbeat."""
 
 
 @final
 class Watch:
-    """While entered: `at` says where this process is; where that does not change for `patience` seconds, its stacks are
-    written to stalls/rank-00000.txt of the run folder, and the first process says which are late. Where the first process
-    itself is not heard of any more, the next one that is says it.
+    """A context that watches a run. `at` records what this process does. If that does not change for `patience` seconds,
+    the stacks are written to stalls/rank-00000.txt of the run folder, and the first process reports which processes are
+    late. If the first process has no recent heartbeat, the next one that has reports it.
 
-    say: what takes the message (a line), on every process. patience: 0 for never. An exchange that fails inside because a
-    process is gone becomes a LostProcess.
+    say: prints a message (one line), on every process. patience: 0 means never. If an exchange inside the context fails
+    because another process has ended, the error becomes a LostProcess.
     """
 
     def __init__(self, out: Path, world: World, patience: float, say: Any) -> None:
@@ -45,7 +45,7 @@ class Watch:
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
     def at(self, step: int, doing: str) -> None:
-        """This process is at `step`, doing that (a few words)."""
+        """Record that this process is at `step`, and what it is doing (a few words)."""
         self._where, self._since = (step, doing), time.monotonic()
 
     def __enter__(self) -> "Watch":
@@ -69,7 +69,7 @@ class Watch:
             ) from problem
 
     def _gone(self) -> list[str]:
-        """The processes that are not heard of any more, in words; waits as long as a silence takes to be one."""
+        """The processes without a recent heartbeat, in words. Waits until a missing heartbeat is old enough to count."""
         time.sleep(SILENT + BEAT)
         return [
             f"rank {r} on {beat['host']} is gone ({_silence(beat)})"
@@ -81,7 +81,7 @@ class Watch:
         stacks, said = "", False  # of the stall that there is
         while not self._over.wait(BEAT):
             where, stuck = self._where, time.monotonic() - self._since
-            # A disk that is full stops the loop, with a message, when it writes; a stall is told all the same.
+            # On a full disk the loop stops with a message when it writes. A stall is reported nevertheless.
             with suppress(OSError):
                 self._beat()
             if stuck <= BEAT:
@@ -98,7 +98,7 @@ class Watch:
                 with suppress(OSError):
                     self._beat()
             beats = self._all() if self.world.size > 1 else {}
-            # Whoever is first among those that are heard of: that may change while the stall lasts.
+            # The first process with a recent heartbeat reports; this may change during the stall.
             speaks = next((rank for rank, beat in beats.items() if not beat["silent"]), self.world.rank)
             if self._where == where and speaks == self.world.rank:
                 with suppress(OSError):
@@ -119,7 +119,7 @@ class Watch:
         os.replace(aside, self._file(self.world.rank))
 
     def _all(self) -> dict[int, dict[str, Any]]:
-        """Everybody's last heartbeat. Ages are taken from the newest one, on the clock of the file system they share."""
+        """The last heartbeat of each process. Ages are relative to the newest one (clock of the shared file system)."""
         found: dict[int, dict[str, Any]] = {}
         for rank in range(self.world.size):
             try:
@@ -142,8 +142,8 @@ class Watch:
 
     def _text(self, where: tuple[int, str], stuck: float, heartbeats: dict[int, dict[str, Any]]) -> str:
         heard = {rank: beat for rank, beat in heartbeats.items() if not beat["silent"]}
-        # Whoever waits in an exchange waits for somebody who is not there: for one that is gone; else for those that do
-        # something else, the furthest behind of them; else for those that are in backward, which may be either.
+        # A process in an exchange waits for another one: for one that has ended; else for those that do something else, the
+        # one furthest behind; else for those in a backward pass, which may compute or wait.
         least = min((beat["waits"] for beat in heard.values()), default=EXCHANGE)
         busy = {rank: beat for rank, beat in heard.items() if beat["waits"] == least < EXCHANGE}
         behind = min((beat["step"] for beat in busy.values()), default=0)
@@ -160,16 +160,16 @@ class Watch:
         return f"no progress for {stuck:.0f} s after step {step}.{late_text}"
 
 
-COMPUTES, BACKWARD, EXCHANGE = range(3)  # what the main thread may be in
+COMPUTES, BACKWARD, EXCHANGE = range(3)  # states of the main thread
 
 
 def _waits() -> int:
-    """Whether the main thread is in an exchange with others, in a backward pass, which holds some, or in neither."""
+    """The state of the main thread: in an exchange with other processes, in a backward pass, or in neither."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     found = COMPUTES
     while frame is not None:
         place = frame.f_code.co_filename.replace(os.sep, "/")
-        if "torch/distributed/" in place or place.endswith("ssl_pretrain/distributed.py"):
+        if "torch/distributed/" in place or frame.f_code.co_filename == collectives.__file__:
             return EXCHANGE
         if frame.f_code.co_name == "_engine_run_backward":
             found = BACKWARD

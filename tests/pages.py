@@ -25,7 +25,8 @@ def missing_in_page(root: Path, name: str) -> list[str]:
 
 
 def missing_in_tests(root: Path, name: str) -> list[str]:
-    """Of tests/test_<name>.py: an import of the method's module, and test functions that can fail."""
+    """Of tests/test_<name>.py: an import of the method's module, test functions that can fail, and one of the collapsed state
+    if the method states one."""
     path = root / "tests" / f"test_{name}.py"
     if not path.exists():
         return [f"there is no tests/test_{name}.py"]
@@ -39,6 +40,13 @@ def missing_in_tests(root: Path, name: str) -> list[str]:
     tests = [f for f in functions if f.name.startswith("test_") and (f.name in checking or _calls(f) & checking)]
     if len(tests) < LEAST_TESTS:
         missing.append(f"{LEAST_TESTS} tests that check something (it has {len(tests)})")
+    method = root / "methods" / f"{name}.py"
+    states = method.exists() and any(
+        isinstance(node, ast.FunctionDef) and node.name == "collapsed"
+        for node in ast.walk(ast.parse(method.read_text()))
+    )
+    if states and not any("collapsed" in test.name and "check_stated" in _calls(test) for test in tests):
+        missing.append("a test of the collapsed state (method_helpers.check_stated)")
     return missing
 
 

@@ -457,6 +457,16 @@ def test_a_page_that_lacks_something(page: str, missing: str, root: Path) -> Non
     assert sum(missing in line for line in missing_in_page(root, "example")) == 1
 
 
+def test_a_stated_collapse_needs_a_test(root: Path) -> None:
+    (root / "methods").mkdir()
+    (root / "methods" / "example.py").write_text("class Example:\n    def collapsed(self):\n        return {}\n")
+    (missing,) = missing_in_tests(root, "example")
+    assert "collapsed state" in missing
+    test = "def test_collapsed_state_has_the_stated_loss():\n    check_stated(Example, {})\n"
+    (root / "tests" / "test_example.py").write_text(TESTS + test)
+    assert missing_in_tests(root, "example") == []
+
+
 @pytest.mark.parametrize(
     ("tests", "missing"),
     [

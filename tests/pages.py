@@ -25,8 +25,7 @@ def missing_in_page(root: Path, name: str) -> list[str]:
 
 
 def missing_in_tests(root: Path, name: str) -> list[str]:
-    """Of tests/test_<name>.py: an import of the method's module, test functions that can fail, and one of the collapsed state
-    if the method states one."""
+    """Of tests/test_<name>.py: an import of the method's module, tests that can fail, and one of each stated collapse."""
     path = root / "tests" / f"test_{name}.py"
     if not path.exists():
         return [f"there is no tests/test_{name}.py"]

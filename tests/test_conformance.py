@@ -110,6 +110,19 @@ FAULTS = {
         "skipped_step_changes_no_state",
         ("teacher.", "step.ok is false"),
     ),
+    "ignores_ok_for_a_choice": Broken(
+        {"torch.where(step.ok, moved": "torch.where(step.ok | (not self.config.centred), moved"},
+        "skipped_step_changes_no_state",
+        ("centre", "step.ok is false", "with centred=False"),
+    ),
+    "stands_still_for_a_choice": Broken(
+        {
+            '        self.register_buffer': '        if not config.centred:\n'
+            '            self.register_buffer("mean", torch.zeros(()))\n        self.register_buffer'
+        },
+        "all_state_moves_in_three_steps",
+        ("mean", "never changes", "with centred=False"),
+    ),
     "multiplies_by_ok": Broken(
         {"torch.where(step.ok, moved, self.centre)": "self.centre + step.ok * (moved - self.centre)"},
         "skipped_step_changes_no_state",

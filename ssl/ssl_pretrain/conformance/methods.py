@@ -93,18 +93,23 @@ class _Checks:
         return one_step(self.name)
 
     @cached_property
-    def variants(self) -> list[tuple[str, Method]]:
-        """The small instance (""), and one with each other value of each knob that is a choice or a switch, where the
-        method takes it (" with name=value"). Only for what no state matters to."""
-        found = [("", build(self.name))]
-        config = found[0][1].config
+    def choices(self) -> list[tuple[str, dict[str, Any], Method]]:
+        """The small instance ("", no knobs), and one for each other value of each knob that is a choice or a switch, where
+        the method takes it (" with name=value"). They are shared: a check of state builds its own from the knobs."""
+        found: list[tuple[str, dict[str, Any], Method]] = [("", {}, build(self.name))]
+        config = found[0][2].config
         for name, hint in typing.get_type_hints(type(config)).items():
             values = [False, True] if hint is bool else typing.get_args(hint) if _is_literal(hint) else []
             for value in values:
                 if value != getattr(config, name):
                     with contextlib.suppress(UserError):
-                        found.append((f" with {name}={value!r}", build(self.name, **{name: value})))
+                        found.append((f" with {name}={value!r}", {name: value}, build(self.name, **{name: value})))
         return found
+
+    @cached_property
+    def variants(self) -> list[tuple[str, Method]]:
+        """The instances of `choices`, for checks that change no state."""
+        return [(how, method) for how, _, method in self.choices]
 
     @cached_property
     def losses(self) -> list[tuple[str, Method, Losses]]:
@@ -221,53 +226,52 @@ class _Checks:
             )
 
     def skipped_step_changes_no_state(self) -> None:
-        for finite in (True, False):
-            method = build(self.name)
-            skipped = step()
-            losses = method(batch(method), skipped)
-            losses.total.backward()
-            # A teacher begins as a copy of the student, and an update from equal weights would change nothing.
-            torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=LR).step()
-            before = _state(method)
-            skipped.ok = torch.zeros((), dtype=torch.bool)
-            # What a step carries that was skipped is often not finite, and 0 * NaN is NaN.
-            spoiled = {
-                n: torch.full_like(v, torch.nan) if v.is_floating_point() else v for n, v in losses.carry.items()
-            }
-            after_step(method, skipped, losses.carry if finite else spoiled)
-            if changed := _changed(before, _state(method)):
-                how = "" if finite else " where what forward carried is not finite"
-                raise Fault(f"after_step changes {_some(changed)} though step.ok is false{how}")
+        for choice, knobs, _ in self.choices:
+            for finite in (True, False):
+                method = build(self.name, **knobs)
+                skipped = step()
+                losses = method(batch(method), skipped)
+                losses.total.backward()
+                # A teacher begins as a copy of the student, and an update from equal weights would change nothing.
+                torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=LR).step()
+                before = _state(method)
+                skipped.ok = torch.zeros((), dtype=torch.bool)
+                # What a step carries that was skipped is often not finite, and 0 * NaN is NaN.
+                spoiled = {
+                    n: torch.full_like(v, torch.nan) if v.is_floating_point() else v for n, v in losses.carry.items()
+                }
+                after_step(method, skipped, losses.carry if finite else spoiled)
+                if changed := _changed(before, _state(method)):
+                    how = "" if finite else " where what forward carried is not finite"
+                    raise Fault(f"after_step changes {_some(changed)} though step.ok is false{how}{choice}")
 
     def all_state_moves_in_three_steps(self) -> None:
-        method = build(self.name)
-        before, kept = _state(method), set(method.state_dict())
-        optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=LR)
-        for number in range(STEP, STEP + 3):
-            taken = step(number=number, noise=number)
-            losses = method(batch(method), taken)
-            losses.total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            after_step(method, taken, losses.carry)
-        changed = _changed(before, _state(method))
-        constant = type(method).constant
-        if lost := changed - kept:
-            raise Fault(f"{_some(lost)} changes and is not in state_dict(): a resumed run would not have it")
-        if unknown := constant - kept:
-            raise Fault(f"`constant` lists {_some(unknown)}, which is not in state_dict()")
-        if moving := constant & changed:
-            raise Fault(f"`constant` lists {_some(moving)}, which changes")
-        trained = {n for n, p in method.named_parameters() if p.requires_grad}
-        still = kept - changed - trained - constant - _constants_of_backbones(method)
-        still = {
-            n for n in still if not n.endswith(".num_batches_tracked")
-        }  # torch's batch norm has it; ours counts nothing
-        if still:
-            raise Fault(
-                f"{_some(still)} never changes, though three steps were taken: update it in after_step, or list it in "
-                f"`constant` with the reason"
-            )
+        checked: set[str] = set()
+        for choice, knobs, _ in self.choices:
+            method = build(self.name, **knobs)
+            before, kept = _state(method), set(method.state_dict())
+            # A choice may leave unused what the small instance uses. Only state that it adds is checked for it.
+            new, checked = kept - checked, checked | kept
+            if not new:
+                continue
+            changed = _changed(before, _state_after_three_steps(method))
+            constant = type(method).constant
+            if lost := changed - kept:
+                raise Fault(
+                    f"{_some(lost)} changes{choice} and is not in state_dict(): a resumed run would not have it"
+                )
+            if not choice and (unknown := constant - kept):
+                raise Fault(f"`constant` lists {_some(unknown)}, which is not in state_dict()")
+            if moving := constant & changed & new:
+                raise Fault(f"`constant` lists {_some(moving)}, which changes{choice}")
+            trained = {n for n, p in method.named_parameters() if p.requires_grad}
+            still = new - changed - trained - constant - _constants_of_backbones(method)
+            # torch's batch norm has a counter; ours counts nothing
+            if still := {n for n in still if not n.endswith(".num_batches_tracked")}:
+                raise Fault(
+                    f"{_some(still)} never changes{choice}, though three steps were taken: update it in after_step, or "
+                    f"list it in `constant` with the reason"
+                )
 
     def collapsed_names_logged_terms(self) -> None:
         for how, method, losses in self.losses:
@@ -396,6 +400,18 @@ def _copied(state: dict[str, Any]) -> dict[str, Tensor]:
     """A checkpoint's tensors in one dict; copies, for they belong to a file that will be deleted."""
     parts = ("method", "optimizer")
     return {f"{part} {name}": value.clone() for part in parts for name, value in state[part].items()}
+
+
+def _state_after_three_steps(method: Method) -> dict[str, Tensor]:
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=LR)
+    for number in range(STEP, STEP + 3):
+        taken = step(number=number, noise=number)
+        losses = method(batch(method), taken)
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step(method, taken, losses.carry)
+    return _state(method)
 
 
 def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ssl_pretrain import backbones, distributed
-from ssl_pretrain.data.decode import BadImage, Picture
+from ssl_pretrain.data.decode import DEFAULT_MAX_PIXELS, BadImage, Picture, allow_pixels
 from ssl_pretrain.data.source import Source, evaluation_splits, open_source, splits
 from ssl_pretrain.distributed import environment
 from ssl_pretrain.encoder import Encoder, Preprocessing, load, random_like
@@ -51,6 +51,8 @@ class Options:
     """Folder for results.json (default: eval/EVALUATOR-DATA in the encoder's folder)."""
     baselines: bool = True
     """Also evaluate the untrained encoder and, for some evaluators, raw pixels."""
+    max_pixels: int | None = None
+    """Most pixels of an image; a larger one is taken for a decompression bomb (default: 178,956,970)."""
     batch_size: int = 256
     """Images per pass through the encoder."""
     workers: int | None = None
@@ -87,6 +89,9 @@ def run(
     started = time.monotonic()
     if options.batch_size < 1 or (options.workers or 0) < 0:
         raise UserError("--batch-size must be at least 1 and --workers at least 0")
+    if options.max_pixels is not None and options.max_pixels < 1:
+        raise UserError(f"--max-pixels is {options.max_pixels}; it must be at least 1")
+    allow_pixels(options.max_pixels or DEFAULT_MAX_PIXELS)  # that of one entry of a suite is not for the next
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; use --device cpu")
     cuda = options.device != "cpu" and torch.cuda.is_available()

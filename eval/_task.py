@@ -233,12 +233,28 @@ def _labelled(name: str, split: str) -> tuple[Source, Source]:
     if whole.labels is None and (only := _only_folder(whole, name, split)) is not None:
         raise UserError(f"all images of split {split!r} of {name} are of one class, {only}: nothing to tell apart")
     if whole.labels is None or not (whole.labels != UNKNOWN).any():
+        if (classes := _classes_of_another(name, split)) is not None:
+            raise UserError(
+                f"{name}: the images of split {split!r} lie in no class folders, those of split {classes[0]!r} do: sort "
+                f"them into folders of the same names (Tiny-ImageNet: val/val_annotations.txt has the class of each "
+                f"image, ImageNet: LOC_val_solution.csv), or name another split with --train-split and --test-split"
+            )
         raise UserError(
             f"{name}: the images of split {split!r} have no labels, and this evaluator needs them: sort them into a "
             f"folder for each class, or give shards with labels"
         )
     known = np.flatnonzero(whole.labels != UNKNOWN)
     return (whole if len(known) == len(whole) else Subset(whole, known)), whole
+
+
+def _classes_of_another(name: str, split: str) -> tuple[str, tuple[str, ...]] | None:
+    """A split of the data whose class folders give the labels, and the classes; None where there is none."""
+    for other in splits(name):
+        if other != split:
+            source = open_source(name, other)
+            if source.classes and source.labels_from and source.labels_from.startswith("the names of the folders"):
+                return other, source.classes
+    return None
 
 
 def _only_folder(source: Source, name: str, split: str) -> str | None:

@@ -17,6 +17,7 @@ from small_encoders import small_encoder
 from ssl_pretrain.launch.evaluate import main
 
 from ssl_pretrain import encoder as exported
+from ssl_pretrain.data import decode as decoding
 from ssl_pretrain.encoder import Encoder
 
 Evaluate = Callable[..., subprocess.CompletedProcess]
@@ -109,6 +110,33 @@ def test_a_published_protocol_by_name(run_folder: Path, tmp_path: Path, capsys: 
 
 
 @pytest.mark.slow
+def test_max_pixels_allows_large_images_and_is_no_matter_of_the_cache(
+    run_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "MAX_PIXELS", decoding.MAX_PIXELS)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    picture(0, (40, 50)).save(photos / "val" / "ant" / "0.png")
+    bad = {}
+    for most in (400, 2000):
+        out = tmp_path / str(most)
+        assert main(["knn", "--encoder", str(run_folder), "--workers", "0", "--out", str(out), "--no-baselines",
+                     "--max-pixels", str(most)]) == 0  # fmt: skip
+        bad[most] = [Path(item["name"]).name for item in result(out)["protocol"]["test"]["bad"]]
+    assert bad == {400: ["0.png", "broken.png"], 2000: ["broken.png"]}
+
+
+def test_a_flat_validation_folder_gets_its_remedy(
+    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for image in sorted((photos / "val").rglob("*.png")):
+        image.rename(photos / "val" / f"{image.parent.name}{image.name}")
+    assert main(["knn", "--encoder", str(run_folder), "--workers", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "'val' lie in no class folders, those of split 'train' do" in said
+    assert "val_annotations.txt" in said
+    assert said.count("\n") == 1
+
+
 def test_several_processes_share_the_extraction(evaluate: Evaluate, run_folder: Path, tmp_path: Path) -> None:
     same = ("knn", "--encoder", run_folder, "--workers", 0, "--k", 3)
     evaluate(*same, "--out", tmp_path / "alone")

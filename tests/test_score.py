@@ -17,7 +17,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 
 def score(data: Path, train_split: str | None = None) -> Any:
-    run: Any = SimpleNamespace(data=str(data), train_split=train_split, seed=0, knn_every=0, workers=0)
+    run: Any = SimpleNamespace(data=str(data), train_split=train_split, seed=0, knn_every=0, workers=0, max_pixels=None)
     return KnnScore.of(run)
 
 

@@ -24,7 +24,8 @@ except ImportError:  # optional: Pillow reads the same pixels, slower
 # HEIF and JXL come with packages of the extra `formats`.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL")
 # Above it an image is taken for a decompression bomb (the limit where Pillow refuses, too). `allow_pixels` changes it.
-MAX_PIXELS = 178_956_970
+DEFAULT_MAX_PIXELS = 178_956_970
+MAX_PIXELS = DEFAULT_MAX_PIXELS
 
 _NPY = b"\x93NUMPY"
 _EXIF = b"Exif\0\0"

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..backbones.backbone import Backbone, Features
+from ..data import decode as decoding
 from ..data.decode import BadImage, decode
 from ..data.index import directory
 from ..data.source import Source
@@ -433,7 +434,9 @@ def crops_of(
 
 def _folder(encoder: Encoder, source: Source, precision: Precision) -> Path:
     """The cache folder for features of these images by this encoder."""
-    what = [FORMAT, encoder.fingerprint, _identity(source), asdict(encoder.preprocessing), precision]
+    what: list[Any] = [FORMAT, encoder.fingerprint, _identity(source), asdict(encoder.preprocessing), precision]
+    if decoding.MAX_PIXELS != decoding.DEFAULT_MAX_PIXELS:  # it decides which images are bad
+        what.append(decoding.MAX_PIXELS)
     key = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
     return directory() / "features" / key
 

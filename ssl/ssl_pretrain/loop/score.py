@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..config import Run
+from ..data.decode import allow_pixels
 from ..data.names import canonical_split
 from ..data.source import Source, evaluation_splits, open_source, splits
 from ..data.subset import Subset
@@ -45,6 +46,7 @@ class KnnScore:
 
     @classmethod
     def _of(cls, run: Run) -> "KnnScore | None":
+        allow_pixels(run.max_pixels)
         bank = _labelled(open_training(run.data, run.train_split))
         if bank is None or len(bank) < 4:
             return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssl_pretrain import flags
-from ssl_pretrain.errors import UserError, nearest, of_the_machine
+from ssl_pretrain.errors import UserError, nearest, of_the_machine, system_error
 
 from .run_command import run_command
 
@@ -176,7 +176,8 @@ class _Reader:
         except (BadImage, OSError, ValueError) as problem:
             if (fault := of_the_machine(problem)) is not None:
                 return _MACHINE, fault, b"", 0
-            return index, str(problem) or type(problem).__name__, print_of, 0
+            said = system_error(problem) if isinstance(problem, OSError) else str(problem)
+            return index, said or type(problem).__name__, print_of, 0
 
 
 class _Depth:
@@ -271,7 +272,7 @@ def _contents(data: str, split: str | None, source: Any) -> dict[str, Any]:
         print("splits: " + (", ".join(f"{name} {count:,}" for name, count in sizes.items()) or "none"))
     found = {"left_out": source.left_out.as_json(), "splits": sizes, "classes": {}, "labels_from": source.labels_from}
     if source.labels is None:
-        print("classes: none (no labels)")
+        print(f"classes: {_without_labels(data, split, source)}")
         return found
     tally = Counter(source.labels.tolist())
     named = source.classes or ()
@@ -288,6 +289,14 @@ def _contents(data: str, split: str | None, source: Any) -> dict[str, Any]:
     if tally[-1]:
         print(f"without a label: {tally[-1]:,}")
     return found
+
+
+def _without_labels(data: str, split: str | None, source: Any) -> str:
+    """What to say of images without labels: one folder of them is one class, which is nothing to tell apart."""
+    from ssl_pretrain.data.names import one_folder
+
+    only = one_folder((source.name(i) for i in range(len(source))), data, split)
+    return "none (no labels)" if only is None else f"one class only, from the names of the folders: {only}"
 
 
 def _printable(text: str) -> str:
@@ -322,7 +331,7 @@ def _stats(data: str, common: Common) -> int:
         found["classes"] = {names[label]: n for label, n in sorted(tally.items())}
         print(f"{len(tally)} classes of {min(tally.values()):,} to {max(tally.values()):,} images")
     else:
-        print("no labels")
+        print(_without_labels(data, common.split, source))
     _write(common, found)
     return 0
 

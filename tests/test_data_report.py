@@ -254,6 +254,58 @@ def test_label_types(tmp_path: Path, number: int) -> None:
     assert source.labels_from == "the column 'label'"
 
 
+@pytest.mark.parametrize("kind", ["list", "bytes", "struct"])
+def test_a_label_column_of_a_type_that_is_none_is_named(tmp_path: Path, kind: str) -> None:
+    column = {"list": [[0], [1], [2, 3]], "bytes": [b"x", b"y", b"z"], "struct": [{"a": 1}] * 3}[kind]
+    write_parquet(tmp_path / "train.parquet", {"image": structs(range(3)), "label": column})
+    source = open_source(str(tmp_path), "train")
+    assert source.labels is None
+    assert "file whose column 'label'" in source.left_out.sentence()
+    assert "train.parquet" in source.left_out.sentence()
+
+
+def test_an_empty_word_is_no_label(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x.parquet", {"image": structs(range(3)), "label": ["a", "", "b"]})
+    source = open_source(str(tmp_path), None)
+    assert source.classes == ("a", "b")
+    assert source.labels is not None
+    assert source.labels.tolist() == [0, -1, 1]
+
+
+def test_a_negative_number_among_words_in_cls_is_unlabelled(tmp_path: Path) -> None:
+    pack(tmp_path / "x.tar", {"0.png": 0, "0.cls": b"cat", "1.png": 1, "1.cls": b"-1", "2.png": 2, "2.cls": b"7"})
+    source = open_source(str(tmp_path), None)
+    assert source.classes == ("7", "cat")
+    assert source.labels is not None
+    assert source.labels.tolist() == [1, -1, 0]
+
+
+def test_a_folder_of_hidden_files_only_says_so(tmp_path: Path) -> None:
+    fill(tmp_path / "d", {".cache/1.png": 1, ".2.png": 2})
+    with pytest.raises(UserError, match=r"holds no image; it holds 2 hidden"):
+        open_source(str(tmp_path / "d"), None)
+
+
+def test_one_class_is_told_from_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = fill(tmp_path / "d", {f"{s}/only/{i}.png": i for s in ("train", "test") for i in range(2)})
+    for verb in ("check", "stats"):
+        assert main([verb, str(root)]) == 0
+        assert "one class only, from the names of the folders: only" in capsys.readouterr().out
+    flat = fill(tmp_path / "flat", {f"{i}.png": i for i in range(2)})
+    for verb in ("check", "stats"):
+        assert main([verb, str(flat)]) == 0
+        assert "no labels" in capsys.readouterr().out
+
+
+def test_a_dangling_image_is_named_without_the_systems_words(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = fill(tmp_path / "d", {"1.png": 1})
+    (root / "gone.png").symlink_to("nowhere.png")
+    assert main(["check", str(root)]) == 1
+    said = capsys.readouterr().out
+    assert "gone.png: No such file or directory" in said
+    assert "Errno" not in said
+
+
 def test_class_names_are_matched_by_name(tmp_path: Path) -> None:
     for split, order in (("train", ["c", "b", "a"]), ("test", ["a", "b", "c"]), ("val", ["a", "d"])):
         features = {"label": {"_type": "ClassLabel", "names": order}}

@@ -103,7 +103,7 @@ def _build(path: str, writer: Writer, known: Walk | None) -> dict[str, Any]:
     walked = known or walk(path)
     found, report = walked.found, walked.report
     if not found.lengths:
-        raise UserError(_nothing(path, walked.others))
+        raise UserError(_nothing(path, walked.others, report.out.get(left_out.HIDDEN, (0, []))[0]))
     for shard in walked.shards:
         report.add(left_out.OTHER_DATA, names.printable(os.fsencode(shard)))
     split_ids, under = names.split_and_class_path(found.folders)
@@ -134,8 +134,10 @@ def _build(path: str, writer: Writer, known: Walk | None) -> dict[str, Any]:
     }
 
 
-def _nothing(path: str, others: Counter[str]) -> str:
+def _nothing(path: str, others: Counter[str], hidden: int) -> str:
     known = ", ".join(sorted(e.decode() for e in names.IMAGE_EXTENSIONS))
+    if hidden and not others:
+        return f"{path} holds no image; it holds {hidden:,} hidden files or folders (names with a dot in front)"
     if not others:
         return f"{path} holds no files at all; it should hold images ({known}), tar or parquet shards"
     listed = ", ".join(

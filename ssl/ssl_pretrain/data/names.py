@@ -307,6 +307,18 @@ def classes_of_folders(folders: Sequence[bytes], splits: Sequence[int], counts: 
     return FolderClasses(np.full(len(parts), -1, np.int64), None, np.zeros(len(parts), bool))
 
 
+def one_folder(paths: Iterable[str], data: str, split: str | None) -> str | None:
+    """The name of the folder that holds all these images, where it is neither the data nor one of a split; else None."""
+    only: str | None = None
+    for path in paths:
+        folder = os.path.basename(os.path.dirname(path))
+        if only is not None and folder != only:
+            return None
+        only = folder
+    top = {os.path.basename(os.path.abspath(data)), (split or "").lower(), ""}
+    return only if only and only not in top and only.lower() not in top and not split_of_name(only) else None
+
+
 def class_names(largest: int, named: dict[int, str]) -> list[str]:
     """The names of classes 0..largest, or of as many as `named` has; a class without a name is called by its number."""
     count = max([largest, *named]) + 1

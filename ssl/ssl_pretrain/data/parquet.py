@@ -54,6 +54,9 @@ class ParquetSource(Source):
         if split is not None and (outside := [file for word, file, _ in every if not word]):
             names_ = [names.printable(os.fsencode(os.path.basename(file))) for file in outside]
             self.left_out.out[f"file of {left_out.NO_SPLIT}s"] = (len(outside), names_[: left_out.EXAMPLES])
+        for file, columns in wanted:
+            if columns.not_read is not None:
+                self.left_out.note(columns.not_read, names.printable(os.fsencode(os.path.basename(file))))
         self._files = [file for file, _ in wanted]
         self._tickets: list[index.Ticket] = []
         rows, filled = [], False
@@ -241,6 +244,12 @@ class _Columns:
         ]
         likely = [name for name in LABEL_COLUMNS if name in schema.names and _is_label(schema.field(name).type)]
         self.label = next(iter(sorted(declared, key=lambda name: _preference(name, LABEL_COLUMNS)) or likely), None)
+        named_so = [name for name in LABEL_COLUMNS if name in schema.names and name != self.image]
+        self.not_read = (
+            f"file whose column {named_so[0]!r} ({schema.field(named_so[0]).type}) is no label, used without"
+            if self.label is None and named_so
+            else None
+        )
         found = features.get(self.label, {}).get("names") if self.label else None
         self.names = [str(name) for name in found] if isinstance(found, list) else None
 
@@ -361,7 +370,7 @@ class _Labels:
             if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
                 numbers = _numbers(file, columns.label, column)
                 return cls(columns.label, numbers, names=tuple(columns.names or ()))
-            known = [word for word in pc.unique(column).to_pylist() if word is not None]
+            known = [word for word in pc.unique(column).to_pylist() if word]  # neither null nor empty
             words = pc.fill_null(pc.index_in(column, pa.array(known, column.type)), -1).cast(pa.int64()).to_numpy()
             return cls(columns.label, words=words, names=tuple(known))
 

@@ -390,9 +390,9 @@ def _classes_of_words(
     given = {word for word in words if word}
     numbers = {word: _integer(word) for word in given}
     if any(number is None for number in numbers.values()):
-        ordered = sorted(given)
+        ordered = sorted(word for word in given if (number := numbers[word]) is None or number >= 0)
         number_of = {word: i for i, word in enumerate(ordered)}
-        return np.array([number_of[word] if word else -1 for word in words], np.int64), ordered
+        return np.array([number_of.get(word or "", -1) for word in words], np.int64), ordered
     largest = max((number for number in numbers.values() if number is not None), default=-1)
     try:
         classes = names.class_names(largest, _named_classes(info_file))

@@ -39,7 +39,7 @@ from ..data.subset import Subset
 from ..data.views import resize_and_crop
 from ..distributed import environment
 from ..encoder import Encoder, Preprocessing
-from ..errors import UserError, nearest, of_the_machine
+from ..errors import UserError, nearest, of_the_machine, system_error
 from ..files import write_text
 from .feature_cache import BLOCK, Bad, Pass, join
 
@@ -383,7 +383,8 @@ class _Images(Dataset):
                 return Bad(
                     _MACHINE, "", fault
                 )  # raised in the main process: out of a worker it would come with a traceback
-            return Bad(i, self.source.name(i), str(problem))
+            said = system_error(problem) if isinstance(problem, OSError) else str(problem)
+            return Bad(i, self.source.name(i), said)
         return resize_and_crop(pixels, self.how.resize, self.how.crop, self.how.interpolation)
 
 

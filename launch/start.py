@@ -1,6 +1,7 @@
 """Starts a command as its flags say: in this process, as several processes, as a Slurm job, or as the runs of a grid."""
 
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -41,7 +42,8 @@ def start_processes_or_job(
         try:
             parse(point.argv)
         except UserError as mistake:
-            raise UserError(f"--grid, {_words(point.settings)}: {mistake}") from None
+            said = re.sub(r"^ssl-[\w -]+: ", "", str(mistake))  # the name of the command comes in front of it all
+            raise UserError(f"--grid, {_words(point.settings)}: {said}") from None
     if launch.launcher == "slurm":
         return _submit(name, argv, launch, out, points)
     count = _gpus() or 1 if launch.nproc == "auto" else launch.nproc or 1

@@ -149,6 +149,7 @@ def test_mistakes_get_one_line_and_nothing_is_started(
     done = pretrain("--method", "mae", "--out", tmp_path / "run", *argv, code=2, PATH=os.devnull)
     assert all(word in done.stderr for word in words), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.count("ssl-pretrain: ") == 1
     assert not list(tmp_path.iterdir())
 
 

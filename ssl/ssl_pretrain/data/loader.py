@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ..errors import UserError, of_the_machine
+from ..errors import UserError, of_the_machine, system_error
 from ..randomness import Part, key, numpy_generator
 from . import colour, composed
 from .batch import Batch
@@ -287,7 +287,8 @@ class _Maker(Dataset, ABC):
         except (OSError, ValueError) as error:
             if (fault := of_the_machine(error)) is not None:
                 raise UserError(fault) from error
-            raise BadImage(f"{type(error).__name__}: {error}") from error
+            said = system_error(error) if isinstance(error, OSError) else str(error)
+            raise BadImage(f"{type(error).__name__}: {said}") from error
         picture = Picture(item, self.channels)
         draws = []
         for spec in self.specs:

@@ -29,6 +29,10 @@ def read_file(file: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
+        if not _may_be_torch(file) or "operand" in str(problem):  # a byte that is none of a pickle's
+            raise UserError(
+                f"{file} cannot be read as a checkpoint: it is damaged, or no torch file: copy or download it again"
+            ) from None
         wants = re.search(r"GLOBAL ([\w.]+)", str(problem))
         raise UserError(
             f"{file} wants {wants[1] if wants else 'more than tensors'} to be run on reading, and nothing from a file is "
@@ -50,6 +54,13 @@ def read_file(file: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}, not weights by name")
     return content
+
+
+def _may_be_torch(file: Path) -> bool:
+    """Whether a file begins as torch's do: as a zip archive, or as a pickle of protocol 2 or more."""
+    with open(file, "rb") as opened:
+        head = opened.read(4)
+    return head == b"PK\x03\x04" or head[:1] == b"\x80"
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:

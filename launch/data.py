@@ -327,9 +327,12 @@ def _stats(data: str, common: Common) -> int:
     found: dict[str, Any] = {"images": count, "mean": mean.tolist(), "std": std.tolist()}
     if source.labels is not None:
         tally = Counter(int(label) for label in source.labels)
-        names = {label: source.classes[label] if source.classes and label >= 0 else str(label) for label in tally}
+        bare = tally.pop(-1, 0)
+        names = {label: source.classes[label] if source.classes else str(label) for label in tally}
         found["classes"] = {names[label]: n for label, n in sorted(tally.items())}
-        print(f"{len(tally)} classes of {min(tally.values()):,} to {max(tally.values()):,} images")
+        fewest, most = min(tally.values(), default=0), max(tally.values(), default=0)
+        rest = f", {bare:,} without a label" if bare else ""
+        print(f"{len(tally)} classes of {fewest:,} to {most:,} images{rest}")
     else:
         print(_without_labels(data, common.split, source))
     _write(common, found)

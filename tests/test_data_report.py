@@ -280,6 +280,13 @@ def test_a_negative_number_among_words_in_cls_is_unlabelled(tmp_path: Path) -> N
     assert source.labels.tolist() == [1, -1, 0]
 
 
+def test_stats_counts_images_without_a_label_apart(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_parquet(tmp_path / "x.parquet", {"image": structs(range(5)), "label": [-1, 0, 0, 1, 1]})
+    assert main(["stats", str(tmp_path), "--out", str(tmp_path / "found.json")]) == 0
+    assert "2 classes of 2 to 2 images, 1 without a label" in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text())["classes"] == {"0": 2, "1": 2}
+
+
 def test_a_folder_of_hidden_files_only_says_so(tmp_path: Path) -> None:
     fill(tmp_path / "d", {".cache/1.png": 1, ".2.png": 2})
     with pytest.raises(UserError, match=r"holds no image; it holds 2 hidden"):

@@ -62,3 +62,11 @@ def test_the_score_takes_a_folder_that_train_split_names(tmp_path: Path) -> None
     found = score(root, "train")
     assert {name.partition("/")[0] for name in names_of(found.bank) | names_of(found.queries)} == {"train"}
     assert found.bank.classes == ("a", "b")
+
+
+def test_too_few_labelled_images_are_no_score(tmp_path: Path) -> None:
+    """Of four images there is no fifth to ask for."""
+    for labels in ([0, 1, 0, 1], [0, 1, 0, 1, -1, -1]):
+        folder = tmp_path / str(len(labels)) / "d"
+        write_parquet(folder / "x.parquet", {"image": structs(range(len(labels))), "label": labels})
+        assert score(folder) is None

@@ -48,7 +48,7 @@ class KnnScore:
     def _of(cls, run: Run) -> "KnnScore | None":
         allow_pixels(run.max_pixels)
         bank = _labelled(open_training(run.data, run.train_split))
-        if bank is None or len(bank) < 4:
+        if bank is None or len(bank) < 5:
             return None
         order = numpy_generator(run.seed, "score").permutation(len(bank))
         if (test := _test_split(run)) is not None:

@@ -69,8 +69,8 @@ class Supervised(Method):
         labels = batch.labels
         if labels is None:
             raise UserError(
-                "--method supervised needs labels of two classes or more, and these images have none or one class only: put "
-                "them into one folder for each class"
+                "--method supervised needs labels of two classes or more, and these images have none or one class only: "
+                "put them into one folder for each class"
             )
         (pooled,) = encode_pooled(self.encoder, [batch.views["image"]], step)
         logits = self.head(pooled).float()

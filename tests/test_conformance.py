@@ -321,6 +321,7 @@ def test_each_fault_alone_is_found_and_named(name: str, installed: Path, monkeyp
         assert words in str(result.fault)
 
 
+@pytest.mark.slow
 def test_the_command_checks_ours() -> None:
     argv = [sys.executable, "-m", "ssl_pretrain.conformance", "mae"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)

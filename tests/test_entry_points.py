@@ -52,6 +52,7 @@ def python(code: str, packages: dict[str, str]) -> str:
 ACME = "--image-size 16 24 --batch-size 16 --steps 4 --log-every 2 --workers 1 --precision fp32 --no-score".split()
 
 
+@pytest.mark.slow
 def test_an_encoder_of_another_package(
     packages: dict, photos: Path, photos_in_classes: Path, tmp_path: Path, pretrain: Callable, evaluate: Callable
 ) -> None:
@@ -111,6 +112,7 @@ for name in {names}:
     assert imported(packages) == set()
 
 
+@pytest.mark.slow
 def test_images_of_another_package(
     packages: dict, tmp_path: Path, pretrain: Callable, evaluate: Callable, photos: Path
 ) -> None:
@@ -158,6 +160,7 @@ def test_images_of_another_package(
     assert "no installed package adds the kind 'bands'" in evaluate("knn", "--encoder", out, code=2).stderr
 
 
+@pytest.mark.slow
 def test_a_logger_of_another_package(packages: dict, photos: Path, tmp_path: Path, pretrain: Callable) -> None:
     def run(out: str, *argv: object, code: int = 0) -> subprocess.CompletedProcess:
         same = ["--method", "mae", "--data", photos, "--steps", 6, "--log-every", 2, "--workers", 0, "--no-score"]
@@ -207,6 +210,7 @@ def test_a_logger_that_raises_is_left_out_and_the_run_goes_on(
     assert [entry[0] for entry in entries] == ["begin", "warning", "metrics", "warning", *["metrics"] * 3, "end"]
 
 
+@pytest.mark.slow
 def test_only_the_first_process_logs_and_a_failure_is_the_end(
     packages: dict, photos: Path, tmp_path: Path, pretrain: Callable
 ) -> None:

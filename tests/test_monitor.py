@@ -89,6 +89,7 @@ def seen_by(run: Path) -> list[tuple[float, float]]:
     return [(line["features/feature_rank"], line["features/feature_std"]) for line in lines]
 
 
+@pytest.mark.slow
 def test_the_same_images_are_watched_however_the_batch_is_shared(
     photos: Path, tmp_path: Path, pretrain_here: Callable, pretrain: Callable
 ) -> None:

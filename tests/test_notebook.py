@@ -31,6 +31,7 @@ def cells() -> list[dict]:
     return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_its_encoder_beats_the_untrained_one(cells: list[dict], tmp_path: Path) -> None:
     code = "\n\n".join("".join(cell["source"]) for cell in cells) + FACTS
     done = subprocess.run(

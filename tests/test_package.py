@@ -42,6 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_runs_elsewhere(wheel: Path, tmp_path: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     for folder, package in (

@@ -39,6 +39,7 @@ def three_forms(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return forms
 
 
+@pytest.mark.slow
 def test_shards_and_folders_give_the_same_run(three_forms: dict[str, Path], tmp_path: Path, pretrain: Callable) -> None:
     curves = {}
     for name, folder in three_forms.items():
@@ -49,6 +50,7 @@ def test_shards_and_folders_give_the_same_run(three_forms: dict[str, Path], tmp_
     assert curves["shards"] == curves["classes"] == curves["flat"]
 
 
+@pytest.mark.slow
 def test_shards_are_probed_on_their_labels(
     shared_data: Path, tmp_path: Path, pretrain: Callable, evaluate: Callable
 ) -> None:

@@ -160,6 +160,7 @@ def test_other_images_on_the_same_folder_are_refused(
     assert "not those" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_message_and_keeps_what_was_saved(
     undisturbed: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -330,6 +331,7 @@ def test_a_run_that_does_not_know_a_newer_flag_has_its_default(
     assert yaml.safe_load(written.read_text())["interpolation"] == "bicubic"
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(photos: Path, tmp_path: Path, pretrain: Callable) -> None:
     out = tmp_path / "run"
     same = ("--method", "mae", "--data", photos, "--out", out, "--steps", 100_000, "--workers", 0, *TINY)

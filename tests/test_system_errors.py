@@ -227,6 +227,7 @@ def test_a_short_checkpoint_of_others(content: bytes, tmp_path: Path, capsys: py
     assert "weights_only" not in line  # it is damaged: trust is no remedy
 
 
+@pytest.mark.slow
 def test_bytes_that_are_not_utf8_in_names(photos: Path, tmp_path: Path) -> None:
     """From training to the evaluators, the report and the export, with real processes: names come from their arguments."""
     data = os.fsencode(tmp_path) + b"/d\xe9ta"

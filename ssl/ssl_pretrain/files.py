@@ -38,7 +38,7 @@ def in_the_way(path: Path) -> str | None:
         if each.is_symlink() and not each.exists():
             return f"{each} is a symbolic link to {os.readlink(each)}, which is not there"
         if each.exists():
-            return None if each.is_dir() else f"{each} is a file: choose another folder with --out"
+            return None if each.is_dir() else f"{each} is a file"
     return None
 
 

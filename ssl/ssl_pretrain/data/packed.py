@@ -137,7 +137,7 @@ class Writer:
     def __init__(self, folder: Path, channels: int) -> None:
         """Raises UserError where the folder exists."""
         if folder.is_symlink() and not folder.exists():
-            raise UserError(f"--out {folder} cannot be made: {in_the_way(folder)}")
+            raise UserError(f"--out {folder} cannot be made: {in_the_way(folder)}; choose another folder")
         if folder.exists():
             raise UserError(f"{folder} exists: choose another folder with --out, or remove it")
         self.folder, self.channels = folder, channels

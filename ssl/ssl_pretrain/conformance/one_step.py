@@ -191,15 +191,19 @@ class TwoProcesses:
                     selector.unregister(key.fileobj)
 
     def _fail(self, name: str, why: str = "") -> None:
-        """End both, and raise Fault with what the one that failed has said last."""
+        """End both, and raise Fault with the last words of the one at fault. The other may have failed after it, because
+        its exchange was cut off."""
         if not why:
             deadline = time.monotonic() + 5
             while all(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
                 time.sleep(0.05)
-        failed = next((rank for rank, process in enumerate(self._processes) if process.poll() not in (None, 0)), 0)
-        said = self._errors[failed].read_text().strip().splitlines()
+        failed = [rank for rank, process in enumerate(self._processes) if process.poll() not in (None, 0)] or [0]
+        last_words = {
+            rank: (self._errors[rank].read_text().strip().splitlines() or ["it ended"])[-1] for rank in failed
+        }
+        at_fault = min(failed, key=lambda rank: "gloo" in last_words[rank])
         self.close()
-        raise Fault(f"process {failed} of two fails in a step of {name}: {why or (said or ['it ended'])[-1]}")
+        raise Fault(f"process {at_fault} of two fails in a step of {name}: {why or last_words[at_fault]}")
 
     @property
     def alive(self) -> bool:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 WIDTH, HEIGHT = 520, 260
-LEFT, RIGHT, TOP, BOTTOM = 62, 10, 12, 28  # margins around the curves, pixels
+LEFT, RIGHT, TOP, BOTTOM = 62, 24, 12, 28  # margins around the curves, pixels; RIGHT: half of the last label
 POINTS = 400  # largest number of points of a curve; more are averaged
 # Distinguishable with all common colour blindness (Okabe and Ito, "Color Universal Design", 2008); then dashes are used
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

@@ -469,7 +469,10 @@ def _checked(array: np.ndarray, channels: int) -> np.ndarray:
     if array.ndim != 3:
         raise BadImage(f"array of shape {array.shape}; (H, W) or (H, W, C) is read")
     if array.shape[2] != channels:
-        raise BadImage(f"array of {array.shape[2]} channels where {channels} are wanted")
+        raise BadImage(
+            f"array of {array.shape[2]} channels where {channels} are wanted: --in-chans {array.shape[2]} (ssl-data: "
+            f"--channels) reads them, if the shape is (height, width, channels)"
+        )
     if array.size == 0:
         raise BadImage("the image has no pixels")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:

@@ -567,6 +567,7 @@ def test_a_requeued_job_that_misses_a_process_ends_with_75_within_two_minutes(
 ) -> None:
     """One of two tasks on two nodes comes back; a scontrol that says the job runs and takes the request."""
     out = tmp_path / "run"
+    out.mkdir()
     manifest.end(out, "preempted: lost a process; requeued (restart 1 of at most 100)", launches=[{"step": 0}])
     step = {
         **STEP,

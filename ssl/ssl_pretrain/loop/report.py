@@ -178,8 +178,10 @@ class Report:
         if not self.silent:
             self.warn(text)
             return
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-        self._keep(text)
+        try:
+            self._keep(text)  # first: who reads the line may end this process
+        finally:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _keep(self, text: str) -> None:
         with open(self.out / "warnings.log", "a", encoding="utf-8", errors="backslashreplace") as file:

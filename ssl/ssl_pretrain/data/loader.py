@@ -290,11 +290,18 @@ class _Maker(Dataset, ABC):
             said = system_error(error) if isinstance(error, OSError) else str(error)
             raise BadImage(f"{type(error).__name__}: {said}") from error
         picture = Picture(item, self.channels)
-        draws = []
+        draws, boxes_of = [], {}
         for spec in self.specs:
             for copy in range(spec.count):
-                rng = self._generator(self.seed, "view", epoch, sample, spec.name, copy)
-                draws.append((spec, copy, draw(spec, rng, picture.height, picture.width)))
+                # A rendering of another view draws that view's numbers.
+                rng = self._generator(self.seed, "view", epoch, sample, spec.of or spec.name, copy)
+                beside = None
+                if spec.overlap is not None:
+                    others = boxes_of[spec.overlap[0]]
+                    beside = others[min(copy, len(others) - 1)]
+                drawn = draw(spec, rng, picture.height, picture.width, beside)
+                boxes_of.setdefault(spec.name, []).append(drawn.box)
+                draws.append((spec, copy, drawn))
         by = 1
         if self.fast and picture.shrinks:
             # as small as leaves every crop no smaller than its view

@@ -5,8 +5,9 @@ Shapes: H x W pixels of the whole image, h x w of the view, C channels.
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,21 +55,80 @@ class ViewSpec:
     fast: bool = (
         False  # decoded and coloured faster, with the differences that `decode.Picture.crop` and `composed` name
     )
+    # Another rendering of an earlier view of the same count: the same box and flips, with `size` of its own, and the same
+    # colours unless it is `clean`. What this spec says of box, flips and colours is not read.
+    of: str | None = None
+    clean: bool = False
+    # An earlier view, and the least share of this crop's area that lies inside that view's crop. Drawn anew up to ten
+    # times, then left as it is (SlotMIM).
+    overlap: tuple[str, float] | None = None
+    # The frozen network that sees this view. `size` is then in pixels of the encoder's patches: the view gets as many
+    # patches of the network's stride. None: the encoder.
+    network: str | None = None
 
 
-def fitted(specs: tuple[ViewSpec, ...], image_size: tuple[int, int], stride: tuple[int, int]) -> tuple[ViewSpec, ...]:
-    """The specs with every size but the run's own `image_size` brought to the nearest multiple of the encoder's stride: a
-    method declares its small crops without knowing the patch they will be cut into."""
+@dataclass(frozen=True)
+class Sight:
+    """How a network sees: pixels of one patch (height, width), and the interpolation of its images."""
+
+    stride: tuple[int, int]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+
+def fitted(
+    specs: tuple[ViewSpec, ...],
+    image_size: tuple[int, int],
+    stride: tuple[int, int],
+    networks: Mapping[str, Sight] | None = None,
+) -> tuple[ViewSpec, ...]:
+    """The specs as they are rendered.
+
+    Every size but the run's own `image_size` is brought to the nearest multiple of the encoder's stride: a method declares
+    its small crops without knowing the size of a patch. A view for one of the frozen `networks` gets the same number of
+    patches, with that network's stride. A view `of` another one gets its box, flips and colours.
+
+    Raises ValueError for a view that refers to none of the earlier ones.
+    """
 
     def multiple(side: int, step: int) -> int:
         return max(step, int(side / step + 0.5) * step)
 
-    return tuple(
-        spec
-        if spec.size == tuple(image_size)
-        else replace(spec, size=(multiple(spec.size[0], stride[0]), multiple(spec.size[1], stride[1])))
-        for spec in specs
-    )
+    out: dict[str, ViewSpec] = {}
+    for spec in specs:
+        if spec.size != tuple(image_size):
+            spec = replace(spec, size=(multiple(spec.size[0], stride[0]), multiple(spec.size[1], stride[1])))
+        if spec.network is not None:
+            sight = (networks or {})[spec.network]
+            cells = [side // step for side, step in zip(spec.size, stride, strict=True)]
+            size = (cells[0] * sight.stride[0], cells[1] * sight.stride[1])
+            spec = replace(spec, size=size, interpolation=sight.interpolation)
+        if spec.of is not None:
+            spec = _rendering(spec, out)
+        if spec.overlap is not None and spec.overlap[0] not in out:
+            raise ValueError(f"the view {spec.name!r} overlaps with {spec.overlap[0]!r}, which is no earlier view")
+        out[spec.name] = spec
+    return tuple(out.values())
+
+
+_BOX = ("scale", "ratio", "hflip", "vflip", "overlap")
+_COLOURS = ("jitter grayscale blur blur_sigma solarize solarize_threshold noise_patch noise_patch_sigma").split()
+
+
+def _rendering(spec: ViewSpec, earlier: Mapping[str, ViewSpec]) -> ViewSpec:
+    """A view `of` another one, with its box, flips and colours. A blur is as wide in the image as that of the other."""
+    other = earlier.get(spec.of or "")
+    if other is None or other.of is not None or other.count != spec.count:
+        raise ValueError(
+            f"the view {spec.name!r} is a rendering of {spec.of!r}, which is no earlier view of its own with {spec.count} "
+            f"copies"
+        )
+    plain = ViewSpec(name="", size=spec.size)
+    values: dict[str, Any] = {name: getattr(other, name) for name in _BOX}
+    values |= {name: getattr(plain if spec.clean else other, name) for name in _COLOURS}
+    if not spec.clean:
+        zoom = math.sqrt(spec.size[0] * spec.size[1] / (other.size[0] * other.size[1]))
+        values["blur_sigma"] = (other.blur_sigma[0] * zoom, other.blur_sigma[1] * zoom)
+    return replace(spec, **values)
 
 
 # What a sample's random numbers are for: this many uniform draws for every view, whatever it uses of them, so that no
@@ -87,11 +147,14 @@ NOISE_SIGMA, NOISE_SQUARE, NOISE_KEY = 12, slice(13, 16), 16
 COLOUR_PARAMS = 17
 
 
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the whole image
+
+
 @dataclass(frozen=True)
 class Draw:
     """What chance decided about one view of one image: all of it, before a pixel is touched."""
 
-    box: tuple[int, int, int, int]  # top, left, height, width in pixels of the whole image
+    box: Box
     hflip: bool
     vflip: bool
     geometry: np.ndarray  # (GEOMETRY_PARAMS,) float32: the box as shares of the whole image, then both flips as 0 or 1
@@ -111,10 +174,19 @@ class Cut:
     colour: np.ndarray  # as Draw's
 
 
-def draw(spec: ViewSpec, rng: np.random.Generator, height: int, width: int) -> Draw:
-    """Draw one view of an image of `height` x `width` pixels. Takes the same numbers from `rng` for every spec."""
+def draw(spec: ViewSpec, rng: np.random.Generator, height: int, width: int, beside: Box | None = None) -> Draw:
+    """Draw one view of an image of `height` x `width` pixels. Takes the same numbers from `rng` for every spec. Two specs
+    that differ in their size get the same box, flips and colours from the same numbers.
+
+    beside: the box that the view must overlap with, where the spec says so.
+    """
     uniform = rng.random(_DRAWS).tolist()
     top, left, h, w = box = _random_box(spec, uniform, height, width)
+    if spec.overlap is not None and beside is not None:
+        for _ in range(_TRIES):
+            if _shared(box, beside) >= spec.overlap[1] * h * w:
+                break
+            top, left, h, w = box = _random_box(spec, rng.random(2 * _TRIES + 2).tolist(), height, width)
     hflip, vflip = uniform[2 * _TRIES + 2] < spec.hflip, uniform[2 * _TRIES + 3] < spec.vflip
     geometry = np.array((top / height, left / width, h / height, w / width, hflip, vflip), dtype=np.float32)
     return Draw(box, hflip, vflip, geometry, _colour_row(spec, uniform[_COLOUR_AT:]))
@@ -139,6 +211,15 @@ def to_image(points: Tensor, geometry: Tensor) -> Tensor:
     corner, size, flips = geometry.unsqueeze(-2).split(2, dim=-1)
     flipped = flips.flip(-1) > 0  # left-right comes first, it is the second coordinate
     return corner + size * torch.where(flipped, 1 - points, points)
+
+
+def from_image(points: Tensor, geometry: Tensor) -> Tensor:
+    """Where points of the whole image lie in a view: the inverse of `to_image`, with the same shapes. Points outside of the
+    crop get shares below 0 or above 1."""
+    corner, size, flips = geometry.unsqueeze(-2).split(2, dim=-1)
+    flipped = flips.flip(-1) > 0
+    shares = (points - corner) / size
+    return torch.where(flipped, 1 - shares, shares)
 
 
 def render(crop: np.ndarray, spec: ViewSpec, drawn: Draw, out: Tensor) -> None:
@@ -207,6 +288,13 @@ def _random_box(spec: ViewSpec, uniform: list[float], height: int, width: int) -
     w = min(width, max(1, round(height * spec.ratio[1])))
     h = min(height, max(1, round(width / spec.ratio[0])))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _shared(box: Box, other: Box) -> int:
+    """Pixels that two boxes share."""
+    height = min(box[0] + box[2], other[0] + other[2]) - max(box[0], other[0])
+    width = min(box[1] + box[3], other[1] + other[3]) - max(box[1], other[1])
+    return max(0, height) * max(0, width)
 
 
 def _colour_row(spec: ViewSpec, uniform: list[float]) -> np.ndarray:

@@ -11,10 +11,10 @@ CORE = ROOT / "ssl" / "ssl_pretrain"
 # From low to high: a file may import from its own layer and from lower ones. A name is a file or a package of the core.
 LAYERS = (
     ("errors", "memory", "randomness", "files"),
-    ("plugins", "flags"),
+    ("plugins", "flags", "rates"),
     ("distributed", "loggers"),
     ("data", "backbones"),
-    ("pretext",),
+    ("frozen", "pretext"),
     ("parts", "encoder", "optim", "checkpoint"),
     ("features", "foreign", "config"),
     ("loop",),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 
 import yaml
 
-from . import loggers
+from . import loggers, rates
 from .errors import UserError
 from .flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, stored_name, within
 
@@ -96,6 +96,10 @@ class Run:
     layer_decay: float = 1.0
     """Layer decay: factor on the learning rate for each block below the encoder's output."""
 
+    rates: tuple[str, ...] = ()
+    """Parameters with rates of their own, each 'PATTERN KEY=VALUE ...': factors lr= and decay=, and start= and ramp=, shares
+    of the run: the learning rate is 0 until start and then rises over ramp. Example: 'encoder.* start=0.05 ramp=0.05'."""
+
     seed: int = 0
     """Random seed of the whole run."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -150,6 +154,7 @@ class Run:
         for range_, names in RANGES.items():
             within(self, range_, *names.split())
         loggers.check(self.loggers)
+        rates.parse(self.rates)
 
 
 # The interval of each numeric flag. None is not checked.

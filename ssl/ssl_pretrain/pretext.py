@@ -21,6 +21,7 @@ from .randomness import key
 if TYPE_CHECKING:
     from .backbones.backbone import Backbone
     from .data.views import ViewSpec
+    from .rates import Rate
 
 __all__ = ["Batch", "Losses", "Method", "Recipe", "Step", "WholeBatchMethod", "load"]
 
@@ -173,6 +174,10 @@ class Method(nn.Module, ABC):
         `step.carried` has `Losses.carry` of this process's forward passes. `distributed.gather` of it gives those of all
         processes.
         """
+
+    def rates(self) -> tuple[Rate, ...]:
+        """Parameters with a learning rate or weight decay of their own. `--rates` adds to them."""
+        return ()
 
     def exported(self) -> Backbone:
         """The encoder that evaluators get."""

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from . import backbones, config, distributed, encoder, files, optim, pretext
+from . import backbones, config, distributed, encoder, files, optim, pretext, rates
 from .config import Resolved, Run
 from .data.loader import Share, to_batch
 from .data.source import Source
@@ -88,6 +88,8 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     whole_batch = isinstance(method, WholeBatchMethod) and accumulate > 1
     wrapped = parallel.wrap(method, run, world)
     shards = parallel.Shards(method, world.device)
+    rules = (*method.rates(), *rates.parse(run.rates))
+    rates.check(rules, (name for name, p in method.named_parameters() if p.requires_grad))
     groups = optim.parameter_groups(
         method,
         method.encoder,
@@ -95,6 +97,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
         layer_decay=run.layer_decay,
         matrices=run.optimizer == "muon",
         part=shards,
+        rates=rules,
     )
     optimizer = optim.build(run.optimizer, groups, run.betas, shards.norms)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -151,7 +154,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                 cooldown=run.cooldown_steps,
             )
             weight_decay = cosine(step_number / steps, run.weight_decay, run.final_weight_decay)
-            optim.set_rates(optimizer, lr, weight_decay)
+            optim.set_rates(optimizer, lr, weight_decay, step_number / steps)
 
             # -- forward and backward, micro-batch by micro-batch
             results: list[tuple[Tensor, Losses]] = []  # sample ids and losses of each forward

@@ -34,7 +34,7 @@ from .batch import Batch
 from .decode import SHRINKS, BadImage, Picture, Scratch, shrink
 from .sampler import permute, samples
 from .source import Source
-from .views import COLOUR_PARAMS, GEOMETRY_PARAMS, Draw, ViewSpec, draw, render
+from .views import COLOUR_PARAMS, GEOMETRY_PARAMS, Box, Draw, ViewSpec, draw, render
 
 Policy = Literal["replace", "skip", "fail"]
 Failure = tuple[int, str, str]  # index in the source, its name, why it could not be used
@@ -290,7 +290,8 @@ class _Maker(Dataset, ABC):
             said = system_error(error) if isinstance(error, OSError) else str(error)
             raise BadImage(f"{type(error).__name__}: {said}") from error
         picture = Picture(item, self.channels)
-        draws, boxes_of = [], {}
+        draws = []
+        boxes_of: dict[str, list[Box]] = {}
         for spec in self.specs:
             for copy in range(spec.count):
                 # A rendering of another view draws that view's numbers.

@@ -1,11 +1,12 @@
 """Parameter groups for weight decay and layer decay, by the papers' rules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
+from ..rates import Rate
 
 DECAYED_TOKENS = ("cls_token", "mask_token", "reg_tokens", "pos_embed")
 
@@ -32,16 +33,18 @@ def parameter_groups(
     layer_decay: float = 1.0,
     matrices: bool = False,
     part: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
+    rates: Sequence[Rate] = (),
 ) -> list[dict[str, Any]]:
     """The trainable parameters of `model`, which contains `encoder`, in groups of equal weight decay and learning-rate
     scale. The groups contain `part(parameter)`: the part of each parameter that this process holds.
 
     Each group has "params", "names", "decays" (bool), "matrices" (bool: two-dimensional parameters of the encoder, for
     Muon; they are separate groups only with `matrices`) and "lr_scale": layer_decay ** (number of blocks between the
-    parameter and the encoder's output), as in BEiT, section A; 1 outside the encoder.
+    parameter and the encoder's output), as in BEiT, section A; 1 outside the encoder. "rates" are the rules of `rates`
+    that fit the group's parameters.
     """
     inside = {id(p): name for name, p in encoder.named_parameters()}
-    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float, bool, tuple[Rate, ...]], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -51,8 +54,9 @@ def parameter_groups(
         decay = decays(name, parameter, rule)
         matrix = matrices and parameter.ndim == 2 and id(parameter) in inside
         matrix = matrix and not name.endswith("relative_position_bias_table")
+        rules = tuple(rule for rule in rates if rule.fits(name))
         fresh: dict[str, Any] = {"params": [], "names": [], "decays": decay, "lr_scale": scale, "matrices": matrix}
-        group = groups.setdefault((decay, scale, matrix), {**fresh, "weight_decay": 0.0})
+        group = groups.setdefault((decay, scale, matrix, rules), {**fresh, "weight_decay": 0.0, "rates": rules})
         group["params"].append(part(parameter))
         group["names"].append(name)
     return list(groups.values())

@@ -4,6 +4,7 @@ Every optimiser of this package reads `found_inf`: a step that is not finite is 
 and weight decay, without a synchronisation of the host (Muon excepted).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -35,11 +36,12 @@ def build(
     return torch.optim.SGD(groups, lr=0.0, momentum=betas[0], fused=True)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Set the learning rate and weight decay of every group for this step."""
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, progress: float = 0.0) -> None:
+    """Set the learning rate and weight decay of every group for this step, at this progress of the run in [0, 1)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        rules = group.get("rates", ())
+        group["lr"] = lr * group["lr_scale"] * math.prod(rule.lr_at(progress) for rule in rules)
+        group["weight_decay"] = weight_decay * math.prod(rule.decay for rule in rules) if group["decays"] else 0.0
 
 
 def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -5,6 +5,7 @@ an EMA of the online network; there are no negatives. Shapes: B images of this p
 width, K embedding width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, within
+from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import l2_normalize, mlp
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
@@ -78,7 +80,7 @@ class BYOL(WholeBatchMethod):
         self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim), last_bias=False)
         self.predictor = mlp((config.embedding_dim, config.hidden_dim, config.embedding_dim), last_bias=False)
 
-    def prepare(self, images: int) -> None:
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The target network begins as the online one; it has no predictor."""
         self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "projector": self.projector}))
 

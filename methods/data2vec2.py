@@ -7,6 +7,7 @@ of each, N patches on an (h, w) grid, K of them kept, M = N - K masked, D width 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -26,6 +27,7 @@ from ssl_pretrain.flags import (
     NOT_NEGATIVE,
     within,
 )
+from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.parts.inverse_block_masks import centres, inverse_block_masking
 from ssl_pretrain.parts.masks import put, rows
@@ -132,7 +134,7 @@ class Data2Vec2(Method):
         )
         self.decoder_proj = nn.Linear(encoder.dim, encoder.dim)
 
-    def prepare(self, images: int) -> None:
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The teacher begins as the encoder."""
         self.teacher = ema_copy(self.encoder)
 

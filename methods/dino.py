@@ -6,8 +6,9 @@ encoder width, K prototypes.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ from ssl_pretrain.flags import (
     at_least,
     within,
 )
+from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts import anchor
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs, update_centering_, warmed_up
-from ssl_pretrain.parts.views import encode_pooled, multi_crop
+from ssl_pretrain.parts.views import encode_crops, encode_pooled, multi_crop
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
 
@@ -103,6 +106,13 @@ class DINO(Method):
         blur: float = 1.0
         """Factor on the blur probabilities (1, 0.1 and 0.5 for the two global and the local views); 0 is usual for
         images of 32 pixels."""
+        anchor: Literal["none", "gram", "features", "weights"] = "none"
+        """Loss that keeps the encoder near the start weights of --init-from (or near --teacher): the similarities between
+        patches (Gram matrices), the features, the weights, or none."""
+        anchor_weight: float = 1.0
+        """Weight of the anchor's loss."""
+        anchor_zoom: float = 1.0
+        """Side of the images that the anchor's frozen network sees, over that of the crops (DINOv3's Gram teacher: 2)."""
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "prototypes")
@@ -113,20 +123,28 @@ class DINO(Method):
             within(self, FROM_0_TO_1, "teacher_temperature_warmup", "centre_momentum", "freeze_prototypes")
             within(self, NOT_NEGATIVE, "local_views", "blur")
             within(self, ABOVE_0_TO_1, "global_scale", "local_scale", ascending=True)
+            within(self, NOT_NEGATIVE, "anchor_weight")
+            within(self, POSITIVE, "anchor_zoom")
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         self.head = PrototypeHead(encoder.dim, config.hidden_dim, config.bottleneck_dim, config.prototypes)
         self.register_buffer("centre", torch.zeros(config.prototypes))
 
-    def prepare(self, images: int) -> None:
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The teacher begins as the student."""
         self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "head": self.head}))
+        self.anchor = anchor.make(self.config.anchor, self.encoder, networks)
+
+    @classmethod
+    def frozen(cls, config: Any) -> tuple[str, ...]:
+        """The start weights, for an anchor."""
+        return anchor.networks(config.anchor)
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """Two global crops, one always blurred and the other sometimes solarized, and local ones (appendix E)."""
-        return multi_crop(
+        crops = multi_crop(
             image_size,
             global_scale=config.global_scale,
             local_scale=config.local_scale,
@@ -134,12 +152,20 @@ class DINO(Method):
             local_ratio=config.local_ratio,
             blur=(1.0 * config.blur, 0.1 * config.blur, 0.5 * config.blur),
         )
+        return (*crops, *anchor.twins(config.anchor, crops[:2], config.anchor_zoom))
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The mean cross-entropy over the pairs of a teacher's view and another view of the student (eq. 3)."""
         views = torch.stack([batch.views["global1"], batch.views["global2"]])
         crops = [views, batch.views["local"]] if self.config.local_views else [views]
-        vectors = torch.cat(encode_pooled(self.encoder, crops, step))
+        anchored = None
+        if self.anchor is not None and self.anchor.sees:
+            seen = encode_crops(self.encoder, crops, step)
+            vectors = torch.cat([each.pooled for each in seen])
+            twins = torch.stack([batch.views["global1_anchor"], batch.views["global2_anchor"]])
+            anchored = self.anchor(seen[0], twins).unflatten(0, (2, -1)).mean(0)
+        else:
+            vectors = torch.cat(encode_pooled(self.encoder, crops, step))
         student = self.head(vectors, frozen=step.progress < self.config.freeze_prototypes)
         with torch.no_grad():
             (vectors,) = encode_pooled(self.teacher.backbone, [views], step)
@@ -150,12 +176,16 @@ class DINO(Method):
             torch.softmax((teacher - self.centre) / self.temperature(step), dim=-1).unflatten(0, (2, b)),
             self.config.student_temperature,
         )
-        return Losses(
+        losses = Losses(
             total=each.mean(),
             terms={"teacher_entropy": entropy},
             per_sample=each.detach(),
             carry={"teacher": teacher.mean(0, keepdim=True)},
         )
+        if self.anchor is not None:
+            losses.terms["pairs"] = losses.total.detach()
+            self.anchor.add(losses, self.config.anchor_weight, anchored)
+        return losses
 
     def temperature(self, step: Step) -> float:
         """The teacher's temperature in this step."""
@@ -177,7 +207,8 @@ class DINO(Method):
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """Uniform outputs, and outputs that are always the same prototype."""
         uniform = math.log(self.config.prototypes)
+        name = "loss" if self.config.anchor == "none" else "pairs"
         return {
-            "loss": (uniform, "student and teacher give every image the uniform distribution"),
+            name: (uniform, "student and teacher give every image the uniform distribution"),
             "teacher_entropy": (0.0, "the teacher assigns every image to the same prototype with certainty"),
         }

@@ -7,6 +7,7 @@ masked, D encoder width, K prototypes.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -27,6 +28,8 @@ from ssl_pretrain.flags import (
     at_least,
     within,
 )
+from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts import anchor
 from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed, stratified_ratios
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
@@ -145,6 +148,13 @@ class DINOv2(WholeBatchMethod):
         blur: Literal["paper", "released", "none"] = "paper"
         """Blur probabilities of the two global and the local views: 1, 0.1, 0.5; as in the released code, 0, 0.9, 0.5;
         or never, which is usual for images of 32 pixels."""
+        anchor: Literal["none", "gram", "features", "weights"] = "none"
+        """Loss that keeps the encoder near the start weights of --init-from (or near --teacher): the similarities between
+        patches (Gram matrices), the features, the weights, or none."""
+        anchor_weight: float = 1.0
+        """Weight of the anchor's loss."""
+        anchor_zoom: float = 1.0
+        """Side of the images that the anchor's frozen network sees, over that of the crops (DINOv3's Gram teacher: 2)."""
 
         def __post_init__(self) -> None:
             within(self, at_least(2), "prototypes")
@@ -159,6 +169,8 @@ class DINOv2(WholeBatchMethod):
             within(self, ABOVE_0_TO_1, "mask_probability")
             within(self, BETWEEN_0_AND_1, "mask_ratio", ascending=True)
             within(self, ABOVE_0_TO_1, "global_scale", "local_scale", ascending=True)
+            within(self, NOT_NEGATIVE, "anchor_weight")
+            within(self, POSITIVE, "anchor_zoom")
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -172,14 +184,20 @@ class DINOv2(WholeBatchMethod):
             self.register_buffer("class_centre", torch.zeros(config.prototypes))
             self.register_buffer("patch_centre", torch.zeros(config.prototypes))
 
-    def prepare(self, images: int) -> None:
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The teacher begins as the student."""
         self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "heads": self.heads}))
+        self.anchor = anchor.make(self.config.anchor, self.encoder, networks)
+
+    @classmethod
+    def frozen(cls, config: Any) -> tuple[str, ...]:
+        """The start weights, for an anchor."""
+        return anchor.networks(config.anchor)
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """DINO's: two global crops, the second sometimes solarized, and local ones."""
-        return multi_crop(
+        crops = multi_crop(
             image_size,
             global_scale=config.global_scale,
             local_scale=config.local_scale,
@@ -188,11 +206,13 @@ class DINOv2(WholeBatchMethod):
             noise_patch=config.noise_patch,
             blur=BLUR[config.blur],
         )
+        return (*crops, *anchor.twins(config.anchor, crops[:2], config.anchor_zoom))
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Outputs of the encoders. "student" (B, V, D): class tokens of the masked global views and of the local views.
         "teacher" (B, 2, D): class tokens of the global views, unmasked. "student_patches" and "teacher_patches"
-        (B, 2, M, D): the masked patches. "counted" bool (B, 2, M): False at places beyond the masked patches."""
+        (B, 2, M, D): the masked patches. "counted" bool (B, 2, M): False at places beyond the masked patches. "anchor"
+        (B,): the loss of an anchor that needs features."""
         views = torch.stack([batch.views["global1"], batch.views["global2"]])
         with torch.no_grad():
             seen = encode(self.teacher.backbone, views, step)
@@ -203,13 +223,17 @@ class DINOv2(WholeBatchMethod):
         student = encode_crops(self.encoder, crops, step, replace=(masks, self.mask_token))
         counts = (2, self.config.local_views)
         each = [by_image(class_token(f, "dinov2"), count) for f, count in zip(student, counts, strict=False)]
-        return {
+        embedded = {
             "student": torch.cat(each, dim=1),
             "teacher": by_image(whole, 2),
             "student_patches": by_image(rows(student[0].patches, index), 2),
             "teacher_patches": by_image(rows(seen.patches, index), 2),
             "counted": by_image(counted, 2),
         }
+        if self.anchor is not None and self.anchor.sees:
+            twins = torch.stack([batch.views["global1_anchor"], batch.views["global2_anchor"]])
+            embedded["anchor"] = by_image(self.anchor(student[0], twins), 2).mean(1)
+        return embedded
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """Terms "class", DINO's cross-entropy over the pairs of a teacher's view and another view of the student;
@@ -248,6 +272,8 @@ class DINOv2(WholeBatchMethod):
             # A spread that is not finite does not say which image is the reason. The cross-entropies do.
             shared = torch.nan_to_num(config.regulariser_weight * spread.detach(), 0.0, 0.0, 0.0)
             losses.per_sample = per_sample.detach() + shared
+        if self.anchor is not None:
+            self.anchor.add(losses, config.anchor_weight, embedded.get("anchor"))
         if config.centering == "centre":
             losses.carry = {
                 "class": whole.mean((0, 1)).unsqueeze(0),

@@ -8,6 +8,7 @@ masked, D encoder width, K prototypes.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -28,6 +29,7 @@ from ssl_pretrain.flags import (
     at_least,
     within,
 )
+from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
@@ -153,7 +155,7 @@ class IBOT(Method):
         self.register_buffer("class_centre", torch.zeros(config.prototypes))
         self.register_buffer("patch_centre", torch.zeros(config.prototypes))
 
-    def prepare(self, images: int) -> None:
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The teacher begins as the student."""
         self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "head": self.head}))
 

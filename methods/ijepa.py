@@ -5,6 +5,7 @@ features come from an EMA teacher; pixels are not predicted. Shapes: B images, N
 context, T target blocks of M patches, D encoder width, E predictor width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -18,6 +19,7 @@ from ssl_pretrain.backbones.vit import Block
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, POSITIVE, within
+from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.multi_block_masks import multi_block_masks
@@ -117,7 +119,7 @@ class IJEPA(Method):
             nn.init.trunc_normal_(part.weight, std=0.02)
             nn.init.zeros_(part.bias)
 
-    def prepare(self, images: int) -> None:
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The teacher begins as the encoder."""
         self.teacher = ema_copy(self.encoder)
 

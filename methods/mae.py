@@ -5,8 +5,9 @@ Shapes: B images, C channels, N patches on an (h, w) grid, K of them kept, M = N
 width, E decoder width, F = p * p * C values a patch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,13 @@ from ssl_pretrain.backbones.positions import sincos_table
 from ssl_pretrain.backbones.vit import Block
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts import anchor
 from ssl_pretrain.parts.init import xavier_
 from ssl_pretrain.parts.masks import put, random_masking, rows
 from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
+from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
 
@@ -62,15 +66,25 @@ class MAE(Method):
         """Number of attention heads of the decoder."""
         crop_scale: tuple[float, float] = (0.2, 1.0)
         """Smallest and largest share of the image's area that a crop covers."""
+        anchor: Literal["none", "gram", "features", "weights"] = "none"
+        """Loss that keeps the encoder near the start weights of --init-from (or near --teacher): the similarities between
+        patches (Gram matrices), the features, the weights, or none."""
+        anchor_weight: float = 1.0
+        """Weight of the anchor's loss."""
+        anchor_zoom: float = 1.0
+        """Side of the images that the anchor's frozen network sees, over that of the crops (DINOv3's Gram teacher: 2)."""
 
         def __post_init__(self) -> None:
             within(self, BETWEEN_0_AND_1, "mask_ratio")
             within(self, AT_LEAST_1, "decoder_dim", "decoder_depth", "decoder_heads")
             within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
+            within(self, NOT_NEGATIVE, "anchor_weight")
+            within(self, POSITIVE, "anchor_zoom")
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("mae", "keep")
+        self.anchor: anchor.Anchor | None = None
         if config.decoder_dim % config.decoder_heads or config.decoder_dim % 4:
             raise UserError(
                 f"--decoder-dim {config.decoder_dim} must be a multiple of 4 and of --decoder-heads {config.decoder_heads}"
@@ -97,9 +111,19 @@ class MAE(Method):
                 nn.init.normal_(parameter, std=0.02)
 
     @classmethod
+    def frozen(cls, config: Any) -> tuple[str, ...]:
+        """The start weights, for an anchor."""
+        return anchor.networks(config.anchor)
+
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
+        """Keep the frozen network of an anchor."""
+        self.anchor = anchor.make(self.config.anchor, self.encoder, networks)
+
+    @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """One random resized crop with flips and no colour augmentation (section 4, "data augmentation")."""
-        return (ViewSpec(name="image", size=image_size, scale=config.crop_scale),)
+        image = ViewSpec(name="image", size=image_size, scale=config.crop_scale)
+        return (image, *anchor.twins(config.anchor, [image], config.anchor_zoom))
 
     def kept(self, patches: int) -> int:
         """How many of `patches` patches the encoder sees: rounded down, as released."""
@@ -115,7 +139,14 @@ class MAE(Method):
         # Every image has the same number of masked patches: the mean over all is the paper's sum(loss * mask) / sum(mask).
         predicted = predicted.float()
         per_sample = F.mse_loss(predicted.detach(), target, reduction="none").mean(dim=(1, 2))
-        return Losses(total=F.mse_loss(predicted, target), per_sample=per_sample)
+        losses = Losses(total=F.mse_loss(predicted, target), per_sample=per_sample)
+        if self.anchor is not None:
+            losses.terms["reconstruction"] = losses.total.detach()
+            each = None
+            if self.anchor.sees:  # a second pass over the whole image, because the first one saw a part of it
+                each = self.anchor(encode(self.encoder, images, step), batch.views["image_anchor"])
+            self.anchor.add(losses, self.config.anchor_weight, each)
+        return losses
 
     def reconstruct(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Predictions (B, M, F) for the masked patches, their indices (B, M), the kept ones' (B, K), and the grid."""
@@ -147,7 +178,8 @@ class MAE(Method):
         if not self.config.norm_pix:
             return {}
         values = self.decoder_pred.out_features
-        return {"loss": ((values - 1) / values, "every patch is reconstructed as its mean colour; nothing is learned")}
+        name = "loss" if self.config.anchor == "none" else "reconstruction"
+        return {name: ((values - 1) / values, "every patch is reconstructed as its mean colour; nothing is learned")}
 
     @torch.no_grad()
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ encoder width, K embedding width.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,6 +18,7 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import l2_normalize, mlp
 from ssl_pretrain.parts.init import xavier_
@@ -96,7 +98,7 @@ class MoCoV3(WholeBatchMethod):
             _initialise(encoder)
             patch_embed.requires_grad_(not config.freeze_patch_embed)
 
-    def prepare(self, images: int) -> None:
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The momentum encoder begins as the query encoder; it has no predictor."""
         self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "projector": self.projector}))
 

@@ -6,6 +6,7 @@ embedding width, K prototypes, P patches of a view.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -27,6 +28,7 @@ from ssl_pretrain.flags import (
     at_least,
     within,
 )
+from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import Prototypes, mlp
 from ssl_pretrain.parts.masks import random_masking
@@ -132,7 +134,7 @@ class MSN(WholeBatchMethod):
         bound = config.embedding_dim**-0.5
         nn.init.uniform_(self.prototypes.weight, -bound, bound)
 
-    def prepare(self, images: int) -> None:
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The target network begins as the one that is trained."""
         self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "head": self.head}))
 

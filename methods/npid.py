@@ -6,6 +6,7 @@ negatives.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -17,6 +18,7 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.heads import l2_normalize
 from ssl_pretrain.parts.views import encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
@@ -83,7 +85,7 @@ class NPID(WholeBatchMethod):
         # The normalisation constant (section 3.2, "Z"), estimated in the first step; 0 until then.
         self.register_buffer("normaliser", torch.zeros(()))
 
-    def prepare(self, images: int) -> None:
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """A bank of random unit vectors (M, K)."""
         self.register_buffer("bank", F.normalize(torch.randn(images, self.config.embedding_dim), dim=1))
 

@@ -52,7 +52,7 @@ class Example(Method):
         self.head = nn.Linear(encoder.dim, config.outputs)
         self.register_buffer("centre", torch.zeros(config.outputs))
 
-    def prepare(self, images):
+    def prepare(self, images, networks):
         self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "head": self.head}))
 
     @classmethod

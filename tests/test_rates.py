@@ -69,7 +69,8 @@ def test_frozen_phase_in_a_run(pretrain, tmp_path: Path):
         states[step] = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     encoder = [name for name in states[2] if name.startswith("method/encoder.")]
     heads = [n for n in states[2] if n.startswith("method/") and not n.startswith("method/encoder.") and "num" not in n]
-    assert encoder and heads
+    assert encoder
+    assert heads
     assert all(torch.equal(states[2][name], states[4][name]) for name in encoder)
     assert not all(torch.equal(states[4][name], states[8][name]) for name in encoder)
     assert not any(torch.equal(states[2][name], states[4][name]) for name in heads)

@@ -34,6 +34,9 @@ class Run:
     init_from: Path | None = None
     """Start from the weights of this export or run instead of random weights."""
 
+    teacher: str | None = None
+    """Frozen network that the method reads: an export, a run, or timm: hf: torch: module: (docs/running.md)."""
+
     encoder: str = "vit_small"
     """Backbone to train (fractals: vit_micro)."""
     image_size: tuple[int, ...] = (224,)
@@ -97,8 +100,8 @@ class Run:
     """Layer decay: factor on the learning rate for each block below the encoder's output."""
 
     rates: tuple[str, ...] = ()
-    """Parameters with rates of their own, each 'PATTERN KEY=VALUE ...': factors lr= and decay=, and start= and ramp=, shares
-    of the run: the learning rate is 0 until start and then rises over ramp. Example: 'encoder.* start=0.05 ramp=0.05'."""
+    """Parameters with rates of their own, each 'PATTERN KEY=VALUE ...': factors lr= and decay=, and start= and ramp=,
+    shares of the run: the learning rate is 0 until start and then rises over ramp ('encoder.* start=0.05 ramp=0.05')."""
 
     seed: int = 0
     """Random seed of the whole run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import plugins
 from .data.batch import Batch
+from .frozen import NONE, Frozen
 from .randomness import key
 
 if TYPE_CHECKING:
@@ -155,9 +156,16 @@ class Method(nn.Module, ABC):
         self.encoder = encoder
         self.config = config
 
-    def prepare(self, images: int) -> None:
+    @classmethod
+    def frozen(cls, config: Any) -> tuple[str, ...]:
+        """The frozen networks that the method reads with these knobs: "teacher" (--teacher), or "anchor" (--teacher, else
+        the start weights of --init-from). A view for one of them names it (`ViewSpec.network`)."""
+        return ()
+
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """Make what depends on the initial weights of the encoder (an EMA teacher) or on the number of training images (a
-        memory bank). Called once, after the constructor and --init-from, before a checkpoint is loaded."""
+        memory bank), and keep the frozen `networks`, which come by the names of `frozen`. Called once, after the
+        constructor and --init-from, before a checkpoint is loaded."""
 
     @classmethod
     @abstractmethod

@@ -51,7 +51,9 @@ def parse(texts: Iterable[str]) -> tuple[Rate, ...]:
             if not 0 <= values[key] <= most or values[key] == float("inf"):
                 raise UserError(f"--rates {text!r}: {key} must be {'in [0, 1]' if most == 1 else 'at least 0'}")
         if not values:
-            raise UserError(f"--rates {text!r} changes nothing: add lr=, decay=, start= or ramp=, like 'encoder.* lr=0.1'")
+            raise UserError(
+                f"--rates {text!r} changes nothing: add lr=, decay=, start= or ramp=, like 'encoder.* lr=0.1'"
+            )
         rules.append(Rate(pattern, **values))
     return tuple(rules)
 

@@ -6,6 +6,7 @@ it and of the seed. So a checkpoint is the tensors and this integer, and a resum
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,13 @@ from .data.source import Source
 from .distributed import World
 from .distributed.batch_norm import couples_samples
 from .errors import UserError
+from .frozen import NONE, Frozen
 from .loop import grad_cache, manifest, parallel, preflight, stages
 from .loop import start as run_start
 from .loop.log import Log
 from .loop.monitor import CollapseMonitor
+from .loop.networks import check_sizes, check_unchanged, open_networks
+from .loop.networks import facts as network_facts
 from .loop.probes import Probes, is_due, step_of
 from .loop.report import Report
 from .loop.saver import Saver, restore
@@ -74,17 +78,21 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     steps, accumulate = run.steps, run.accumulate
     share = Share(run.batch_size, accumulate, world.rank, world.size)
 
+    # ---- Networks that are read and never trained (a teacher, the start weights of an anchor).
+    networks = distributed.on_all(lambda: open_networks(run, method_class, knobs, world))
+
     # ---- Where to start: this run's newest checkpoint, or step 0 with random weights or those of --init-from.
     record, defaults = config.plain(run, knobs, options), config.defaults(run, knobs, options)
     start = distributed.from_first(
         distributed.on_all(lambda: run_start.find_start(run, record, defaults, source, cleanup) if world.first else 0)
     )
+    distributed.on_all(lambda: check_unchanged(run, networks))
     began = time.monotonic()
     processes = preflight.check(world, run.out) if world.size > 1 else []
     process_table = preflight.table(processes, run.out, time.monotonic() - began) if processes else ""
 
     # ---- Model, parallelism and compilation. The optimiser sees the part of the parameters that this process holds.
-    method, plan = _build_method(run, method_class, knobs, options, len(source), start, world)
+    method, plan = _build_method(run, method_class, knobs, options, len(source), start, world, networks)
     whole_batch = isinstance(method, WholeBatchMethod) and accumulate > 1
     wrapped = parallel.wrap(method, run, world)
     shards = parallel.Shards(method, world.device)
@@ -111,7 +119,8 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     cleanup.enter_context(report)
     if world.first:
         data_facts = {"path": run.data, "images": len(source), "fingerprint": source.fingerprint}
-        manifest.begin(run.out, world=world, step=start, data=data_facts, hosts=[facts.host for facts in processes])
+        facts: dict[str, Any] = {"data": data_facts} | ({"networks": network_facts(networks)} if networks else {})
+        manifest.begin(run.out, world=world, step=start, hosts=[each.host for each in processes], **facts)
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6
         report.say(f"{source.description}; {run.encoder} with {trained:.1f} M trained parameters; {run.out}")
         if source.left_out:
@@ -120,7 +129,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
             report.say(process_table)
         if start:
             report.say(f"continuing from step {start} of {steps}")
-    saver = Saver(run, method, optimizer, shards, world, start)
+    saver = Saver(run, method, optimizer, shards, world, start, network_facts(networks))
     monitor = CollapseMonitor(method.collapsed(run.batch_size))
     probes = Probes(run, method, world, report, monitor, saver, knn, held_out, plan[-1].specs, mixed_precision)
     loader = run_start.stream(plan, start, source, share, run, world)
@@ -245,13 +254,21 @@ def check_settings(flags: Run, knobs: Any, options: Any) -> None:
     source, _ = run_start.open_data(flags, world)
     run = config.resolve(dataclasses.replace(flags, init_from=None), method_class.recipe, len(source), "fp32")
     Share(run.batch_size, run.accumulate, world.rank, world.size)
+    networks = open_networks(dataclasses.replace(run, init_from=flags.init_from), method_class, knobs, world)
     # A method of another package may read values of its tensors in its constructor. Meta tensors have none.
     with torch.device("meta"), suppress(NotImplementedError, RuntimeError):
-        _build_method(run, method_class, knobs, options, len(source), 0, world)
+        _build_method(run, method_class, knobs, options, len(source), 0, world, networks)
 
 
 def _build_method(
-    run: Resolved, method_class: type[Method], knobs: Any, options: Any, images: int, start: int, world: World
+    run: Resolved,
+    method_class: type[Method],
+    knobs: Any,
+    options: Any,
+    images: int,
+    start: int,
+    world: World,
+    networks: Mapping[str, Frozen] = NONE,
 ) -> tuple[Method, list[stages.Stage]]:
     """The method on this process's device, and the run's stages. Random weights depend only on the seed.
 
@@ -261,7 +278,9 @@ def _build_method(
     backbone = backbones.build(
         run.encoder, image_size=run.image_size, in_chans=run.in_chans, **dataclasses.asdict(options)
     )
-    plan = stages.plan(run, method_class, knobs, backbone.stride)
+    plan = stages.plan(run, method_class, knobs, backbone.stride, {name: n.sight for name, n in networks.items()})
+    for stage in plan:
+        check_sizes(networks, stage.specs)
     method = method_class(backbone, knobs)
     if run.batch_size < method_class.least_batch:
         raise UserError(
@@ -281,7 +300,7 @@ def _build_method(
         )
     if run.init_from is not None and not start:
         encoder.load_weights(run.init_from, method.encoder)
-    method.prepare(images)
+    method.prepare(images, networks)
     method.to(world.device)
     parallel.check(run, method, world)
     return method, plan

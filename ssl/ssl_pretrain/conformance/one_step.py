@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import backbones, distributed, pretext
 from ..data.loader import Share
-from ..data.views import fitted
+from ..data.views import Sight, fitted
+from ..frozen import Frozen
 from ..loop import grad_cache
 from ..pretext import Batch, Method, Step, WholeBatchMethod
 from ..randomness import key
@@ -52,9 +53,23 @@ def build(name: str, **knobs: Any) -> Method:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key("one step", name))
         encoder = backbones.build("vit_micro", image_size=SIZE, **options)
-        method = method_class(encoder, method_class.Config(**tiny_knobs(method_class) | knobs))
-        method.prepare(BATCH)
+        config = method_class.Config(**tiny_knobs(method_class) | knobs)
+        method = method_class(encoder, config)
+        method.prepare(BATCH, networks(method_class.frozen(config)))
     return method
+
+
+def networks(names: Sequence[str]) -> dict[str, Frozen]:
+    """Small frozen networks of these names, with patches, width and normalisation that are not the encoder's."""
+    found = {}
+    for name in names:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key("network", name))
+            backbone = backbones.build("vit_micro", image_size=SIZE, patch_size=16, depth=2, dim=96, heads=3)
+        scales = ((0.5,) * 3, (0.25,) * 3), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+        sight = Sight(backbone.stride)
+        found[name] = Frozen(backbone, spec=name, fingerprint=name, sight=sight, own=scales[0], run=scales[1])
+    return found
 
 
 class Views(dict[str, Tensor]):
@@ -87,7 +102,9 @@ class Views(dict[str, Tensor]):
 def batch(method: Method, rows: slice = slice(0, BATCH)) -> Batch:
     """Rows of a global batch of noise images, with the views that the method declares and labels below 4."""
     views = {}
-    for spec in fitted(type(method).views(method.config, SIZE), SIZE, method.encoder.stride):
+    kind = type(method)
+    sights = {name: network.sight for name, network in networks(kind.frozen(method.config)).items()}
+    for spec in fitted(kind.views(method.config, SIZE), SIZE, method.encoder.stride, sights):
         generator = torch.Generator().manual_seed(key("view", spec.name))
         images = torch.randn(spec.count, BATCH, 3, *spec.size, generator=generator)[:, rows]
         views[spec.name] = images if spec.count > 1 else images[0]

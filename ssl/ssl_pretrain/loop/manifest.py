@@ -42,9 +42,9 @@ def fingerprint(out: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def begin(out: Path, *, world: World, step: int, data: dict[str, Any], hosts: list[str]) -> None:
+def begin(out: Path, *, world: World, step: int, hosts: list[str], **facts: Any) -> None:
     """Note a start (or restart) at `step`: the command, versions, commit and hardware (`hosts` in the order of ranks, none
-    for one process); the state becomes "running"."""
+    for one process), and facts to keep (the data, frozen networks); the state becomes "running"."""
     launch = {
         "time": _now(),
         "step": step,
@@ -61,7 +61,7 @@ def begin(out: Path, *, world: World, step: int, data: dict[str, Any], hosts: li
         "commit": commit(),
     }
     before = read(out)
-    manifest = {**before, "state": "running", "data": data, "launches": [*_launches(before), launch]}
+    manifest = {**before, **facts, "state": "running", "launches": [*_launches(before), launch]}
     _write(out, manifest)
 
 

@@ -42,6 +42,11 @@ def check(run: Resolved, method: Method, world: World) -> None:
         raise UserError(f"--shard-size {_shard_size(run, world)} does not divide the {world.size} process(es)")
     if not shards or world.size == 1:
         return
+    if getattr(method.config, "anchor", None) == "weights":
+        raise UserError(
+            f"--anchor weights compares whole parameters, and --parallel {run.parallel} leaves a process a part of each: "
+            f"use --parallel ddp, or --anchor gram or features"
+        )
     if run.optimizer == "muon":
         raise UserError(
             f"--optimizer muon turns whole matrices, and --parallel {run.parallel} leaves a process a part of each: "

@@ -21,9 +21,17 @@ class Saver:
     at the same steps."""
 
     def __init__(
-        self, run: Resolved, method: Method, optimizer: Optimizer, shards: parallel.Shards, world: World, start: int
+        self,
+        run: Resolved,
+        method: Method,
+        optimizer: Optimizer,
+        shards: parallel.Shards,
+        world: World,
+        start: int,
+        lineage: dict[str, Any],
     ) -> None:
-        """start: the step that the run continues from, the newest one that is saved (0: none)."""
+        """start: the step that the run continues from, the newest one that is saved (0: none). lineage: what every export
+        says of where its weights come from, beside the run's own facts."""
         self.run, self.method, self.optimizer, self.shards, self.world = run, method, optimizer, shards, world
         self.saved_step = start
         self.seconds_blocked = 0.0  # that training waited for saving, since the last log; the log sets it back
@@ -34,7 +42,7 @@ class Saver:
         )
         self._prefix = parallel.name_of(method.exported(), method)  # of the exported encoder's names in the checkpoint
         self._export_from_files = False  # the export of the checkpoint that is on its way is read from its files
-        self._lineage: dict[str, Any] = {}
+        self._lineage, self._origin = {**lineage}, lineage
         self._copy: Encoder | None = None
 
     @property
@@ -75,7 +83,7 @@ class Saver:
             exported = self.copy_encoder()
         self._lineage = lineage = {
             "method": self.run.method, "data": self.run.data, "step": step, "images_seen": step * self.run.batch_size,
-            "seed": self.run.seed,
+            "seed": self.run.seed, **self._origin,
         }  # fmt: skip
 
         def export() -> None:

@@ -6,12 +6,13 @@ whatever grid it meets. So a stage leaves nothing in a checkpoint.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .. import flags
 from ..config import Resolved
-from ..data.views import ViewSpec, fitted
+from ..data.views import Sight, ViewSpec, fitted
 from ..errors import UserError
 from ..pretext import Method
 
@@ -36,13 +37,21 @@ class _Size:
         flags.within(self, flags.AT_LEAST_1, "image_size")
 
 
-def plan(run: Resolved, kind: type[Method], knobs: Any, stride: tuple[int, int]) -> list[Stage]:
+def plan(
+    run: Resolved,
+    kind: type[Method],
+    knobs: Any,
+    stride: tuple[int, int],
+    networks: Mapping[str, Sight] | None = None,
+) -> list[Stage]:
     """The stages of a run, in order, covering all its steps; one where `run.stages` is empty.
 
     Each of `run.stages` is "SHARE KEY=VALUE ...": a share of the run's steps, and what is different in it: image_size, or a
     knob of the method that its views depend on; several values are parted by commas. Raises UserError for anything else.
+    networks: how the frozen networks see that have views of their own.
     """
-    usual = _views(run, kind, knobs, run.image_size, stride)
+    networks = networks or {}
+    usual = _views(run, kind, knobs, run.image_size, stride, networks)
     if not run.stages:
         return [Stage(0, run.steps, usual)]
     shares = [_share(text) for text in run.stages]
@@ -50,7 +59,7 @@ def plan(run: Resolved, kind: type[Method], knobs: Any, stride: tuple[int, int])
         raise UserError(f"--stages: the shares {', '.join(map(str, shares))} add up to {sum(shares):g}; they must to 1")
     bounds = [0, *(round(sum(shares[: i + 1]) * run.steps) for i in range(len(shares)))]
     stages = [
-        Stage(first, last, _specs(text, run, kind, knobs, stride))
+        Stage(first, last, _specs(text, run, kind, knobs, stride, networks))
         for text, first, last in zip(run.stages, bounds, bounds[1:], strict=False)
     ]
     return [stage for stage in stages if stage.first < stage.last]
@@ -67,7 +76,14 @@ def _share(text: str) -> float:
     return share
 
 
-def _specs(text: str, run: Resolved, kind: type[Method], knobs: Any, stride: tuple[int, int]) -> tuple[ViewSpec, ...]:
+def _specs(
+    text: str,
+    run: Resolved,
+    kind: type[Method],
+    knobs: Any,
+    stride: tuple[int, int],
+    networks: Mapping[str, Sight],
+) -> tuple[ViewSpec, ...]:
     """The views of one stage."""
     usual: dict[str, Any] = {"image_size": list(run.image_size), **dataclasses.asdict(knobs)}
     argv: list[str] = []
@@ -86,11 +102,16 @@ def _specs(text: str, run: Resolved, kind: type[Method], knobs: Any, stride: tup
             alone = dataclasses.replace(knobs, **{field.name: value})
             if kind.views(alone, run.image_size) == before:
                 raise UserError(f"--stages {text!r}: {field.name} changes no view; stages change only what is seen")
-    return _views(run, kind, changed, whole, stride)
+    return _views(run, kind, changed, whole, stride, networks)
 
 
 def _views(
-    run: Resolved, kind: type[Method], knobs: Any, image_size: tuple[int, int], stride: tuple[int, int]
+    run: Resolved,
+    kind: type[Method],
+    knobs: Any,
+    image_size: tuple[int, int],
+    stride: tuple[int, int],
+    networks: Mapping[str, Sight],
 ) -> tuple[ViewSpec, ...]:
-    specs = fitted(kind.views(knobs, image_size), image_size, stride)
+    specs = fitted(kind.views(knobs, image_size), image_size, stride, networks)
     return tuple(dataclasses.replace(spec, fast=run.aug == "fast") for spec in specs)

@@ -1,0 +1,78 @@
+"""Frozen networks: read, never trained. A teacher of features, or the start weights that an anchor holds on to.
+
+Shapes: B images, C channels, H x W pixels as the network sees them, N patches, D channels of the network.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .backbones.backbone import Backbone, Features
+from .data.views import Sight
+from .errors import UserError
+
+
+@final
+class Frozen:
+    """An encoder that a method reads and never trains.
+
+    It is no module, so it is in no checkpoint, optimiser, EMA teacher or gradient bucket of the method that holds it. It
+    stays in eval mode and never gets gradients. Call it with a view of the run: it undoes the run's normalisation and
+    applies its own.
+
+    Attributes: `backbone`; `spec`, what the user named; `fingerprint` of its weights, architecture and preprocessing;
+    `sight`, how it sees; `dim`, D.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        spec: str,
+        fingerprint: str,
+        sight: Sight,
+        own: tuple[tuple[float, ...], tuple[float, ...]],
+        run: tuple[tuple[float, ...], tuple[float, ...]],
+    ) -> None:
+        """own and run: mean and std, each C numbers, of the network's images and of the run's views."""
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.spec, self.fingerprint, self.sight, self.dim = spec, fingerprint, sight, backbone.dim
+        self._scale = None if own == run else _renormalisation(own, run)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, **options: Any) -> Features:
+        """Features of views (B, C, H, W) in the run's normalisation, without gradients. Options: see `Backbone.forward`."""
+        if self._scale is not None:
+            factor, offset = (each.to(images.device, images.dtype) for each in self._scale)
+            images = torch.addcmul(offset, images, factor)
+        return self.backbone(images, **options)
+
+    def check(self, name: str, size: tuple[int, int]) -> None:
+        """Raise UserError where the network cannot see views of `size`. name: of the network, for the message."""
+        parameter = next(self.backbone.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        try:
+            self(torch.zeros(1, self.backbone.in_chans, *size, device=device))
+        except (RuntimeError, ValueError, AssertionError) as problem:
+            reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+            raise UserError(
+                f"--{name} {self.spec} does not take images of {size[0]} x {size[1]} pixels, which give it as many patches "
+                f"as the encoder has: {reason}"
+            ) from None
+
+
+def _renormalisation(
+    own: tuple[tuple[float, ...], tuple[float, ...]], run: tuple[tuple[float, ...], tuple[float, ...]]
+) -> tuple[Tensor, Tensor]:
+    """Factor and offset (C, 1, 1) float32 that turn the run's normalised pixels into the network's: (x * std_run +
+    mean_run - mean_own) / std_own."""
+    (mean, std), (run_mean, run_std) = (
+        tuple(torch.tensor(v, dtype=torch.float64)[:, None, None] for v in pair) for pair in (own, run)
+    )
+    return (run_std / std).float(), ((run_mean - mean) / std).float()
+
+
+NONE: Mapping[str, Frozen] = MappingProxyType({})  # of a method that reads no frozen network

@@ -1,0 +1,86 @@
+"""Opens the frozen networks that a method reads: `--teacher`, or the start weights of the run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import encoder
+from ..config import Resolved
+from ..data.views import Sight, ViewSpec
+from ..distributed import World
+from ..encoder import Encoder
+from ..errors import UserError
+from ..foreign import libraries
+from ..foreign.specs import Spec
+from ..frozen import Frozen
+from ..pretext import Method
+from . import manifest
+
+
+def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World) -> dict[str, Frozen]:
+    """The frozen networks of a run by name, on this process's device.
+
+    Raises UserError where a network is missing or not read, has other channels than the run, or cannot be loaded.
+    """
+    wanted = method.frozen(knobs)
+    specs = {"teacher": run.teacher, "anchor": run.teacher or (str(run.init_from) if run.init_from else None)}
+    if run.teacher is not None and not {"teacher", "anchor"} & set(wanted):
+        raise UserError(
+            f"--teacher is given, and --method {run.method} with these flags reads no teacher: leave it out"
+        )
+    found = {}
+    for name in wanted:
+        spec = specs[name]
+        if spec is None:
+            flags = "--init-from (or --teacher)" if name == "anchor" else "--teacher"
+            raise UserError(f"--method {run.method} with these flags reads a frozen network: name it with {flags}")
+        found[name] = _frozen(open_encoder(spec), spec, run, world)
+    return found
+
+
+def open_encoder(spec: str) -> Encoder:
+    """The encoder that a user names: an export, a run, or another library's (see `foreign.specs`). Raises UserError."""
+    return libraries.load(spec) if Spec.parse(spec) else encoder.load(spec)
+
+
+def check_sizes(networks: Mapping[str, Frozen], specs: tuple[ViewSpec, ...]) -> None:
+    """Raise UserError for a view that its network cannot see."""
+    for spec in specs:
+        if spec.network is not None:
+            networks[spec.network].check(spec.network if spec.network != "anchor" else "init-from", spec.size)
+
+
+def check_unchanged(run: Resolved, networks: Mapping[str, Frozen]) -> None:
+    """Raise UserError where the run in the folder was trained with another network of that name."""
+    before = manifest.read(run.out).get("networks")
+    if not isinstance(before, dict):
+        return
+    for name, network in networks.items():
+        known = before.get(name)
+        known = known.get("fingerprint") if isinstance(known, dict) else None
+        if known not in (None, network.fingerprint):
+            raise UserError(
+                f"the run in {run.out} began with another {name}: {network.spec} has the fingerprint "
+                f"{network.fingerprint[:8]}, it was {known[:8]}. Put the old file back, or choose another --out"
+            )
+
+
+def facts(networks: Mapping[str, Frozen]) -> dict[str, dict[str, str]]:
+    """What the manifest and the lineage say of the networks."""
+    return {name: {"spec": each.spec, "fingerprint": each.fingerprint} for name, each in networks.items()}
+
+
+def _frozen(opened: Encoder, spec: str, run: Resolved, world: World) -> Frozen:
+    how = opened.preprocessing
+    if how.channels != run.in_chans:
+        raise UserError(
+            f"{spec} takes images of {how.channels} channels, and the run has --in-chans {run.in_chans}: choose a network "
+            f"for the same images"
+        )
+    return Frozen(
+        opened.backbone.to(world.device),
+        spec=spec,
+        fingerprint=opened.fingerprint,
+        sight=Sight(opened.backbone.stride, how.interpolation),
+        own=(how.mean, how.std),
+        run=(run.mean, run.std),
+    )

@@ -82,7 +82,9 @@ class DINO(Method):
         bottleneck_dim: int = 256
         """Width of the bottleneck vectors that are compared with the prototypes."""
         momentum: float = 0.996
-        """Teacher's momentum at the start; it rises to 1 along half a cosine."""
+        """Teacher's momentum at the start; it goes to the final one along half a cosine."""
+        final_momentum: float = 1.0
+        """Teacher's momentum at the end. A constant momentum (the same number twice) suits short continued runs."""
         student_temperature: float = 0.1
         """Temperature of the student's softmax."""
         teacher_temperature: float = 0.04
@@ -118,6 +120,7 @@ class DINO(Method):
             within(self, at_least(2), "prototypes")
             within(self, AT_LEAST_1, "hidden_dim", "bottleneck_dim")
             within(self, FROM_0_BELOW_1, "momentum")
+            within(self, FROM_0_TO_1, "final_momentum")
             within(self, POSITIVE, "student_temperature", "teacher_temperature", "teacher_temperature_start")
             within(self, POSITIVE, "local_ratio")
             within(self, FROM_0_TO_1, "teacher_temperature_warmup", "centre_momentum", "freeze_prototypes")
@@ -196,7 +199,8 @@ class DINO(Method):
     def after_step(self, step: Step) -> None:
         """Update the teacher from the student, and the centre from the teacher's outputs (eq. 4)."""
         student = EncoderWithHeads({"encoder": self.encoder, "head": self.head})
-        ema_update_(self.teacher, student, cosine_momentum(self.config.momentum, step.progress), step.ok)
+        momentum = cosine_momentum(self.config.momentum, step.progress, self.config.final_momentum)
+        ema_update_(self.teacher, student, momentum, step.ok)
         seen = distributed.mean(step.carried["teacher"].mean(0))
         update_centering_(self.centre, seen, self.config.centre_momentum, step.ok)
 

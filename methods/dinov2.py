@@ -108,7 +108,9 @@ class DINOv2(WholeBatchMethod):
         sinkhorn_iterations: int = 3
         """Iterations of Sinkhorn-Knopp."""
         momentum: float = 0.992
-        """Teacher's momentum at the start; it rises to 1 along half a cosine."""
+        """Teacher's momentum at the start; it goes to the final one along half a cosine."""
+        final_momentum: float = 1.0
+        """Teacher's momentum at the end. A constant momentum (the same number twice) suits short continued runs."""
         student_temperature: float = 0.1
         """Temperature of the student's softmax."""
         teacher_temperature: float = 0.07
@@ -160,6 +162,7 @@ class DINOv2(WholeBatchMethod):
             within(self, at_least(2), "prototypes")
             within(self, AT_LEAST_1, "hidden_dim", "bottleneck_dim", "sinkhorn_iterations")
             within(self, FROM_0_BELOW_1, "momentum")
+            within(self, FROM_0_TO_1, "final_momentum")
             within(self, POSITIVE, "student_temperature", "teacher_temperature", "teacher_temperature_start")
             within(self, POSITIVE, "concentration", "local_ratio")
             within(
@@ -321,7 +324,8 @@ class DINOv2(WholeBatchMethod):
     def after_step(self, step: Step) -> None:
         """The teacher follows the student, each centre the teacher's outputs, that of patches the masked ones'."""
         student = EncoderWithHeads({"encoder": self.encoder, "heads": self.heads})
-        ema_update_(self.teacher, student, cosine_momentum(self.config.momentum, step.progress), step.ok)
+        momentum = cosine_momentum(self.config.momentum, step.progress, self.config.final_momentum)
+        ema_update_(self.teacher, student, momentum, step.ok)
         if self.config.centering == "sinkhorn":
             return
         count = distributed.mean(step.carried["patches"].sum())

@@ -1,0 +1,219 @@
+"""Masked feature prediction: EVA (Fang et al., CVPR 2023), MaskFeat (Wei et al., CVPR 2022) and DTM (Kim et al., 2024).
+
+Blocks of an image are masked. The encoder sees the whole grid, with a mask token in the masked places, and one linear layer
+predicts features of the masked patches: those of a frozen teacher that sees the whole image, or histograms of oriented
+gradients (HOG). Shapes: B images, N patches on an (h, w) grid, D encoder width, T values of a target.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import (
+    ABOVE_0_TO_1,
+    AT_LEAST_1,
+    BETWEEN_0_AND_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    within,
+)
+from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts.align import resized
+from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed
+from ssl_pretrain.parts.hog import hog, values
+from ssl_pretrain.parts.morphing import groups
+from ssl_pretrain.parts.targets import check_block, distances, tap, transformed
+from ssl_pretrain.parts.views import encode
+from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
+
+
+@final
+class FeatMIM(Method):
+    """Predict a frozen network's features, or HOG, of masked patches.
+
+    Defaults are EVA's (section 2.1 and the released code) with the teacher of --teacher. Raises UserError for options out
+    of range or a teacher that does not fit, and UnsupportedByBackbone for an encoder that cannot put a token in place of
+    patches.
+    """
+
+    recipe = Recipe(
+        lr=1e-3,
+        lr_batch=4096,
+        betas=(0.9, 0.98),
+        weight_decay=0.05,
+        clip_grad=3.0,
+        warmup=2 / 150,
+        encoder={"drop_path": 0.1},
+        small={"lr": 2e-3, "steps": 250, "drop_path": 0.0, "target": "hog", "loss": "mse", "batch_size": 64},
+        tiny={"target_norm": "layer_norm"},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Masked feature prediction (EVA, MaskFeat, DTM)."""
+
+        target: Literal["teacher", "hog"] = "teacher"
+        """What is predicted: patch features of --teacher, or histograms of oriented gradients (MaskFeat; no teacher)."""
+        target_block: int = -1
+        """Block of the teacher whose patch features are the target; negative numbers count from the end."""
+        target_final_norm: bool = True
+        """Take the teacher's features after its final norm."""
+        target_norm: Literal["none", "layer_norm", "l2"] = "none"
+        """Transform of each target vector: none, layer norm without affine, or length 1."""
+        loss: Literal["cosine", "smooth_l1", "mse"] = "cosine"
+        """Distance between prediction and target (EVA: cosine; DTM: smooth_l1; MaskFeat: mse)."""
+        beta: float = 2.0
+        """With smooth_l1: where the loss goes from a square to a line."""
+        hog_cell: int = 8
+        """With HOG: side of a cell in pixels. At most half a patch is used, and it must divide the patch."""
+        mask_ratio: float = 0.4
+        """Masking ratio: share of the patches that are masked, in blocks."""
+        visible_weight: float = 0.0
+        """Weight of the same loss on the visible patches (DTM: 1)."""
+        morphings: int = 0
+        """Number of random token morphings of a step (DTM: 2); 0: each token is its own target."""
+        morphing_rounds: int = 14
+        """Largest number of rounds in which a morphing merges tokens."""
+        crop_scale: tuple[float, float] = (0.2, 1.0)
+        """Smallest and largest share of the image's area that a crop covers."""
+
+        def __post_init__(self) -> None:
+            within(self, AT_LEAST_1, "hog_cell", "morphing_rounds")
+            within(self, BETWEEN_0_AND_1, "mask_ratio")
+            within(self, NOT_NEGATIVE, "visible_weight", "morphings")
+            within(self, POSITIVE, "beta")
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        encoder.require("featmim", "replace")
+        self.teacher: Frozen | None = None
+        self.mask_token = nn.Parameter(torch.empty(encoder.dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.cell = min(config.hog_cell, *(max(1, side // 2) for side in encoder.stride))
+        if config.target == "hog" and any(side % self.cell for side in encoder.stride):
+            raise UserError(
+                f"--hog-cell {self.cell} does not divide the patch of {encoder.stride[0]} x {encoder.stride[1]}"
+            )
+        if config.target == "hog":
+            self._add_head(values(encoder.in_chans, encoder.stride, self.cell))
+
+    def _add_head(self, width: int) -> None:
+        """The linear layer that predicts a target of `width` values."""
+        self.head = nn.Linear(self.encoder.dim, width)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def frozen(cls, config: Any) -> tuple[str, ...]:
+        """The teacher, unless the target is HOG."""
+        return () if config.target == "hog" else ("teacher",)
+
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
+        """Keep the teacher, and add the head for its width."""
+        if self.config.target == "hog":
+            return
+        self.teacher = networks["teacher"]
+        if self.config.target_block != -1 or not self.config.target_final_norm:
+            check_block(self.teacher, self.config.target_block)
+        self._add_head(self.teacher.dim)
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """One random resized crop, flipped, without colour; for a teacher also the same pixels with as many patches."""
+        image = ViewSpec(name="image", size=image_size, scale=config.crop_scale)
+        if config.target == "hog":
+            return (image,)
+        return (image, ViewSpec(name="teacher", of="image", size=image_size, network="teacher"))
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """The mean loss over the masked patches, plus `visible_weight` times that over the visible ones.
+
+        Every image has the same number of masked patches. The term "relative" is the loss of the masked patches over that
+        of predicting the batch's mean target for every patch.
+        """
+        images = batch.views["image"]
+        grid = self.grid(images)
+        targets = self.targets(batch, grid)
+        masked = self.masks(grid, step).to(images.device, non_blocking=True)
+        predicted = self.head(encode(self.encoder, images, step, replace=(masked, self.mask_token)).patches).float()
+        each = torch.zeros(masked.shape, device=images.device)
+        for weights in self.morphed(targets, step):
+            mine, theirs = (predicted, targets) if weights is None else (weights @ predicted, weights @ targets)
+            each = each + distances(mine, theirs, self.config.loss, self.config.beta) / max(1, self.config.morphings)
+        weight = masked / masked.sum(1, keepdim=True)
+        if self.config.visible_weight:
+            weight = weight + self.config.visible_weight * ~masked / (~masked).sum(1, keepdim=True)
+        per_sample = (each * weight).sum(1)
+        return Losses(
+            total=per_sample.mean(),
+            terms={"relative": (each.detach() * masked).sum() / masked.sum() / self.spread(targets)},
+            per_sample=per_sample.detach(),
+        )
+
+    @torch.no_grad()
+    def spread(self, targets: Tensor) -> Tensor:
+        """The loss () of predicting the mean of the targets (B, N, T), for cosines the mean of the unit vectors."""
+        own = F.normalize(targets, dim=-1) if self.config.loss == "cosine" else targets
+        constant = distributed.mean(own.mean((0, 1)))
+        return distributed.mean(distances(constant.expand_as(own), own, self.config.loss, self.config.beta).mean())
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """The grid of patches of the student's images."""
+        return images.shape[-2] // self.encoder.stride[0], images.shape[-1] // self.encoder.stride[1]
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
+        """The target of every patch, float32 (B, N, T)."""
+        config = self.config
+        if self.teacher is None:
+            found = hog(batch.views["image"], self.encoder.stride, self.cell)
+        else:
+            seen = tap(self.teacher, batch.views["teacher"], config.target_block, config.target_final_norm)
+            found = resized(seen.patches.float(), seen.grid, grid)
+        return transformed(found, config.target_norm)
+
+    def masks(self, grid: tuple[int, int], step: Step) -> Tensor:
+        """Blocks of patches, the same number in every image: bool (B, N), True for a masked patch."""
+        n = grid[0] * grid[1]
+        count = min(n - 1, max(1, int(n * self.config.mask_ratio)))
+        with step.on_host() as host:
+            noise, rest = host.rand(ATTEMPTS, 4), host.rand(n)
+            wanted = torch.full((len(noise),), float(count))
+            return completed(
+                block_masks(noise, grid, wanted, smallest=min(16, max(2, n // 12)), largest=count), wanted, rest
+            )
+
+    def morphed(self, targets: Tensor, step: Step) -> list[Tensor | None]:
+        """The averages of each morphing, (B, N, N); or one None if there are none. The numbers of merged tokens and of
+        rounds are random, and the same for the whole batch."""
+        if not self.config.morphings:
+            return [None]
+        n = targets.shape[1]
+        with step.on_host() as host:
+            draws = host.shared_rand(self.config.morphings, 2).tolist()
+        return [groups(targets, int(a * n), 1 + int(b * self.config.morphing_rounds)) for a, b in draws]
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """Without morphing, the loss relative to that of the mean target."""
+        if self.config.morphings:
+            return {}
+        return {"relative": (1.0, "every masked patch is predicted as the mean target; nothing is learned")}
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The crop, and what the student sees of it (masked patches grey)."""
+        images = batch.views["image"]
+        h, w = self.encoder.stride
+        grid = self.grid(images)
+        masked = self.masks(grid, step).to(images.device).unflatten(1, grid)
+        hidden = masked.repeat_interleave(h, 1).repeat_interleave(w, 2)
+        return {"view": images, "masked": images.masked_fill(hidden[:, None], 0.0)}

@@ -2,6 +2,7 @@
 is put into a plugin that is right, and the check that it is for must name it."""
 
 import contextlib
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable
@@ -663,6 +664,33 @@ def not_copied(own: Any) -> Any:
     return forward
 
 
+def maps_of_kept_patches(own: Any) -> Any:
+    return lambda self, images, keep=None, maps=False, **options: own(
+        self, images, keep=None if maps else keep, maps=maps, **options
+    )
+
+
+def of_maps(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A forward that changes every map."""
+
+    def wrap(own: Any) -> Any:
+        def forward(self: Any, images: Any, **options: Any) -> Any:
+            found = own(self, images, **options)
+            return dataclasses.replace(found, maps=tuple(map(change, found.maps)))
+
+        return forward
+
+    return wrap
+
+
+maps_upside_down = of_maps(lambda x: x.flip(2, 3))
+maps_transposed = of_maps(lambda x: x.mT)
+
+
+def maps_always(own: Any) -> Any:
+    return lambda self, images, **options: own(self, images, **{**options, "maps": options.get("keep") is None})
+
+
 OF_OPTIONS = [
     ("kept_patches_are_all_that_is_seen", "keep", patched("forward", without("keep"))),
     ("kept_patches_are_all_that_is_seen", "in another order", patched("_positioned", kept_as_if_the_first)),
@@ -676,6 +704,10 @@ OF_OPTIONS = [
     ("drop_path_follows_its_noise", "is not refused", patched("_drop_path", lambda own: lambda *given: ([], []))),
     ("drop_path_follows_its_noise", "in eval mode drop path drops", patched("_drop_path", dropping_in_eval)),
     ("pooled_only_changes_nothing_pooled", "changes the pooled", patched("forward", pooled_of_the_first)),
+    ("maps_are_a_pyramid", "with keep is not refused", patched("forward", maps_of_kept_patches)),
+    ("maps_are_a_pyramid", "changes elsewhere", patched("forward", maps_upside_down)),
+    ("maps_are_a_pyramid", "has the shape", patched("forward", maps_transposed)),
+    ("maps_are_a_pyramid", "maps without the option", patched("forward", maps_always)),
     ("export_is_bit_identical", "not in the state_dict", patched("forward", not_copied)),
 ]
 

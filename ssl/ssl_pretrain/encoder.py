@@ -99,8 +99,11 @@ class Encoder(nn.Module):
         mean, std = (torch.tensor(v, device=pixels.device) for v in (self.preprocessing.mean, self.preprocessing.std))
         return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
-    def forward(self, images: Tensor, **options: Any) -> Features:
-        """See `Backbone.forward`."""
+    def forward(self, images: Tensor, *, maps: bool = False, **options: Any) -> Features:
+        """See `Backbone.forward`. With `maps`, raises UnsupportedByBackbone where the backbone has none."""
+        if maps:
+            self.backbone.require("the option maps", "maps")
+            options["maps"] = True
         return self.backbone(images, **options)
 
     @property

@@ -26,6 +26,9 @@ class Features:
     prefix: Tensor | None = None  # (B, P, D): CLS first if there is one, then registers; None without prefix tokens
     blocks: tuple[Tensor, ...] = ()  # (B, L, D) (prefix first) of each requested block, before the final norm
     tokens: Tensor | None = None  # (B, L, D): prefix and patches as one tensor; None without a prefix
+    # A pyramid of maps (B, C_i, h_i, w_i), the finest first; their strides and channels are `Backbone.map_strides` and
+    # `map_channels`. Empty unless it was asked for.
+    maps: tuple[Tensor, ...] = ()
 
 
 class Backbone(nn.Module, ABC):
@@ -33,8 +36,9 @@ class Backbone(nn.Module, ABC):
 
     Attributes every backbone sets: `config` (its frozen dataclass), `image_size` (H, W), `in_chans`, `dim` (D, width
     of every feature), `depth` (number of blocks or stages), `stride` (pixels a patch side (h, w)), `supports`
-    (frozenset of words among "keep", "replace", "attention", "blocks", "drop_path", "pooled_only"). Everything that a
-    forward pass uses is in `state_dict()`.
+    (frozenset of words among "keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps"). Everything
+    that a forward pass uses is in `state_dict()`. A backbone that supports "maps" also sets `map_strides` and
+    `map_channels`.
     """
 
     config: Any
@@ -44,6 +48,8 @@ class Backbone(nn.Module, ABC):
     depth: int
     stride: tuple[int, int]
     supports: frozenset[str]
+    map_strides: tuple[tuple[float, float], ...] = ()  # pixels a position (down, right) of each of `Features.maps`
+    map_channels: tuple[int, ...] = ()  # their channels
 
     @abstractmethod
     def forward(
@@ -70,7 +76,8 @@ class Backbone(nn.Module, ABC):
             the drop-path rate is above 0.
         Raises UnsupportedByBackbone for an option that the backbone does not support. A backbone that supports
         "pooled_only" also takes that option: True means that only `Features.pooled` is used, and the rest may be
-        missing.
+        missing. One that supports "maps" takes that option: True gives `Features.maps`. Maps are of whole images: with
+        `keep` they are refused (UserError).
         """
 
     def forward_crops(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:

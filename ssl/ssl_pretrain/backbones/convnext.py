@@ -93,7 +93,7 @@ class ConvNeXt(Backbone):
             within(self, POSITIVE, "dims", "depths", "stem_patch", "layer_scale")
             within(self, FROM_0_BELOW_1, "drop_path")
 
-    supports = frozenset({"drop_path"})
+    supports = frozenset({"drop_path", "maps"})
 
     def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
         super().__init__()
@@ -103,6 +103,8 @@ class ConvNeXt(Backbone):
         self.config, self.image_size, self.in_chans = config, (height, width), in_chans
         self.dim, self.depth = config.dims[-1], sum(config.depths)
         self.stride = (8 * config.stem_patch, 8 * config.stem_patch)
+        self.map_strides = tuple((under * config.stem_patch, under * config.stem_patch) for under in (1, 2, 4, 8))
+        self.map_channels = config.dims
         self._check_size(height, width)
 
         patch, first = config.stem_patch, config.dims[0]
@@ -128,11 +130,13 @@ class ConvNeXt(Backbone):
         prefix_length: Tensor | None = None,
         blocks: tuple[int, ...] = (),
         drop: Tensor | None = None,
+        maps: bool = False,
     ) -> Features:
         """See `Backbone.forward`. H and W may be any size from the stride up; the grid is H and W divided by the
         stride, rounded down. `pooled` is the norm of the mean over positions, as published; `patches` are the norms of
-        the single positions, so their mean differs from `pooled`. A block has one branch and uses the first of its two
-        columns in `drop`.
+        the single positions, so their mean differs from `pooled`. `maps` are the outputs of the four stages, the last
+        one before the norm, of sides H and W divided by their strides, rounded down. A block has one branch and uses
+        the first of its two columns in `drop`.
 
         Raises UserError for images with another number of channels or smaller than the stride, UnsupportedByBackbone
         for keep, replace, another attention than "full", and blocks (their widths differ between stages), RuntimeError
@@ -147,12 +151,14 @@ class ConvNeXt(Backbone):
         conv, norm = self.stem
         # The residual stream has the precision of the parameters, also under autocast.
         x = norm(_convolve(conv, images.permute(0, 2, 3, 1).contiguous()).to(self.norm.weight.dtype))
-        first = 0
+        first, outputs = 0, []
         for stage, depth in zip(self.stages, self.config.depths, strict=True):
             x = stage(x, None if factors is None else factors[:, first : first + depth])
             first += depth
-        patches = self.norm(x).flatten(1, 2)
-        return Features(cls=None, patches=patches, grid=(x.shape[1], x.shape[2]), pooled=self.norm(x.mean((1, 2))))
+            if maps:
+                outputs.append(x.permute(0, 3, 1, 2))
+        patches, grid = self.norm(x).flatten(1, 2), (x.shape[1], x.shape[2])
+        return Features(cls=None, patches=patches, grid=grid, pooled=self.norm(x.mean((1, 2))), maps=tuple(outputs))
 
     def layer_of(self, parameter: str) -> int:
         """See `Backbone.layer_of`; the downsampling before a stage belongs to the stage's first block. Raises KeyError

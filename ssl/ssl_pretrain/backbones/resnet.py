@@ -97,7 +97,7 @@ class ResNet(Backbone):
         def __post_init__(self) -> None:
             within(self, POSITIVE, "depths")
 
-    supports = frozenset()
+    supports = frozenset({"maps"})
 
     def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
         super().__init__()
@@ -108,6 +108,8 @@ class ResNet(Backbone):
         self.dim, self.depth = WIDTHS[-1] * block.expansion, sum(config.depths)
         stride = 32 if config.stem == "imagenet" else 8
         self.stride = (stride, stride)
+        self.map_strides = tuple((stride // under, stride // under) for under in (8, 4, 2, 1))
+        self.map_channels = tuple(width * block.expansion for width in WIDTHS)
 
         inside = WIDTHS[0]
         self.conv1 = _conv(in_chans, inside, 7, 2) if config.stem == "imagenet" else _conv(in_chans, inside, 3)
@@ -135,10 +137,11 @@ class ResNet(Backbone):
         prefix_length: Tensor | None = None,
         blocks: tuple[int, ...] = (),
         drop: Tensor | None = None,
+        maps: bool = False,
     ) -> Features:
         """See `Backbone.forward`. H and W may be any size; the grid is H and W divided by the stride, rounded up.
-        `patches` are the last map's positions and `pooled` is their mean. Noise for drop path is ignored: ResNets have
-        none.
+        `patches` are the last map's positions and `pooled` is their mean. `maps` are the outputs of the four stages, of
+        sides H and W divided by their strides, rounded up. Noise for drop path is ignored: ResNets have none.
 
         Raises UserError for images with another number of channels, UnsupportedByBackbone for keep, replace, another
         attention than "full", and blocks (their widths differ between stages).
@@ -152,11 +155,15 @@ class ResNet(Backbone):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         if self.config.stem == "imagenet":
             x = F.max_pool2d(x, 3, stride=2, padding=1)
+        outputs: list[Tensor] = []
+        # Features have the precision of the parameters, also under autocast.
+        dtype = self.bn1.weight.dtype
         for stage in self._stages():
             x = stage(x)
-        # Features have the precision of the parameters, also under autocast.
-        patches = x.flatten(2).transpose(1, 2).to(self.bn1.weight.dtype)
-        return Features(cls=None, patches=patches, grid=(x.shape[2], x.shape[3]), pooled=patches.mean(1))
+            if maps:
+                outputs.append(x.to(dtype))
+        patches, grid = x.flatten(2).transpose(1, 2).to(dtype), (x.shape[2], x.shape[3])
+        return Features(cls=None, patches=patches, grid=grid, pooled=patches.mean(1), maps=tuple(outputs))
 
     def layer_of(self, parameter: str) -> int:
         """See `Backbone.layer_of`; nothing follows the blocks. Raises KeyError for an unknown parameter."""

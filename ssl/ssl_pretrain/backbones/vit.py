@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flags import FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
+from . import pyramid
 from .attention import Packed, attend, attend_packed, prefix_mask
 from .backbone import Backbone, Features
 from .drop_path import ROWS_ABOVE, Kept, drop_factors, given, kept_samples, kept_tokens
@@ -289,7 +290,7 @@ class ViT(Backbone):
             within(self, FROM_0_BELOW_1, "drop_path")
             within(self, FROM_0_TO_1, "shortcut_decay")
 
-    supports = frozenset({"keep", "replace", "attention", "blocks", "drop_path", "pooled_only"})
+    supports = frozenset({"keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps"})
 
     def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
         super().__init__()
@@ -297,6 +298,7 @@ class ViT(Backbone):
         height, width = image_size
         self.config, self.image_size, self.in_chans = config, (height, width), in_chans
         self.dim, self.depth, self.stride = config.dim, config.depth, (config.patch_size, config.patch_size)
+        self.map_strides, self.map_channels = pyramid.strides(self.stride), (config.dim,) * len(pyramid.SCALES)
         self.grid = self._grid(height, width)
         self.prefix_tokens = int(config.cls) + config.registers
         dim, patches, share = config.dim, self.grid[0] * self.grid[1], 1 / max(config.depth - 1, 1)
@@ -347,19 +349,22 @@ class ViT(Backbone):
         blocks: tuple[int, ...] = (),
         drop: Tensor | None = None,
         pooled_only: bool = False,
+        maps: bool = False,
     ) -> Features:
         """See `Backbone.forward`. With `keep`, masks, causality and prefix lengths refer to the kept tokens in the
-        requested order; the mask of `replace` refers to all N patches.
+        requested order; the mask of `replace` refers to all N patches. Maps are resampled from `patches` (pyramid.py).
 
-        Raises UserError for images with another number of channels, for a size that the patch does not divide and for
-        blocks that do not exist, ValueError for an unknown attention, RuntimeError if the noise of drop path is
-        missing.
+        Raises UserError for images with another number of channels, for a size that the patch does not divide, for
+        blocks that do not exist and for maps with `keep`, ValueError for an unknown attention, RuntimeError if the noise
+        of drop path is missing.
         """
+        if maps and keep is not None:
+            raise UserError("maps are of whole images: ask for them without keep, which leaves patches out")
         x, grid = self._embedded(images, keep, replace)
         mask, causal = self._mask(attention, prefix_length, x.shape[1])
         factors, kept = self._drop_path([drop])
         rope = self._rope(grid, keep, x.device)
-        first = None if mask is not None or causal else self._first(pooled_only, blocks)
+        first = None if mask is not None or causal else self._first(pooled_only and not maps, blocks)
         offsets = None
         if self.config.positions == "relative":
             offsets = Offsets.of(self.grid, grid, self.prefix_tokens, keep, x.device)
@@ -367,7 +372,10 @@ class ViT(Backbone):
                 mask, causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril(), False
         of_each = factors[0][:, None] if factors else None
         x, outputs = self._through(x, blocks, mask, causal, rope, of_each, kept, None, first, offsets)
-        return self._features(x, grid, outputs)
+        features = self._features(x, grid, outputs)
+        if maps:
+            features.maps = pyramid.simple_pyramid(features.patches.mT.unflatten(2, grid))
+        return features
 
     def forward_crops(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
         """See `Backbone.forward_crops`. The tokens of all batches are one sequence for norms, matrices and MLPs, and

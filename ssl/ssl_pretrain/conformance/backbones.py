@@ -6,7 +6,9 @@ Shapes: B images, N patches on an (h, w) grid, P prefix tokens, L = P + N, D wid
 import copy
 import dataclasses
 import importlib
+import itertools
 import json
+import math
 import tempfile
 import typing
 from collections.abc import Callable
@@ -24,7 +26,9 @@ from ..errors import UserError
 from . import Fault
 from ._common import check_config, expect, run_flags
 
-WORDS = frozenset({"keep", "replace", "attention", "blocks", "drop_path", "pooled_only"})  # of `Backbone.supports`
+WORDS = frozenset(
+    {"keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps"}
+)  # of `Backbone.supports`
 SIDES = (224, 64, 32, 128, 256)  # of images to build with, until its stride is known
 BATCH = 3
 RATE = 0.5  # of drop path
@@ -61,6 +65,7 @@ def checks(name: str) -> list[Callable[[], None]]:
         one.blocks_are_those_asked_for,
         one.drop_path_follows_its_noise,
         one.pooled_only_changes_nothing_pooled,
+        one.maps_are_a_pyramid,
         one.crops_together_equal_one_after_another,
         one.autocast_features_are_finite,
         one.weights_of_another_image_size_fit,
@@ -533,6 +538,52 @@ class _Checks:
             with torch.no_grad():
                 one, two = (model(self.images(), pooled_only=only).pooled for only in (True, False))
             expect(_close(one, two), "pooled_only=True changes the pooled features")
+
+    def maps_are_a_pyramid(self) -> None:
+        """`maps`: of the strides and channels that the encoder says, of the whole image; nothing else changes."""
+        strides, channels = self.model.map_strides, self.model.map_channels
+        if not self.supports("maps"):
+            expect(not strides and not channels, "map_strides or map_channels is set, and supports lacks maps")
+            return
+        expect(
+            len(strides) == len(channels) > 0, f"map_strides is of {len(strides)} maps, map_channels of {len(channels)}"
+        )
+        rising = all(fine < coarse for fine, coarse in itertools.pairwise(strides))
+        expect(rising, f"map_strides is {strides}; the finest map must be the first")
+        expect(self.plain.maps == (), "there are maps without the option maps")
+        down, right = self.stride
+        for size in (self.size, (3 * down, 4 * right)):
+            found, plain = self.features(self.images(size=size), maps=True), self.features(self.images(size=size))
+            self._check_maps(found.maps, size)
+            for part, one, two in _both(found, plain):
+                expect(torch.equal(one, two), f"asked for maps, {part} change")
+        with torch.autocast("cpu", torch.bfloat16):
+            self._check_maps(self.features(self.images(), maps=True).maps, self.size)
+        # Rows go down and columns to the right: the top left corner changes with the first patch.
+        first = torch.zeros(BATCH, self.plain.patches.shape[1], dtype=torch.bool)
+        first[:, 0] = True
+        pairs = [self.features(each, maps=True).maps for each in (self.images(), self.repainted(self.images(), first))]
+        for one, two, stride in zip(*pairs, strides, strict=True):
+            change = (one - two).abs().sum((0, 1))
+            corner = change[: max(1, change.shape[0] // 2), : max(1, change.shape[1] // 3)]
+            expect(bool(corner.mean() >= change.mean()), f"the map of stride {stride} changes elsewhere than the image")
+        if self.supports("keep"):
+            keep = torch.zeros(BATCH, 1, dtype=torch.int64)
+            call = partial(self.features, self.images(), keep=keep, maps=True)
+            _refused(call, UserError, "maps with keep", "keep", "maps")
+        if self.supports("pooled_only"):
+            self._check_maps(self.features(self.images(), maps=True, pooled_only=True).maps, self.size)
+
+    def _check_maps(self, maps: tuple[Tensor, ...], size: tuple[int, int]) -> None:
+        strides, channels = self.model.map_strides, self.model.map_channels
+        expect(len(maps) == len(strides), f"there are {len(maps)} maps, and map_strides is of {len(strides)}")
+        for x, stride, width in zip(maps, strides, channels, strict=True):
+            what = f"the map of stride {stride} of images of {size[0]} x {size[1]} pixels"
+            # A side that the stride does not divide is rounded down or up.
+            down, right = ({int(side // each), math.ceil(side / each)} for side, each in zip(size, stride, strict=True))
+            fits = x.ndim == 4 and x.shape[:2] == (BATCH, width) and x.shape[2] in down and x.shape[3] in right
+            expect(fits, f"{what} has the shape {tuple(x.shape)}, not (B, {width}, height / stride, width / stride)")
+            expect(x.dtype == torch.float32 and bool(x.isfinite().all()), f"{what} is not finite float32")
 
     def crops_together_equal_one_after_another(self) -> None:
         """`forward_crops`: what a forward of each batch gives."""

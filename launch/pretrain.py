@@ -191,9 +191,13 @@ def _methods() -> str:
 def _finish(run: Run, out: Path) -> None:
     """Say where the encoder is, how good it is at a glance, and what to do next."""
     from ssl_pretrain import encoder
+    from ssl_pretrain.loop.guard import BEST
+    from ssl_pretrain.loop.saver import read_best
     from ssl_pretrain.loop.score import NEIGHBOURS, KnnScore
 
     _tell(f"encoder: {out / 'encoder'}")
+    if run.keep_best is not None and (best := read_best(out)):
+        _tell(f"best encoder: {out / BEST / 'encoder'} (step {best['step']}, {best['by']} {best['score']:.4g})")
     score = KnnScore.of(run) if run.score else None
     if score is not None:
         trained = encoder.load(out)

@@ -148,6 +148,15 @@ class Run:
     """Steps between validation losses."""
     knn_every: int = 0
     """Steps between kNN evaluations of the encoder while training (needs labels); 0: never."""
+    knn_data: str | None = None
+    """Labelled images for --knn-every, of the domain that is trained for (default: the run's data)."""
+    knn_original: str | None = None
+    """Labelled images of the domain that the start weights come from, also scored with --knn-every."""
+    knn_drop: float = 3.0
+    """Points of kNN accuracy that may be lost on --knn-original before a warning."""
+    keep_best: Literal["knn", "val"] | None = None
+    """Keep the checkpoint and the export with the best kNN accuracy (--knn-every) or the least validation loss
+    (--val-images), in addition to the last ones, in the folder best/ of the run."""
     score: bool = True
     """At the end, compare the kNN accuracy of the encoder with that of the untrained encoder, where there are labels."""
     bad_steps: int = 20
@@ -165,7 +174,7 @@ RANGES = {
     AT_LEAST_1: "image_size in_chans max_pixels steps images batch_size accumulate shard_size checkpoint_every "
     "keep_last log_every val_every bad_steps",
     NOT_NEGATIVE: "lr final_lr warmup_lr warmup_steps cooldown_steps weight_decay final_weight_decay workers stall_after "
-    "keep_every monitor_every picture_every val_images knn_every",
+    "keep_every monitor_every picture_every val_images knn_every knn_drop",
     POSITIVE: "epochs clip_grad",
     FROM_0_BELOW_1: "betas",
     FROM_0_TO_1: "mean layer_decay",
@@ -198,8 +207,8 @@ class Resolved(Run):
 # Flags that may change when a run resumes: where and how fast it runs, and what is logged; never what is computed.
 CHANGEABLE = frozenset(
     "out config data workers preflight stall_after nproc accumulate compile parallel shard_size recompute cpu_offload "
-    "checkpoint_every keep_last keep_every log_every loggers monitor_every picture_every val_every knn_every score "
-    "bad_steps extend".split()
+    "checkpoint_every keep_last keep_every log_every loggers monitor_every picture_every val_every knn_every knn_data "
+    "knn_original knn_drop keep_best score bad_steps extend".split()
 )
 LENGTH_KEYS = frozenset({"steps", "epochs", "images", "warmup_steps", "cooldown_steps"})
 
@@ -329,6 +338,13 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
     cooldown = steps // 5 if run.cooldown_steps is None else run.cooldown_steps
     if warmup + (cooldown if run.schedule == "constant" else 0) > steps:
         raise UserError(f"--warmup-steps {warmup} and --cooldown-steps {cooldown} do not fit into {steps} steps")
+    if run.keep_best == "knn" and not run.knn_every:
+        raise UserError("--keep-best knn needs scores to choose by: give --knn-every, the steps between them")
+    if run.keep_best == "val" and not run.val_images:
+        raise UserError("--keep-best val needs a validation loss to choose by: give --val-images, the images for it")
+    for flag, value in (("--knn-data", run.knn_data), ("--knn-original", run.knn_original)):
+        if value is not None and not run.knn_every:
+            raise UserError(f"{flag} {value} is scored while training: give --knn-every, the steps between scores")
     if run.warmup_lr > lr:
         raise UserError(f"--warmup-lr {run.warmup_lr:g} is above the learning rate {lr:g} that the warm-up ends with")
     decided: dict[str, Any] = {

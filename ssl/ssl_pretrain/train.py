@@ -69,10 +69,10 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     method_class = pretext.load(flags.method)
 
     # ---- Data. The first process opens it first, so that an index is built once.
-    def open_data() -> tuple[Source, Source | None, Resolved, KnnScore | None]:
+    def open_data() -> tuple[Source, Source | None, Resolved, dict[str, KnnScore]]:
         source, held_out = run_start.open_data(flags, world)
         run = config.resolve(flags, method_class.recipe, len(source), run_start.precision(flags, world.device))
-        return source, held_out, run, KnnScore.of(run) if run.knn_every and world.first else None
+        return source, held_out, run, KnnScore.while_training(run) if world.first else {}
 
     source, held_out, run, knn = distributed.on_all(open_data)
     steps, accumulate = run.steps, run.accumulate
@@ -129,14 +129,17 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
             report.say(process_table)
         if start:
             report.say(f"continuing from step {start} of {steps}")
-    saver = Saver(run, method, optimizer, shards, world, start, network_facts(networks))
+    guard = run_start.guard(run, start, knn, held_out, world)
+    saver = Saver(run, method, optimizer, shards, world, start, network_facts(networks), guard)
     monitor = CollapseMonitor(method.collapsed(run.batch_size))
-    probes = Probes(run, method, world, report, monitor, saver, knn, held_out, plan[-1].specs, mixed_precision)
+    probes = Probes(run, method, world, report, monitor, saver, knn, guard, held_out, plan[-1].specs, mixed_precision)
     loader = run_start.stream(plan, start, source, share, run, world)
     log = Log(run, source, report, monitor, world, skipped)
 
     # ---- The loop.
     step_number, stopped = start, None
+    if probes.at_start(start):
+        saver.save(start, log.skipped, best=True)
     method.train()
     with closing(loader), Watch(run.out, world, run.stall_after, report.say_for_all) as watch:
         while step_number < steps:
@@ -223,21 +226,22 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                     saver.save(step_number - log.bad_in_a_row, log.skipped, last=True)
                     raise Diverged(log.diverged(step_number))
             began = time.perf_counter()
-            probes(step_number, batch, specs)
+            best = probes(step_number, batch, specs)
             log.leave_out(time.perf_counter() - began)
-            if is_due(step_number, run.checkpoint_every):
-                saver.save(step_number, log.skipped)
+            if best or is_due(step_number, run.checkpoint_every):
+                saver.save(step_number, log.skipped, best=best)
 
     # ---- The end: after the last step, or after a signal between two steps.
     saver.settle(wait=True)
     not_exported = distributed.from_first(not (run.out / "encoder" / "config.json").exists())
     if saver.saved_step != step_number or not_exported:
         saver.save(step_number, log.skipped, last=True)
-    bad_images = 0
+    bad_images, scores = 0, {"scores": guard.record} if guard.record else {}
     state = f"stopped: {stopped} at step {step_number}" if step_number < steps else "finished"
     if world.first:
         bad_images = report.merge_bad_images()
-        manifest.end(run.out, state, step=step_number, steps=steps, skipped_steps=log.skipped, bad_images=bad_images)
+        facts = {"step": step_number, "steps": steps, "skipped_steps": log.skipped, "bad_images": bad_images, **scores}
+        manifest.end(run.out, state, **facts)
     report.close(state)
     distributed.barrier()
     return Outcome(run.out, step_number, steps, stopped, bad_images)

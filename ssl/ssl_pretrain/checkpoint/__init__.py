@@ -8,7 +8,7 @@ then renamed, so a killed process or a full disk does not damage the earlier one
 
 import warnings
 
-from .folder import clear, damage, newest, prune, steps
+from .folder import clear, damage, description, newest, prune, steps
 from .reader import Reader, load
 from .writer import Writer, save
 
@@ -21,6 +21,7 @@ __all__ = [
     "Writer",
     "clear",
     "damage",
+    "description",
     "load",
     "newest",
     "prune",

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,12 @@ def _size_and_sum(file: Path) -> tuple[int, int]:
     return size, crc
 
 
-def prune(folder: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Remove all checkpoints except the newest `keep_last` and those at multiples of `keep_every` steps."""
+def prune(folder: Path, *, keep_last: int, keep_every: int | None, keep: Collection[int] = ()) -> None:
+    """Remove all checkpoints except the newest `keep_last`, those at multiples of `keep_every` steps, and those of the
+    steps `keep`."""
     there = steps(folder)
     for step in there[:-keep_last]:
-        if not (keep_every and step % keep_every == 0):
+        if step not in keep and not (keep_every and step % keep_every == 0):
             shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
     for stale in folder.glob(".writing-*"):
         shutil.rmtree(stale, ignore_errors=True)

@@ -3,7 +3,7 @@
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,8 @@ class Writer:
         if self.rank != 0 and not self.sharded:
             return
         assert self.step is None
-        tensors = {
-            f"{part}/{name}": t for part, each in state.items() if isinstance(each, Mapping) for name, t in each.items()
-        }
-        facts = {name: value for name, value in state.items() if not isinstance(value, Mapping)}
+        tensors = {f"{part}/{name}": t for part, each in state.items() if _is_part(each) for name, t in each.items()}
+        facts = {name: value for name, value in state.items() if not _is_part(value)}
         copies = {name: self._copy(name, t) if copy else t.detach() for name, t in tensors.items()}
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
@@ -78,7 +76,9 @@ class Writer:
         self._thread = threading.Thread(target=self._try, args=(work,), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def publish(self, *, keep_last: int | None = None, keep_every: int | None = None) -> None:
+    def publish(
+        self, *, keep_last: int | None = None, keep_every: int | None = None, keep: Collection[int] = ()
+    ) -> None:
         """Rename the checkpoint to its final name if every process has written its part; then prune older ones.
 
         After an error (a full disk, no permission) `problem` is set, and the incomplete checkpoint is removed.
@@ -108,7 +108,7 @@ class Writer:
             shutil.rmtree(aside, ignore_errors=True)
             return
         if keep_last is not None:
-            prune(self.folder, keep_last=keep_last, keep_every=keep_every)
+            prune(self.folder, keep_last=keep_last, keep_every=keep_every, keep=keep)
 
     def abandon(self) -> None:
         """Remove what was begun and cannot be finished: what is half there would take the room of a full disk. Once every
@@ -159,6 +159,11 @@ class Writer:
             cause, _ = next(iter(failed.failures.values()))
             raise cause if isinstance(cause, OSError) else OSError(f"{aside}: {cause!r}") from None
         self._written = writer.written
+
+
+def _is_part(value: Any) -> bool:
+    """Whether this entry of a state holds tensors by name; else it is plain data."""
+    return isinstance(value, Mapping) and all(isinstance(each, Tensor) for each in value.values())
 
 
 def _with_name(problem: OSError, path: Path) -> OSError:

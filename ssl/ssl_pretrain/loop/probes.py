@@ -5,6 +5,7 @@ Shapes: n images, D features.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -19,6 +20,7 @@ from ..distributed import World
 from ..pretext import Batch, Method, Step
 from ..randomness import key
 from . import parallel
+from .guard import HELD_OUT, Guard
 from .monitor import CollapseMonitor, feature_statistics
 from .report import Report
 from .saver import Saver
@@ -40,14 +42,17 @@ class Probes:
         report: Report,
         monitor: CollapseMonitor,
         saver: Saver,
-        knn: KnnScore | None,
+        knn: Mapping[str, KnnScore],
+        guard: Guard,
         held_out: Source | None,
         specs: tuple[ViewSpec, ...],
         autocast: Any,
     ) -> None:
-        """knn: on the first process, where kNN accuracy is asked for; held_out: validation images, seen with `specs`."""
+        """knn: the kNN scores that are asked for, on the first process; guard: is told all scores; held_out: validation
+        images, seen with `specs`."""
         self.run, self.method, self.world, self.report, self.monitor = run, method, world, report, monitor
-        self.saver, self.knn, self.held_out, self.specs, self.autocast = saver, knn, held_out, specs, autocast
+        self.saver, self.knn, self.guard, self.held_out = saver, knn, guard, held_out
+        self.specs, self.autocast = specs, autocast
         # Micro-batches to look at for collapse: the first of this process's rows in the global batch, and images of them
         self._watched: list[tuple[int, Tensor]] = []
 
@@ -62,8 +67,16 @@ class Probes:
             images = images[0] if specs[0].count > 1 else images
             self._watched.append((rows.start, images[: max(1, wanted)]))
 
-    def __call__(self, step: int, batch: Batch, specs: tuple[ViewSpec, ...]) -> None:
-        """After `step` steps, of which the last micro-batch was `batch`, with views as `specs` declare them."""
+    def at_start(self, step: int) -> bool:
+        """Score the start weights (--init-from) before the first step; whether they are to be kept as the best so far."""
+        if step != 0 or self.run.init_from is None or not self.run.knn_every:
+            return False
+        self._knn(0)
+        return self._is_best(0)
+
+    def __call__(self, step: int, batch: Batch, specs: tuple[ViewSpec, ...]) -> bool:
+        """After `step` steps, of which the last micro-batch was `batch`, with views as `specs` declare them. Returns, the
+        same on all processes, whether this step is to be kept as the best so far (--keep-best)."""
         run = self.run
         if is_due(step, run.monitor_every):
             self._feature_statistics(step)
@@ -72,9 +85,11 @@ class Probes:
         if self.held_out is not None and (is_due(step, run.val_every) or step == run.steps):
             with parallel.gathered(self.method):
                 scores = validate(run, self.method, self.held_out, self.specs, self.autocast, self.world)
-            self.report.scores("val", scores, step)
+            self.report.scores(HELD_OUT, scores, step)
+            self._judge(HELD_OUT, scores["loss"], step)
         if is_due(step, run.knn_every):
             self._knn(step)
+        return self._is_best(step)
 
     def _feature_statistics(self, step: int) -> None:
         """Of the same images, whatever processes and micro-batches they came in."""
@@ -102,12 +117,30 @@ class Probes:
             self.report.pictures(images, self.run.mean, self.run.std, step)
 
     def _knn(self, step: int) -> None:
-        self.saver.wait()  # it exports from the same copy
+        self.saver.settle(wait=True)  # it exports from the same copy
         encoder = self.saver.copy_encoder()
-        if self.knn is not None and encoder is not None:
-            self.report.scores("knn", {"top1": self.knn(encoder.to(self.world.device).eval())}, step)
+        if encoder is not None:
+            for group, score in self.knn.items():
+                top1 = score(encoder.to(self.world.device).eval())
+                self.report.scores(group, {"top1": top1}, step)
+                self._judge(group, top1, step)
             encoder.cpu()
         distributed.barrier()
+
+    def _judge(self, group: str, score: float, step: int) -> None:
+        if self.world.first:
+            for warning in self.guard.judge(group, score, step):
+                self.report.warn(warning)
+
+    def _is_best(self, step: int) -> bool:
+        """Whether the score of --keep-best that was taken at this step, if one was, is the best so far."""
+        run, best = self.run, self.guard.best
+        if run.keep_best is None:
+            return False
+        every = run.val_every if run.keep_best == HELD_OUT else run.knn_every
+        if not (is_due(step, every) or step == run.steps):
+            return False
+        return distributed.from_first(best is not None and best.best_step == step)
 
 
 def is_due(step: int, every: int) -> bool:

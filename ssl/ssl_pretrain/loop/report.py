@@ -51,7 +51,7 @@ class Report:
             return
         self.console = Console(stderr=True, soft_wrap=True)
         lines = read_lines(out / "metrics.jsonl", left_out)
-        kept = [line for line in lines if isinstance(at := line.get("step"), int | float) and at <= step]
+        kept = [line for line in lines if step and isinstance(at := line.get("step"), int | float) and at <= step]
         write_text(out / "metrics.jsonl", "".join(map(json_line, kept)))
         self._metrics = open(out / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run is)
         self._bar: Progress | None = None

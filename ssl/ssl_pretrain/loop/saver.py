@@ -1,5 +1,6 @@
 """Checkpoints and exports of a run. Training waits only while the state is copied; files are written in the background."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any, final
@@ -11,8 +12,10 @@ from .. import checkpoint, distributed, encoder, optim
 from ..config import Resolved
 from ..distributed import World
 from ..encoder import Encoder, Preprocessing
+from ..files import write_text
 from ..pretext import Method
 from . import parallel
+from .guard import BEST, Guard
 
 
 @final
@@ -29,10 +32,12 @@ class Saver:
         world: World,
         start: int,
         lineage: dict[str, Any],
+        guard: Guard,
     ) -> None:
         """start: the step that the run continues from, the newest one that is saved (0: none). lineage: what every export
-        says of where its weights come from, beside the run's own facts."""
+        says of where its weights come from, beside the run's own facts. guard: knows the best step."""
         self.run, self.method, self.optimizer, self.shards, self.world = run, method, optimizer, shards, world
+        self.guard = guard
         self.saved_step = start
         self.seconds_blocked = 0.0  # that training waited for saving, since the last log; the log sets it back
         self._writer = checkpoint.Writer(folder(run), sharded=parallel.is_sharded(method))
@@ -42,8 +47,13 @@ class Saver:
         )
         self._prefix = parallel.name_of(method.exported(), method)  # of the exported encoder's names in the checkpoint
         self._export_from_files = False  # the export of the checkpoint that is on its way is read from its files
-        self._lineage, self._origin = {**lineage}, lineage
+        self._lineage, self._sources = {**lineage}, lineage
+        self._exported: Encoder | None = None  # of the checkpoint that is on its way, unless it is read from the files
+        self._best: dict[str, Any] | None = None  # of that checkpoint where it is the best one: what best.json says
+        self._kept: set[int] = set()  # the step of the best checkpoint that is published
         self._copy: Encoder | None = None
+        if world.first and start:
+            self._restore_best()
 
     @property
     def sharded(self) -> bool:
@@ -66,10 +76,11 @@ class Saver:
         parallel.copy_whole(self.method.exported(), None if copy is None else copy.backbone)
         return copy
 
-    def save(self, step: int, skipped: int, *, last: bool = False) -> None:
+    def save(self, step: int, skipped: int, *, best: bool = False, last: bool = False) -> None:
         """Begin to write a checkpoint and the export of the state after `step` steps, of which `skipped` were not finite.
 
-        last: nothing changes the state any more, so it is not copied, and this returns when all is written.
+        best: it is the best so far (--keep-best), so it is also exported to best/. last: nothing changes the state any
+        more, so it is not copied, and this returns when all is written.
         Raises OSError on all processes where one could not write.
         """
         self.settle(wait=True)
@@ -81,10 +92,8 @@ class Saver:
             exported = self._as_export() if self.world.first else None
         elif not self._export_from_files:
             exported = self.copy_encoder()
-        self._lineage = lineage = {
-            "method": self.run.method, "data": self.run.data, "step": step, "images_seen": step * self.run.batch_size,
-            "seed": self.run.seed, **self._origin,
-        }  # fmt: skip
+        self._exported, self._best = exported, self._best_facts(step) if best else None
+        self._lineage = lineage = self._origin(step)
 
         def export() -> None:
             if exported is not None:
@@ -95,6 +104,7 @@ class Saver:
             "method": self.method.state_dict(),
             "optimizer": self.shards.entries(optim.state_by_name(self.optimizer), self.method),
             "skipped": skipped,
+            **({"scores": self.guard.record} if self.guard.record else {}),
         }
         self._writer.begin(step, state, export, copy=not last)
         self._writing, self.saved_step = True, step
@@ -110,9 +120,11 @@ class Saver:
             self._writer.wait()
             (failed,) = distributed.any_of(self._writer.problem is not None)
             if self._writing and not failed:
-                self._writer.publish(keep_last=self.run.keep_last, keep_every=self.run.keep_every)
+                kept = self._kept if self._best is None else {self._lineage["step"]}
+                self._writer.publish(keep_last=self.run.keep_last, keep_every=self.run.keep_every, keep=kept)
+                self._kept = kept
                 (failed,) = distributed.any_of(self._writer.problem is not None)
-            self._exporting = self._writing and self._export_from_files and not failed
+            self._exporting = self._writing and (self._export_from_files or self._best is not None) and not failed
             self._writing = False
             if failed:
                 self._writer.abandon()
@@ -121,10 +133,17 @@ class Saver:
                 problem.reported_elsewhere = not self.world.first
                 raise problem
             if self._exporting and self.world.first:
-                self._writer.follow(self._export_written)
+                self._writer.follow(self._export_published)
             self.seconds_blocked += time.perf_counter() - began
             if not wait:
                 return
+
+    def _origin(self, step: int) -> dict[str, Any]:
+        """Where the weights after `step` steps come from."""
+        return {
+            "method": self.run.method, "data": self.run.data, "step": step, "images_seen": step * self.run.batch_size,
+            "seed": self.run.seed, **self._sources,
+        }  # fmt: skip
 
     def _as_export(self) -> Encoder:
         return Encoder(self.method.exported(), self.run.encoder, self._preprocessing, {})
@@ -136,14 +155,62 @@ class Saver:
             self._copy = Encoder(twin, self.run.encoder, self._preprocessing, {})
         return self._copy
 
-    def _export_written(self) -> None:
-        """Export the encoder of a sharded run from the files of its checkpoint."""
-        exported = self._host_encoder()
-        assert exported is not None
-        tensors = {f"method/{self._prefix}{name}": t for name, t in exported.backbone.state_dict().items()}
-        checkpoint.Reader(folder(self.run), self._lineage["step"]).read_some(tensors)
-        exported.lineage = self._lineage
-        encoder.save(self.run.out / "encoder", exported)
+    def _export_published(self) -> None:
+        """Export the encoder of the checkpoint that was published: that of a sharded run, and the best one."""
+        if self._export_from_files:
+            self._exported = self._read_encoder(self._lineage["step"])
+            self._exported.lineage = self._lineage
+            encoder.save(self.run.out / "encoder", self._exported)
+        if self._best is not None:
+            assert self._exported is not None
+            self._export_best(self._exported, self._best)
+
+    def _read_encoder(self, step: int) -> Encoder:
+        """The encoder of a published checkpoint, from its files."""
+        read = self._host_encoder()
+        assert read is not None
+        tensors = {f"method/{self._prefix}{name}": t for name, t in read.backbone.state_dict().items()}
+        checkpoint.Reader(folder(self.run), step).read_some(tensors)
+        return read
+
+    def _best_facts(self, step: int) -> dict[str, Any]:
+        """What is recorded of the best step, which is this one."""
+        best = self.guard.best  # None on the processes that get no scores and write nothing
+        score = None if best is None else best.best
+        at = f"{folder(self.run).name}/step-{step:08d}"
+        return {"by": self.run.keep_best, "score": score, "step": step, "checkpoint": at}
+
+    def _export_best(self, exported: Encoder, facts: dict[str, Any]) -> None:
+        """Export to best/, and write best.json when that is done. The checkpoint of the step is there before. So a killed
+        process leaves the best step before whole, or all that the next process needs to export this one."""
+        place = self.run.out / BEST
+        exported.lineage = {**self._origin(facts["step"]), "best_by": facts["by"], "score": facts["score"]}
+        encoder.save(place / "encoder", exported)
+        write_text(place / "best.json", json.dumps(facts, indent=1) + "\n")
+
+    def _restore_best(self) -> None:
+        """Bring best/ to what the checkpoint that the run continues from says, where a killed process did not come to it.
+        The best step is forgotten where nothing of it was kept, because the run did not keep it so far."""
+        best, there = self.guard.best, read_best(self.run.out)
+        if best is None:
+            return
+        facts = self._best_facts(best.best_step)
+        if there != facts:
+            if self._prefix is not None and checkpoint.damage(self.run.out / facts["checkpoint"]) is None:
+                self._export_best(self._read_encoder(best.best_step), facts)
+            elif there.get("by") != facts["by"]:
+                self.guard.forget_best()
+                return
+        self._kept = {best.best_step}
+
+
+def read_best(out: Path) -> dict[str, Any]:
+    """What best/ of a run folder holds: "by" (knn or val), "score", "step", "checkpoint"; empty where there is none."""
+    try:
+        found = json.loads((out / BEST / "best.json").read_bytes())
+        return found if isinstance(found, dict) and (out / BEST / "encoder" / "config.json").exists() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def folder(run: Resolved) -> Path:

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..features import extract
 from ..features.neighbours import nearest, vote
 from ..randomness import numpy_generator
+from .guard import DOMAIN, ORIGINAL
 
 BANK, QUERIES = 10_000, 2_000  # at most so many images, drawn by the seed: seconds on a CPU
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # DINO's kNN protocol
@@ -27,32 +28,63 @@ class KnnScore:
 
     def __init__(self, bank: Source, queries: Source, *, batch_size: int, workers: int) -> None:
         self.bank, self.queries = bank, queries
+        self.fingerprint = (
+            f"{bank.fingerprint} {queries.fingerprint}"  # of the images; scores of others are not comparable
+        )
         self.how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "cache": False}
 
     @classmethod
     def of(cls, run: Run) -> "KnnScore | None":
         """The score on a run's data: the images it trains on against those of the test split where there is one, else
-        two parts of the images it trains on; of labelled images only. None where the images have no labels.
-
-        Raises UserError where they have none and the run is to be scored on the way (--knn-every).
-        """
-        score = cls._of(run)
-        if score is None and run.knn_every:
-            raise UserError(
-                f"--knn-every {run.knn_every} scores by labels, and {run.data} has none, one class only, or too few "
-                f"images: leave the flag out, or sort the images into a folder a class"
-            )
-        return score
+        two parts of the images it trains on; of labelled images only. None where the images have no labels."""
+        return cls._of(run, run.data, run.train_split, _test_split(run))
 
     @classmethod
-    def _of(cls, run: Run) -> "KnnScore | None":
+    def to_decide(cls, run: Run, data: str, train_split: str | None = None) -> "KnnScore | None":
+        """The score by which a step is chosen or a warning given: two parts of the images to train on, so that no image of
+        another split has a part in it. None where the images have no labels."""
+        if train_split == ALL or canonical_split(train_split or "train") == "test":
+            train_split = None
+        return cls._of(run, data, train_split, None)
+
+    @classmethod
+    def while_training(cls, run: Run) -> "dict[str, KnnScore]":
+        """The scores of --knn-every: "knn" on --knn-data or the run's data, "knn_original" on --knn-original.
+
+        On the run's data it is the same as at the end (`of`), unless the score decides: with --keep-best knn, or compared
+        with the start weights (--init-from). Raises UserError where images have no labels.
+        """
+        if not run.knn_every:
+            return {}
+        if run.knn_data is not None:
+            score = cls.to_decide(run, run.knn_data)
+        elif run.keep_best == DOMAIN or run.init_from is not None:
+            score = cls.to_decide(run, run.data, run.train_split)
+        else:
+            score = cls.of(run)
+        scores = {} if score is None else {DOMAIN: score}
+        if run.knn_original is not None:
+            original = cls.to_decide(run, run.knn_original)
+            if original is None:
+                raise UserError(f"--knn-original {run.knn_original} has no labels, one class only, or too few images")
+            scores[ORIGINAL] = original
+        if score is None and (run.knn_data or run.keep_best == DOMAIN or not scores):
+            raise UserError(
+                f"--knn-every {run.knn_every} scores by labels, and {run.knn_data or run.data} has none, one class only, "
+                f"or too few images: leave the flag out, sort the images into a folder a class, or name labelled images "
+                f"with --knn-data"
+            )
+        return scores
+
+    @classmethod
+    def _of(cls, run: Run, data: str, train_split: str | None, test: str | None) -> "KnnScore | None":
         allow_pixels(run.max_pixels)
-        bank = _labelled(open_training(run.data, run.train_split))
+        bank = _labelled(open_training(data, train_split))
         if bank is None or len(bank) < 5:
             return None
         order = numpy_generator(run.seed, "score").permutation(len(bank))
-        if (test := _test_split(run)) is not None:
-            queries = _labelled(open_source(run.data, test))
+        if test is not None:
+            queries = _labelled(open_source(data, test))
             if queries is None:
                 return None
             queries = Subset(queries, numpy_generator(run.seed, "score").permutation(len(queries))[:QUERIES])

@@ -1,6 +1,6 @@
 """What a run starts from: its images, its folder, the checkpoint that it continues from, its batches."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, closing
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from ..distributed import World
 from ..errors import UserError
 from ..randomness import numpy_generator
 from . import manifest, saver
+from .guard import HELD_OUT, Guard
+from .score import KnnScore
 from .stages import Stage
 
 SECONDS_FOR_LOCK = 15.0  # to wait for a run that has the folder and may be about to end
@@ -94,6 +96,16 @@ def find_start(
             f"longer; give at least {reached}, or choose another --out"
         )
     return reached
+
+
+def guard(run: Resolved, start: int, knn: Mapping[str, KnnScore], held_out: Source | None, world: World) -> Guard:
+    """What judges the scores of the run, with what the checkpoint of step `start` knows of those before."""
+    images = {group: score.fingerprint for group, score in knn.items()}
+    if held_out is not None:
+        images[HELD_OUT] = f"{len(held_out)} of {held_out.fingerprint}"
+    read = start > 0 and world.first
+    before = checkpoint.description(saver.folder(run) / f"step-{start:08d}") if read else {}
+    return Guard(run, images, before.get("scores", {}))
 
 
 def precision(run: Run, device: torch.device) -> Literal["fp32", "bf16"]:

@@ -57,6 +57,32 @@ class Preprocessing:
         short = min(size)
         return cls(round(short * 256 / 224) if short > 112 else short, size, "bicubic", mean, std)
 
+    def __call__(self, image: Image.Image | np.ndarray | bytes) -> Tensor:
+        """One picture (see `Encoder.preprocess`) as (C, H, W) float32: a transform for a torch data set. It holds no
+        weights, so it is cheap to send to a loader's processes. Raises UserError for one that cannot be read."""
+        from .data.decode import BadImage
+
+        try:
+            return self.normalise(torch.from_numpy(self.pixels(image)))
+        except BadImage as problem:
+            raise UserError(f"image to encode: {problem}") from None
+
+    def pixels(self, image: Image.Image | np.ndarray | bytes) -> np.ndarray:
+        """The crop of one picture (see `Encoder.preprocess`), (H, W, C) uint8. Raises BadImage."""
+        from .data.decode import decode, eight_bits
+        from .data.views import resize_and_crop
+
+        if isinstance(image, Image.Image) and self.channels in (1, 3):
+            pixels = eight_bits(ImageOps.exif_transpose(image), self.channels)
+        else:
+            pixels = decode(np.asarray(image) if isinstance(image, Image.Image) else image, self.channels)
+        return resize_and_crop(pixels, self.resize, self.crop, self.interpolation)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Crops (..., H, W, C) uint8, on any device, to (..., C, H, W) float32."""
+        mean, std = (torch.tensor(v, device=pixels.device) for v in (self.mean, self.std))
+        return ((pixels.float() / 255 - mean) / std).movedim(-1, -3)
+
 
 @final
 class Encoder(nn.Module):
@@ -77,27 +103,20 @@ class Encoder(nn.Module):
 
         Raises UserError for one that cannot be read or whose number of channels the encoder does not accept.
         """
-        from .data.decode import BadImage, decode, eight_bits
-        from .data.views import resize_and_crop
+        from .data.decode import BadImage
 
-        how = self.preprocessing
         crops = []
         for i, image in enumerate(images):
             try:
-                if isinstance(image, Image.Image) and how.channels in (1, 3):
-                    pixels = eight_bits(ImageOps.exif_transpose(image), how.channels)
-                else:
-                    pixels = decode(np.asarray(image) if isinstance(image, Image.Image) else image, how.channels)
+                crops.append(self.preprocessing.pixels(image))
             except BadImage as problem:
                 raise UserError(f"image {i} of the {len(images)} to encode: {problem}") from None
-            crops.append(resize_and_crop(pixels, how.resize, how.crop, how.interpolation))
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
         return self.normalise(torch.from_numpy(np.stack(crops)).to(device))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Crops (B, H, W, C) uint8, on any device, to (B, C, H, W) float32."""
-        mean, std = (torch.tensor(v, device=pixels.device) for v in (self.preprocessing.mean, self.preprocessing.std))
-        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        return self.preprocessing.normalise(pixels)
 
     def forward(self, images: Tensor, *, maps: bool = False, **options: Any) -> Features:
         """See `Backbone.forward`. With `maps`, raises UnsupportedByBackbone where the backbone has none."""

@@ -1,4 +1,4 @@
-"""Features of frozen encoders: extraction, their cache, nearest neighbours and k-means."""
+"""Features of frozen encoders: extraction, their cache, nearest neighbours, k-means, a step for scikit-learn."""
 
 from .extraction import (
     Extracted,
@@ -15,9 +15,11 @@ from .extraction import (
     vectors,
 )
 from .feature_cache import Bad
+from .transformer import EncoderTransformer
 
 __all__ = [
     "Bad",
+    "EncoderTransformer",
     "Extracted",
     "NotFinite",
     "Pixels",

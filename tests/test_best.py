@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_resume import assert_same_bits
 
 from ssl_pretrain import checkpoint, encoder
+from ssl_pretrain.loop.report import Report
 from ssl_pretrain.loop.saver import read_best
 
 RUN = (
@@ -133,17 +134,26 @@ def test_a_run_killed_while_the_best_is_written_ends_with_the_same(death: str, k
 def test_it_begins_to_keep_the_best_when_the_flag_is_added_later(tmp_path: Path) -> None:
     """The best step so far was not kept, and its checkpoint is gone: the best of those that follow is."""
     out = tmp_path / "run"
-    argv = list(map(str, RUN))
-    program = f"{WITH_SCORES}\nimport sys\nfrom ssl_pretrain.launch.pretrain import main\n"
+    program = f"{WITH_SCORES}\nscores[4] = 90.0\nimport sys\nfrom ssl_pretrain.launch.pretrain import main\n"
     program += "from ssl_pretrain.loop.log import Log\nown_add = Log.add\n"
-    program += "Log.add = lambda self, step, *rest: os._exit(9) if step == 10 else own_add(self, step, *rest)\n"
-    program += "sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", program, *argv, "--out", str(out)], check=False)
-    assert done.returncode == 9
+    program += (
+        "def add(self, step, *rest):\n    if step == 6: os.kill(os.getpid(), 15)\n    own_add(self, step, *rest)\n"
+    )
+    program += "Log.add = add\nsys.exit(main())"
+    argv = [sys.executable, "-c", program, *map(str, RUN), "--out", str(out)]
+    assert subprocess.run(argv, capture_output=True, check=False).returncode == 75
     assert not (out / "best").exists()
-    assert checkpoint.steps(out / "checkpoints") == [10]
+    assert checkpoint.steps(out / "checkpoints") == [7]
     run(out)
-    assert of_best(out)[0]["step"] == 12
+    assert of_best(out)[0]["step"] == 8
+
+
+def test_a_run_that_begins_again_logs_the_score_of_step_0_once(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "knn/top1": 40.0}\n')
+    report = Report(tmp_path, step=0, steps=2, names=())
+    report.scores("knn", {"top1": 41.0}, 0)
+    report.close("finished")
+    assert metrics(tmp_path) == [{"step": 0, "knn/top1": 41.0}]
 
 
 @pytest.mark.slow

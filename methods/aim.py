@@ -17,7 +17,7 @@ from ssl_pretrain.backbones.vit import Mlp
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, NOT_NEGATIVE, within
-from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
+from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify, without
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -145,10 +145,11 @@ class AIM(Method):
 
     @torch.no_grad()
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """The input, and each patch as predicted from the patches before it, (n, C, H, W). Predictions of normalised
-        targets get the true mean and variance. The first patch, which is not predicted, is shown as it is."""
+        """The input, its prefix, and each patch as predicted from the patches before it, (n, C, H, W). The loss counts the
+        patches beyond the prefix. Predictions of normalised targets get the true mean and variance. The first patch,
+        which is not predicted, is shown as it is."""
         images = batch.views["image"]
-        predicted, _ = self.predict(images, step)
+        predicted, prefixes = self.predict(images, step)
         patches = patchify(images, self.encoder.stride).float()
         predicted = predicted.float()
         if self.config.norm_pix:
@@ -156,4 +157,9 @@ class AIM(Method):
             predicted = predicted * deviation + mean
         grid = tuple(size // side for size, side in zip(images.shape[-2:], self.encoder.stride, strict=True))
         painted = torch.cat([patches[:, :1], predicted], dim=1)
-        return {"input": images, "prediction": unpatchify(painted, self.encoder.stride, (grid[0], grid[1]))}
+        beyond = torch.arange(patches.shape[1], device=images.device) >= prefixes[step.rows, None]
+        return {
+            "input": images,
+            "prefix": without(images, beyond, self.encoder.stride),
+            "prediction": unpatchify(painted, self.encoder.stride, (grid[0], grid[1])),
+        }

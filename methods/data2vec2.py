@@ -31,11 +31,13 @@ from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.parts.inverse_block_masks import centres, inverse_block_masking
 from ssl_pretrain.parts.masks import put, rows
+from ssl_pretrain.parts.patches import without
 from ssl_pretrain.parts.self_distillation import warmed_up
 from ssl_pretrain.parts.views import by_image, encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
 NOISE = 0.01  # standard deviation of the noise that the decoder gets at masked patches
+PICTURED = 4  # masks of an image that pictures show
 
 
 class ConvBlock(nn.Module):
@@ -169,19 +171,24 @@ class Data2Vec2(Method):
     def predict(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
         """Predictions (V * B, M, D) for the masked patches, mask by mask, their indices (V * B, M), and the class tokens
         (V * B, D)."""
-        count, block = self.config.masks, self.config.mask_block
-        grid = tuple(size // side for size, side in zip(images.shape[-2:], self.encoder.stride, strict=True))
+        count = self.config.masks
+        grid = self._grid(images)
         n = grid[0] * grid[1]
-        places = centres(n, 1 - self.config.mask_ratio, block)
-        centre_noise = step.rand(count, places).transpose(0, 1).flatten(0, 1)
-        noise = step.rand(count, n).transpose(0, 1).flatten(0, 1)
-        keep, masked = inverse_block_masking(centre_noise, noise, (grid[0], grid[1]), self.kept(n), block)
+        keep, masked = self.masks(grid, step)
         seen = encode(self.encoder, images.expand(count, *images.shape), step, keep=keep)
         # The copies of an image share the noise. One draw for each copy of the global batch would need too much memory.
         filling = NOISE * step.randn(n, self.encoder.dim).to(seen.patches.dtype)
         x = put(filling.repeat(count, 1, 1), keep, seen.patches)
         x = self.decoder(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
         return self.decoder_proj(rows(x, masked)), masked, seen.cls
+
+    def masks(self, grid: tuple[int, int], step: Step) -> tuple[Tensor, Tensor]:
+        """Indices of the kept (V * B, K) and of the masked patches (V * B, M), mask by mask."""
+        count, block, n = self.config.masks, self.config.mask_block, grid[0] * grid[1]
+        places = centres(n, 1 - self.config.mask_ratio, block)
+        centre_noise = step.rand(count, places).transpose(0, 1).flatten(0, 1)
+        noise = step.rand(count, n).transpose(0, 1).flatten(0, 1)
+        return inverse_block_masking(centre_noise, noise, grid, self.kept(n), block)
 
     @torch.no_grad()
     def targets(self, images: Tensor, step: Step) -> Tensor:
@@ -201,6 +208,21 @@ class Data2Vec2(Method):
         ema_update_(
             self.teacher, self.encoder, warmed_up(start, end, self.config.momentum_warmup, step.progress), step.ok
         )
+
+    def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The input, and what the encoder sees of it with each of the first masks, (n, C, H, W)."""
+        images = batch.views["image"]
+        _, masked = self.masks(self._grid(images), step)
+        shown = {"input": images}
+        for i, index in enumerate(masked.unflatten(0, (self.config.masks, -1))[:PICTURED]):
+            hidden = torch.zeros(len(index), self._grid(images)[0] * self._grid(images)[1], dtype=torch.bool)
+            hidden = hidden.to(index.device).scatter(1, index, True)
+            shown[f"mask {i + 1}"] = without(images, hidden, self.encoder.stride)
+        return shown
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """The grid (h, w) of images (B, C, H, W)."""
+        return images.shape[-2] // self.encoder.stride[0], images.shape[-1] // self.encoder.stride[1]
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The loss of predicting zero, the mean of a normalised target."""

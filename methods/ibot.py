@@ -34,6 +34,7 @@ from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, lis
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.masks import rows
+from ssl_pretrain.parts.patches import without
 from ssl_pretrain.parts.self_distillation import (
     class_token,
     cross_entropy_of_pairs,
@@ -246,8 +247,7 @@ class IBOT(Method):
         view = batch.views["global1"]
         h, w = self.encoder.stride
         grid = (view.shape[2] // h, view.shape[3] // w)
-        hidden = self.masks(grid, step)[:, 0].unflatten(1, grid).repeat_interleave(h, 1).repeat_interleave(w, 2)
-        return {"view": view, "masked": view.masked_fill(hidden[:, None], 0.0)}
+        return {"view": view, "masked": without(view, self.masks(grid, step)[:, 0], (h, w))}
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """Uniform outputs, and outputs that are always the same prototype."""

@@ -23,6 +23,7 @@ from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.multi_block_masks import multi_block_masks
+from ssl_pretrain.parts.patches import without
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -188,6 +189,16 @@ class IJEPA(Method):
     def exported(self) -> Backbone:
         """The teacher (the released evaluations use it)."""
         return self.teacher
+
+    def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The input, the context that the encoder sees, and all target blocks together, (n, C, H, W)."""
+        images = batch.views["image"]
+        context, targets = self.masks(images, step)
+        height, width = self._grid(*images.shape[-2:])
+        nothing = torch.ones(len(images), height * width, dtype=torch.bool, device=images.device)
+        hidden = (nothing.scatter(1, index, False) for index in (context, targets.flatten(1)))
+        shown = [without(images, each, self.encoder.stride) for each in hidden]
+        return {"input": images, "context": shown[0], "targets": shown[1]}
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """A teacher that does not look at the image."""

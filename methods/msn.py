@@ -32,6 +32,7 @@ from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import Prototypes, mlp
 from ssl_pretrain.parts.masks import random_masking
+from ssl_pretrain.parts.patches import without
 from ssl_pretrain.parts.self_distillation import warmed_up
 from ssl_pretrain.parts.sinkhorn import sinkhorn
 from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled, jitter
@@ -158,14 +159,18 @@ class MSN(WholeBatchMethod):
         """How many of the large anchor's patches the encoder sees: rounded down."""
         return int(patches * (1 - self.config.drop_ratio))
 
+    def masks(self, view: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Indices of the patches of the large anchor view (B, C, H, W) that are kept (B, K) and dropped (B, N - K)."""
+        (height, width), (p, q) = view.shape[-2:], self.encoder.stride
+        patches = (height // p) * (width // q)
+        return random_masking(step.rand(patches), self.kept(patches))
+
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of all anchors "anchors" (B, A, D), the large one first, and the target encoder's of the
         target view, "target" (B, D), without gradient."""
         view, options = batch.views["anchor"], {}
         if self.config.drop_ratio:
-            (height, width), (p, q) = view.shape[-2:], self.encoder.stride
-            patches = (height // p) * (width // q)
-            options["keep"], _ = random_masking(step.rand(patches), self.kept(patches))
+            options["keep"], _ = self.masks(view, step)
         count = self.config.local_views
         seen = encode_pooled(self.encoder, [view, batch.views["local"]] if count else [view], step, **options)
         anchors = [by_image(pooled, views) for pooled, views in zip(seen, (1, count), strict=False)]
@@ -210,6 +215,15 @@ class MSN(WholeBatchMethod):
     def exported(self) -> Backbone:
         """The target's encoder."""
         return self.teacher.backbone
+
+    def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The large anchor view, and what the encoder sees of it, (n, C, H, W); nothing if no patch is dropped."""
+        if not self.config.drop_ratio:
+            return {}
+        view = batch.views["anchor"]
+        kept, dropped = self.masks(view, step)
+        hidden = torch.zeros(len(view), kept.shape[1] + dropped.shape[1], dtype=torch.bool, device=view.device)
+        return {"anchor": view, "masked": without(view, hidden.scatter(1, dropped, True), self.encoder.stride)}
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """Uniform assignments, and one prototype for all."""

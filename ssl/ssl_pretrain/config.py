@@ -140,7 +140,7 @@ class Run:
     monitor_every: int = 100
     """Steps between checks of the features for collapse (rank, standard deviation); 0: never."""
     picture_every: int = 500
-    """Steps between pictures in TensorBoard; 0: never."""
+    """Steps between pictures in TensorBoard, which also come before the first step and at the end; 0: never."""
     val_images: int = 0
     """Number of images for the validation loss. They come from a split named val, valid or validation, else from the
     training images, which are then fewer; never from a test split."""

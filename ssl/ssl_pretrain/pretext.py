@@ -199,7 +199,12 @@ class Method(nn.Module, ABC):
         return {}
 
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Pictures for TensorBoard, by name: (n, C, H, W) in the views' normalised colours. Called without gradients."""
+        """Pictures for TensorBoard, by name: (n, C, H, W) in the views' normalised colours, the rows of one picture.
+
+        What the method alone can show, such as the masks that its loss draws for this step: a few images of the step's
+        batch and their rows of its noise are given. Views and features are drawn for every method. Called in eval mode
+        (no drop path) and without gradients.
+        """
         return {}
 
 

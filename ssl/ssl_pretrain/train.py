@@ -132,7 +132,9 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     guard = run_start.guard(run, start, knn, held_out, world)
     saver = Saver(run, method, optimizer, shards, world, start, network_facts(networks), guard)
     monitor = CollapseMonitor(method.collapsed(run.batch_size))
-    probes = Probes(run, method, world, report, monitor, saver, knn, guard, held_out, plan[-1].specs, mixed_precision)
+    probes = Probes(
+        run, method, world, report, monitor, saver, knn, guard, source, held_out, plan[-1].specs, mixed_precision
+    )
     loader = run_start.stream(plan, start, source, share, run, world)
     log = Log(run, source, report, monitor, world, skipped)
 
@@ -181,7 +183,9 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                     report.bad_image(*failure)
                 batch = to_batch(raw, specs, run.mean, run.std, world.device)
                 step = step_of(run, step_number, share.rows(micro), world)
+                began = time.perf_counter()
                 probes.see(step_number + 1, share.rows(micro), batch, specs)
+                log.leave_out(time.perf_counter() - began)
                 last = micro == accumulate - 1
                 if whole_batch:
                     parts.append((batch, step))
@@ -226,7 +230,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                     saver.save(step_number - log.bad_in_a_row, log.skipped, last=True)
                     raise Diverged(log.diverged(step_number))
             began = time.perf_counter()
-            best = probes(step_number, batch, specs)
+            best = probes(step_number, specs)
             log.leave_out(time.perf_counter() - began)
             if best or is_due(step_number, run.checkpoint_every):
                 saver.save(step_number, log.skipped, best=best)

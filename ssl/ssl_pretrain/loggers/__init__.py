@@ -43,7 +43,8 @@ class Logger(ABC):
         """Numbers measured now and then, by name: the group "features", "val" or "knn"."""
 
     def picture(self, name: str, pixels: np.ndarray, step: int) -> None:  # noqa: B027 (optional)
-        """A picture (H, W, 3) uint8 that a method made. name: what its rows show, with " | " between them."""
+        """A picture (H, W, 3) uint8. name: what it shows, like "views"; of a picture that the method made, what its rows
+        show, with " | " between them. The step is 0 before training."""
 
     def warning(self, text: str) -> None:  # noqa: B027 (optional)
         """A warning, as in warnings.log. One given by another thread comes with the next call."""

@@ -3,7 +3,6 @@
 Shapes: n images, D features.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, final
@@ -22,12 +21,12 @@ from ..randomness import key
 from . import parallel
 from .guard import HELD_OUT, Guard
 from .monitor import CollapseMonitor, feature_statistics
+from .pictures import Pictures, of_first
 from .report import Report
 from .saver import Saver
 from .score import KnnScore
 
 IMAGES = 256  # the first of the global batch, whose features are looked at for collapse
-PICTURES = 8  # images that are shown
 
 
 @final
@@ -44,21 +43,31 @@ class Probes:
         saver: Saver,
         knn: Mapping[str, KnnScore],
         guard: Guard,
+        source: Source,
         held_out: Source | None,
         specs: tuple[ViewSpec, ...],
         autocast: Any,
     ) -> None:
-        """knn: the kNN scores that are asked for, on the first process; guard: is told all scores; held_out: validation
-        images, seen with `specs`."""
+        """knn: the kNN scores that are asked for, on the first process; guard: is told all scores; source: the training
+        images; held_out: validation images, seen with `specs`."""
         self.run, self.method, self.world, self.report, self.monitor = run, method, world, report, monitor
         self.saver, self.knn, self.guard, self.held_out = saver, knn, guard, held_out
         self.specs, self.autocast = specs, autocast
         # Micro-batches to look at for collapse: the first of this process's rows in the global batch, and images of them
         self._watched: list[tuple[int, Tensor]] = []
+        self._pictures = Pictures(run, method, world, report, source, autocast, saver.sharded)
+        # The first images of this process's first micro-batch, and their rows in the global batch
+        self._pictured: tuple[Batch, slice] | None = None
 
     def see(self, step: int, rows: slice, batch: Batch, specs: tuple[ViewSpec, ...]) -> None:
-        """Keep what will be looked at after `step` steps of a micro-batch that holds `rows` of the global batch."""
-        if not is_due(step, self.run.monitor_every):
+        """Keep what will be looked at after `step` steps of a micro-batch that holds `rows` of the global batch. Before a
+        run's first step, its pictures are made."""
+        run = self.run
+        if (is_due(step, run.picture_every) or (run.picture_every and step in (1, run.steps))) and not self._pictured:
+            self._pictured = of_first(batch, rows)
+            if step == 1:
+                self._draw(0, specs)
+        if not is_due(step, run.monitor_every):
             return
         wanted = max(0, min(IMAGES - rows.start, rows.stop - rows.start))
         # Processes that share the model must call it equally often: one without images to look at takes its first one.
@@ -74,14 +83,15 @@ class Probes:
         self._knn(0)
         return self._is_best(0)
 
-    def __call__(self, step: int, batch: Batch, specs: tuple[ViewSpec, ...]) -> bool:
-        """After `step` steps, of which the last micro-batch was `batch`, with views as `specs` declare them. Returns, the
-        same on all processes, whether this step is to be kept as the best so far (--keep-best)."""
+    def __call__(self, step: int, specs: tuple[ViewSpec, ...]) -> bool:
+        """After `step` steps, the last one with views as `specs` declare them. Returns, the same on all processes, whether
+        this step is to be kept as the best so far (--keep-best)."""
         run = self.run
         if is_due(step, run.monitor_every):
             self._feature_statistics(step)
-        if is_due(step, run.picture_every) and (self.world.first or self.saver.sharded):
-            self._pictures(step, batch, specs)
+        if is_due(step, run.picture_every) or (run.picture_every and step == run.steps):
+            self._draw(step, specs)
+        self._pictured = None
         if self.held_out is not None and (is_due(step, run.val_every) or step == run.steps):
             with parallel.gathered(self.method):
                 scores = validate(run, self.method, self.held_out, self.specs, self.autocast, self.world)
@@ -107,14 +117,11 @@ class Probes:
         for warning in self.monitor.features(statistics, len(features)):
             self.report.warn(warning)
 
-    def _pictures(self, step: int, batch: Batch, specs: tuple[ViewSpec, ...]) -> None:
-        views = {s.name: batch.views[s.name][:PICTURES] for s in specs if s.count == 1}
-        few = dataclasses.replace(batch, views=views, index=batch.index[:PICTURES])
-        with torch.no_grad(), self.autocast, parallel.gathered(self.method):
-            rows = slice(0, len(few.index))
-            images = self.method.pictures(few, step_of(self.run, step, rows, self.world))
-        if self.world.first:
-            self.report.pictures(images, self.run.mean, self.run.std, step)
+    def _draw(self, step: int, specs: tuple[ViewSpec, ...]) -> None:
+        """Pictures of the state after `step` steps, with the images and the noise of the last step, or of the first."""
+        if self._pictured is not None and (self.world.first or self.saver.sharded):
+            images, rows = self._pictured
+            self._pictures(step, images, specs, step_of(self.run, max(0, step - 1), rows, self.world))
 
     def _knn(self, step: int) -> None:
         self.saver.settle(wait=True)  # it exports from the same copy

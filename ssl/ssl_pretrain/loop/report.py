@@ -16,10 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
 from .. import loggers
 from ..files import json_line, read_lines, write_text
@@ -115,18 +114,10 @@ class Report:
         self._tell(lambda logger: logger.scores(group, dict(values), step))
         self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in named.items()))
 
-    def pictures(self, images: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...], step: int) -> None:
-        """Log pictures (n, C, H, W) in normalised colours: one column an image, one row a name."""
-        if self.silent or not images:
-            return
-        rows = []
-        for picture in images.values():
-            channels = torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
-            x = (picture.float().cpu() * channels[0] + channels[1]).clamp(0, 1)
-            x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-            rows.append(torch.cat(list(x), dim=-1))
-        pixels = (torch.cat(rows, dim=-2).permute(1, 2, 0) * 255).to(torch.uint8).numpy()
-        self._tell(lambda logger: logger.picture(" | ".join(images), pixels.copy(), step))
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Log a picture (H, W, 3) uint8."""
+        if not self.silent:
+            self._tell(lambda logger: logger.picture(name, pixels.copy(), step))
 
     def bad_image(self, index: int, name: str, reason: str) -> None:
         """Count and list an unreadable image, once a run, in bad_images.jsonl. Every process may call this."""

@@ -23,6 +23,13 @@ def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h * p, w * q)
 
 
+def without(images: Tensor, hidden: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Images (B, C, H, W) with their patches `hidden` (B, N) bool at 0, the mean colour of normalised images."""
+    grid = (images.shape[-2] // patch[0], images.shape[-1] // patch[1])
+    pixels = hidden.unflatten(1, grid).repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)
+    return images.masked_fill(pixels[:, None], 0.0)
+
+
 def normalise(patches: Tensor) -> Tensor:
     """Patches (B, N, F) normalised to mean 0 and unbiased variance 1 over the F values of each, float32 (MAE, section
     4, "reconstruction target")."""

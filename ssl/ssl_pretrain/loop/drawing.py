@@ -57,18 +57,19 @@ def patches_scaled(colours: Tensor, grid: tuple[int, int], size: tuple[int, int]
     return F.interpolate(x, size=size, mode="nearest").to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def arranged(rows: Sequence[Sequence[Tensor]]) -> np.ndarray:
+def arranged(rows: Sequence[Sequence[Tensor]], lead: int = GAP) -> np.ndarray:
     """Rows of images (H, W, 3) uint8 on white, each in the middle of its place: (height, width, 3) uint8. A row is as high
-    as its highest image, and every column as wide as the widest of all."""
+    as its highest image, and every column as wide as the widest of all. lead: white pixels after the first column."""
     width = max(image.shape[1] for row in rows for image in row)
     heights = [max(image.shape[0] for image in row) for row in rows]
     columns = max(len(row) for row in rows)
-    canvas = np.full((sum(heights) + GAP * (len(rows) - 1), columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    lefts = [column * (width + GAP) + (lead - GAP if column else 0) for column in range(columns)]
+    canvas = np.full((sum(heights) + GAP * (len(rows) - 1), lefts[-1] + width, 3), 255, np.uint8)
     top = 0
     for row, height in zip(rows, heights, strict=True):
         for column, image in enumerate(row):
             h, w = image.shape[:2]
-            y, x = top + (height - h) // 2, column * (width + GAP) + (width - w) // 2
+            y, x = top + (height - h) // 2, lefts[column] + (width - w) // 2
             canvas[y : y + h, x : x + w] = image.numpy()
         top += height + GAP
     return canvas

@@ -36,6 +36,7 @@ from .report import Report
 SHOWN = 8  # images: the columns of a picture
 FEWEST, MOST = 32, 256  # images among which neighbours are looked for: twice the batch, within these bounds
 NEIGHBOURS = 6
+QUERY_GAP = 16  # white pixels between an image and its neighbours
 CHUNK = 64  # images that the encoder sees at a time, at most
 VIEWS, COMPONENTS, SIMILARITY, NEAREST = (
     "views",
@@ -63,8 +64,10 @@ class Pictures:
         with self._surviving(VIEWS):
             if self.world.first:
                 self._report(VIEWS, self._views(batch, specs), step)
+        if self.sharded and step == 0 and not self._set_up(batch, noise):
+            return
         with self._surviving("pictures of the method"):
-            with self._looking():
+            with self._looking(), parallel.gathered(self.method):
                 own = self.method.pictures(batch, noise)
             if own and self.world.first:
                 self._report(" | ".join(own), self._rows(list(own.values())), step)
@@ -96,7 +99,7 @@ class Pictures:
             _, index = nearest(pooled, pooled, NEIGHBOURS, exclude_self=True)
             small = drawing.scaled(drawing.as_rgb(pixels), drawing.zoom([self.run.image_size]))
             rows = [[small[i], *small[index[i]]] for i in range(len(few))]
-            self._report(NEAREST, drawing.arranged(rows), step)
+            self._report(NEAREST, drawing.arranged(rows, lead=QUERY_GAP), step)
 
     # ---- What is shown.
 
@@ -120,7 +123,7 @@ class Pictures:
         mean, std = (torch.tensor(each, device=self.world.device) for each in (run.mean, run.std))
         micro_batch = run.batch_size // (run.accumulate * self.world.size)  # fits into memory even in training
         first: Features | None = None
-        with self._looking():
+        with self._looking(), parallel.gathered(self.method):
             exported = self.method.exported()
             for few in (pixels[:SHOWN], *pixels[SHOWN:].split(max(1, min(CHUNK, micro_batch)))):
                 images = (few.to(self.world.device).float() / 255 - mean) / std
@@ -152,17 +155,21 @@ class Pictures:
 
     # ---- How training is left as it was.
 
+    def _set_up(self, batch: Batch, noise: Step) -> bool:
+        """Call the whole method once, before parts of it: FSDP2 sets itself up in the first forward, and that must be one
+        of the whole. Returns whether that worked."""
+        with self._surviving("pictures before the first step"):
+            with self._looking():
+                self.method(batch, noise)
+            return True
+        return False
+
     @contextmanager
     def _looking(self) -> Iterator[None]:
         """With the model as an evaluator would use it: eval mode, no gradients, and no compilation for other shapes."""
         self.method.eval()
         try:
-            with (
-                torch.no_grad(),
-                self.autocast,
-                torch.compiler.set_stance("force_eager"),
-                parallel.gathered(self.method),
-            ):
+            with torch.no_grad(), self.autocast, torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             self.method.train()

@@ -458,14 +458,14 @@ def test_a_run_of_ijepa_shows_the_blocks_of_its_loss(
     "flags",
     [
         "--method simmim --encoder vit_micro --patch-size 8 --depth 2 --drop-path 0.2",
-        "--method byol --encoder resnet18 --hidden-dim 64 --embedding-dim 16",  # batch norm in encoder and heads
+        "--method byol --encoder resnet18 --batch-size 8 --hidden-dim 64 --embedding-dim 16",  # batch norm in encoder and heads
     ],
     ids=["simmim", "byol"],
 )
 def test_weights_are_the_same_with_and_without_pictures(
     flags: str, photos: Path, tmp_path: Path, shown: Shown, pretrain_here: Callable
 ) -> None:
-    same = [*flags.split(), "--data", photos, "--image-size", 32, "--batch-size", 16, "--steps", 3, "--log-every", 1]
+    same = ["--batch-size", 16, *flags.split(), "--data", photos, "--image-size", 32, "--steps", 3, "--log-every", 1]
     same += ["--monitor-every", 2, "--precision", "fp32", "--workers", 0, "--no-score"]
     pretrain_here(*same, "--picture-every", 0, "--out", tmp_path / "without")
     assert shown == {}

@@ -160,7 +160,7 @@ class Pictures:
         of the whole. Returns whether that worked."""
         with self._surviving("pictures before the first step"):
             with self._looking():
-                self.method(batch, noise)
+                self.method(batch, noise.restarted())
             return True
         return False
 

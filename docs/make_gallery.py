@@ -2,7 +2,7 @@
 
     python docs/make_gallery.py                          every picture, about seven minutes of CPU time
     python docs/make_gallery.py fractals masks           only these
-    python docs/make_gallery.py --runs DIR               keep the two training runs in DIR, or use those that are there
+    python docs/make_gallery.py --runs DIR               keep the training runs in DIR, or use those that are there
     python docs/make_gallery.py --out DIR                write to DIR instead of docs/pictures
 
 All images are the built-in fractals, so the pictures may be redistributed under the project's license.
@@ -35,12 +35,13 @@ from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks
 from ssl_pretrain.parts.masks import random_masking
 from ssl_pretrain.parts.multi_block_masks import multi_block_masks
 
-# The two runs that some pictures need. MAE predicts plain pixels, so that the picture shows nothing but its predictions.
+# The runs that some pictures need. MAE predicts plain pixels, so that the picture shows nothing but its predictions.
 RUNS = {
     "mae": "--method mae --data fractals:size=72 --image-size 64 --patch-size 8 --encoder vit_micro --decoder-dim 128 "
     "--decoder-depth 2 --decoder-heads 4 --batch-size 64 --steps 1600 --lr 2e-3 --no-norm-pix --crop-scale 0.5 1 "
     "--picture-every 400 --monitor-every 25 --workers 0 --no-score",
     "dino": "--method dino --monitor-every 10 --workers 0 --no-score",
+    "short": "--method mae --steps 100 --picture-every 100 --workers 0 --no-score",
 }
 SHOWN = (3, 0, 4, 14, 11, 8, 6, 1)  # test images with much to see
 GREY, BLUE, GAP = np.uint8([128, 128, 128]), np.uint8([40, 110, 220]), 4
@@ -89,8 +90,7 @@ def masks(_: Callable[[str], Path]) -> Image.Image:
 
 def mae_reconstruction(run: Callable[[str], Path]) -> Image.Image:
     """The last picture that the MAE run logged: rows of input, masked input and reconstruction."""
-    ((_tag, _step, png),) = report.pictures(run("mae"))
-    picture = Image.open(io.BytesIO(png))
+    picture = logged(run("mae"), "reconstruction")
     return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
 
 
@@ -107,22 +107,48 @@ def pca_patches(run: Callable[[str], Path]) -> Image.Image:
     return grid(rows, gap=0)
 
 
+def run_features(run: Callable[[str], Path]) -> Image.Image:
+    """Patch features of the fixed images after a short run, and their similarity to the class token."""
+    upper, lower = (logged(run("short"), name) for name in ("PCA", "similarity"))
+    height, width = upper.height // 2 + 1, upper.width
+    both = Image.new("RGB", (width, upper.height + height), "white")
+    both.paste(upper, (0, 0))
+    both.paste(lower.crop((0, lower.height - height, width, lower.height)), (0, upper.height))
+    return both
+
+
+def run_neighbours(run: Callable[[str], Path]) -> Image.Image:
+    """Nearest neighbours after a short run: the first four rows of the picture that it logged."""
+    picture = logged(run("short"), "neighbours")
+    return picture.crop((0, 0, picture.width, picture.height // 2 - 1))
+
+
 def loss_curve(run: Callable[[str], Path]) -> str:
     """The loss of the MAE run, as ssl-report draws it."""
     return svg([(0, report.curve(report.read(run("mae"), "mae"), "loss"))])
 
 
 def feature_rank(run: Callable[[str], Path]) -> str:
-    """The effective rank of the features of both runs."""
+    """The effective rank of the features of the two longer runs."""
+    names = ("mae", "dino")
     return svg(
-        [(i, report.curve(report.read(run(name), name), "features/feature_rank")) for i, name in enumerate(RUNS)]
+        [(i, report.curve(report.read(run(name), name), "features/feature_rank")) for i, name in enumerate(names)]
     )
 
 
 PICTURES: dict[str, Callable[[Callable[[str], Path]], Image.Image | str]] = {
     each.__name__: each
-    for each in (fractals, simclr_views, dino_views, masks, mae_reconstruction, pca_patches, loss_curve, feature_rank)
+    for each in (
+        *(fractals, simclr_views, dino_views, masks, mae_reconstruction),
+        *(pca_patches, run_features, run_neighbours, loss_curve, feature_rank),
+    )
 }
+
+
+def logged(folder: Path, name: str) -> Image.Image:
+    """The last picture that a run logged under a name that contains this word."""
+    (png,) = (png for tag, _step, png in report.pictures(folder) if name in tag)
+    return Image.open(io.BytesIO(png))
 
 
 def images(size: int) -> list[np.ndarray]:

@@ -458,7 +458,8 @@ def test_a_run_of_ijepa_shows_the_blocks_of_its_loss(
     "flags",
     [
         "--method simmim --encoder vit_micro --patch-size 8 --depth 2 --drop-path 0.2",
-        "--method byol --encoder resnet18 --batch-size 8 --hidden-dim 64 --embedding-dim 16",  # batch norm in encoder and heads
+        # Batch norm in encoder and heads
+        "--method byol --encoder resnet18 --batch-size 8 --hidden-dim 64 --embedding-dim 16",
     ],
     ids=["simmim", "byol"],
 )

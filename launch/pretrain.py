@@ -212,8 +212,7 @@ def _finish(run: Run, out: Path) -> None:
         _tell(f"  ssl-eval linear --encoder {out}{data}")
         _tell(f"  ssl-eval knn --encoder {out}{data}")
     _tell(f"  ssl-report {out}")
-    if "tensorboard" in run.loggers:
-        _tell(f"  tensorboard --logdir {out / 'tensorboard'}")
+    _tell(f"  tensorboard --logdir {out / 'tensorboard'}")
 
 
 def _ended_without_a_word(out: Path) -> None:

@@ -135,8 +135,9 @@ class Run:
 
     log_every: int = 10
     """Steps between lines of metrics.jsonl. The host waits for the device only then."""
-    loggers: tuple[str, ...] = ("tensorboard",)
-    """Where metrics go beside metrics.jsonl: tensorboard, and loggers of other packages (docs/contributing/loggers.md)."""
+    logger: tuple[str, ...] = field(default=("tensorboard",), metadata={"stored_as": "loggers"})
+    """Where metrics go beside metrics.jsonl and TensorBoard: wandb, mlflow, and loggers of other packages
+    (docs/loggers.md)."""
     monitor_every: int = 100
     """Steps between checks of the features for collapse (rank, standard deviation); 0: never."""
     picture_every: int = 500
@@ -165,7 +166,7 @@ class Run:
     def __post_init__(self) -> None:
         for range_, names in RANGES.items():
             within(self, range_, *names.split())
-        loggers.check(self.loggers)
+        loggers.check(self.logger)
         rates.parse(self.rates)
 
 

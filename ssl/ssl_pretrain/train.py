@@ -115,7 +115,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     # ---- Files and reports. config.yaml is written first: it marks the folder as a run's.
     if world.first:
         files.write_text(run.out / "config.yaml", yaml.safe_dump(record, sort_keys=False))
-    report = Report(run.out, step=start, steps=steps, silent=not world.first, names=run.loggers, config=record)
+    report = Report(run.out, step=start, steps=steps, silent=not world.first, names=run.logger, config=record)
     cleanup.enter_context(report)
     if world.first:
         data_facts = {"path": run.data, "images": len(source), "fingerprint": source.fingerprint}

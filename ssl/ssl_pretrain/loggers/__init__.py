@@ -1,4 +1,5 @@
-"""Where a run's numbers go beside metrics.jsonl: one file a logger, found by its name (`--loggers NAME ...`).
+"""Where a run's numbers go beside metrics.jsonl: one file a logger, found by its name (`--logger NAME ...`). TensorBoard
+gets them always.
 
 Another package adds loggers by entry points of the group `ssl_pretrain.loggers`. Importing this package needs neither
 NumPy nor torch.
@@ -6,6 +7,7 @@ NumPy nor torch.
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,9 +26,10 @@ GROUP = __name__
 class Logger(ABC):
     """Gets what a run logs. A file here holds one final subclass; it is made without arguments, once for each start.
 
-    Only the first process of a run makes and calls it, always in the same thread, and training waits for each call. All
-    data is plain and a copy: nothing that a logger does to it changes the run. A method that raises ends this logger and
-    not the run: one warning says why, and nothing of it is called again.
+    Only the first process of a run makes and calls it, in a thread of its own (`loop/logger_thread.py`): training waits
+    for no call, except a limited time for `begin` and `end`. Where calls come faster than a logger takes them, some are
+    left out in the end, and counted. All data is plain and a copy: nothing that a logger does to it changes the run. A
+    method that raises ends this logger and not the run: one warning says why, and nothing of it is called again.
     """
 
     @abstractmethod
@@ -55,11 +58,14 @@ class Logger(ABC):
 
 
 def check(wanted: Iterable[str]) -> None:
-    """Raise UserError, with the nearest name, for a logger that there is not. Imports nothing."""
+    """Raise UserError, with the nearest name, for a logger that there is not, and for one whose library is not installed.
+    Imports nothing."""
     mine = plugins.own(GROUP)
     for name in wanted:
         if name not in mine and name not in plugins.installed(GROUP):
-            raise UserError(f"--loggers: unknown logger {name!r}{nearest(name, plugins.names(GROUP))}")
+            raise UserError(f"--logger: unknown logger {name!r}{nearest(name, plugins.names(GROUP))}")
+        if name in mine and importlib.util.find_spec(name) is None:  # our files have the names of their libraries
+            raise UserError(f"--logger {name} needs {name}: pip install 'ssl-pretrain[{name}]'")
 
 
 def load(name: str) -> type[Logger]:

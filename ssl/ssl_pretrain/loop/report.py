@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import methodcaller
 from pathlib import Path
 from types import TracebackType
@@ -22,13 +22,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import loggers
 from ..files import json_line, read_lines, write_text
+from .logger_thread import SECONDS_TO_BEGIN, SECONDS_TO_END, Call, LoggerThread
 
 
 class Report:
     """Opens the run's logs at `step`, dropping what an earlier process logged past it; close with `close`. As a context
     it tells the loggers how the run failed, where `close` was not reached.
 
-    names: the loggers, which get `config` (plain data) at the start.
+    names: the loggers beside TensorBoard; all get `config` (plain data) at the start.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Report:
         step: int,
         steps: int,
         silent: bool = False,
-        names: Sequence[str] = ("tensorboard",),
+        names: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.out, self.steps, self.silent = out, steps, silent
@@ -66,14 +67,14 @@ class Report:
             self._task = self._bar.add_task("", total=steps, completed=step, name=out.name, shown="")
             self._bar.start()
         self._last_line = 0.0
-        self._loggers: dict[str, loggers.Logger] = {}
+        self._loggers: list[LoggerThread] = []
         self._thread: int | None = None  # that tells the loggers; none before all have begun
         self._untold: list[str] = []  # warnings that the loggers have not got
-        for name in names:
-            with self._surviving(name):
-                logger = loggers.load(name)()
-                logger.begin(out, copy.deepcopy(dict(config or {})), step)
-                self._loggers[name] = logger
+        for name in dict.fromkeys(("tensorboard", *names)):
+            self._begin(name, copy.deepcopy(dict(config or {})), step)
+        latest = time.monotonic() + SECONDS_TO_BEGIN
+        for each in self._loggers:  # loader workers are forked after this, not while a library is imported
+            each.wait(latest - time.monotonic())
         self._thread = threading.get_ident()
         for text in left_out:
             self.warn(text)
@@ -83,9 +84,7 @@ class Report:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and not self.silent:
-            with contextlib.suppress(OSError):  # of a warning
-                self._tell(lambda logger: logger.end(f"failed: {error or type(error).__name__}"))
-            self._loggers = {}
+            self._end_loggers(f"failed: {error or type(error).__name__}")
             self._close_own()
 
     def metrics(self, line: dict[str, Any], seconds_left: float) -> None:
@@ -93,7 +92,8 @@ class Report:
         if self.silent:
             return
         self._metrics.write(json_line(line))
-        self._tell(lambda logger: logger.metrics(dict(line)))
+        logged = dict(line)
+        self._tell(lambda logger: logger.metrics(dict(logged)))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         shown = (
             f"loss {loss}  {line['images_per_s']:.0f} images/s  data wait {line['data_wait']:.0%}  "
@@ -111,13 +111,15 @@ class Report:
             return
         named = {f"{group}/{name}": value for name, value in values.items()}
         self._metrics.write(json_line({"step": step, **named}))
-        self._tell(lambda logger: logger.scores(group, dict(values), step))
+        logged = dict(values)
+        self._tell(lambda logger: logger.scores(group, dict(logged), step))
         self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in named.items()))
 
     def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
         """Log a picture (H, W, 3) uint8."""
         if not self.silent:
-            self._tell(lambda logger: logger.picture(name, pixels.copy(), step))
+            logged = pixels.copy()
+            self._tell(lambda logger: logger.picture(name, logged.copy(), step), pixels.nbytes)
 
     def bad_image(self, index: int, name: str, reason: str) -> None:
         """Count and list an unreadable image, once a run, in bad_images.jsonl. Every process may call this."""
@@ -183,9 +185,7 @@ class Report:
         if self.silent:
             return
         self._close_own()
-        with contextlib.suppress(OSError):  # of a warning
-            self._tell(lambda logger: logger.end(state))
-        self._loggers = {}
+        self._end_loggers(state)
 
     def _close_own(self) -> None:
         if self._bar:
@@ -193,25 +193,34 @@ class Report:
         with contextlib.suppress(OSError):
             self._metrics.close()
 
-    def _tell(self, call: Callable[[loggers.Logger], None] = lambda logger: None) -> None:
-        """Make a call to every logger, after the warnings that came before it."""
-        while self._untold:
-            self._each(methodcaller("warning", self._untold.pop(0)))
-        self._each(call)
-
-    def _each(self, call: Callable[[loggers.Logger], None]) -> None:
-        for name, logger in list(self._loggers.items()):
-            with self._surviving(name):
-                call(logger)
-
-    @contextlib.contextmanager
-    def _surviving(self, name: str) -> Iterator[None]:
-        """Leave a logger out that raises, with one warning."""
+    def _begin(self, name: str, config: dict[str, Any], step: int) -> None:
         try:
-            yield
+            logger = loggers.load(name)()
         except Exception as problem:
-            self._loggers.pop(name, None)
             self.warn(f"the logger {name} failed and is left out from here on: {type(problem).__name__}: {problem}")
+            return
+        self._loggers.append(LoggerThread(name, logger, self.warn))
+        self._loggers[-1].call(lambda logger: logger.begin(self.out, config, step))
+
+    def _tell(self, call: Call | None = None, size: int = 0) -> None:
+        """Make a call to every logger, after the warnings that came before it. size: bytes that it holds."""
+        while self._untold:
+            text = self._untold.pop(0)
+            for each in self._loggers:
+                each.call(methodcaller("warning", text))
+        if call is not None:
+            for each in self._loggers:
+                each.call(call, size)
+
+    def _end_loggers(self, state: str) -> None:
+        with contextlib.suppress(OSError):  # of a warning
+            self._tell()
+            deadline = time.monotonic() + SECONDS_TO_END  # for all of them together: a stopped run has little time
+            for each in self._loggers:
+                each.end(lambda logger: logger.end(state))
+            for each in self._loggers:
+                each.join(deadline)
+        self._loggers = []
 
 
 def _listed(out: Path, left_out: list[str] | None = None) -> list[dict[str, Any]]:

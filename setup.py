@@ -9,6 +9,7 @@ setup(
         "ssl_pretrain.methods": "methods",
         "ssl_pretrain.launch": "launch",
         "ssl_pretrain.eval": "eval",
+        "ssl_pretrain.recipes": "recipes",
     },
     packages=[
         "ssl_pretrain",
@@ -26,6 +27,7 @@ setup(
         "ssl_pretrain.methods",
         "ssl_pretrain.launch",
         "ssl_pretrain.eval",
+        "ssl_pretrain.recipes",
     ],
-    package_data={"ssl_pretrain": ["py.typed"]},
+    package_data={"ssl_pretrain": ["py.typed"], "ssl_pretrain.recipes": ["*.yaml"]},
 )

@@ -5,9 +5,10 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from ssl_pretrain import recipe_files
 from ssl_pretrain.errors import UserError
 
-PATHS = ("--out", "--config", "--init-from", "--logs", "--list")  # flags whose values are paths
+PATHS = ("--out", "--init-from", "--logs", "--list")  # flags whose values are paths
 PERHAPS = ("--data", "--encoder", "--like")  # flags whose values may be
 
 
@@ -30,12 +31,12 @@ def absolute_words(argv: list[str], encoder_is_a_path: bool) -> list[str]:
     words = list(argv)
     for at, word in enumerate(words):
         flag, equals, value = word.partition("=")
-        if flag not in (*PATHS, *PERHAPS) or (flag == "--encoder" and not encoder_is_a_path):
+        if flag not in (*PATHS, *PERHAPS, "--config") or (flag == "--encoder" and not encoder_is_a_path):
             continue
         if not equals and at + 1 == len(words):
             continue
         value = value if equals else words[at + 1]
-        if flag in PATHS or Path(value).exists():
+        if flag in PATHS or Path(value).exists() or (flag == "--config" and value not in recipe_files.names()):
             value = str(absolute(Path(value)))
         if equals:
             words[at] = f"{flag}={value}"

@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from ssl_pretrain import config, flags, plugins
+from ssl_pretrain import config, flags, plugins, recipe_files
 from ssl_pretrain.config import BUILT_IN_RUN, Run
 from ssl_pretrain.distributed import environment
 from ssl_pretrain.errors import UserError, nearest
@@ -45,6 +45,13 @@ def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
 
 
 def _main(argv: list[str], placed: bool) -> int:
+    if argv[:1] == ["reproduce"]:
+        from .reproduce import reproduce
+
+        return reproduce(argv[1:])
+    if flags.word(argv, "--config") in ("list", "help"):
+        print(recipe_files.overview())
+        return 0
     run, launch, knobs, options = _read(argv)
     if not placed:
         out = (run.out or Path("runs/grid")) if launch.grid else config.folder(run)
@@ -143,7 +150,7 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     Imports torch only once the method, the encoder and the data are known to be there.
     """
     method, encoder, file, data = (flags.word(argv, name) for name in ("--method", "--encoder", "--config", "--data"))
-    written = config.read_yaml(Path(file)) if file else {}
+    written = config.read_yaml(recipe_files.path(file)) if file else {}
     for name in ("method", "data", "encoder"):  # they are looked at before the rest is
         try:
             flags.check(written.get(name, ""), str)

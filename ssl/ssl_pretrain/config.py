@@ -30,7 +30,8 @@ class Run:
     out: Path | None = None
     """Run folder; the same command resumes it (default: runs/METHOD-DATA)."""
     config: Path | None = None
-    """YAML file with flags (underscores for dashes). Flags of the command line override it."""
+    """Recipe by its name ('list' shows all), or a YAML file with flags (underscores for dashes). Flags of the command line
+    override it."""
     init_from: Path | None = None
     """Start from the weights of this export or run instead of random weights."""
 

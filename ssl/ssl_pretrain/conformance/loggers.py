@@ -82,7 +82,7 @@ class _Checks:
         """A run that logs to these; its folder."""
         command = importlib.import_module("ssl_pretrain.launch.pretrain")
         said = io.StringIO()
-        argv = [*RUN, "--out", str(self.folder / out), "--loggers", *names]
+        argv = [*RUN, "--out", str(self.folder / out), "--logger", *names]
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = command.main(argv, placed=True)
         expect(code == 0, f"a run that logs to {', '.join(names)} ends with {code}: {said.getvalue().strip()[-1000:]}")

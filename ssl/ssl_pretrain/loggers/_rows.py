@@ -37,26 +37,26 @@ class Rows:
     def __init__(self, out: Path, note: Path) -> None:
         """out: the run folder; note: the file that says what was handed on. Its content is in `run` and `last`."""
         self.out, self.note = out, note
-        found = {}
-        if note.exists():
-            try:
-                found = json.loads(note.read_text())
-            except ValueError:  # of a machine that lost its power
-                pass
-        self.run: str | None = found.get("run")  # the name of the run at the server; it is no secret
-        self.last = int(found.get("step", 0))  # the last step that was handed on
+        try:
+            found = json.loads(note.read_text())
+            run, last = found["run"], found["step"]
+            fits = isinstance(run, str) and isinstance(last, int)
+        except (OSError, ValueError, TypeError, KeyError):  # none yet, or of a machine that lost its power
+            fits = False
+        self.run: str | None = run if fits else None  # the name of the run at the server; it is no secret
+        self.last = last if fits else 0  # the last step that was handed on
         self._row: Row | None = None
 
-    def begin(self, run: str, send: Callable[[Row], None]) -> None:
-        """Hand rows on to `send` from now on, at first those of metrics.jsonl that are missing. run: kept for the next
-        start; another one than before gets all rows."""
+    def begin(self, run: str, step: int, send: Callable[[Row], None]) -> None:
+        """Hand rows on to `send` from now on, at first those up to `step` in metrics.jsonl that are missing. run: kept for
+        the next start; another one than before gets all rows."""
         if run != self.run:
             self.run, self.last = run, 0
             self._keep()
         self._send = send
         if (self.out / "metrics.jsonl").exists():
             for line in read_lines(self.out / "metrics.jsonl", []):
-                if isinstance(line.get("step"), int):
+                if isinstance(at := line.get("step"), int) and at <= step:  # the file grows at this moment
                     self.metrics(line)
             self.flush()
 

@@ -44,7 +44,7 @@ class MLflow(Logger):
         self._rows = Rows(out, folder / "continue.json")
         self._run = self._found(self._rows.run) or self._new(out, config, None if server else folder.as_uri(), Param)
         self._client.update_run(self._run, status="RUNNING")
-        self._rows.begin(self._run, self._send)
+        self._rows.begin(self._run, step, self._send)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """See `Logger.metrics`."""

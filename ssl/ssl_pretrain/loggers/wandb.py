@@ -12,6 +12,7 @@ from ..errors import UserError
 from . import Logger
 from ._rows import Row, Rows
 
+SECONDS_TO_CONNECT, SECONDS_TO_FINISH = 25.0, 25.0  # less than a run waits for a logger at its end
 PROJECT = "ssl-pretrain"  # unless WANDB_PROJECT names another one
 
 
@@ -27,35 +28,40 @@ class Wandb(Logger):
         self._image = wandb.Image
         self._rows = Rows(out, out / "wandb" / "continue.json")
         run = self._rows.run or secrets.token_hex(4)
-        mode = os.environ.get("WANDB_MODE", "online")
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
+        settings = wandb.Settings(
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            finish_timeout=SECONDS_TO_FINISH,
+            finish_timeout_raises=True,
+            host="",
+            init_timeout=SECONDS_TO_CONNECT,
+            program="",
+            program_relpath="",
+            save_code=False,
+            silent=True,
+            x_disable_machine_info=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_executable="",
+            x_save_requirements=False,
+        )
+        wandb.setup(settings)
+        online = os.environ.get("WANDB_MODE", "online") == "online"
+        if online and not wandb.login(prompt=False, verify=False):
             raise UserError("wandb is not logged in: run 'wandb login', or set WANDB_API_KEY or WANDB_MODE=offline")
         self._run = wandb.init(
             id=run,
-            resume="allow" if mode == "online" else None,
+            resume="allow" if online else None,  # without a server there is nothing to ask
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=os.environ.get("WANDB_NAME", out.name),
             config=config,
             allow_val_change=True,
             dir=out,
-            settings=wandb.Settings(
-                console="off",
-                disable_code=True,
-                disable_git=True,
-                disable_job_creation=True,
-                host="",
-                program="",
-                program_relpath="",
-                save_code=False,
-                silent=True,
-                x_disable_machine_info=True,
-                x_disable_meta=True,
-                x_disable_stats=True,
-                x_executable="",
-                x_save_requirements=False,
-            ),
+            settings=settings,
         )
-        self._rows.begin(run, self._send)
+        self._rows.begin(run, step, self._send)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """See `Logger.metrics`."""

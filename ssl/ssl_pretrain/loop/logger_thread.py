@@ -3,6 +3,8 @@
 What a slow logger has not taken is kept in a queue of bounded length. What does not fit is left out, counted and reported.
 """
 
+import os
+import re
 import threading
 import time
 from collections import deque
@@ -87,7 +89,7 @@ class LoggerThread:
                     self.failed = True
                     self._waiting.clear()
                     self._changed.notify_all()
-                why = f"{type(problem).__name__}: {problem}"
+                why = without_secrets(f"{type(problem).__name__}: {problem}")
                 with suppress(OSError):  # of a full disk, which the run meets itself
                     self.warn(f"the logger {self.name} failed and is left out from here on: {why}")
                 return
@@ -97,3 +99,12 @@ class LoggerThread:
                 self._changed.notify_all()
             if last:
                 return
+
+
+def without_secrets(text: str) -> str:
+    """A message without what an address holds before its @, and without the values of environment variables that hold
+    keys: libraries put the address of a server and its answer into their errors."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and re.search("KEY|TOKEN|PASSWORD|SECRET", name):
+            text = text.replace(value, "...")
+    return re.sub(r"://[^/@\s]+@", "://...@", text)

@@ -1,0 +1,1 @@
+"""Recipes that ship with the package: YAML files with flags of `ssl-pretrain`, used by their names (`--config NAME`)."""

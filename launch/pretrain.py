@@ -49,6 +49,10 @@ def _main(argv: list[str], placed: bool) -> int:
         from .reproduce import reproduce
 
         return reproduce(argv[1:])
+    if argv[:1] in (["--complete"], ["--print-completion"]):
+        from . import completion
+
+        return completion.command(argv)
     if flags.word(argv, "--config") in ("list", "help"):
         print(recipe_files.overview())
         return 0

@@ -1,9 +1,12 @@
 """How a command ends: an exit code, and one line where something is wrong. The same fault has the same line and the same
 code in every command."""
 
+import importlib.metadata
+import platform
 import sys
 from collections.abc import Callable, Sequence
 
+from ssl_pretrain import __version__
 from ssl_pretrain.errors import NO_ROOM, UserError, system_error
 
 from . import grid
@@ -18,7 +21,11 @@ def run_command(prog: str, work: Callable[[list[str]], int], argv: Sequence[str]
     """
     with lasting_console(prog):
         try:
-            return work(list(sys.argv[1:] if argv is None else argv))
+            words = list(sys.argv[1:] if argv is None else argv)
+            if "--version" in words:
+                print(f"{prog} {__version__} (torch {_torch()}, Python {platform.python_version()})")
+                return 0
+            return work(words)
         except UserError as mistake:
             if not mistake.reported_elsewhere:
                 text = str(mistake)  # of `ssl-eval knn`, say
@@ -31,6 +38,14 @@ def run_command(prog: str, work: Callable[[list[str]], int], argv: Sequence[str]
         except KeyboardInterrupt:
             print(f"{prog}: interrupted{nothing}", file=sys.stderr)
             return 1
+
+
+def _torch() -> str:
+    """The version of torch, which takes too long to import for this."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def cannot_write(problem: OSError) -> tuple[str, int]:

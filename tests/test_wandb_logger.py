@@ -42,14 +42,20 @@ def records(path: Path) -> Iterator[Any]:
 
 def logged(out: Path) -> tuple[set[str], list[dict[str, Any]]]:
     """The ids of the runs in the folder, and the rows of all starts, in their order."""
-    runs, rows = set(), []
+    runs: set[str] = set()
+    rows: list[dict[str, Any]] = []
     for path in sorted((out / "wandb").glob("offline-run-*/*.wandb")):
         for record in records(path):
             if record.WhichOneof("record_type") == "run":
                 runs.add(record.run.run_id)
             if record.WhichOneof("record_type") == "history":
-                items = {"/".join(i.nested_key) or i.key: yaml.safe_load(i.value_json) for i in record.history.item}
-                rows.append(items)
+                rows.append({})
+                for item in record.history.item:
+                    *above, name = item.nested_key or [item.key]
+                    place = rows[-1]
+                    for key in above:
+                        place = place.setdefault(key, {})
+                    place[name] = yaml.safe_load(item.value_json)
     return runs, rows
 
 
@@ -71,7 +77,8 @@ def test_curves_scores_and_pictures_are_in_the_file_and_a_continued_run_adds_wha
     assert [row["_step"] for row in rows if "features/feature_rank" in row] == [3, 6]
     (picture,) = [row["pictures/input | masked | reconstruction"] for row in rows if row["_step"] == 4]
     (file,) = out.glob("wandb/offline-run-*/files/" + picture["path"])
-    assert Image.open(file).size == (picture["width"], picture["height"]) == (8 * 32, 3 * 32)
+    with Image.open(file) as pixels:
+        assert pixels.size == (picture["width"], picture["height"]) == (8 * 32, 3 * 32)
 
     # Back to step 4, as after a kill: the steps up to 6 are run again and are not logged again.
     for folder in (out / "checkpoints").glob("step-00000006*"):

@@ -52,6 +52,7 @@ def parse(
             raise UserError(f"{name}: {problem}") from None
 
     parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Formatter)
+    parser.add_argument("--version", action="version", version=prog, help="show the version and exit")  # run_command's
     for kind in kinds:
         texts = docs(kind)
         group = parser.add_argument_group((inspect.getdoc(kind) or kind.__qualname__).split("\n")[0].rstrip("."))

@@ -1,7 +1,8 @@
 """What a run starts from: its images, its folder, the checkpoint that it continues from, its batches."""
 
 from collections.abc import Generator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -56,13 +57,15 @@ def find_start(
     """The step to start from: 0, or that of the newest whole checkpoint. For the first process.
 
     record: the flags as they are stored; defaults: theirs, for flags that the run's version did not have. The run folder is
-    locked until `run_lock` is closed. Raises UserError where the folder holds another run or something else, or another
+    locked until `run_lock` is closed; where it was made here and is empty then, it is removed. Raises UserError where the folder holds another run or something else, or another
     process trains in it.
     """
     out = run.out
+    made = [each for each in (out, *out.parents) if not each.exists()]
     files.make_folder(out)
     try:
         run_lock.enter_context(files.lock_folder(out, SECONDS_FOR_LOCK))
+        run_lock.callback(_remove_unless_begun, made)
     except BlockingIOError:
         raise UserError(
             f"another process trains in {out} at this moment: wait for its end, or choose another --out"
@@ -96,6 +99,14 @@ def find_start(
             f"longer; give at least {reached}, or choose another --out"
         )
     return reached
+
+
+def _remove_unless_begun(made: list[Path]) -> None:
+    """Remove the folders that a command made which is refused before its run has begun: the run folder, and those above
+    it. What is not empty stays."""
+    with suppress(OSError):
+        for folder in made:
+            folder.rmdir()
 
 
 def guard(run: Resolved, start: int, knn: Mapping[str, KnnScore], held_out: Source | None, world: World) -> Guard:

@@ -24,6 +24,11 @@ EPILOG = (
     "Example: ssl-pretrain --method mae --data photos/ --out runs/mae. With --method, --help shows the method's and the "
     "encoder's flags too. Exit codes: 0 done, 2 wrong flags or data, 75 stopped early and resumable, 1 any other error."
 )
+# The flags that --help shows first.
+COMMON = (
+    "method data out encoder image_size batch_size steps epochs lr weight_decay workers nproc config init_from seed logger"
+).split()
+IMAGENET_IMAGES = 1_281_167  # stands for a number of images that --help does not count
 
 
 def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
@@ -165,7 +170,8 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
         argv = ["--method", method, *argv]
     if method is None:
         # Without a method its knobs are unknown: this prints the run's flags (--help) or names what is wrong with them.
-        flags.parse([Run, Launch], argv, {}, prog=PROG, description=DESCRIPTION, epilog=_methods() + EPILOG)
+        epilog = _methods() + EPILOG
+        flags.parse([Run, Launch], argv, {}, prog=PROG, description=DESCRIPTION, epilog=epilog, common=COMMON)
         raise AssertionError("a run without a method was accepted")
     if method not in plugins.names("ssl_pretrain.methods"):
         raise UserError(f"unknown method {method!r}{nearest(method, plugins.names('ssl_pretrain.methods'))}")
@@ -183,7 +189,32 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     below = {**backbones.defaults(name), **kind.recipe.encoder, **small}
     known = {field for each in kinds for field in each.__dataclass_fields__}
     defaults = {**{key: value for key, value in below.items() if key in known}, **written}
-    return tuple(flags.parse(kinds, argv, defaults, prog=PROG, description=DESCRIPTION, epilog=EPILOG))
+    def decided(parts: list[Any]) -> dict[str, Any]:
+        return _decided(parts, kind.recipe)
+
+    return tuple(
+        flags.parse(
+            kinds, argv, defaults, prog=PROG, description=DESCRIPTION, epilog=EPILOG, common=COMMON, decided=decided
+        )
+    )
+
+
+def _decided(parts: list[Any], recipe: Any) -> dict[str, Any]:
+    """What the flags that are None will be, for --help: as `config.resolve` decides, without opening the data."""
+    run, knobs = parts[0], parts[2]
+    short = run.steps is not None or run.images is not None  # the length is known without the number of images
+    resolved = config.resolve(run, recipe, IMAGENET_IMAGES, "fp32")
+    of_length = () if short else ("steps", "warmup_steps", "cooldown_steps")
+    found = {
+        name: getattr(resolved, name)
+        for name in run.__dataclass_fields__
+        if getattr(run, name) is None and name not in of_length and getattr(resolved, name) is not None
+    }
+    texts = flags.docs(type(knobs))
+    for name in knobs.__dataclass_fields__:
+        if getattr(knobs, name) is None and "(default" not in texts.get(name, ""):
+            found[name] = "by the encoder"
+    return found
 
 
 def _check(argv: list[str]) -> None:

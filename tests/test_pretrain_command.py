@@ -51,6 +51,32 @@ def test_help_of_a_method_shows_its_knobs_and_the_encoders_with_defaults(pretrai
 
 
 @pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["--method", "mae", "--data", "."], {"--lr": "1.5e-4", "--batch-size": "256", "--betas": "0.9 0.95"}),
+        (["--method", "mae", "--data", ".", "--batch-size", "1024"], {"--lr": "6e-4", "--weight-decay": "0.05"}),
+        (["--method", "mae", "--data", ".", "--lr", "1e-3"], {"--layer-decay": "1", "--log-every": "10"}),
+        (["--method", "mae", "--data", ".", "--steps", "1000"], {"--warmup-steps": "50"}),
+        (["--config", "dino_imagenet1k_vit_small", "--data", "."], {"--clip-grad": "3", "--epochs": "100"}),
+        (["--method", "mae", "--encoder", "vit_base", "--data", "."], {"--dim": "768", "--depth": "12"}),
+        (["--method", "dinov2", "--data", "."], {"--optimizer": "adamw", "--clip-each": "False"}),
+        (["--method", "mae", "--data", ".", "--steps", "5", "--epochs", "2"], {"--batch-size": "256"}),  # refused later
+    ],
+)
+def test_help_shows_the_defaults_of_this_command(
+    argv: list[str], shown: dict[str, str], capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*argv, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for flag, default in shown.items():
+        own = said.split(f" {flag}", 1)[1].split(" --", 1)[0]
+        assert re.search(rf"\(default: {re.escape(default)}[,)]", own), (flag, own)
+    at = [said.index(f" {flag} ") for flag in ("--method", "--data", "--out", "--encoder", "--lr", "--bad-steps")]
+    assert at == sorted(at)  # what is often used comes first
+
+
+@pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--metod", "mae"], ["--metod", "did you mean --method?"]),

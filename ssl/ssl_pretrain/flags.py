@@ -31,8 +31,13 @@ def parse(
     prog: str,
     description: str,
     epilog: str = "",
+    common: Sequence[str] = (),
+    decided: Callable[[list[Any]], Mapping[str, Any]] | None = None,
 ) -> list[Any]:
     """One instance of each dataclass in `kinds`, filled from `argv`, else `defaults` (by field name), else its defaults.
+
+    For `--help`: common: the fields that it shows first; decided: gives, for these instances, the values that fields with
+    the default None will get, as far as they are known. A field's metadata "default" says in words what None means.
 
     `--help` prints every flag and leaves with 0. Raises UserError for an unknown flag (naming the nearest), a value
     that does not fit, a missing required flag, or an unknown key or unfit value in `defaults`.
@@ -51,20 +56,24 @@ def parse(
         except ValueError as problem:
             raise UserError(f"{name}: {problem}") from None
 
-    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Formatter)
+    known_values: Mapping[str, Any] = {}
+    if decided is not None and {"-h", "--help"} & set(argv):
+        with contextlib.suppress(UserError):  # of the other words: help is shown for them, too
+            words = [word for word in argv if word not in ("-h", "--help")]
+            known_values = decided(parse(kinds, words, defaults, prog=prog, description=description))
+    parser = _Parser(prog=prog, usage=f"{prog} [flags]", description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=prog, help="show the version and exit")  # run_command's
-    for kind in kinds:
-        texts = docs(kind)
-        group = parser.add_argument_group((inspect.getdoc(kind) or kind.__qualname__).split("\n")[0].rstrip("."))
-        for f in dataclasses.fields(kind):
-            default = defaults.get(f.name, _default(f))
-            shown = "" if default is None or default is dataclasses.MISSING else f" (default: {_show(default)})"
-            group.add_argument(
-                *dict.fromkeys("--" + each.replace("_", "-") for each in (f.name, stored_name(f))),
-                default=argparse.SUPPRESS,
-                help=(texts.get(f.name, "") + shown).replace("%", "%%"),
-                **_argument(hints[f.name]),
-            )
+    groups = {kind: parser.add_argument_group(_title(kind)) for kind in (None, *kinds)}
+    fields = [(kind, f) for kind in kinds for f in dataclasses.fields(kind)]
+    fields.sort(key=lambda each: common.index(each[1].name) if each[1].name in common else len(common))
+    for kind, f in fields:
+        default = defaults.get(f.name, _default(f))
+        groups[None if f.name in common else kind].add_argument(
+            *dict.fromkeys("--" + each.replace("_", "-") for each in (f.name, stored_name(f))),
+            default=argparse.SUPPRESS,
+            help=_help(docs(kind).get(f.name, ""), f, default, known_values.get(f.name)).replace("%", "%%"),
+            **_argument(hints[f.name]),
+        )
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
         flags = ["--" + name.replace("_", "-") for name in (*known, *by_stored_name)]
@@ -192,6 +201,25 @@ def word(argv: list[str], flag: str) -> str | None:
     return found
 
 
+def _title(kind: type | None) -> str:
+    """The title of a group of flags: the first line of the dataclass."""
+    return "Often used" if kind is None else (inspect.getdoc(kind) or kind.__qualname__).split("\n")[0].rstrip(".")
+
+
+def _help(text: str, field: dataclasses.Field, default: Any, decided: Any) -> str:
+    """The help of a flag with its default. decided: what the default None means for this command, where it is known."""
+    if default is dataclasses.MISSING:
+        return text
+    if default is not None:
+        return text if default == () else f"{text} (default: {_rounded(default)})"
+    if "default" in field.metadata:
+        return f"{text} (default: {field.metadata['default']})"
+    if decided is None:
+        return text
+    before, found, rule = text.rpartition(" (default: ")
+    return f"{before}{found}{_rounded(decided)}, {rule}" if found else f"{text} (default: {_rounded(decided)})"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{self.prog}: {message.removeprefix('argument ')}")
@@ -298,3 +326,15 @@ def _default(f: dataclasses.Field) -> Any:
 
 def _show(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _rounded(value: Any) -> str:
+    """A value as a person writes it: 1.5e-4, not 0.00014999999999999999."""
+    if isinstance(value, tuple | list):
+        return " ".join(map(_rounded, value))
+    if not isinstance(value, float):
+        return str(value)
+    if 0 < abs(value) < 1e-3:
+        number, _, power = f"{value:.3e}".partition("e")
+        return f"{number.rstrip('0').rstrip('.')}e{int(power)}"
+    return f"{value:.4g}" if len(repr(value)) > 8 else repr(value).removesuffix(".0")  # a long one was computed

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from ssl_pretrain import backbones, loggers, plugins, recipe_files
+from ssl_pretrain import backbones, loggers, plugins
 from ssl_pretrain.errors import UserError
+
+from . import recipe_files
 
 COMMANDS = ("ssl-pretrain", "ssl-eval", "ssl-data", "ssl-export", "ssl-report")
 WORDS_OF = {"ssl-data": ("check", "stats", "bench", "pack"), "ssl-export": ("import",)}

@@ -5,8 +5,9 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from ssl_pretrain import recipe_files
 from ssl_pretrain.errors import UserError
+
+from . import recipe_files
 
 PATHS = ("--out", "--init-from", "--logs", "--list")  # flags whose values are paths
 PERHAPS = ("--data", "--encoder", "--like")  # flags whose values may be

@@ -7,13 +7,13 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from ssl_pretrain import config, flags, plugins, recipe_files
+from ssl_pretrain import config, flags, plugins
 from ssl_pretrain.config import BUILT_IN_RUN, Run
 from ssl_pretrain.distributed import environment
 from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.loop.signals import StopRequest
 
-from . import grid
+from . import grid, recipe_files
 from .options import Launch
 from .run_command import cannot_write, run_command
 from .start import start_processes_or_job
@@ -53,7 +53,7 @@ def _main(argv: list[str], placed: bool) -> int:
     if argv[:1] == ["reproduce"]:
         from .reproduce import reproduce
 
-        return reproduce(argv[1:])
+        return reproduce(argv[1:], main)
     if argv[:1] in (["--complete"], ["--print-completion"]):
         from . import completion
 
@@ -189,6 +189,7 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     below = {**backbones.defaults(name), **kind.recipe.encoder, **small}
     known = {field for each in kinds for field in each.__dataclass_fields__}
     defaults = {**{key: value for key, value in below.items() if key in known}, **written}
+
     def decided(parts: list[Any]) -> dict[str, Any]:
         return _decided(parts, kind.recipe)
 

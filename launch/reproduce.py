@@ -1,13 +1,16 @@
 """`ssl-pretrain reproduce NAME`: run a recipe, evaluate its encoder, and compare with the result that it records."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from ssl_pretrain import flags, plugins, recipe_files
+from ssl_pretrain import flags, plugins
 from ssl_pretrain.config import read_yaml
 from ssl_pretrain.data.source import missing
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.recipe_files import Recorded
+
+from . import recipe_files
+from .recipe_files import Recorded
 
 PROG = "ssl-pretrain reproduce"
 USAGE = f"""usage: {PROG} NAME --data DIR [--out DIR] [flags of ssl-pretrain]
@@ -18,8 +21,9 @@ Exit codes: 0 reproduced, 1 not reproduced, else those of ssl-pretrain.
 """
 
 
-def reproduce(argv: list[str]) -> int:
-    """Run the command with these words after `reproduce`; returns its exit code. Raises UserError."""
+def reproduce(argv: list[str], train: Callable[[list[str]], int]) -> int:
+    """Run the command with these words after `reproduce`; returns its exit code. train: the command `ssl-pretrain`. Raises
+    UserError."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + recipe_files.overview())
         return 0 if argv else 2
@@ -30,7 +34,9 @@ def reproduce(argv: list[str]) -> int:
     data = flags.word(rest, "--data") or read_yaml(file).get("data")
     record = recipe_files.recorded(file)
     if record is None:
-        raise UserError(f"{PROG}: the recipe {name} records no result; 'ssl-pretrain --config list' shows those that do")
+        raise UserError(
+            f"{PROG}: the recipe {name} records no result; 'ssl-pretrain --config list' shows those that do"
+        )
     if record.evaluator not in plugins.names("ssl_pretrain.eval"):
         raise UserError(f"{PROG}: the recipe {name} names the evaluator {record.evaluator!r}, which is not installed")
     if data is None:
@@ -41,11 +47,11 @@ def reproduce(argv: list[str]) -> int:
         raise UserError(f"{PROG} runs one recipe on this machine: without --grid and --launcher slurm")
     out = Path(flags.word(rest, "--out") or f"runs/reproduce-{file.stem}")
 
-    from . import evaluate, pretrain
+    from . import evaluate
 
     words = ["--config", str(file), *record.flags, "--no-score", *_without(rest, "--data", "--out")]
     trained_on = data if record.images is None else str(_first_images(Path(data), record.images, out))
-    code = pretrain.main([*words, "--data", trained_on, "--out", str(out)])
+    code = train([*words, "--data", trained_on, "--out", str(out)])
     if code != 0:
         return code
     result = out / f"eval-{record.evaluator}"

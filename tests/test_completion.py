@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from ssl_pretrain.launch import completion, data, evaluate, export, pretrain, report
+from ssl_pretrain.launch import completion, data, evaluate, export, pretrain, recipe_files, report
 
-from ssl_pretrain import __version__, backbones, pretext, recipe_files
+from ssl_pretrain import __version__, backbones, pretext
 from ssl_pretrain.config import Run
 from ssl_pretrain.flags import docs
 
@@ -76,7 +76,7 @@ def path(tmp_path: Path) -> str:
     """PATH with the command."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ssl-pretrain").write_text(
-        f"#!/bin/sh\nexec {sys.executable} -m ssl_pretrain.launch.pretrain \"$@\"\n"
+        f'#!/bin/sh\nexec {sys.executable} -m ssl_pretrain.launch.pretrain "$@"\n'
     )
     (tmp_path / "bin" / "ssl-pretrain").chmod(0o755)
     return f"{tmp_path / 'bin'}:/usr/bin:/bin"

@@ -70,7 +70,9 @@ def test_a_row_that_a_killed_start_held_back_is_taken_from_the_file(tmp_path: Pa
 
 
 def test_a_run_that_gets_the_logger_later_has_its_earlier_rows(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1}\n{"step": 2, "val/loss": 2}\n{"step": 8, "loss": 1}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 2, "loss": 1}\n{"step": 2, "val/loss": 2}\n{"step": 8, "loss": 1}\n'
+    )
     got = start(tmp_path, 4, lines(6))
     assert steps(got) == [2, 6]
     assert got[0].numbers == {"train/loss": 1, "val/loss": 2}

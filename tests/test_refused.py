@@ -33,7 +33,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("argv", REFUSED)
-def test_a_refused_command_leaves_nothing(argv: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_refused_command_leaves_nothing(
+    argv: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     words = argv.format(folder=folder).split()

@@ -61,7 +61,14 @@ def parse(
         with contextlib.suppress(UserError):  # of the other words: help is shown for them, too
             words = [word for word in argv if word not in ("-h", "--help")]
             known_values = decided(parse(kinds, words, defaults, prog=prog, description=description))
-    parser = _Parser(prog=prog, usage=f"{prog} [flags]", description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Formatter)
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [flags]",
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=_Formatter,
+    )
     parser.add_argument("--version", action="version", version=prog, help="show the version and exit")  # run_command's
     groups = {kind: parser.add_argument_group(_title(kind)) for kind in (None, *kinds)}
     fields = [(kind, f) for kind in kinds for f in dataclasses.fields(kind)]

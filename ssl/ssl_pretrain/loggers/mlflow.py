@@ -62,7 +62,7 @@ class MLflow(Logger):
         """Send what is left, and how the run stands."""
         self._rows.flush()
         self._client.set_tag(self._run, "state", state)
-        self._client.set_terminated(self._run, STATUS[state.split(":")[0]])
+        self._client.set_terminated(self._run, STATUS[state.partition(":")[0]])
 
     def _found(self, run: str | None) -> str | None:
         """The run of an earlier start, where the database has it."""

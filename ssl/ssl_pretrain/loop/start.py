@@ -57,8 +57,8 @@ def find_start(
     """The step to start from: 0, or that of the newest whole checkpoint. For the first process.
 
     record: the flags as they are stored; defaults: theirs, for flags that the run's version did not have. The run folder is
-    locked until `run_lock` is closed; where it was made here and is empty then, it is removed. Raises UserError where the folder holds another run or something else, or another
-    process trains in it.
+    locked until `run_lock` is closed; where it was made here and is empty then, it is removed. Raises
+    UserError where the folder holds another run or something else, or another process trains in it.
     """
     out = run.out
     made = [each for each in (out, *out.parents) if not each.exists()]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import flags
-from .config import load_yaml
-from .errors import UserError, nearest
+from ssl_pretrain import flags
+from ssl_pretrain.config import load_yaml
+from ssl_pretrain.errors import UserError, nearest
 
 PACKAGE = "ssl_pretrain.recipes"
 RECORDED = "# Recorded:"

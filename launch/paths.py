@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.foreign.specs import KINDS
 
 from . import recipe_files
 
@@ -37,7 +38,10 @@ def absolute_words(argv: list[str], encoder_is_a_path: bool) -> list[str]:
         if not equals and at + 1 == len(words):
             continue
         value = value if equals else words[at + 1]
-        if flag in PATHS or Path(value).exists() or (flag == "--config" and value not in recipe_files.names()):
+        names_a_library = flag == "--init-from" and value.partition(":")[0] in KINDS  # and is read in the same folder
+        names_a_recipe = flag == "--config" and value in recipe_files.names()
+        path = flag in (*PATHS, "--config") and not names_a_library and not names_a_recipe
+        if path or Path(value).exists():
             value = str(absolute(Path(value)))
         if equals:
             words[at] = f"{flag}={value}"

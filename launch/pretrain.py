@@ -14,6 +14,7 @@ from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.loop.signals import StopRequest
 
 from . import grid, recipe_files
+from .beginning import Beginning
 from .options import Launch
 from .run_command import cannot_write, run_command
 from .start import start_processes_or_job
@@ -184,20 +185,25 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
 
     kind = pretext.load(method)
     small = {**BUILT_IN_RUN, **kind.recipe.small} if data.split(":")[0] == "fractals" else {}
-    name = encoder or written.get("encoder") or small.get("encoder", "vit_small")
+    asked = encoder or written.get("encoder")
+    begin = Beginning.read(argv, written, method, data)
+    begin.check_encoder(asked)
+    name = asked or begin.settings.get("encoder") or small.get("encoder", "vit_small")
     kinds: list[Any] = [Run, Launch, kind.Config, backbones.config_class(name)]
-    below = {**backbones.defaults(name), **kind.recipe.encoder, **small}
+    sizes = backbones.defaults(name)
+    below = {**sizes, **kind.recipe.encoder, **small, **begin.settings}
+    if name != begin.settings.get("encoder"):
+        below |= {**sizes, "encoder": name}  # with --partial, another size than that of the weights
     known = {field for each in kinds for field in each.__dataclass_fields__}
     defaults = {**{key: value for key, value in below.items() if key in known}, **written}
 
     def decided(parts: list[Any]) -> dict[str, Any]:
         return _decided(parts, kind.recipe)
 
-    return tuple(
-        flags.parse(
-            kinds, argv, defaults, prog=PROG, description=DESCRIPTION, epilog=EPILOG, common=COMMON, decided=decided
-        )
+    parsed = flags.parse(
+        kinds, argv, defaults, prog=PROG, description=DESCRIPTION, epilog=EPILOG, common=COMMON, decided=decided
     )
+    return begin.checked(*parsed)
 
 
 def _decided(parts: list[Any], recipe: Any) -> dict[str, Any]:

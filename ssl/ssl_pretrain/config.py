@@ -32,8 +32,13 @@ class Run:
     config: Path | None = None
     """Recipe by its name ('list' shows all), or a YAML file with flags (underscores for dashes). Flags of the command line
     override it."""
-    init_from: Path | None = None
-    """Start from the weights of this export or run instead of random weights."""
+    init_from: str | None = None
+    """Start from the weights of an export, a run, or timm:, hf: or torch: instead of random weights. They also set the
+    encoder and its options (docs/continue.md)."""
+    init_fingerprint: str | None = None
+    """Fingerprint that the start weights must have (default: that of the weights; config.yaml records it)."""
+    partial: bool = False
+    """With start weights that do not fit everywhere: load those that fit, and list the others."""
 
     teacher: str | None = None
     """Frozen network that the method reads: an export, a run, or timm: hf: torch: module: (docs/running.md)."""
@@ -375,7 +380,12 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
 
 def folder(run: Run) -> Path:
     """Where the run is kept."""
-    return run.out or Path("runs") / f"{run.method}-{Path(run.data.split(':')[0]).resolve().name}"
+    return folder_of(run.out, run.method, run.data)
+
+
+def folder_of(out: Path | None, method: str, data: str) -> Path:
+    """Where a run with these flags is kept."""
+    return out or Path("runs") / f"{method}-{Path(data.split(':', maxsplit=1)[0]).resolve().name}"
 
 
 def plain(*parts: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ An export is a folder with `model.safetensors` (weights under the usual names), 
 preprocessing, lineage, a hash of the weights) and a model card. Shapes: B images, C channels, H x W pixels.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 
 from . import backbones
 from .backbones.backbone import Backbone, Features
-from .errors import UserError, nearest
-from .files import sync, write_text
+from .errors import UserError
+from .files import export_folder, sync, write_text
 from .randomness import key
 
 FORMAT = 1  # of config.json; a reader refuses a newer one
@@ -129,7 +130,9 @@ class Encoder(nn.Module):
     def fingerprint(self) -> str:
         """Hex text, equal for equal weights (in their current state), architecture and preprocessing."""
         described = json.dumps(_config(self), sort_keys=True)
-        return hashlib.blake2b((described + _hash(self.backbone.state_dict())).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            (described + weights_hash(self.backbone.state_dict())).encode(), digest_size=16
+        ).hexdigest()
 
 
 def save(path: Path, encoder: Encoder) -> None:
@@ -142,7 +145,7 @@ def save(path: Path, encoder: Encoder) -> None:
     path.mkdir(parents=True, exist_ok=True)
     aside = path / f".model.safetensors.{os.getpid()}"
     weights = {name: value.detach().cpu().contiguous() for name, value in encoder.backbone.state_dict().items()}
-    config = {"format": FORMAT, **_config(encoder), "lineage": encoder.lineage, "weights": _hash(weights)}
+    config = {"format": FORMAT, **_config(encoder), "lineage": encoder.lineage, "weights": weights_hash(weights)}
     text = json.dumps(config, indent=1) + "\n"
     try:
         save_file(weights, aside, metadata={"config": text})  # one entry: several would have a random order
@@ -170,7 +173,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     Raises UserError if there is none, if a newer version wrote it, if its weights do not match its architecture key for
     key, and if they are not the ones that were saved.
     """
-    folder = _folder(Path(path))
+    folder = export_folder(Path(path))
     config, weights = _read(folder)
     described, wanted = config["backbone"], config["preprocessing"]
     try:
@@ -187,7 +190,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
         raise UserError(f"{folder / 'config.json'}: {problem}{hint}") from None
     _check_names(backbone, weights, folder)
     backbone.load_state_dict(weights)
-    if _hash(weights) != saved:
+    if weights_hash(weights) != saved:
         raise UserError(
             f"{folder / 'model.safetensors'} is damaged or was replaced: its weights are not those that config.json "
             f"belongs to; copy or export it again"
@@ -200,19 +203,43 @@ def load_weights(path: str | Path, backbone: Backbone) -> None:
 
     Raises UserError that lists the differences for another architecture, and as `load` does.
     """
-    folder = _folder(Path(path))
-    other = load(folder).backbone
+    load_from(load(path), backbone, str(export_folder(Path(path))))
+
+
+def load_from(source: Encoder, backbone: Backbone, where: str, *, partial: bool = False) -> str:
+    """Load an encoder's weights into a backbone of the same architecture, which may have another image size. `where` names
+    the source in messages.
+
+    partial: the architecture may differ; weights of other names or shapes are left out. Returns which these are, in words;
+    empty without any. Raises UserError that lists the differences for another architecture, unless `partial`.
+    """
+    other = source.backbone
     own, theirs = ({**b.describe(), "in_chans": b.in_chans} for b in (backbone, other))
     differences = [
         f"--{name.replace('_', '-')} {own.get(name)} instead of {theirs.get(name)}"
         for name in sorted({*own, *theirs} - FREE)
         if own.get(name) != theirs.get(name)
     ]
-    if differences:
-        raise UserError(f"the encoder in {folder} differs from the one to initialise: {', '.join(differences)}")
-    weights = backbone.adapt(other.state_dict(), other.image_size)
-    _check_names(backbone, weights, folder)
-    backbone.load_state_dict(weights)
+    if differences and not partial:
+        raise UserError(f"the encoder in {where} differs from the one to initialise: {', '.join(differences)}")
+    lacking = set(source.lineage.get("missing", ()))  # of a file that was read in part
+    there = {name: value for name, value in other.state_dict().items() if name not in lacking}
+    if not partial:
+        weights = backbone.adapt(there, other.image_size)
+        _check_names(backbone, weights, where)
+        backbone.load_state_dict(weights)
+        return ""
+    # The image size at which this encoder has the grid of the other one, whose patches may have another size.
+    height, width = (
+        side // theirs * ours
+        for side, theirs, ours in zip(other.image_size, other.stride, backbone.stride, strict=True)
+    )
+    with contextlib.suppress(RuntimeError, ValueError, UserError):  # tables of another form are listed below
+        there = backbone.adapt(there, (height, width))
+    state = backbone.state_dict()
+    fitting = {name: value for name, value in there.items() if name in state and value.shape == state[name].shape}
+    backbone.load_state_dict(state | fitting)
+    return "; ".join(_differences(backbone, there))
 
 
 def random_like(encoder: Encoder | str | Path, seed: int = 0) -> Encoder:
@@ -239,20 +266,22 @@ def _build(name: str, image_size: Sequence[int], in_chans: int, options: Mapping
         return backbones.build(name, image_size=(height, width), in_chans=in_chans, **options)
 
 
-def _folder(path: Path) -> Path:
-    """The folder of the export at `path`."""
-    if not path.exists():
-        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, beside)
-        hint = hint if hint.startswith("; did") else ""
-        raise UserError(f"{path} does not exist{hint}: give a run folder, or the encoder/ in one")
-    for folder in (path, path / "encoder"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise UserError(
-        f"{path} has no encoder (neither config.json nor encoder/config.json): give a run folder that has saved a "
-        f"checkpoint, or the encoder/ in one"
-    )
+def description(folder: Path) -> dict[str, Any]:
+    """The config.json of an export, without reading the weights: that of the weights' header where they have one. It has
+    "backbone" and "preprocessing" (mappings) and "weights" (their hash). Raises UserError for any other content."""
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as opened:
+            config = json.loads((opened.metadata() or {}).get("config", "{}"))
+        config = config or json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        described, wanted = config["backbone"], config["preprocessing"]
+        fits = [described[name] is not None for name in ("name", "image_size", "in_chans", "options")]
+        fits += [wanted[name] is not None for name in ("mean", "std")]
+        if config["format"] > FORMAT or not isinstance(described["options"], dict) or not all(fits):
+            load(folder)  # says what is wrong
+        return {**config, "weights": config["weights"]}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as problem:
+        load(folder)
+        raise UserError(f"{folder} does not describe an encoder: {problem!r}") from None
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -274,13 +303,20 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = json.loads((opened.metadata() or {}).get("config", "{}"))
     except (OSError, SafetensorError, ValueError) as problem:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read: {problem}") from None
-    if header.get("weights") not in (None, config.get("weights")) and header["weights"] == _hash(weights):
+    if header.get("weights") not in (None, config.get("weights")) and header["weights"] == weights_hash(weights):
         config = header  # `save` was interrupted between its two renames: the weights are new, config.json is old
     return config, weights
 
 
-def _check_names(backbone: Backbone, weights: Mapping[str, Tensor], where: Path) -> None:
+def _check_names(backbone: Backbone, weights: Mapping[str, Tensor], where: str | Path) -> None:
     """Raise UserError that lists the differences, unless the weights have the backbone's names and shapes."""
+    if differences := _differences(backbone, weights):
+        kind = type(backbone).__name__
+        raise UserError(f"the weights in {where} do not fit the {kind} of its config: {'; '.join(differences)}")
+
+
+def _differences(backbone: Backbone, weights: Mapping[str, Tensor]) -> list[str]:
+    """How the names and shapes of weights differ from a backbone's: how many of each kind, and the first ones."""
     own = backbone.state_dict()
     problems = {
         "missing": sorted(own.keys() - weights.keys()),
@@ -291,18 +327,15 @@ def _check_names(backbone: Backbone, weights: Mapping[str, Tensor], where: Path)
             if own[name].shape != weights[name].shape
         ],
     }
-    differences = [
+    return [
         f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
         for what, names in problems.items()
         if names
     ]
-    if differences:
-        kind = type(backbone).__name__
-        raise UserError(f"the weights in {where} do not fit the {kind} of its config: {'; '.join(differences)}")
 
 
-def _hash(weights: Mapping[str, Tensor]) -> str:
-    """Hex hash of tensors by name: names, types, shapes and bytes."""
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """Hex hash of tensors by name: names, types, shapes and bytes. It is "weights" in an export's config.json."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

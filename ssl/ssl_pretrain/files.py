@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, nearest
 
 
 def sync(folder: Path) -> None:
@@ -40,6 +40,22 @@ def in_the_way(path: Path) -> str | None:
         if each.exists():
             return None if each.is_dir() else f"{each} is a file"
     return None
+
+
+def export_folder(path: Path) -> Path:
+    """The folder of the export at `path`, which is a run folder or the export. Raises UserError if there is none."""
+    if not path.exists():
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(path.name, beside)
+        hint = hint if hint.startswith("; did") else ""
+        raise UserError(f"{path} does not exist{hint}: give a run folder, or the encoder/ in one")
+    for folder in (path, path / "encoder"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(
+        f"{path} has no encoder (neither config.json nor encoder/config.json): give a run folder that has saved a "
+        f"checkpoint, or the encoder/ in one"
+    )
 
 
 def write_text(path: Path, text: str) -> None:

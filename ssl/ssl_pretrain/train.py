@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from . import backbones, config, distributed, encoder, files, optim, pretext, rates
+from . import backbones, config, distributed, files, optim, pretext, rates
 from .config import Resolved, Run
 from .data.loader import Share, to_batch
 from .data.source import Source
@@ -24,7 +24,7 @@ from .distributed import World
 from .distributed.batch_norm import couples_samples
 from .errors import UserError
 from .frozen import NONE, Frozen
-from .loop import grad_cache, manifest, parallel, preflight, stages
+from .loop import grad_cache, manifest, parallel, preflight, stages, start_weights
 from .loop import start as run_start
 from .loop.log import Log
 from .loop.monitor import CollapseMonitor
@@ -92,7 +92,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     process_table = preflight.table(processes, run.out, time.monotonic() - began) if processes else ""
 
     # ---- Model, parallelism and compilation. The optimiser sees the part of the parameters that this process holds.
-    method, plan = _build_method(run, method_class, knobs, options, len(source), start, world, networks)
+    method, plan, notes = _build_method(run, method_class, knobs, options, len(source), start, world, networks)
     whole_batch = isinstance(method, WholeBatchMethod) and accumulate > 1
     wrapped = parallel.wrap(method, run, world)
     shards = parallel.Shards(method, world.device)
@@ -120,13 +120,22 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     if world.first:
         data_facts = {"path": run.data, "images": len(source), "fingerprint": source.fingerprint}
         facts: dict[str, Any] = {"data": data_facts} | ({"networks": network_facts(networks)} if networks else {})
-        manifest.begin(run.out, world=world, step=start, hosts=[each.host for each in processes], **facts)
+        manifest.begin(
+            run.out,
+            world=world,
+            step=start,
+            hosts=[each.host for each in processes],
+            **facts,
+            **start_weights.facts(run),
+        )
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6
         report.say(f"{source.description}; {run.encoder} with {trained:.1f} M trained parameters; {run.out}")
         if source.left_out:
             report.say(source.left_out.sentence())
         if process_table:
             report.say(process_table)
+        for note in notes:
+            report.say(note)
         if start:
             report.say(f"continuing from step {start} of {steps}")
     guard = run_start.guard(run, start, knn, held_out, world)
@@ -277,8 +286,9 @@ def _build_method(
     start: int,
     world: World,
     networks: Mapping[str, Frozen] = NONE,
-) -> tuple[Method, list[stages.Stage]]:
-    """The method on this process's device, and the run's stages. Random weights depend only on the seed.
+) -> tuple[Method, list[stages.Stage], list[str]]:
+    """The method on this process's device, the run's stages, and what is to be said about its start weights. Random weights
+    depend only on the seed.
 
     Raises UserError for flags that contradict one another.
     """
@@ -306,9 +316,8 @@ def _build_method(
             f"--accumulate {run.accumulate} would change the result: batch norm would see micro-batches instead of the "
             f"batch. Leave it at 1 with --method {run.method} --encoder {run.encoder}, or use more processes"
         )
-    if run.init_from is not None and not start:
-        encoder.load_weights(run.init_from, method.encoder)
+    notes = [] if start else start_weights.load(run, method.encoder)
     method.prepare(images, networks)
     method.to(world.device)
     parallel.check(run, method, world)
-    return method, plan
+    return method, plan, notes

@@ -31,9 +31,10 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
     return torch.cat([x, y], dim=2).reshape(h * w, dim).float()
 
 
-def resize_table(table: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """A table (1, N, D) resized from one grid to another, bicubic without antialiasing, in the table's dtype. The same
-    tensor is returned if the grids are the same.
+def resize_table(table: Tensor, grid: tuple[int, int], to: tuple[int, int], *, antialias: bool = False) -> Tensor:
+    """A table (1, N, D) resized from one grid to another, bicubic, in the table's dtype. The same tensor is returned if
+    the grids are the same. antialias: along an axis that becomes shorter, each position is a mean over all that it
+    replaces.
 
     It uses two products with matrices of bicubic weights, because the backward pass of `interpolate` is not
     deterministic on an accelerator.
@@ -41,15 +42,15 @@ def resize_table(table: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> T
     if to == grid:
         return table
     with torch.autocast(table.device.type, enabled=False):
-        rows, columns = (_bicubic(old, new, table) for old, new in zip(grid, to, strict=True))
+        rows, columns = (_bicubic(old, new, table, antialias and new < old) for old, new in zip(grid, to, strict=True))
         resized = torch.einsum("ih,jw,hwd->ijd", rows, columns, table.unflatten(1, grid)[0])
     return resized.flatten(0, 1)[None]
 
 
-def _bicubic(old: int, new: int, like: Tensor) -> Tensor:
+def _bicubic(old: int, new: int, like: Tensor, antialias: bool = False) -> Tensor:
     """The matrix (new, old) of bicubic interpolation along one axis."""
-    unit = torch.eye(old, dtype=like.dtype, device=like.device)
-    return F.interpolate(unit[None, None], size=(new, old), mode="bicubic", align_corners=False)[0, 0]
+    unit = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
+    return F.interpolate(unit, size=(new, old), mode="bicubic", align_corners=False, antialias=antialias)[0, 0]
 
 
 def rope_angles(grid: tuple[int, int], head_dim: int, device: torch.device | str | None = None) -> Tensor:
@@ -127,11 +128,11 @@ class Offsets:
         return F.embedding(self.rows, resize_offsets(table, self.trained, self.grid)).movedim(-1, 1)
 
 
-def resize_offsets(table: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
+def resize_offsets(table: Tensor, grid: tuple[int, int], to: tuple[int, int], *, antialias: bool = False) -> Tensor:
     """A table (R, heads) of relative positions (`Offsets`) resized from one grid to another, as in `resize_table`: an
     offset is the same share of the image before and after. The rows of prefix tokens do not change."""
     if to == grid:
         return table
     count = Offsets.count(grid, 0)
     sides, new = ((2 * h - 1, 2 * w - 1) for h, w in (grid, to))
-    return torch.cat([resize_table(table[None, :count], sides, new)[0], table[count:]])
+    return torch.cat([resize_table(table[None, :count], sides, new, antialias=antialias)[0], table[count:]])

@@ -495,17 +495,18 @@ class ViT(Backbone):
         return {**dict.fromkeys(stem, 0), "norm": self.depth + 1}[part]
 
     def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
-        """See `Backbone.adapt`: position tables are resized to this encoder's grid."""
+        """See `Backbone.adapt`: position tables are resized to this encoder's grid, with antialiasing where it is
+        smaller."""
         if image_size == self.image_size:
             return weights
         of, tokens = self._grid(*image_size), int(self.config.cls)
         adapted = {
-            name: resize_offsets(table, of, self.grid)
+            name: resize_offsets(table, of, self.grid, antialias=True)
             for name, table in weights.items()
             if name.endswith("relative_position_bias_table")
         }
         if (table := weights.get("pos_embed")) is not None:
-            resized = resize_table(table[:, tokens:], of, self.grid)
+            resized = resize_table(table[:, tokens:], of, self.grid, antialias=True)
             adapted["pos_embed"] = torch.cat([table[:, :tokens], resized], dim=1)
         return weights | adapted
 

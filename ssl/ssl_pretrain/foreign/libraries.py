@@ -172,7 +172,7 @@ def _timm(spec: Spec) -> Encoder:
         raise UserError(f"{spec}: timm {timm.__version__} has no such model{_near(spec.name, timm.list_models())}")
     model = timm.create_model(spec.name, pretrained=False, num_classes=0)
     cfg = model.pretrained_cfg
-    file = Path(spec.options["checkpoint"]) if "checkpoint" in spec.options else _cached(cfg, spec)
+    file = Path(spec.options["checkpoint"]) if "checkpoint" in spec.options else cached_weights(cfg, spec)
     _load_timm(model, file, spec)
 
     data = timm.data.resolve_data_config(pretrained_cfg=cfg)
@@ -191,7 +191,7 @@ def _timm(spec: Spec) -> Encoder:
     return _encoder(spec, model, _read_timm, how, {"library": f"timm {timm.__version__}", "weights": str(file)})
 
 
-def _cached(cfg: Mapping[str, Any], spec: Spec) -> Path:
+def cached_weights(cfg: Mapping[str, Any], spec: Spec) -> Path:
     """The weights of an earlier download. Raises UserError if there are none."""
     if cfg.get("hf_hub_id"):
         hub = plugins.optional("huggingface_hub", str(spec))

@@ -109,6 +109,9 @@ def read(
     heads: int | None = None,
     part: str | None = None,
     image_size: tuple[int, int] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    partial: bool = False,
 ) -> Encoder:
     """Read the encoder of a published checkpoint (torch or safetensors) as our ViT in eval mode; `encoder.save` exports
     it.
@@ -117,7 +120,10 @@ def read(
     by default that of the published model of this layout and width. part: the encoder to read if the file has several
     (its name, or a word of it: "student", "momentum_encoder"); by default the one that its authors evaluate.
     image_size: (height, width) to resize the position table for, by the layout's own rule; by default the training
-    size, and 224 for DINOv2.
+    size, and 224 for DINOv2. weights: the file's content, if another library has read it already. facts: what weights do
+    not show, under transformers' names (`num_attention_heads`, `layer_norm_eps`); by default those of the config.json
+    beside a file of transformers. partial: names that do not fit are left out; `lineage["unfit"]` says which, and
+    `lineage["missing"]` lists the encoder's weights that the file lacks, whose values are random.
 
     `lineage` names the layout, the part and what was left out. Raises UserError for a file that cannot be read without
     unpickling, an architecture that our ViT does not support, and weights that do not match it name for name, with the
@@ -125,7 +131,8 @@ def read(
     """
     if layout is not None and layout not in LAYOUTS:
         raise UserError(f"unknown layout {layout!r}{nearest(layout, LAYOUTS)}")
-    everything = {WRAPPED.sub("", name): value for name, value in flat(read_file(file)).items()}
+    content = flat(read_file(file)) if weights is None else weights
+    everything = {WRAPPED.sub("", name): value for name, value in content.items()}
     prefix, anchor = _part(everything, part, file)
     inside = {name.removeprefix(prefix): value for name, value in everything.items() if name.startswith(prefix)}
     _refuse_other_architectures(inside, anchor, file)
@@ -133,15 +140,18 @@ def read(
     renamed = _renamed({name: value for name, value in inside.items() if name not in extra}, anchor)
     weights = _in_our_form(renamed, inside, anchor)
 
-    beside = _config(file) if anchor in TRANSFORMERS else {}
+    beside = facts or (_config(file) if anchor in TRANSFORMERS else {})
     layout = layout or _layout(weights, inside, prefix, anchor)
     options = _architecture(weights, layout, heads or _heads(weights, inside, layout, beside, file), beside)
     native, size = _image_size(weights, options, layout, image_size, file)
     _positions(weights, options, layout, native, size)
     backbone = _vit(weights, options, size)
-    if problem := difference(backbone.state_dict(), weights):
+    own = backbone.state_dict()
+    problem = difference(own, weights)
+    if problem and not partial:
         raise UserError(f"{file} does not fit a ViT ({_describe(options)}): {problem}")
-    backbone.load_state_dict(weights)
+    fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
+    backbone.load_state_dict(own | fitting)
 
     lineage = {
         "method": beside.get("model_type", "unknown") if layout == "transformers" else layout,
@@ -150,6 +160,8 @@ def read(
         "left_out": sorted({re.sub(r"\.\d+\.", ".*.", name) for name in extra}),
         "left_out_of_other_parts": len(everything) - len(inside),
     }
+    if problem:
+        lineage |= {"unfit": problem, "missing": sorted(own.keys() - fitting.keys())}
     stated = transformers_preprocessing(file.parent) if anchor in TRANSFORMERS else None
     if stated is not None:
         lineage["preprocessing"] = "as transformers' preprocessor_config.json states"

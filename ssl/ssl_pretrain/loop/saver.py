@@ -14,7 +14,7 @@ from ..distributed import World
 from ..encoder import Encoder, Preprocessing
 from ..files import write_text
 from ..pretext import Method
-from . import parallel
+from . import parallel, start_weights
 from .guard import BEST, Guard
 
 
@@ -142,7 +142,7 @@ class Saver:
         """Where the weights after `step` steps come from."""
         return {
             "method": self.run.method, "data": self.run.data, "step": step, "images_seen": step * self.run.batch_size,
-            "seed": self.run.seed, **self._sources,
+            "seed": self.run.seed, **self._sources, **start_weights.facts(self.run),
         }  # fmt: skip
 
     def _as_export(self) -> Encoder:

@@ -10,7 +10,7 @@ from ssl_pretrain.foreign.specs import KINDS
 
 from . import recipe_files
 
-PATHS = ("--out", "--init-from", "--logs", "--list")  # flags whose values are paths
+PATHS = ("--out", "--init-from", "--init-state", "--logs", "--list")  # flags whose values are paths
 PERHAPS = ("--data", "--encoder", "--like")  # flags whose values may be
 
 

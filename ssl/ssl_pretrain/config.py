@@ -35,6 +35,12 @@ class Run:
     init_from: str | None = None
     """Start from the weights of an export, a run, or timm:, hf: or torch: instead of random weights. They also set the
     encoder and its options (docs/continue.md)."""
+    init_state: str | None = None
+    """Start from the whole state of the method (encoder, heads, EMA teacher, queues) in a checkpoint of another run:
+    RUN@STEP, or RUN for its newest one."""
+    branch: bool = False
+    """With --init-state: take over the optimiser's state and the step too, as if that run went on with these flags; for a
+    cooldown (docs/continue.md)."""
     init_fingerprint: str | None = None
     """Fingerprint that the start weights must have (default: that of the weights; config.yaml records it)."""
     partial: bool = False
@@ -174,6 +180,12 @@ class Run:
             within(self, range_, *names.split())
         loggers.check(self.logger)
         rates.parse(self.rates)
+        if self.init_from is not None and self.init_state is not None:
+            raise UserError("--init-from and --init-state: give one of them")
+        if self.branch and self.init_state is None:
+            raise UserError("--branch needs --init-state RUN@STEP, the checkpoint to branch off")
+        if self.partial and self.init_from is None and (self.init_state is None or self.branch):
+            raise UserError("--partial needs --init-from or --init-state, and a branch takes over the whole state")
 
 
 # The interval of each numeric flag. None is not checked.

@@ -215,13 +215,13 @@ def load_from(source: Encoder, backbone: Backbone, where: str, *, partial: bool 
     """
     other = source.backbone
     own, theirs = ({**b.describe(), "in_chans": b.in_chans} for b in (backbone, other))
-    differences = [
+    unlike = [
         f"--{name.replace('_', '-')} {own.get(name)} instead of {theirs.get(name)}"
         for name in sorted({*own, *theirs} - FREE)
         if own.get(name) != theirs.get(name)
     ]
-    if differences and not partial:
-        raise UserError(f"the encoder in {where} differs from the one to initialise: {', '.join(differences)}")
+    if unlike and not partial:
+        raise UserError(f"the encoder in {where} differs from the one to initialise: {', '.join(unlike)}")
     lacking = set(source.lineage.get("missing", ()))  # of a file that was read in part
     there = {name: value for name, value in other.state_dict().items() if name not in lacking}
     if not partial:
@@ -239,7 +239,7 @@ def load_from(source: Encoder, backbone: Backbone, where: str, *, partial: bool 
     state = backbone.state_dict()
     fitting = {name: value for name, value in there.items() if name in state and value.shape == state[name].shape}
     backbone.load_state_dict(state | fitting)
-    return "; ".join(_differences(backbone, there))
+    return "; ".join(differences(_shapes(state), _shapes(there)))
 
 
 def random_like(encoder: Encoder | str | Path, seed: int = 0) -> Encoder:
@@ -310,21 +310,24 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _check_names(backbone: Backbone, weights: Mapping[str, Tensor], where: str | Path) -> None:
     """Raise UserError that lists the differences, unless the weights have the backbone's names and shapes."""
-    if differences := _differences(backbone, weights):
+    if found := differences(_shapes(backbone.state_dict()), _shapes(weights)):
         kind = type(backbone).__name__
-        raise UserError(f"the weights in {where} do not fit the {kind} of its config: {'; '.join(differences)}")
+        raise UserError(f"the weights in {where} do not fit the {kind} of its config: {'; '.join(found)}")
 
 
-def _differences(backbone: Backbone, weights: Mapping[str, Tensor]) -> list[str]:
-    """How the names and shapes of weights differ from a backbone's: how many of each kind, and the first ones."""
-    own = backbone.state_dict()
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def differences(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """How given shapes by name differ from a model's own: how many names of each kind, and the first ones."""
     problems = {
-        "missing": sorted(own.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - own.keys()),
+        "missing": sorted(own.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - own.keys()),
         "of another shape": [
-            f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in sorted(own.keys() & weights.keys())
-            if own[name].shape != weights[name].shape
+            f"{name} {given[name]} instead of {own[name]}"
+            for name in sorted(own.keys() & given.keys())
+            if own[name] != given[name]
         ],
     }
     return [

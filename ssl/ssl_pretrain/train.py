@@ -24,7 +24,7 @@ from .distributed import World
 from .distributed.batch_norm import couples_samples
 from .errors import UserError
 from .frozen import NONE, Frozen
-from .loop import grad_cache, manifest, parallel, preflight, stages, start_weights
+from .loop import grad_cache, manifest, parallel, preflight, stages, start_state, start_weights
 from .loop import start as run_start
 from .loop.log import Log
 from .loop.monitor import CollapseMonitor
@@ -137,7 +137,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
         for note in notes:
             report.say(note)
         if start:
-            report.say(f"continuing from step {start} of {steps}")
+            report.say(start_state.branched(run, start) or f"continuing from step {start} of {steps}")
     guard = run_start.guard(run, start, knn, held_out, world)
     saver = Saver(run, method, optimizer, shards, world, start, network_facts(networks), guard)
     monitor = CollapseMonitor(method.collapsed(run.batch_size))
@@ -264,17 +264,18 @@ def check_settings(flags: Run, knobs: Any, options: Any) -> None:
     """Open the data and build the model without memory for it, before a job is submitted or a grid begins.
 
     Raises UserError for missing data and for flags that contradict one another, as `train` would before the first step.
-    What needs the weights (--init-from), the run folder or other processes is not checked.
+    What needs the weights (--init-from, --init-state), the run folder or other processes is not checked.
     """
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("meta"))
     method_class = pretext.load(flags.method)
     source, _ = run_start.open_data(flags, world)
-    run = config.resolve(dataclasses.replace(flags, init_from=None), method_class.recipe, len(source), "fp32")
+    run = config.resolve(flags, method_class.recipe, len(source), "fp32")
     Share(run.batch_size, run.accumulate, world.rank, world.size)
-    networks = open_networks(dataclasses.replace(run, init_from=flags.init_from), method_class, knobs, world)
+    networks = open_networks(run, method_class, knobs, world)
     # A method of another package may read values of its tensors in its constructor. Meta tensors have none.
     with torch.device("meta"), suppress(NotImplementedError, RuntimeError):
-        _build_method(run, method_class, knobs, options, len(source), 0, world, networks)
+        no_weights = 1  # a step that a run continues from
+        _build_method(run, method_class, knobs, options, len(source), no_weights, world, networks)
 
 
 def _build_method(
@@ -318,6 +319,7 @@ def _build_method(
         )
     notes = [] if start else start_weights.load(run, method.encoder)
     method.prepare(images, networks)
+    notes += [] if start else start_state.load(run, method)
     method.to(world.device)
     parallel.check(run, method, world)
     return method, plan, notes

@@ -14,7 +14,7 @@ from ..distributed import World
 from ..encoder import Encoder, Preprocessing
 from ..files import write_text
 from ..pretext import Method
-from . import parallel, start_weights
+from . import parallel, start_state, start_weights
 from .guard import BEST, Guard
 
 
@@ -219,8 +219,10 @@ def folder(run: Resolved) -> Path:
 
 
 def restore(run: Resolved, step: int, method: Method, optimizer: Optimizer, shards: parallel.Shards) -> int:
-    """Read the checkpoint of `step` into the method and its optimiser; returns how many steps were skipped before it."""
-    reader = checkpoint.Reader(folder(run), step)
+    """Read the checkpoint of `step` into the method and its optimiser; returns how many steps were skipped before it. A
+    branch that has none of its own yet reads that of --init-state."""
+    branches_off = run.branch and step not in checkpoint.steps(folder(run))
+    reader = start_state.branch_reader(run, method, optimizer) if branches_off else checkpoint.Reader(folder(run), step)
     entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         name: (shape, dtype) for (part, name), shape, dtype in reader.entries() if part == "optimizer"
     }

@@ -19,7 +19,7 @@ from ..data.views import ViewSpec
 from ..distributed import World
 from ..errors import UserError
 from ..randomness import numpy_generator
-from . import manifest, saver
+from . import manifest, saver, start_state
 from .guard import HELD_OUT, Guard
 from .score import KnnScore
 from .stages import Stage
@@ -75,7 +75,7 @@ def find_start(
         # Names with a dot are what a run leaves that was killed before it had begun.
         if any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"--out {out} holds something else than a run: choose an empty or a new folder")
-        return 0
+        return start_state.branch_step(run)
     before = {**defaults, **config.read_recorded(written)}
     allowed = config.CHANGEABLE | (config.LENGTH_KEYS if run.extend else frozenset())
     changed = config.differences(before, record, allowed)
@@ -92,7 +92,7 @@ def find_start(
         )
     folder = saver.folder(run)
     checkpoint.clear(folder)
-    reached = checkpoint.newest(folder) or 0
+    reached = checkpoint.newest(folder) or start_state.branch_step(run)
     if reached > run.steps:
         raise UserError(
             f"the run in {out} has reached step {reached}, and --steps {run.steps} lies below: --extend makes a run "

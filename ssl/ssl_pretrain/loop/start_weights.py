@@ -21,10 +21,8 @@ FREE = OF_TRAINING | {"pool", "image_size"}  # these flags may differ from the w
 
 
 def normalised(text: str | None) -> str | None:
-    """A value of --init-from as config.yaml has it: a path without superfluous dots and slashes; None for "none".
-
-    Raises UserError for a spec with unknown options.
-    """
+    """A value of --init-from or --init-state as config.yaml has it: paths without superfluous dots and slashes; None for
+    "none"."""
     if text is None or text.lower() == "none":
         return None
     return text if is_spec(text) else str(Path(text))
@@ -43,13 +41,9 @@ def settings(text: str, out: Path, *, partial: bool = False) -> dict[str, Any]:
     If the folder `out` has a run that began with these weights, they are taken from its config.yaml, and the weights need
     not exist any more. Raises UserError if there are no such weights, or if no encoder of this package fits them.
     """
-    recorded = config.read_recorded(out / "config.yaml") if (out / "config.yaml").is_file() else {}
-    if recorded.get("init_from") == text and backbones.known(str(recorded.get("encoder"))):
-        options = {
-            field.name for field in dataclasses.fields(backbones.config_class(recorded["encoder"]))
-        } - OF_TRAINING
-        beside = ("encoder", "in_chans", "mean", "std", "image_size", "init_fingerprint")
-        return {name: recorded[name] for name in (*sorted(options), *beside) if name in recorded}
+    recorded = recorded_settings(out)
+    if recorded.get("init_from") == text:
+        return of_recorded(recorded, out)
     if not is_spec(text):
         from .. import encoder  # torch: only now
 
@@ -67,6 +61,21 @@ def settings(text: str, out: Path, *, partial: bool = False) -> dict[str, Any]:
     fixed = {name: value for name, value in described.items() if name not in OF_TRAINING}
     beside_options = {"encoder": name, "in_chans": in_chans, "mean": mean, "std": std}
     return {**fixed, **beside_options, "image_size": size, "init_fingerprint": fingerprint}
+
+
+def recorded_settings(out: Path) -> dict[str, Any]:
+    """What the config.yaml of a run folder says; empty if it is no run's folder."""
+    return config.read_recorded(out / "config.yaml") if (out / "config.yaml").is_file() else {}
+
+
+def of_recorded(recorded: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Those of `settings` that the config.yaml of a run in `out` records. Raises UserError if it has no known encoder."""
+    name = recorded.get("encoder")
+    if not isinstance(name, str) or not backbones.known(name):
+        raise UserError(f"{out / 'config.yaml'} names the encoder {name!r}, which is not known")
+    options = {field.name for field in dataclasses.fields(backbones.config_class(name))} - OF_TRAINING
+    beside = ("encoder", "in_chans", "mean", "std", "image_size", "init_fingerprint")
+    return {key: recorded[key] for key in (*sorted(options), *beside) if key in recorded}
 
 
 def refuse_contradictions(flag: str, text: str, fixed: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -100,11 +109,7 @@ def load(run: config.Resolved, backbone: Any) -> list[str]:
     else:
         source = encoder.load(text)
         found = encoder.weights_hash(source.backbone.state_dict())
-    if run.init_fingerprint not in (None, found):
-        raise UserError(
-            f"--init-from {text}: the weights have the fingerprint {found}, and --init-fingerprint says "
-            f"{run.init_fingerprint}: they are not those that were meant, or have changed"
-        )
+    check_fingerprint(run, f"--init-from {text}", found)
     unfit = encoder.load_from(source, backbone, text, partial=run.partial)
     lines = [f"starting from the weights of {text} (fingerprint {found})"]
     if "unfit" in source.lineage:
@@ -114,9 +119,20 @@ def load(run: config.Resolved, backbone: Any) -> list[str]:
     return lines
 
 
+def check_fingerprint(run: config.Resolved, source: str, found: str) -> None:
+    """Raise UserError for start weights of another fingerprint than --init-fingerprint."""
+    if run.init_fingerprint not in (None, found):
+        raise UserError(
+            f"{source}: the weights have the fingerprint {found}, and --init-fingerprint says {run.init_fingerprint}: they "
+            f"are not those that were meant, or have changed"
+        )
+
+
 def facts(run: config.Resolved) -> dict[str, Any]:
     """What the manifest and the lineage of exports say of the start weights; empty without any."""
-    return {} if run.init_from is None else {"init_from": run.init_from, "init_fingerprint": run.init_fingerprint}
+    names = ("init_from", "init_state")
+    found = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
+    return {**found, "init_fingerprint": run.init_fingerprint} if found else {}
 
 
 def _converted(text: str, image_size: tuple[int, int] | None, partial: bool) -> Any:

@@ -13,17 +13,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from ssl_pretrain import encoder as exported
 from ssl_pretrain import optim
+from ssl_pretrain.backbones import adapters
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data import mix, randaugment
 from ssl_pretrain.data.loader import Failure, RawBatch, Share, to_batch
@@ -255,8 +255,7 @@ def trained(backbone: Backbone, scope: str) -> set[str]:
     elif scope == "bias":
         found = [name for name in names if name.rsplit(".", 1)[-1] == "bias"]  # BitFit, Zaken et al., ACL 2022
     elif scope == "lora":
-        linear = {name for name, part in backbone.named_modules() if isinstance(part, nn.Linear)}
-        found = [name for name in attention if name.endswith(".weight") and name.removesuffix(".weight") in linear]
+        found = adapters.attention_matrices(backbone)
     elif match := re.fullmatch(r"last-(\d+)", scope):
         blocks = int(match[1])
         if isinstance(backbone, Foreign):
@@ -273,28 +272,6 @@ def trained(backbone: Backbone, scope: str) -> set[str]:
     return set(found)
 
 
-@final
-class LowRank(nn.Module):
-    """A weight (E, D) plus alpha / rank * up @ down (Hu et al., "LoRA", ICLR 2022, section 4.1); `up` starts at zero.
-
-    Raises UserError for a rank above the weight's own.
-    """
-
-    def __init__(self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> None:
-        super().__init__()
-        outside, inside = weight.shape
-        if rank > min(weight.shape):
-            raise UserError(f"--lora-rank is {rank}, and the attention matrices are {outside} x {inside}")
-        start = (2 * torch.rand(rank, inside, generator=generator) - 1) / math.sqrt(inside)
-        self.down = nn.Parameter(start.to(weight.device))
-        self.up = nn.Parameter(torch.zeros(outside, rank, device=weight.device))
-        self.scale = alpha / rank
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The changed weight (E, D)."""
-        return weight + self.scale * (self.up @ self.down)
-
-
 def prepare(backbone: Backbone, config: Config, generator: torch.Generator) -> None:
     """Enable gradients only for the parameters that the scope trains, and set the drop path rate."""
     names = trained(backbone, config.scope)
@@ -305,18 +282,7 @@ def prepare(backbone: Backbone, config: Config, generator: torch.Generator) -> N
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name in names and config.scope != "lora")
     if config.scope == "lora":
-        for name in sorted(names):
-            part = backbone.get_submodule(name.removesuffix(".weight"))
-            weight = cast(Tensor, part.weight)
-            change = LowRank(weight.detach(), config.lora_rank, config.lora_alpha, generator)
-            parametrize.register_parametrization(part, "weight", change)
-
-
-def merge(backbone: Backbone) -> None:
-    """Merge the low-rank updates into the weights; parameter names are the original ones again."""
-    for part in list(backbone.modules()):
-        if parametrize.is_parametrized(part, "weight"):
-            parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
+        adapters.add(backbone, names, config.lora_rank, config.lora_alpha, generator)
 
 
 @final
@@ -424,7 +390,7 @@ def _train(
                     break
     number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     best = model if average is None else average
-    merge(best.encoder)
+    adapters.merge(best.encoder)
     best.encoder.config = task.encoder.backbone.config  # the original drop path
     best.eval().requires_grad_(True)
     return _Tuned(Encoder(best.encoder, task.encoder.name, how, task.encoder.lineage), best.head, number, failures)

@@ -23,6 +23,7 @@ from torch import nn
 
 from ssl_pretrain import backbones, optim
 from ssl_pretrain import encoder as exported
+from ssl_pretrain.backbones import adapters
 from ssl_pretrain.backbones.backbone import Features
 from ssl_pretrain.data import randaugment
 from ssl_pretrain.data.loader import Share, batches, to_batch
@@ -122,7 +123,7 @@ def test_low_rank_changes_begin_at_nothing_are_of_low_rank_and_merge_to_the_same
     wanted = original.blocks[1].attn.qkv.weight + 2 * low.up @ low.down
     unmerged = changing(images).pooled
     assert (unmerged - original(images).pooled).abs().max() > 0.1
-    finetune.merge(changing)
+    adapters.merge(changing)
     assert torch.equal(changing(images).pooled, unmerged)
     torch.testing.assert_close(changing.blocks[1].attn.qkv.weight, wanted)
     difference = (changing.blocks[0].attn.proj.weight - original.blocks[0].attn.proj.weight).detach()

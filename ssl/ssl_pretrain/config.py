@@ -41,6 +41,15 @@ class Run:
     branch: bool = False
     """With --init-state: take over the optimiser's state and the step too, as if that run went on with these flags; for a
     cooldown (docs/continue.md)."""
+    adapters: Literal["none", "lora"] = "none"
+    """lora: train low-rank updates of the start weights' attention matrices, which are merged in exports, instead of the
+    encoder's own weights (docs/continue.md)."""
+    lora_rank: int = 16
+    """Rank of the updates of --adapters lora."""
+    lora_alpha: float | None = None
+    """Scale of the updates of --adapters lora: they are multiplied by this value / the rank (default: the rank)."""
+    adapters_unfreeze: int = 0
+    """With --adapters: also train this number of last blocks, and all norms (ExPLoRA)."""
     init_fingerprint: str | None = None
     """Fingerprint that the start weights must have (default: that of the weights; config.yaml records it)."""
     partial: bool = False
@@ -182,6 +191,8 @@ class Run:
         rates.parse(self.rates)
         if self.init_from is not None and self.init_state is not None:
             raise UserError("--init-from and --init-state: give one of them")
+        if self.adapters != "none" and self.init_from is None and self.init_state is None:
+            raise UserError("--adapters train updates of existing weights: name these with --init-from")
         if self.branch and self.init_state is None:
             raise UserError("--branch needs --init-state RUN@STEP, the checkpoint to branch off")
         if self.partial and self.init_from is None and (self.init_state is None or self.branch):
@@ -190,11 +201,11 @@ class Run:
 
 # The interval of each numeric flag. None is not checked.
 RANGES = {
-    AT_LEAST_1: "image_size in_chans max_pixels steps images batch_size accumulate shard_size checkpoint_every "
+    AT_LEAST_1: "lora_rank image_size in_chans max_pixels steps images batch_size accumulate shard_size checkpoint_every "
     "keep_last log_every val_every bad_steps",
     NOT_NEGATIVE: "lr final_lr warmup_lr warmup_steps cooldown_steps weight_decay final_weight_decay workers stall_after "
-    "keep_every monitor_every picture_every val_images knn_every knn_drop",
-    POSITIVE: "epochs clip_grad",
+    "adapters_unfreeze keep_every monitor_every picture_every val_images knn_every knn_drop",
+    POSITIVE: "lora_alpha epochs clip_grad",
     FROM_0_BELOW_1: "betas",
     FROM_0_TO_1: "mean layer_decay",
     ABOVE_0_TO_1: "std",
@@ -240,6 +251,8 @@ BUILT_IN_RUN = {
     "steps": 250,
     "picture_every": 50,
 }
+
+LORA_LR = 2e-4  # default peak of --adapters lora, for any batch size; usual are 1e-4 to 5e-4
 
 MOST_YAML_BYTES, MOST_YAML_VALUES, MOST_YAML_DEPTH = 1 << 18, 10_000, 100
 
@@ -345,6 +358,8 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
 
     if run.lr is not None:
         lr = run.lr
+    elif run.adapters == "lora":
+        lr = LORA_LR
     else:
         ratio = batch_size / recipe.lr_batch
         lr = recipe.lr * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[recipe.lr_scaling]

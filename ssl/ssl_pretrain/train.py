@@ -24,7 +24,7 @@ from .distributed import World
 from .distributed.batch_norm import couples_samples
 from .errors import UserError
 from .frozen import NONE, Frozen
-from .loop import grad_cache, manifest, parallel, preflight, stages, start_state, start_weights
+from .loop import grad_cache, manifest, parallel, preflight, stages, start_state, start_weights, updates
 from .loop import start as run_start
 from .loop.log import Log
 from .loop.monitor import CollapseMonitor
@@ -96,7 +96,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     whole_batch = isinstance(method, WholeBatchMethod) and accumulate > 1
     wrapped = parallel.wrap(method, run, world)
     shards = parallel.Shards(method, world.device)
-    rules = (*method.rates(), *rates.parse(run.rates))
+    rules = (*method.rates(), *rates.parse(run.rates), *updates.rates(run))
     rates.check(rules, (name for name, p in method.named_parameters() if p.requires_grad))
     groups = optim.parameter_groups(
         method,
@@ -318,6 +318,7 @@ def _build_method(
             f"batch. Leave it at 1 with --method {run.method} --encoder {run.encoder}, or use more processes"
         )
     notes = [] if start else start_weights.load(run, method.encoder)
+    notes += updates.add(run, method.encoder)
     method.prepare(images, networks)
     notes += [] if start else start_state.load(run, method)
     method.to(world.device)

@@ -14,7 +14,7 @@ from ..distributed import World
 from ..encoder import Encoder, Preprocessing
 from ..files import write_text
 from ..pretext import Method
-from . import parallel, start_state, start_weights
+from . import parallel, start_state, start_weights, updates
 from .guard import BEST, Guard
 
 
@@ -98,7 +98,7 @@ class Saver:
         def export() -> None:
             if exported is not None:
                 exported.lineage = lineage
-                encoder.save(self.run.out / "encoder", exported)
+                encoder.save(self.run.out / "encoder", updates.merged(self.run, exported))
 
         state = {
             "method": self.method.state_dict(),
@@ -152,6 +152,7 @@ class Saver:
         """Memory of the first process for a whole copy of the encoder; made once."""
         if self.world.first and self._copy is None:
             twin = encoder.another(self.run.encoder, self.method.exported())
+            updates.add(self.run, twin)
             self._copy = Encoder(twin, self.run.encoder, self._preprocessing, {})
         return self._copy
 
@@ -160,7 +161,7 @@ class Saver:
         if self._export_from_files:
             self._exported = self._read_encoder(self._lineage["step"])
             self._exported.lineage = self._lineage
-            encoder.save(self.run.out / "encoder", self._exported)
+            encoder.save(self.run.out / "encoder", updates.merged(self.run, self._exported))
         if self._best is not None:
             assert self._exported is not None
             self._export_best(self._exported, self._best)
@@ -185,7 +186,7 @@ class Saver:
         process leaves the best step before whole, or all that the next process needs to export this one."""
         place = self.run.out / BEST
         exported.lineage = {**self._origin(facts["step"]), "best_by": facts["by"], "score": facts["score"]}
-        encoder.save(place / "encoder", exported)
+        encoder.save(place / "encoder", updates.merged(self.run, exported))
         write_text(place / "best.json", json.dumps(facts, indent=1) + "\n")
 
     def _restore_best(self) -> None:

@@ -12,6 +12,7 @@ from .. import checkpoint, config, encoder, pretext
 from ..errors import UserError
 from . import start_weights
 
+ADAPTERS = ("adapters", "lora_rank", "lora_alpha", "adapters_unfreeze")  # flags that give the encoder more parameters
 FORM = re.compile(r"(?P<run>.+?)(@(?P<step>\d+))?")
 
 
@@ -21,7 +22,7 @@ def settings(text: str, out: Path, method: str, *, partial: bool = False) -> dic
     Raises UserError if there is no such checkpoint, and for a run of another method unless `partial`.
     """
     recorded = start_weights.recorded_settings(out)
-    knobs = [] if partial else list(pretext.load(method).Config.__dataclass_fields__)
+    knobs = [] if partial else [*pretext.load(method).Config.__dataclass_fields__, *ADAPTERS]
     if recorded.get("init_state") == text:
         return {**_some(recorded, knobs), **start_weights.of_recorded(recorded, out)}
     run, step = place(text)

@@ -132,6 +132,8 @@ def facts(run: config.Resolved) -> dict[str, Any]:
     """What the manifest and the lineage of exports say of the start weights; empty without any."""
     names = ("init_from", "init_state")
     found = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
+    if run.adapters != "none":
+        found["adapters"] = f"{run.adapters} of rank {run.lora_rank}, merged"
     return {**found, "init_fingerprint": run.init_fingerprint} if found else {}
 
 

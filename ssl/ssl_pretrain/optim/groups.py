@@ -1,10 +1,12 @@
 """Parameter groups for weight decay and layer decay, by the papers' rules."""
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..backbones import adapters
 from ..backbones.backbone import Backbone
 from ..rates import Rate
 
@@ -53,7 +55,7 @@ def parameter_groups(
             scale = layer_decay ** (encoder.depth + 1 - encoder.layer_of(inside[id(parameter)]))
         decay = decays(name, parameter, rule)
         matrix = matrices and parameter.ndim == 2 and id(parameter) in inside
-        matrix = matrix and not name.endswith("relative_position_bias_table")
+        matrix = matrix and not name.endswith("relative_position_bias_table") and not fnmatchcase(name, adapters.NAMES)
         rules = tuple(rule for rule in rates if rule.fits(name))
         fresh: dict[str, Any] = {"params": [], "names": [], "decays": decay, "lr_scale": scale, "matrices": matrix}
         group = groups.setdefault((decay, scale, matrix, rules), {**fresh, "weight_decay": 0.0, "rates": rules})

@@ -362,6 +362,59 @@ def test_data2vec2(tmp_path: Path) -> None:
     assert "_ema.blocks.*.x" in encoder.lineage["left_out"]
 
 
+def close(found: Tensor, expected: Tensor) -> None:
+    """The largest difference is at most 1e-5 of the largest value."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("layout", ["original", "timm"])
+def test_aimv2(layout: str, tmp_path: Path) -> None:
+    timm = import_timm()
+    sizes = {"embed_dim": DIM, "depth": 3, "num_heads": 4, "img_size": SIDE, "patch_size": PATCH, "num_classes": 0}
+    model = scatter(timm.create_model("aimv2_large_patch14_224", **sizes))
+    names = {
+        "patch_embed.": "preprocessor.patchifier.", "pos_embed": "preprocessor.pos_embed", "blocks.": "trunk.blocks.",
+        "norm.": "trunk.post_trunk_norm.",
+    }  # fmt: skip
+    weights = {}
+    for name, value in model.state_dict().items():
+        start = next(ours for ours in names if name.startswith(ours))
+        inner = name[len(start) :].replace("norm1", "norm_1").replace("norm2", "norm_2")
+        inner = inner.replace("fc1_g", "fc1").replace("fc1_x", "fc3")
+        weights[names[start] + inner if layout == "original" else name] = value
+    assert not any("norm" in name and name.endswith("bias") for name in weights)
+    encoder = read(saved(weights, tmp_path), heads=4)
+    with torch.inference_mode():
+        close(encoder(IMAGES).patches, tokens(model))
+    config = encoder.backbone.config
+    assert (encoder.lineage["method"], config.rms_norm, config.swiglu, config.norm_eps) == ("aimv2", True, True, 1e-5)
+    assert (config.cls, config.pool, config.norms) == (False, "mean", "patches")
+    exported.save(tmp_path / "export", encoder)
+    with torch.inference_mode():
+        close(exported.load(tmp_path / "export")(IMAGES).patches, tokens(model))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_aimv2_of_transformers(native: bool, tmp_path: Path) -> None:
+    transformers = import_transformers()
+    sizes = {**SIZES, "num_attention_heads": 2, "intermediate_size": 176, "rms_norm_eps": 1e-3, "is_native": native}
+    model = scatter(transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(**sizes)))
+    model.save_pretrained(tmp_path)
+    encoder = read(tmp_path / "model.safetensors", image_size=(SIDE, SIDE))
+    with torch.inference_mode():
+        close(encoder(IMAGES).patches, model(pixel_values=IMAGES).last_hidden_state)
+    assert (encoder.backbone.config.heads, encoder.backbone.config.norm_eps) == (2, 1e-3)
+    assert encoder.backbone.config.positions == ("sincos" if native else "learned")
+    assert all(name.startswith("head.") for name in encoder.lineage["left_out"])
+
+
+def test_published_widths_of_aimv2_have_heads_of_128_channels(tmp_path: Path) -> None:
+    timm = import_timm()
+    model = timm.create_model("aimv2_large_patch14_224", depth=1, num_classes=0)
+    assert read(saved(model.state_dict(), tmp_path)).backbone.config.heads == 8 == model.blocks[0].attn.num_heads
+
+
 # ---- transformers' names.
 
 SMALL = {"hidden_size": DIM, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 4 * DIM}
@@ -508,13 +561,6 @@ CHANGES: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
 def test_what_does_not_fit_is_said(change: Callable, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
         read(spoilt(change, tmp_path), heads=4)
-
-
-def test_aimv2_is_refused(tmp_path: Path) -> None:
-    weights = {"preprocessor.patchifier.proj.weight": torch.zeros(DIM, 3, 8, 8)}
-    weights["trunk.blocks.0.mlp.fc3.weight"] = torch.zeros(2, DIM)
-    with pytest.raises(UserError, match="AIMv2's RMS norms"):
-        read(saved(weights, tmp_path), heads=4)
 
 
 def test_other_rotary_positions_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """The vision transformer (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021) with what later papers added:
-registers, layer scale, SwiGLU, query-key norm, drop path, rotary and relative positions, decayed shortcuts.
+registers, layer scale, SwiGLU, query-key norm, RMS norm, drop path, rotary and relative positions, decayed shortcuts.
 
 Shapes: B images, C channels, H x W pixels, p patch side, N patches on an (h, w) grid in raster order, K of them kept, P
 prefix tokens (CLS, then registers), L = P + N or P + K tokens, D width, d width of a head, T tokens of several batches of
@@ -36,6 +36,11 @@ NORM_EPS = 1e-6  # of every layer norm, as in nearly all published ViTs; torch's
 Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles of rotary positions
 
 
+def _norm(dim: int, eps: float, rms: bool) -> nn.Module:
+    """A layer norm, or an RMS norm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019), which has no bias."""
+    return nn.RMSNorm(dim, eps=eps) if rms else nn.LayerNorm(dim, eps=eps)
+
+
 class PatchEmbed(nn.Module):
     """Patches to tokens by one linear layer; its weight has a convolution's shape (D, C, p, p), as in checkpoints."""
 
@@ -61,13 +66,21 @@ class Attention(nn.Module):
     of each head (Dehghani et al., 2023, section 2), `offsets` is the size of its table of relative positions (0: none)."""
 
     def __init__(
-        self, dim: int, heads: int, *, qkv_bias: bool, qk_norm: bool, norm_eps: float = NORM_EPS, offsets: int = 0
+        self,
+        dim: int,
+        heads: int,
+        *,
+        qkv_bias: bool,
+        qk_norm: bool,
+        norm_eps: float = NORM_EPS,
+        rms_norm: bool = False,
+        offsets: int = 0,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
+        self.q_norm = _norm(dim // heads, norm_eps, rms_norm) if qk_norm else nn.Identity()
+        self.k_norm = _norm(dim // heads, norm_eps, rms_norm) if qk_norm else nn.Identity()
         self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, heads)) if offsets else None
         self.proj = nn.Linear(dim, dim)
 
@@ -163,6 +176,7 @@ class Block(nn.Module):
         shortcut: float = 1.0,
         post_norm: bool = False,
         norm_eps: float = NORM_EPS,
+        rms_norm: bool = False,
         offsets: int = 0,
     ) -> None:
         super().__init__()
@@ -170,10 +184,12 @@ class Block(nn.Module):
         # A tensor, not a number: otherwise a compiler would compile a block again for each factor.
         self.shortcut: Tensor | None
         self.register_buffer("shortcut", None if shortcut == 1 else torch.tensor(float(shortcut)), persistent=False)
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_eps=norm_eps, offsets=offsets)
+        self.norm1 = _norm(dim, norm_eps, rms_norm)
+        self.attn = Attention(
+            dim, heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_eps=norm_eps, rms_norm=rms_norm, offsets=offsets
+        )
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = _norm(dim, norm_eps, rms_norm)
         self.mlp = (SwiGLU if swiglu else Mlp)(dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         for part in self.modules():
@@ -282,7 +298,9 @@ class ViT(Backbone):
         """Layer norms other than before each branch and at the end: patches (also on patch embeddings; AIM), or post
         (on the first tokens and after each branch, none at the end; data2vec 2.0)."""
         norm_eps: float | None = None
-        """Epsilon of every layer norm (none: 1e-6; DINOv3: 1e-5)."""
+        """Epsilon of every norm (none: 1e-6; DINOv3 and AIMv2: 1e-5)."""
+        rms_norm: bool = False
+        """Use RMS norms in the place of layer norms (AIMv2)."""
 
         def __post_init__(self) -> None:
             within(self, POSITIVE, "dim", "depth", "heads", "patch_size", "mlp_ratio", "norm_eps")
@@ -331,12 +349,13 @@ class ViT(Backbone):
                 shortcut=1 + (config.shortcut_decay - 1) * i * share,
                 post_norm=post,
                 norm_eps=eps,
+                rms_norm=config.rms_norm,
                 offsets=Offsets.count(self.grid, self.prefix_tokens) if config.positions == "relative" else 0,
             )
             for i in range(config.depth)
         )
-        self.norm_pre = nn.LayerNorm(dim, eps=eps) if config.norms else nn.Identity()
-        self.norm = nn.Identity() if post else nn.LayerNorm(dim, eps=eps)
+        self.norm_pre = _norm(dim, eps, config.rms_norm) if config.norms else nn.Identity()
+        self.norm = nn.Identity() if post else _norm(dim, eps, config.rms_norm)
 
     def forward(
         self,

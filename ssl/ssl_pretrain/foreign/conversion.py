@@ -77,7 +77,8 @@ def _timm(spec: Spec, file: Path, image_size: tuple[int, int] | None) -> Encoder
     module, how = cast(Any, cast(Foreign, theirs.backbone).module), theirs.preprocessing
     if published.COMMON in module.state_dict():
         first = module.blocks[0]
-        facts = {"num_attention_heads": first.attn.num_heads, "layer_norm_eps": first.norm1.eps}
+        facts = {"num_attention_heads": first.attn.num_heads}
+        facts |= {"layer_norm_eps": first.norm1.eps, "rms_norm_eps": first.norm1.eps}
 
         def read(size: tuple[int, int] | None) -> Encoder:
             return published.read(file, weights=module.state_dict(), facts=facts, image_size=size)

@@ -1,5 +1,5 @@
 """Reads checkpoints as published by their authors into our ViT: MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3,
-AIM, data2vec 2.0, and the versions of timm and transformers.
+AIM, AIMv2, data2vec 2.0, and the versions of timm and transformers.
 
 Shapes: D channels, N patches on a square (h, h) grid in raster order, P prefix tokens, p patch side.
 
@@ -28,13 +28,30 @@ from .weights import SHOWN, difference, flat, read_file
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of all layouts except BEiT's
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # BEiT's; BEiT v2 has ImageNet's again
-LAYOUTS = ("mae", "beit", "ijepa", "dino", "ibot", "dinov2", "dinov3", "mocov3", "aim", "data2vec2", "transformers")
+LAYOUTS = (
+    "mae",
+    "beit",
+    "ijepa",
+    "dino",
+    "ibot",
+    "dinov2",
+    "dinov3",
+    "mocov3",
+    "aim",
+    "aimv2",
+    "data2vec2",
+    "transformers",
+)
 
 # The weight of the patch embedding, from which a layout is detected.
 COMMON = "patch_embed.proj.weight"
 AIM = "preprocessor.patchifier.proj.weight"
 DATA2VEC = "modality_encoders.IMAGE.local_encoder.proj.weight"
-TRANSFORMERS = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight")
+TRANSFORMERS = (
+    "embeddings.patch_embeddings.projection.weight",
+    "embeddings.patch_embeddings.weight",
+    "embeddings.patch_embed.weight",
+)
 TABLE = "relative_position_bias_table"  # BEiT's, one for each block or one for all
 # If a file has several encoders, the one that its authors evaluate: the first of these in the part's name.
 PREFERRED = (
@@ -59,6 +76,7 @@ RENAMED = {
     COMMON: [
         (r"^(register_tokens|storage_tokens|reg_token)$", "reg_tokens"),
         (r"^blocks\.\d+\.(\d+\.)", r"blocks.\1"),  # DINOv2's training checkpoints: blocks.CHUNK.BLOCK
+        (r"^patch_embed\.norm\.", "norm_pre."),
         (r"\.gamma_([12])$", r".ls\1.gamma"),
         (r"\.mlp\.(w1|fc1_g)\.", ".mlp.gate."),
         (r"\.mlp\.(w2|fc1_x)\.", ".mlp.up."),
@@ -78,16 +96,19 @@ RENAMED = {
         (r"^modality_encoders\.IMAGE\.context_encoder\.norm\.", "norm_pre."),
     ],
     "transformers": [
-        (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
-        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.(patch_embeddings\.(projection\.)?|patch_embed\.)", "patch_embed.proj."),
+        (r"^embeddings\.rms_norm\.", "norm_pre."),
+        (r"^embeddings\.(position_embeddings|position_embedding\.weight)$", "pos_embed"),
         (r"^embeddings\.register_tokens$", "reg_tokens"),
         (r"^embeddings\.cls_token$", "cls_token"),
         (r"^(encoder\.|model\.)?layers?\.", "blocks."),
-        (r"^layernorm\.", "norm."),
+        (r"^(layernorm|rms_norm)\.", "norm."),
+        (r"\.rms_norm([12])\.", r".norm\1."),
+        (r"\.ffn\.", ".mlp."),
         (r"\.layernorm_before\.", ".norm1."),
         (r"\.layernorm_after\.", ".norm2."),
         (r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\2."),
-        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.attention\.(output\.dense|o_proj|out_proj)\.", ".attn.proj."),
         (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
         (r"\.lambda_([12])$", r".ls\1.gamma"),
         (r"\.(attention\.(attention\.)?)?relative_position_bias\." + TABLE, ".attn." + TABLE),
@@ -241,8 +262,6 @@ def _refuse_other_architectures(inside: Mapping[str, Tensor], anchor: str, file:
         what, remedy = "patches of video (a 3-D patch embedding)", ""
     elif patch.ndim != 4 or patch.shape[2] != patch.shape[3]:
         what, remedy = f"a patch embedding of shape {tuple(patch.shape)}", ", whose patches are square"
-    elif anchor == AIM and any(".fc3." in name for name in inside):
-        what, remedy = "AIMv2's RMS norms", ": take the original model, hf:FOLDER or timm:aimv2_...,checkpoint=FILE"
     else:
         return
     raise UserError(f"{file} has {what}, and our ViT has not{remedy}")
@@ -250,6 +269,8 @@ def _refuse_other_architectures(inside: Mapping[str, Tensor], anchor: str, file:
 
 def _layout(weights: Mapping[str, Tensor], inside: Mapping[str, Tensor], prefix: str, anchor: str) -> str:
     """The method of a layout; the oldest one if methods differ only in training."""
+    if anchor in (AIM, COMMON) and "norm_pre.weight" in weights and _is_rms(weights):
+        return "aimv2"
     if anchor != COMMON:
         return {AIM: "aim", DATA2VEC: "data2vec2"}.get(anchor, "transformers")
     if any(name.endswith(TABLE) for name in weights):
@@ -284,6 +305,9 @@ def _renamed(inside: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:
         if anchor == DATA2VEC and (found := re.match(r"blocks\.(\d+)\.", name)):
             new = f"blocks.{int(found[1]) + prenet}.{name[found.end() :]}"
         new = re.sub(r"^modality_encoders\.IMAGE\.context_encoder\.blocks\.", "blocks.", new)
+        if anchor == AIM and new.replace(".fc1.", ".fc3.") in inside:  # AIMv2: a gated MLP, and fc3 is its other half
+            new = new.replace(".mlp.fc1.", ".mlp.gate.")
+        new = new.replace(".mlp.fc3.", ".mlp.up.") if anchor == AIM else new
         for pattern, replacement in rules:
             new = re.sub(pattern, replacement, new)
         renamed[new] = value.float() if value.is_floating_point() else value
@@ -302,10 +326,12 @@ def _in_our_form(weights: dict[str, Tensor], inside: Mapping[str, Tensor], ancho
         mask = inside.get(f"{attn}.qkv.bias_mask")  # DINOv3: keys have no bias, but an entry for it
         if mask is not None and f"{attn}.qkv.bias" in weights:
             weights[f"{attn}.qkv.bias"] = weights[f"{attn}.qkv.bias"] * mask.float()
-        if anchor == AIM:  # no biases
-            for layer in (f"{attn}.proj", f"{mlp}.fc1", f"{mlp}.fc2"):
+        if anchor == AIM or _is_rms(weights):  # no biases
+            for layer in (f"{attn}.proj", *(f"{mlp}.{part}" for part in ("fc1", "fc2", "w12", "w3"))):
                 if f"{layer}.weight" in weights:
                     weights.setdefault(f"{layer}.bias", torch.zeros(len(weights[f"{layer}.weight"])))
+    if "pos_embed" in weights and weights["pos_embed"].ndim == 2:  # AIMv2 in transformers
+        weights["pos_embed"] = weights["pos_embed"][None]
     if "cls_token" in weights and "pos_embed" in weights and _side(weights["pos_embed"].shape[1]):
         # Only patches have positions, the class token has none (data2vec 2.0, and timm with registers).
         weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))
@@ -346,6 +372,11 @@ def _fuse_mlp(weights: dict[str, Tensor], mlp: str) -> None:
                 weights[name.replace(f".{theirs}.", f".{ours}.")] = weights.pop(name)
 
 
+def _is_rms(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the norms are RMS norms, which have no bias."""
+    return "blocks.0.norm1.weight" in weights and not any(re.search(r"norm[12]?\.bias$", name) for name in weights)
+
+
 def _blocks(weights: Mapping[str, Tensor]) -> list[str]:
     """The numbers of the blocks."""
     return sorted({name.split(".")[1] for name in weights if re.match(r"blocks\.\d+\.", name)}, key=int)
@@ -368,13 +399,14 @@ def _architecture(weights: Mapping[str, Tensor], layout: str, heads: int, beside
     positions = "learned"
     if f"blocks.0.attn.{TABLE}" in weights:
         positions = "relative"
-    elif layout == "aim" and table is None:
+    elif table is None and "norm_pre.weight" in weights:
         positions = "sincos"
     elif table is None:
         positions = "rope"
     elif _fixed(table, tokens):
         positions = "sincos"
-    eps = beside.get("layer_norm_eps", 1e-5 if positions == "rope" else None)
+    rms = _is_rms(weights)
+    eps = beside.get("rms_norm_eps" if rms else "layer_norm_eps", 1e-5 if positions == "rope" or rms else None)
     return {
         "in_chans": channels,
         "dim": dim,
@@ -390,7 +422,8 @@ def _architecture(weights: Mapping[str, Tensor], layout: str, heads: int, beside
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in weights else None,
-        "norms": {"aim": "patches", "data2vec2": "post"}.get(layout),
+        "norms": "post" if layout == "data2vec2" else "patches" if "norm_pre.weight" in weights else None,
+        "rms_norm": rms,
         "norm_eps": None if eps == 1e-6 else eps,
     }
 
@@ -414,10 +447,12 @@ def _heads(
     known = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
     if layout == "mocov3":
         known[384] = 12
-    elif "pos_embed" not in weights and layout != "aim":  # DINOv3, with any names
+    elif "pos_embed" not in weights and layout != "aim" and not _is_rms(weights):  # DINOv3, with any names
         known |= {1280: 20, 4096: 32}
     elif layout == "aim":
         known = {1536: 12, 2048: 16, 3072: 24, 4096: 32}
+    elif _is_rms(weights):
+        known = {1024: 8, 1536: 12, 2048: 16, 3072: 24}
     if dim not in known:
         raise UserError(f"{file} does not say how many attention heads its {dim} channels have: add ,heads=")
     return known[dim]

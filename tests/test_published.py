@@ -390,6 +390,8 @@ def test_aimv2(layout: str, tmp_path: Path) -> None:
     config = encoder.backbone.config
     assert (encoder.lineage["method"], config.rms_norm, config.swiglu, config.norm_eps) == ("aimv2", True, True, 1e-5)
     assert (config.cls, config.pool, config.norms) == (False, "mean", "patches")
+    assert encoder.preprocessing.mean == timm.data.OPENAI_CLIP_MEAN
+    assert encoder.preprocessing.std == timm.data.OPENAI_CLIP_STD
     exported.save(tmp_path / "export", encoder)
     with torch.inference_mode():
         close(exported.load(tmp_path / "export")(IMAGES).patches, tokens(model))

@@ -26,20 +26,11 @@ from ..encoder import Encoder, Preprocessing
 from ..errors import UserError, nearest
 from .weights import SHOWN, difference, flat, read_file
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of all layouts except BEiT's
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of all layouts except BEiT's and AIMv2's
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # BEiT's; BEiT v2 has ImageNet's again
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # AIMv2's
 LAYOUTS = (
-    "mae",
-    "beit",
-    "ijepa",
-    "dino",
-    "ibot",
-    "dinov2",
-    "dinov3",
-    "mocov3",
-    "aim",
-    "aimv2",
-    "data2vec2",
+    *("mae", "beit", "ijepa", "dino", "ibot", "dinov2", "dinov3", "mocov3", "aim", "aimv2", "data2vec2"),
     "transformers",
 )
 
@@ -187,7 +178,8 @@ def read(
     if stated is not None:
         lineage["preprocessing"] = "as transformers' preprocessor_config.json states"
     first_beit = layout == "beit" and not any(name.startswith("cls_pt_layers.") for name in inside)
-    preprocessing = stated or Preprocessing.for_size(size, *(HALF if first_beit else IMAGENET))
+    usual = HALF if first_beit else CLIP if options["rms_norm"] else IMAGENET
+    preprocessing = stated or Preprocessing.for_size(size, *usual)
     return Encoder(backbone, _name(options), preprocessing, lineage).eval()
 
 

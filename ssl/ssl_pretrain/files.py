@@ -131,22 +131,25 @@ def read_lines(path: Path, left_out: list[str] | None = None) -> list[dict[str, 
     """The objects in the lines of a .jsonl file, none where it is not there. A line that is none (damaged, foreign) is left
     out, and said in `left_out` in words; a last one that is half there (a process was killed, or is writing) only left out.
     """
-    lines = []
+    return list(each_line(path, left_out))
+
+
+def each_line(path: Path, left_out: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """`read_lines` one by one, for a file that is long."""
     try:
-        content = path.read_bytes()
+        file = open(path, "rb")  # noqa: SIM115 (closed below)
     except FileNotFoundError:
-        return []
-    pieces = content.split(b"\n")
-    for number, text in enumerate(pieces, start=1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            why = "" if isinstance(line, dict) else "no JSON object"
-        except (ValueError, RecursionError):
-            why = "not JSON"
-        if not why:
-            lines.append(line)
-        elif left_out is not None and number < len(pieces):
-            left_out.append(f"{path.name}, line {number}: {why}; left out")
-    return lines
+        return
+    with file:
+        for number, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+                why = "" if isinstance(line, dict) else "no JSON object"
+            except (ValueError, RecursionError):
+                why = "not JSON"
+            if not why:
+                yield line
+            elif left_out is not None and text.endswith(b"\n"):
+                left_out.append(f"{path.name}, line {number}: {why}; left out")

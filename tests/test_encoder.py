@@ -213,7 +213,7 @@ def test_a_path_that_holds_no_encoder(export: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format=2), "has format 2, newer than 1: upgrade ssl-pretrain"),
+        (lambda c: c.update(format=3), "has format 3, newer than 2: upgrade ssl-pretrain"),
         (lambda c: c.pop("format"), "does not describe an encoder: KeyError"),
         (lambda c: c.update(backbone=3), "does not describe an encoder"),
         (lambda c: c["backbone"].pop("name"), "does not describe an encoder: KeyError"),

@@ -1,7 +1,8 @@
 """Exported encoders: written by the training loop, read by evaluators and by other programs.
 
-An export is a folder with `model.safetensors` (weights under the usual names), `config.json` (architecture,
-preprocessing, lineage, a hash of the weights) and a model card. Shapes: B images, C channels, H x W pixels.
+An export is a folder with `model.safetensors` (weights), `config.json` (architecture, preprocessing, lineage, a hash of
+the weights; and what timm and transformers look for, where they have such a model) and a model card.
+Shapes: B images, C channels, H x W pixels.
 """
 
 import contextlib
@@ -23,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import backbones
+from .backbones import forms
 from .backbones.backbone import Backbone, Features
 from .errors import UserError
 from .files import export_folder, sync, write_text
 from .randomness import key
 
-FORMAT = 1  # of config.json; a reader refuses a newer one
+FORMAT = 2  # of config.json; a reader refuses a newer one. 1: the weights have our names
 SHOWN = 10  # largest number of names that a message lists for each kind of mismatch
 # Options that may differ between an export and the encoder that starts from its weights (--init-from), because they do
 # not change the meaning of weights. All others must agree, for instance heads, whose number no weight's shape shows.
@@ -144,11 +146,17 @@ def save(path: Path, encoder: Encoder) -> None:
     """
     path.mkdir(parents=True, exist_ok=True)
     aside = path / f".model.safetensors.{os.getpid()}"
-    weights = {name: value.detach().cpu().contiguous() for name, value in encoder.backbone.state_dict().items()}
-    config = {"format": FORMAT, **_config(encoder), "lineage": encoder.lineage, "weights": weights_hash(weights)}
+    own = {name: value.detach().cpu().contiguous() for name, value in encoder.backbone.state_dict().items()}
+    form = forms.of_export(encoder.backbone)
+    weights = own if form is None else form.theirs(own)
+    config = {"format": 1, **_config(encoder), "lineage": encoder.lineage, "weights": weights_hash(weights)}
+    if form is not None and (weights.keys() != own.keys() or form.rows[1]):
+        config |= {"format": FORMAT, "names": form.library}
+    if form is not None:
+        config |= _library_config(encoder, form)
     text = json.dumps(config, indent=1) + "\n"
     try:
-        save_file(weights, aside, metadata={"config": text})  # one entry: several would have a random order
+        _save_weights(weights, aside, {"format": "pt", "config": text})
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path / "model.safetensors")
@@ -158,6 +166,20 @@ def save(path: Path, encoder: Encoder) -> None:
     write_text(path / "config.json", text)
     write_text(path / "README.md", _card(encoder))
     sync(path)
+
+
+def _save_weights(weights: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file. The library writes metadata in a random order, so it is put in order afterwards: equal
+    exports are equal bytes."""
+    save_file(weights, file, metadata=metadata)
+    with open(file, "r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = metadata
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the header became longer"
+        opened.seek(8)
+        opened.write(text.ljust(length))
 
 
 def _system_error(problem: SafetensorError, path: Path) -> OSError:
@@ -188,8 +210,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
             "" if backbones.known(described["name"]) else ". An encoder of another package needs that package installed"
         )
         raise UserError(f"{folder / 'config.json'}: {problem}{hint}") from None
-    _check_names(backbone, weights, folder)
-    backbone.load_state_dict(weights)
+    renamed = _our_names(config, backbone, weights, folder)
+    _check_names(backbone, renamed, folder)
+    backbone.load_state_dict(renamed)
     if weights_hash(weights) != saved:
         raise UserError(
             f"{folder / 'model.safetensors'} is damaged or was replaced: its weights are not those that config.json "
@@ -308,6 +331,22 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, weights
 
 
+def _our_names(
+    config: Mapping[str, Any], backbone: Backbone, weights: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """The weights of a file under our names."""
+    library = config.get("names")
+    if library is None:
+        return weights
+    form = forms.of_export(backbone)
+    if form is None or form.library != library:
+        raise UserError(
+            f"{folder / 'config.json'} says that the weights have the names of {library!r}, which this version does not "
+            f"use for the encoder {config['backbone']['name']}: read it with the version that wrote it"
+        )
+    return form.ours(weights)
+
+
 def _check_names(backbone: Backbone, weights: Mapping[str, Tensor], where: str | Path) -> None:
     """Raise UserError that lists the differences, unless the weights have the backbone's names and shapes."""
     if found := differences(_shapes(backbone.state_dict()), _shapes(weights)):
@@ -356,6 +395,39 @@ def _config(encoder: Encoder) -> dict[str, Any]:
             "options": encoder.backbone.describe(),
         },
         "preprocessing": dataclasses.asdict(encoder.preprocessing),
+    }
+
+
+def _library_config(encoder: Encoder, form: forms.Form) -> dict[str, Any]:
+    """What timm and transformers look for in config.json."""
+    how, backbone = encoder.preprocessing, encoder.backbone
+    if form.library == "transformers":
+        return {**form.arguments, "architectures": [form.architecture]}
+    short = min(how.crop)
+    share = short / how.resize
+    if int(short / share) != how.resize:  # timm divides and rounds down
+        share = short / (how.resize + 0.01)
+    return {
+        "architecture": form.architecture,
+        "num_classes": 0,
+        "num_features": backbone.dim,
+        "global_pool": form.arguments["global_pool"],
+        "model_args": form.arguments,
+        "pretrained_cfg": {
+            "input_size": [backbone.in_chans, *how.crop],
+            "interpolation": how.interpolation,
+            "crop_pct": share,
+            "crop_mode": "center",
+            "mean": list(how.mean),
+            "std": list(how.std),
+            "num_classes": 0,
+            "pool_size": None,
+            # With other than three channels timm would take the weights for those of three.
+            "first_conv": form.first_conv if backbone.in_chans == 3 else None,
+            "classifier": form.classifier,
+        },
+        "model_type": "timm_wrapper",
+        "architectures": ["TimmWrapperModel"],
     }
 
 

@@ -1,0 +1,264 @@
+"""Exports as timm and transformers read them: the library's model, made from the folder alone, gives our features."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles import import_timm, import_transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ssl_pretrain import backbones, encoder
+from ssl_pretrain.backbones import forms
+from ssl_pretrain.encoder import Encoder, Preprocessing
+from ssl_pretrain.errors import UserError
+
+SIZE = (32, 48)
+TINY = {"dim": 64, "depth": 2, "heads": 4, "patch_size": 8}
+SMALL_CONVNEXT = {"dims": (16, 24, 32, 48), "depths": (1, 1, 2, 1)}
+# Options that are expressible, by name of the encoder.
+VITS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "class token": {"pool": "cls"},
+    "no class token": {"cls": False},
+    "registers": {"registers": 3},
+    "registers, no class token": {"registers": 2, "cls": False},
+    "sine-cosine": {"positions": "sincos", "registers": 1},
+    "layer scale": {"layer_scale": 0.1},
+    "layer scale 0": {"layer_scale": 0.0, "pool": "cls"},
+    "query-key norm": {"qk_norm": True},
+    "no bias": {"qkv_bias": False},
+    "narrow mlp": {"mlp_ratio": 2.5},
+    "gated mlp": {"swiglu": True},
+    "gated mlp, registers, layer scale": {"swiglu": True, "registers": 4, "layer_scale": 0.1, "mlp_ratio": 3.0},
+    "epsilon": {"norm_eps": 1e-5},
+    "norm of patches": {"norms": "patches", "qk_norm": True},
+    "four channels": {"in_chans": 4},
+    "rotary": {"positions": "rope"},
+    "rotary, DINOv3": {
+        "positions": "rope", "registers": 4, "layer_scale": 0.1, "norm_eps": 1e-5, "pool": "cls", "swiglu": True,
+    },
+    "rotary, no class token": {"positions": "rope", "cls": False, "qkv_bias": False},
+    "relative": {"positions": "relative", "pool": "cls", "qkv_bias": False, "image_size": (32, 32)},
+    "relative, layer scale": {
+        "positions": "relative", "pool": "cls", "qkv_bias": False, "layer_scale": 0.1, "image_size": (32, 32),
+    },
+}  # fmt: skip
+CONVNETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "convnext": ("convnext_micro", {**SMALL_CONVNEXT, "stem_patch": 4}),
+    "convnext, one channel": ("convnext_micro", {**SMALL_CONVNEXT, "stem_patch": 4, "in_chans": 1}),
+    "resnet18": ("resnet18", {"depths": (1, 1, 2, 1)}),
+    "resnet50": ("resnet50", {"depths": (1, 2, 1, 1)}),
+}
+
+
+def made(name: str, **options: Any) -> Encoder:
+    """An encoder in eval mode whose every weight is noise, so that none hides behind a 0 or a 1."""
+    channels = options.pop("in_chans", 3)
+    size = options.pop("image_size", SIZE)
+    backbone = backbones.build(name, image_size=size, in_chans=channels, **options).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for n, parameter in backbone.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.5 + 0.2 * noise if parameter.ndim == 1 else 0.15 * noise)
+            if n.endswith("conv1.weight") and parameter.ndim == 4:
+                parameter.mul_(0.5)
+        for n, buffer in backbone.named_buffers():
+            if n.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+            elif n.endswith("running_mean"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+    how = Preprocessing(36, size, "bicubic", (0.5,) * channels, (0.25,) * channels)
+    return Encoder(backbone, name, how, {"method": "mae", "data": "photos", "step": 7})
+
+
+def vit(**options: Any) -> Encoder:
+    return made("vit_micro", **TINY, **options)
+
+
+def images(of: Encoder, count: int = 2) -> Tensor:
+    height, width = of.preprocessing.crop
+    return torch.randn(count, of.backbone.in_chans, height, width, generator=torch.Generator().manual_seed(5))
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def case(name: str) -> Encoder:
+    if name in VITS:
+        return vit(**VITS[name])
+    kind, options = CONVNETS[name]
+    return made(kind, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*VITS, *CONVNETS])
+def test_timm_and_transformers_read_the_folder(name: str, tmp_path: Path) -> None:
+    timm, transformers = import_timm(), import_transformers()
+    written = case(name)
+    encoder.save(tmp_path, written)
+    x = images(written)
+    ours = written(x)
+
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert difference(theirs(x), ours.pooled) <= 1e-5
+    if written.name.startswith("vit"):
+        tokens = ours.patches if ours.tokens is None else ours.tokens
+        assert difference(theirs.forward_features(x), tokens) <= 1e-5
+    assert theirs.num_features == written.backbone.dim
+    assert theirs.pretrained_cfg["mean"] == list(written.preprocessing.mean)
+
+    model, info = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert difference(model.eval()(x).pooler_output, ours.pooled) <= 1e-5
+
+    again = encoder.load(tmp_path)
+    assert again.fingerprint == written.fingerprint
+    assert torch.equal(again(x).pooled, ours.pooled)
+
+
+@torch.no_grad()
+def test_transformers_reads_a_convnext_that_timm_has_not(tmp_path: Path) -> None:
+    """Stems with patches of 2 pixels, as in our convnext_micro."""
+    transformers = import_transformers()
+    written = made("convnext_micro", **SMALL_CONVNEXT)
+    assert written.backbone.config.stem_patch == 2
+    encoder.save(tmp_path, written)
+    x = images(written)
+    model, info = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(model).__name__ == "ConvNextModel"
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert difference(model.eval()(x).pooler_output, written(x).pooled) <= 1e-5
+    again = encoder.load(tmp_path)
+    assert again.fingerprint == written.fingerprint
+    assert "architecture" not in json.loads((tmp_path / "config.json").read_text())
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "post norms": ("vit_micro", {**TINY, "norms": "post"}, "no norm after each branch"),
+    "shortcut": ("vit_micro", {**TINY, "shortcut_decay": 0.7}, "no factor on the shortcut"),
+    "other epsilon": ("vit_micro", {**TINY, "norm_eps": 1e-4}, "not 0.0001"),
+    "rotary, query-key norm": ("vit_micro", {**TINY, "positions": "rope", "qk_norm": True}, "no norm of queries"),
+    "relative, mean": ("vit_micro", {**TINY, "positions": "relative"}, "the norm after the mean"),
+    "relative, bias": ("vit_micro", {**TINY, "positions": "relative", "pool": "cls", "image_size": (32, 32)}, "keys"),
+    "relative, wide": ("vit_micro", {**TINY, "positions": "relative", "pool": "cls"}, "square grids"),
+    "gated, epsilon": ("vit_micro", {**TINY, "swiglu": True, "norm_eps": 1e-5}, "epsilon 1e-6"),
+    "norm of patches, rotary": ("vit_micro", {**TINY, "norms": "patches", "positions": "rope"}, "norm of the patch"),
+    "small stem": ("resnet18", {"stem": "small"}, "no 3x3 stem"),
+    "convnext, stem of 2": ("convnext_micro", {}, "other strides"),
+    "convnext, stem of 8": ("convnext_micro", {**SMALL_CONVNEXT, "stem_patch": 8, "image_size": (64, 64)}, "strides"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_timm_has_not_has_a_reason(name: str, tmp_path: Path) -> None:
+    """And our own loader reads it; config.json then has no entries of timm."""
+    kind, options, reason = OTHERS[name]
+    written = made(kind, **options)
+    found = forms.timm_form(written.backbone)
+    assert isinstance(found, str)
+    assert reason in found
+    assert "\n" not in found
+    encoder.save(tmp_path, written)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "architecture" not in config
+    assert ("model_type" in config) == kind.startswith("convnext")
+    assert encoder.load(tmp_path).fingerprint == written.fingerprint
+
+
+@pytest.mark.parametrize("name", ["registers", "gated mlp, registers, layer scale", "rotary, DINOv3", "convnext"])
+def test_exports_of_the_first_format_are_read(name: str, tmp_path: Path) -> None:
+    """They held our own names, without the entries of other libraries."""
+    written = case(name)
+    encoder.save(tmp_path, written)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["format"], config["names"]) == (2, "timm")
+    weights = {n: v.contiguous() for n, v in written.backbone.state_dict().items()}
+    old = {n: config[n] for n in ("backbone", "preprocessing", "lineage")}
+    old |= {"format": 1, "weights": encoder._hash(weights)}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"config": json.dumps(old)})
+    again = encoder.load(tmp_path)
+    assert all(torch.equal(value, again.backbone.state_dict()[n]) for n, value in weights.items())
+
+
+def test_weights_under_theirs_names_are_read_strictly(tmp_path: Path) -> None:
+    encoder.save(tmp_path, vit(registers=2))
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights["pos_embed"].shape[1] == 1 + 2 + 24
+    weights["pos_embed"][0, 1, 0] = 1.0  # our registers have no positions
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"1 of another shape: pos_embed \(1, 27, 64\) instead of \(1, 25, 64\)"):
+        encoder.load(tmp_path)
+    weights["pos_embed"][0, 1, 0] = 0.0
+    weights["more"] = weights.pop("reg_token")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="1 missing: reg_tokens; 1 unexpected: more"):
+        encoder.load(tmp_path)
+
+
+def test_names_of_a_later_version_are_refused(tmp_path: Path) -> None:
+    encoder.save(tmp_path, vit(shortcut_decay=0.5))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "names": "timm"}))
+    with pytest.raises(UserError, match="names of 'timm', which this version does not use for the encoder vit_micro"):
+        encoder.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", backbones.own())
+def test_every_size_has_a_form(name: str) -> None:
+    """And its names lead there and back."""
+    with torch.device("meta"):
+        backbone = backbones.build(name, image_size=(224, 224))
+    form = forms.of_export(backbone)
+    assert form is not None
+    weights = {n: torch.zeros(v.shape, device="meta") for n, v in backbone.state_dict().items()}
+    there = form.theirs(weights)
+    back = form.ours(there)
+    assert {n: v.shape for n, v in back.items()} == {n: v.shape for n, v in weights.items()}
+
+
+def test_the_weights_say_that_they_are_of_torch(tmp_path: Path) -> None:
+    encoder.save(tmp_path, vit())
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+        assert sorted(file.keys()) == sorted(vit().backbone.state_dict())
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["config"]) == json.loads((tmp_path / "config.json").read_text())
+
+
+def test_preprocessing_is_the_same(tmp_path: Path) -> None:
+    """transformers' processor, which is timm's transform, against ours: both resize uint8 images with antialiasing."""
+    import_timm()
+    transformers = import_transformers()
+    from PIL import Image
+
+    written = made("vit_micro", **TINY, image_size=(32, 32))
+    encoder.save(tmp_path, written)
+    generator = torch.Generator().manual_seed(1)
+    small = torch.randint(0, 256, (9, 12, 3), generator=generator, dtype=torch.uint8).numpy()
+    image = Image.fromarray(small).resize((61, 47), Image.Resampling.BICUBIC)
+    found = transformers.AutoImageProcessor.from_pretrained(tmp_path)(image)["pixel_values"]
+    expected = written.preprocess([image])
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 2 / 255 / 0.25
+
+
+def test_a_new_classifier_in_timm_keeps_the_encoder(tmp_path: Path) -> None:
+    timm = import_timm()
+    written = vit(pool="cls")
+    encoder.save(tmp_path, written)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5).eval()
+    assert isinstance(model.head, nn.Linear)
+    x = images(written)
+    with torch.no_grad():
+        assert model(x).shape == (2, 5)
+        assert difference(model.forward_head(model.forward_features(x), pre_logits=True), written(x).pooled) <= 1e-5

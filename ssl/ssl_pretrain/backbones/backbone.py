@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch.export
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -29,6 +30,10 @@ class Features:
     # A pyramid of maps (B, C_i, h_i, w_i), the finest first; their strides and channels are `Backbone.map_strides` and
     # `map_channels`. Empty unless it was asked for.
     maps: tuple[Tensor, ...] = ()
+
+
+# So that torch.export, and whatever else maps over the tensors of a result, sees the tensors in it.
+torch.export.register_dataclass(Features, serialized_type_name="ssl_pretrain.Features")
 
 
 class Backbone(nn.Module, ABC):

@@ -31,6 +31,12 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
     return torch.cat([x, y], dim=2).reshape(h * w, dim).float()
 
 
+def fixed(grid: tuple[int, int]) -> bool:
+    """Whether a grid is two numbers. torch.export for images of any size makes it two symbols: comparing one with a
+    number would limit the program to sizes with that answer."""
+    return not any(isinstance(side, torch.SymInt) for side in grid)
+
+
 def resize_table(table: Tensor, grid: tuple[int, int], to: tuple[int, int], *, antialias: bool = False) -> Tensor:
     """A table (1, N, D) resized from one grid to another, bicubic, in the table's dtype. The same tensor is returned if
     the grids are the same. antialias: along an axis that becomes shorter, each position is a mean over all that it
@@ -39,7 +45,7 @@ def resize_table(table: Tensor, grid: tuple[int, int], to: tuple[int, int], *, a
     It uses two products with matrices of bicubic weights, because the backward pass of `interpolate` is not
     deterministic on an accelerator.
     """
-    if to == grid:
+    if fixed(to) and to == grid:
         return table
     with torch.autocast(table.device.type, enabled=False):
         rows, columns = (_bicubic(old, new, table, antialias and new < old) for old, new in zip(grid, to, strict=True))
@@ -108,12 +114,13 @@ class Offsets:
     ) -> "Offsets":
         """Offsets for images of `grid` patches after `prefix` tokens; keep: (B, K) int64, indices of the kept
         patches."""
-        (h, w), patch = grid, torch.arange(grid[0] * grid[1], device=device)
-        row, column = patch // w, patch % w
+        (h, w), count = grid, prefix + grid[0] * grid[1]
+        row = torch.arange(h, device=device)[:, None].expand(h, w).flatten()
+        column = torch.arange(w, device=device).expand(h, w).flatten()
         down, right = row[:, None] - row, column[:, None] - column
         between = (down + h - 1) * (2 * w - 1) + right + w - 1  # (N, N)
         first = cls.count(grid, 0)
-        rows = torch.full((prefix + len(patch), prefix + len(patch)), first + 2, device=device)
+        rows = torch.full((count, count), first + 2, device=device)
         rows[:prefix, prefix:] = first
         rows[prefix:, :prefix] = first + 1
         rows[prefix:, prefix:] = between
@@ -131,7 +138,7 @@ class Offsets:
 def resize_offsets(table: Tensor, grid: tuple[int, int], to: tuple[int, int], *, antialias: bool = False) -> Tensor:
     """A table (R, heads) of relative positions (`Offsets`) resized from one grid to another, as in `resize_table`: an
     offset is the same share of the image before and after. The rows of prefix tokens do not change."""
-    if to == grid:
+    if fixed(to) and to == grid:
         return table
     count = Offsets.count(grid, 0)
     sides, new = ((2 * h - 1, 2 * w - 1) for h, w in (grid, to))

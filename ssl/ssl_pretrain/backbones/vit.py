@@ -556,7 +556,8 @@ class ViT(Backbone):
             table = resize_table(self.pos_embed[:, tokens:], self.grid, grid)
             x = x + (table if keep is None else F.embedding(keep, table[0]))
             cls = None if cls is None else cls + self.pos_embed[:, :1]
-        prefix = [token.expand(len(x), -1, -1) for token in (cls, self.reg_tokens) if token is not None]
+        # Not len(x), which is a number also where a program for any batch is made (torch.export).
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (cls, self.reg_tokens) if token is not None]
         return torch.cat([*prefix, x], dim=1) if prefix else x
 
     def _mask(self, attention: str | Tensor, prefix_length: Tensor | None, length: int) -> tuple[Tensor | None, bool]:

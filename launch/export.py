@@ -9,16 +9,22 @@ from typing import Literal
 from ssl_pretrain import flags
 from ssl_pretrain.errors import UserError, nearest
 
+from .export_to import ABOUT as ABOUT_TO
+from .export_to import write
 from .run_command import run_command
 
 PROG = "ssl-export"
-VERBS = ("import",)
-USAGE = f"""usage: {PROG} import FILE --out DIR [flags]
+VERBS = ("import", "to")
+USAGE = f"""usage: {PROG} to FORMAT RUN --out F [flags]
+       {PROG} import FILE --out DIR [flags]
 
-Read a published checkpoint (MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3, AIM, data2vec 2.0, or the versions
-of timm and transformers) into this package's ViT and write it as an export, which all commands of this package accept.
+to: {ABOUT_TO}
 
-{PROG} import --help shows all flags. Exit codes: 0 done, 2 wrong flags, 1 any other error."""
+import: Read a published checkpoint (MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3, AIM, data2vec 2.0, or the
+versions of timm and transformers) into this package's ViT and write it as an export, which all commands of this package
+accept.
+
+{PROG} to --help and {PROG} import --help show all flags. Exit codes: 0 done, 2 wrong flags, 1 any other error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +60,17 @@ def _main(argv: list[str]) -> int:
         print(USAGE, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] not in VERBS:
-        raise UserError(f"unknown word {argv[0]!r}{nearest(argv[0], VERBS)}: {PROG} import FILE --out DIR")
+        raise UserError(
+            f"unknown word {argv[0]!r}{nearest(argv[0], VERBS)}: {PROG} to FORMAT RUN --out F, or "
+            f"{PROG} import FILE --out DIR"
+        )
+    if argv[0] == "to":
+        return write(argv[1:])
     file = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
     rest = argv[2:] if file else argv[1:]
-    (options,) = flags.parse([Options], rest, {}, prog=f"{PROG} import FILE", description=USAGE.split("\n\n")[1])
+    (options,) = flags.parse(
+        [Options], rest, {}, prog=f"{PROG} import FILE", description=USAGE.split("\n\nimport: ")[1]
+    )
     if file is None:
         raise UserError(f"name the checkpoint first: {PROG} import FILE --out DIR")
     if (options.out / "config.json").exists():

@@ -77,7 +77,7 @@ def made(name: str, **options: Any) -> Encoder:
 
 
 def vit(**options: Any) -> Encoder:
-    return made("vit_micro", **TINY, **options)
+    return made("vit_micro", **{**TINY, **options})
 
 
 def images(of: Encoder, count: int = 2) -> Tensor:
@@ -90,11 +90,11 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def case(name: str) -> Encoder:
+def case(name: str, **more: Any) -> Encoder:
     if name in VITS:
-        return vit(**VITS[name])
+        return vit(**{**VITS[name], **more})
     kind, options = CONVNETS[name]
-    return made(kind, **options)
+    return made(kind, **{**options, **more})
 
 
 @torch.no_grad()

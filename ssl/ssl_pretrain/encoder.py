@@ -153,10 +153,10 @@ def save(path: Path, encoder: Encoder) -> None:
     if form is not None and (weights.keys() != own.keys() or form.rows[1]):
         config |= {"format": FORMAT, "names": form.library}
     if form is not None:
-        config |= _library_config(encoder, form)
+        config |= library_config(encoder, form)
     text = json.dumps(config, indent=1) + "\n"
     try:
-        _save_weights(weights, aside, {"format": "pt", "config": text})
+        save_weights(weights, aside, {"format": "pt", "config": text})
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path / "model.safetensors")
@@ -168,7 +168,7 @@ def save(path: Path, encoder: Encoder) -> None:
     sync(path)
 
 
-def _save_weights(weights: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+def save_weights(weights: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file. The library writes metadata in a random order, so it is put in order afterwards: equal
     exports are equal bytes."""
     save_file(weights, file, metadata=metadata)
@@ -398,7 +398,7 @@ def _config(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _library_config(encoder: Encoder, form: forms.Form) -> dict[str, Any]:
+def library_config(encoder: Encoder, form: forms.Form) -> dict[str, Any]:
     """What timm and transformers look for in config.json."""
     how, backbone = encoder.preprocessing, encoder.backbone
     if form.library == "transformers":

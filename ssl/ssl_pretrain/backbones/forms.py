@@ -8,7 +8,7 @@ and of transformers 5.23 (`convnext`). The test is that the library's model give
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -47,10 +47,17 @@ class Form:
     first_conv: str = "patch_embed.proj"  # timm's name of the layer that sees the image
     to_theirs: Rules = ()
     to_ours: Rules = ()
-    rows: tuple[int, int] = field(default=(0, 0))  # position, number: rows of zeros in their table of positions
+    rows: tuple[int, int] = (0, 0)  # position, number: rows of zeros in their table of positions
+    no_key_bias: bool = False  # they have no bias of keys, which changes no output: it adds one number to all scores
 
     def theirs(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Our weights under their names. `ours` is the inverse, bit for bit."""
+        """Our weights under their names. `ours` is the inverse, bit for bit, unless `no_key_bias`."""
+        if self.no_key_bias:
+            weights = dict(weights)
+            for name in [name for name in weights if name.endswith(".qkv.bias")]:
+                parts = weights.pop(name).chunk(3)
+                place = name.removesuffix("qkv.bias")
+                weights |= {f"{place}q_bias": parts[0].clone(), f"{place}v_bias": parts[2].clone()}
         named = {_renamed(name, self.to_theirs): value for name, value in weights.items()}
         assert len(named) == len(weights), "two weights got one name"
         if self.rows[1] and "pos_embed" in named:
@@ -80,10 +87,11 @@ def of_export(backbone: Backbone) -> Form | None:
     return None
 
 
-def timm_form(backbone: Backbone) -> Form | str:
-    """The backbone as a model of timm, or the reason why timm has none."""
+def timm_form(backbone: Backbone, *, exact: bool = True) -> Form | str:
+    """The backbone as a model of timm, or the reason why timm has none. exact: every weight is kept; otherwise weights
+    that change no output may be left out (`Form.no_key_bias`)."""
     if isinstance(backbone, ViT):
-        return _timm_vit(backbone)
+        return _timm_vit(backbone, exact)
     if isinstance(backbone, ConvNeXt):
         config = backbone.config
         if config.stem_patch == 2 or config.stem_patch >= 8:
@@ -115,7 +123,7 @@ def timm_form(backbone: Backbone) -> Form | str:
 
 def transformers_form(backbone: Backbone) -> Form | str:
     """The backbone as a model of transformers whose weights differ only in their names, or the reason why there is
-    none. (transformers' ViTs hold queries, keys and values apart: `foreign.to_transformers` splits them.)"""
+    none. (transformers' ViTs hold queries, keys and values apart: `foreign.to_libraries` splits them.)"""
     if isinstance(backbone, ConvNeXt):
         config = backbone.config
         arguments = {
@@ -157,7 +165,7 @@ _FROM_CONVNEXT: Rules = (
 )
 
 
-def _timm_vit(backbone: ViT) -> Form | str:
+def _timm_vit(backbone: ViT, exact: bool) -> Form | str:
     config, eps = backbone.config, backbone.config.norm_eps or NORM_EPS
     if config.norms == "post":
         return "timm's ViTs have no norm after each branch (--norms post)"
@@ -181,7 +189,7 @@ def _timm_vit(backbone: ViT) -> Form | str:
     }
     hidden = backbone.get_submodule("blocks.0.mlp").get_parameter("w3.weight").shape[1] if config.swiglu else 0
     if config.positions == "relative":
-        return _timm_beit(backbone, arguments)
+        return _timm_beit(backbone, arguments, exact)
     if config.positions == "rope":
         return _timm_eva(backbone, arguments, hidden, eps)
     arguments |= {
@@ -258,7 +266,7 @@ def _timm_eva(backbone: ViT, arguments: dict[str, Any], hidden: int, eps: float)
     )
 
 
-def _timm_beit(backbone: ViT, arguments: dict[str, Any]) -> Form | str:
+def _timm_beit(backbone: ViT, arguments: dict[str, Any], exact: bool) -> Form | str:
     """timm's ViTs with relative positions."""
     config = backbone.config
     if not config.cls or config.registers or config.swiglu or config.qk_norm or config.norm_eps not in (None, NORM_EPS):
@@ -267,8 +275,8 @@ def _timm_beit(backbone: ViT, arguments: dict[str, Any]) -> Form | str:
         return "timm's BEiT takes the norm after the mean of the patches, ours before (--pool cls fits)"
     if backbone.grid[0] != backbone.grid[1]:
         return "timm's BEiT loads tables of relative positions of square grids only"
-    if config.qkv_bias:
-        return "timm's BEiT has no bias of keys (--no-qkv-bias fits)"
+    if config.qkv_bias and exact:
+        return "timm's BEiT has no bias of keys, which `ssl-export to timm` leaves out (--no-qkv-bias fits)"
     arguments |= {"mlp_ratio": config.mlp_ratio, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
     return Form(
         "timm",
@@ -276,6 +284,7 @@ def _timm_beit(backbone: ViT, arguments: dict[str, Any]) -> Form | str:
         arguments,
         to_theirs=((r"\.ls(\d)\.gamma$", r".gamma_\1"),),
         to_ours=((r"\.gamma_(\d)$", r".ls\1.gamma"),),
+        no_key_bias=config.qkv_bias,
     )
 
 

@@ -26,7 +26,7 @@ from ..encoder import Encoder
 from ..errors import UserError
 from ..files import sync
 
-LIMIT = 1e-4  # largest difference over largest value of a file that is accepted; usual are 1e-7 to 1e-6
+LIMIT = 1e-4  # largest difference over largest value that is accepted; usual are 1e-7 to 1e-6
 BATCH = 65536  # largest batch of a program
 SIDE = 1024  # largest number of patches a side
 WHOLE = 3 * 2**29  # bytes of weights: more are written beside an ONNX file, which cannot be larger than 2 GiB
@@ -75,7 +75,7 @@ def to_torch_export(encoder: Encoder, file: Path, *, any_size: bool = True) -> d
     with _checked(file) as aside:
         torch.export.save(program, aside, extra_files=extra)
         module = torch.export.load(aside).module()
-        return _compared(encoder, file, any_size, lambda images: module(images))
+        return _compared(encoder, file, any_size, module)
 
 
 def to_onnx(encoder: Encoder, file: Path, *, any_size: bool = True) -> dict[str, float]:

@@ -20,6 +20,7 @@ from ssl_pretrain.backbones.backbone import Features
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.foreign import programs
 
+TINY_CONVNEXT = {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}
 LOADED = """
 import sys, torch
 program = torch.export.load(sys.argv[1], extra_files=(extra := {"preprocessing.json": ""}))

@@ -452,8 +452,9 @@ def _test(task: Task, config: Config, tuned: _Tuned, images: Images) -> tuple[np
 
 
 def _save(task: Task, config: Config, tuned: _Tuned, lr: float) -> None:
-    """Write the encoder's export, and with it the classifier: head.safetensors with weight (C, D) and bias (C,), to be
-    applied to the feature that its header names."""
+    """Write the encoder's export and, beside its folder, the classifier: head.safetensors with weight (C, D) and bias
+    (C,), to be applied to the feature that its header names. (In the export's folder timm would not know which file has
+    the weights.)"""
     assert task.out is not None
     folder = task.out / "encoder"
     facts = {"data": task.data.name, "scope": config.scope, "lr": lr, "epochs": config.epochs, "seed": task.seed}
@@ -462,6 +463,6 @@ def _save(task: Task, config: Config, tuned: _Tuned, lr: float) -> None:
     header = json.dumps({"feature": config.feature, "classes": task.data.classes})
     try:
         exported.save(folder, tuned.encoder)
-        save_file(head, folder / "head.safetensors", metadata={"head": header})
+        save_file(head, task.out / "head.safetensors", metadata={"head": header})
     except OSError as problem:
         raise UserError(f"{folder} cannot be written ({problem.strerror}): choose another folder with --out") from None

@@ -14,11 +14,14 @@ from .export_to import write
 from .run_command import run_command
 
 PROG = "ssl-export"
-VERBS = ("import", "to")
+VERBS = ("import", "to", "card")
 USAGE = f"""usage: {PROG} to FORMAT RUN --out F [flags]
+       {PROG} card RUN
        {PROG} import FILE --out DIR [flags]
 
 to: {ABOUT_TO}
+
+card: Write the model card (README.md) of a run's export again, with the scores of the evaluations below the run.
 
 import: Read a published checkpoint (MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3, AIM, data2vec 2.0, or the
 versions of timm and transformers) into this package's ViT and write it as an export, which all commands of this package
@@ -48,6 +51,11 @@ class Options:
     """Mean of each channel of the training images, in [0, 1] (default: ImageNet's)."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel of the training images (default: ImageNet's)."""
+    source: str | None = None
+    """Where the weights are from: a name on the Hugging Face hub (facebook/dinov2-small) or a URL. It is repeated in the
+    model cards of this export and of runs that start from it."""
+    license: str | None = None
+    """Licence of the weights, as the hub names it (apache-2.0, cc-by-nc-4.0). It is repeated like the source."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,11 +69,13 @@ def _main(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] not in VERBS:
         raise UserError(
-            f"unknown word {argv[0]!r}{nearest(argv[0], VERBS)}: {PROG} to FORMAT RUN --out F, or "
-            f"{PROG} import FILE --out DIR"
+            f"unknown word {argv[0]!r}{nearest(argv[0], VERBS)}: {PROG} to FORMAT RUN --out F, "
+            f"{PROG} card RUN, or {PROG} import FILE --out DIR"
         )
     if argv[0] == "to":
         return write(argv[1:])
+    if argv[0] == "card":
+        return _card(argv[1:])
     file = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
     rest = argv[2:] if file else argv[1:]
     (options,) = flags.parse(
@@ -89,12 +99,36 @@ def _main(argv: list[str]) -> int:
     }
     words = [f"{name}={value}" for name, value in given.items() if value is not None]
     read = libraries.load(",".join([f"torch:{file}", *words]))
+    stated = {"source": options.source, "license": options.license}
+    read.lineage |= {name: value for name, value in stated.items() if value is not None}
     encoder.save(options.out, read)
     left = read.lineage["left_out"]
     print(f"{read.lineage['method']}: {read.name}, {sum(p.numel() for p in read.backbone.parameters()):,} parameters")
     if left:
         print(f"left out ({len(left)}): {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}")
     print(f"written: {options.out}")
+    return 0
+
+
+def _card(argv: list[str]) -> int:
+    """Write a model card with the scores that are found."""
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print(f"usage: {PROG} card RUN", file=sys.stderr)
+        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+
+    from ssl_pretrain import encoder, model_card
+
+    run = Path(argv[0])
+    read = encoder.load(run)
+    folder = run if (run / "config.json").is_file() else run / "encoder"
+    scores = model_card.scores_below(run, read.fingerprint)
+    try:
+        encoder.write_card(folder, read, scores)
+    except OSError as problem:
+        raise UserError(f"{folder} cannot be written ({problem.strerror})") from None
+    for score in scores:
+        print(f"{score.evaluator} on {score.data}, {score.split}: top-1 {score.top1:.2f} %")
+    print(f"written: {folder / 'README.md'}, with {len(scores)} scores")
     return 0
 
 

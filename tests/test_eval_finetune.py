@@ -466,8 +466,8 @@ def test_results_and_the_export_of_what_was_fine_tuned(
     again = exported.load(folder)
     assert (again.lineage["method"], again.lineage["finetuned"]["scope"]) == ("mae", "lora")
     assert changed(made, again)
-    head = load_file(folder / "encoder" / "head.safetensors")
-    with safe_open(folder / "encoder" / "head.safetensors", "pt") as file:
+    head = load_file(folder / "head.safetensors")
+    with safe_open(folder / "head.safetensors", "pt") as file:
         said = json.loads(file.metadata()["head"])
     assert said == {"feature": "pooled", "classes": ["ant", "bee"]}
     side = extract(again, Data.open(str(photos)).test.source, [said["feature"]], cache=False)

@@ -15,7 +15,7 @@ LAYERS = (
     ("distributed", "loggers"),
     ("data", "backbones"),
     ("frozen", "pretext"),
-    ("parts", "encoder", "optim", "checkpoint"),
+    ("parts", "encoder", "model_card", "optim", "checkpoint"),
     ("features", "foreign", "config"),
     ("loop",),
     ("train",),

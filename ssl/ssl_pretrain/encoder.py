@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import backbones
+from . import backbones, model_card
 from .backbones import forms
 from .backbones.backbone import Backbone, Features
 from .errors import UserError
@@ -164,7 +164,7 @@ def save(path: Path, encoder: Encoder) -> None:
         aside.unlink(missing_ok=True)
         raise problem if isinstance(problem, OSError) else _system_error(problem, path) from None
     write_text(path / "config.json", text)
-    write_text(path / "README.md", _card(encoder))
+    write_card(path, encoder)
     sync(path)
 
 
@@ -431,24 +431,23 @@ def library_config(encoder: Encoder, form: forms.Form) -> dict[str, Any]:
     }
 
 
-def _card(encoder: Encoder) -> str:
-    """The model card, Markdown."""
-    facts = "\n".join(f"- {name}: {value}" for name, value in encoder.lineage.items())
-    height, width = encoder.backbone.image_size
-    return f"""# {encoder.name}, pretrained with {encoder.lineage.get("method", "an unknown method")}
-
-{facts}
-- input: {encoder.backbone.in_chans} x {height} x {width} pixels, preprocessing in config.json
-- features: {encoder.backbone.dim} wide
-
-```python
-from PIL import Image
-
-from ssl_pretrain import encoder
-
-model = encoder.load("this folder")
-features = model(model.preprocess([Image.open("cat.jpg")]))  # .pooled (1, {encoder.backbone.dim})
-```
-
-Made by ssl-pretrain. It was trained without labels; evaluate it on your task before you use it.
-"""
+def write_card(path: Path, encoder: Encoder, scores: Sequence[model_card.Score] = ()) -> None:
+    """Write the model card of the export in the folder `path`. Raises OSError if it cannot be written."""
+    backbone, form = encoder.backbone, forms.of_export(encoder.backbone)
+    by_timm = forms.timm_form(backbone)
+    wrapped = 'transformers.AutoModel.from_pretrained("this folder")'
+    card = model_card.Card(
+        encoder.name,
+        "ssl-pretrain" if form is None else form.library,
+        (backbone.in_chans, *backbone.image_size),
+        backbone.dim,
+        {
+            "timm": f"no, {by_timm}"
+            if isinstance(by_timm, str)
+            else '`timm.create_model("local-dir:this folder", pretrained=True)`',
+            "transformers": "no: neither its classes nor timm's, which it wraps, fit"
+            if form is None
+            else f"`{wrapped}`",
+        },
+    )
+    write_text(path / "README.md", model_card.text(card, encoder.lineage, scores))

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch.optim import Optimizer
 
-from .. import checkpoint, distributed, encoder, optim
+from .. import checkpoint, distributed, encoder, model_card, optim
 from ..config import Resolved
 from ..distributed import World
 from ..encoder import Encoder, Preprocessing
@@ -47,7 +47,8 @@ class Saver:
         )
         self._prefix = parallel.name_of(method.exported(), method)  # of the exported encoder's names in the checkpoint
         self._export_from_files = False  # the export of the checkpoint that is on its way is read from its files
-        self._lineage, self._sources = {**lineage}, lineage
+        self._sources = model_card.with_origins(lineage, run.init_from)
+        self._lineage = {**self._sources}
         self._exported: Encoder | None = None  # of the checkpoint that is on its way, unless it is read from the files
         self._best: dict[str, Any] | None = None  # of that checkpoint where it is the best one: what best.json says
         self._kept: set[int] = set()  # the step of the best checkpoint that is published

@@ -27,7 +27,7 @@ from ssl_pretrain.flags import (
     within,
 )
 from ssl_pretrain.frozen import NONE, Frozen
-from ssl_pretrain.parts import anchor
+from ssl_pretrain.parts import anchor, sizes
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs, update_centering_, warmed_up
@@ -75,10 +75,10 @@ class DINO(Method):
     class Config:
         """DINO."""
 
-        prototypes: int = 65536
-        """Number of prototypes (outputs of the head)."""
-        hidden_dim: int = 2048
-        """Width of the head's two hidden layers."""
+        prototypes: int | None = None
+        """Number of prototypes (outputs of the head) (default: by the number of images; 65,536 for ImageNet-1k)."""
+        hidden_dim: int | None = None
+        """Width of the head's two hidden layers (default: by the encoder; 2,048 from ViT-S on)."""
         bottleneck_dim: int = 256
         """Width of the bottleneck vectors that are compared with the prototypes."""
         momentum: float = 0.996
@@ -131,8 +131,8 @@ class DINO(Method):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        self.head = PrototypeHead(encoder.dim, config.hidden_dim, config.bottleneck_dim, config.prototypes)
-        self.register_buffer("centre", torch.zeros(config.prototypes))
+        self.head = PrototypeHead(encoder.dim, self.config.hidden_dim, config.bottleneck_dim, self.config.prototypes)
+        self.register_buffer("centre", torch.zeros(self.config.prototypes))
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The teacher begins as the student."""
@@ -143,6 +143,14 @@ class DINO(Method):
     def frozen(cls, config: Any) -> tuple[str, ...]:
         """The start weights, for an anchor."""
         return anchor.networks(config.anchor)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {
+            "prototypes": sizes.prototypes(65536, images, least=128),
+            "hidden_dim": sizes.width(2048, encoder.dim, full=sizes.VIT_SMALL),
+        }
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

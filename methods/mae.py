@@ -20,7 +20,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
-from ssl_pretrain.parts import anchor
+from ssl_pretrain.parts import anchor, sizes
 from ssl_pretrain.parts.init import xavier_
 from ssl_pretrain.parts.masks import put, random_masking, rows
 from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
@@ -58,12 +58,12 @@ class MAE(Method):
         """Masking ratio: share of the patches that are removed before the encoder."""
         norm_pix: bool = True
         """Reconstruct each patch's pixels normalised by their own mean and variance."""
-        decoder_dim: int = 512
-        """Width of the decoder."""
-        decoder_depth: int = 8
-        """Number of decoder blocks."""
-        decoder_heads: int = 16
-        """Number of attention heads of the decoder."""
+        decoder_dim: int | None = None
+        """Width of the decoder (default: by the encoder; 512 from ViT-B on)."""
+        decoder_depth: int | None = None
+        """Number of decoder blocks (default: by the encoder; 8 from ViT-B on)."""
+        decoder_heads: int | None = None
+        """Number of attention heads of the decoder (default: by the encoder; 16 from ViT-B on)."""
         crop_scale: tuple[float, float] = (0.2, 1.0)
         """Smallest and largest share of the image's area that a crop covers."""
         anchor: Literal["none", "gram", "features", "weights"] = "none"
@@ -85,21 +85,19 @@ class MAE(Method):
         super().__init__(encoder, config)
         encoder.require("mae", "keep")
         self.anchor: anchor.Anchor | None = None
-        if config.decoder_dim % config.decoder_heads or config.decoder_dim % 4:
-            raise UserError(
-                f"--decoder-dim {config.decoder_dim} must be a multiple of 4 and of --decoder-heads {config.decoder_heads}"
-            )
+        width, heads = self.config.decoder_dim, self.config.decoder_heads
+        if width % heads or width % 4:
+            raise UserError(f"--decoder-dim {width} must be a multiple of 4 and of --decoder-heads {heads}")
         (h, w), (p, q) = encoder.image_size, encoder.stride
         self.grid = (h // p, w // q)
         if self.kept(self.grid[0] * self.grid[1]) < 1:
             raise UserError(
                 f"--mask-ratio {config.mask_ratio} leaves none of the {self.grid[0]} x {self.grid[1]} patches"
             )
-        width = config.decoder_dim
         values = encoder.stride[0] * encoder.stride[1] * encoder.in_chans
         self.decoder_embed = nn.Linear(encoder.dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_blocks = nn.ModuleList(Block(width, config.decoder_heads) for _ in range(config.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(self.config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_pred = nn.Linear(width, values)
         self.register_buffer("decoder_pos_embed", sincos_table(self.grid, width)[None], persistent=False)
@@ -118,6 +116,16 @@ class MAE(Method):
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """Keep the frozen network of an anchor."""
         self.anchor = anchor.make(self.config.anchor, self.encoder, networks)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        width = config.decoder_dim or sizes.width(512, encoder.dim, multiple=32)
+        return {
+            "decoder_dim": width,
+            "decoder_depth": sizes.depth(8, encoder.depth),
+            "decoder_heads": sizes.heads(16, width, encoder.dim),
+        }
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

@@ -194,6 +194,28 @@ FAULTS = {
         "recipe_names_known_flags",
         ("small", "stepz"),
     ),
+    "size_that_no_rule_gives": Broken(
+        {"outputs: int = 4096": "outputs: int | None = None"},
+        "open_knobs_are_sized",
+        ("outputs is None by default", "sizes() gives no value"),
+    ),
+    "larger_beside_a_smaller_encoder": Broken(
+        {
+            "outputs: int = 4096": "outputs: int | None = None",
+            "    def prepare(self": "    @classmethod\n    def sizes(cls, config, encoder, images):\n"
+            "        return {'outputs': 4096 // encoder.depth}\n\n    def prepare(self",
+        },
+        "open_knobs_are_sized",
+        ("outputs=1024 for a vit_micro", "341 for a vit_base", "102 for a vit_giant"),
+    ),
+    "size_of_no_knob": Broken(
+        {
+            "    def prepare(self": "    @classmethod\n    def sizes(cls, config, encoder, images):\n"
+            "        return {'outputs': 4096}\n\n    def prepare(self",
+        },
+        "open_knobs_are_sized",
+        ("sizes() names outputs",),
+    ),
     "square_views": Broken(
         {"size=image_size)": "size=image_size[:1] * 2)", "size=image_size,": "size=image_size[:1] * 2,"},
         "views_are_declared",

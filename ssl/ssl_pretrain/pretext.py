@@ -4,12 +4,13 @@ H x W pixels. The global batch is all images of one optimiser step, over all ran
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -149,12 +150,29 @@ class Method(nn.Module, ABC):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """The method's knobs; the defaults are the paper's; each is a flag."""
+        """The method's knobs; the defaults are the paper's; each is a flag. A knob that `sizes` decides has the type
+        `int | None` and the default None."""
 
     def __init__(self, encoder: Backbone, config: Any) -> None:
+        """`self.config` has every size decided; a run has decided them before, with its number of images."""
         super().__init__()
         self.encoder = encoder
-        self.config = config
+        self.config = self.sized(config, encoder, None)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """The sizes of the method's parts (decoder, predictor, heads, prototypes, queue) by knob, for an encoder (`dim` and
+        `depth` are read; its tensors may be on the meta device) and a number of training images (None: not known). For
+        the paper's encoders and data they are the paper's. A function of its arguments (`parts.sizes`)."""
+        return {}
+
+    @classmethod
+    @final
+    def sized(cls, config: Any, encoder: Backbone, images: int | None) -> Any:
+        """The knobs `config` with those that are None decided by `sizes`; given ones are unchanged."""
+        left_open = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None]
+        rule = cls.sizes(config, encoder, images) if left_open else {}
+        return dataclasses.replace(config, **{name: rule[name] for name in left_open if name in rule})
 
     @classmethod
     def frozen(cls, config: Any) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from .distributed import World
 from .distributed.batch_norm import couples_samples
 from .errors import UserError
 from .frozen import NONE, Frozen
-from .loop import grad_cache, manifest, parallel, preflight, stages, start_state, start_weights, updates
+from .loop import grad_cache, manifest, parallel, preflight, sizes, stages, start_state, start_weights, updates
 from .loop import start as run_start
 from .loop.log import Log
 from .loop.monitor import CollapseMonitor
@@ -77,6 +77,9 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     source, held_out, run, knn = distributed.on_all(open_data)
     steps, accumulate = run.steps, run.accumulate
     share = Share(run.batch_size, accumulate, world.rank, world.size)
+
+    # ---- Sizes of the method's parts that are left open: this run's, or by the encoder and the number of images.
+    knobs = sizes.decide(run, method_class, knobs, options, len(source), world)
 
     # ---- Networks that are read and never trained (a teacher, the start weights of an anchor).
     networks = distributed.on_all(lambda: open_networks(run, method_class, knobs, world))
@@ -271,6 +274,7 @@ def check_settings(flags: Run, knobs: Any, options: Any) -> None:
     source, _ = run_start.open_data(flags, world)
     run = config.resolve(flags, method_class.recipe, len(source), "fp32")
     Share(run.batch_size, run.accumulate, world.rank, world.size)
+    knobs = sizes.sized(run, method_class, knobs, options, len(source))
     networks = open_networks(run, method_class, knobs, world)
     # A method of another package may read values of its tensors in its constructor. Meta tensors have none.
     with torch.device("meta"), suppress(NotImplementedError, RuntimeError):

@@ -28,6 +28,7 @@ from ..backbones.backbone import Backbone
 from ..config import Run
 from ..data.views import ViewSpec
 from ..errors import UserError
+from ..parts.sizes import IMAGENET
 from ..pretext import Losses, Method, WholeBatchMethod
 from . import Fault
 from ._common import own_folder, with_cache
@@ -59,6 +60,7 @@ def checks(name: str) -> list[Callable[[], None]]:
         method.class_is_final,
         method.knobs_are_explained_and_read,
         method.recipe_names_known_flags,
+        method.open_knobs_are_sized,
         method.views_are_declared,
         method.declared_views_are_read,
         method.losses_are_finite_and_float32,
@@ -145,6 +147,26 @@ class _Checks:
         for name, given, allowed in (("small", recipe.small, known), ("tiny", recipe.tiny, knobs)):
             if unknown := sorted(set(given) - allowed):
                 raise Fault(f"recipe.{name} names {', '.join(unknown)}, which no flag is called")
+
+    def open_knobs_are_sized(self) -> None:
+        cls = self.method_class
+        hints = typing.get_type_hints(cls.Config)
+        left_open = [field.name for field in dataclasses.fields(cls.Config) if field.default is None]
+        left_open = [name for name in left_open if hints[name] == int | None]
+        size = {name: _sizes_of(cls, name) for name in ("vit_micro", "vit_base", "vit_giant")}
+        for name in left_open:
+            small, paper, large = (int(values.get(name, 0)) for values in size.values())
+            if small < 1:
+                raise Fault(f"the knob {name} is None by default, and sizes() gives no value for it")
+            if not small <= paper == large:
+                raise Fault(
+                    f"sizes() gives {name}={small} for a vit_micro and 100 images, {paper} for a vit_base, {large} for a "
+                    f"vit_giant and ImageNet-1k: the paper's size is for both, and no smaller encoder has a larger one"
+                )
+        if unknown := sorted({name for values in size.values() for name in values} - set(left_open)):
+            raise Fault(
+                f"sizes() names {', '.join(unknown)}, which is no knob with the type int | None and the default None"
+            )
 
     def views_are_declared(self) -> None:
         cls = self.method_class
@@ -462,6 +484,13 @@ def _reads_of_config(file: Path) -> Iterator[str]:
             name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
             if name == "config":
                 yield node.attr
+
+
+def _sizes_of(cls: type[Method], encoder: str) -> dict[str, int]:
+    """What the rule gives for an encoder: a vit_micro with 100 images, else one of the paper's with ImageNet-1k."""
+    images = 100 if encoder == "vit_micro" else IMAGENET
+    with torch.device("meta"):
+        return cls.sizes(cls.Config(), backbones.build(encoder, image_size=SIZE, patch_size=8), images)
 
 
 def _labelled_images(folder: Path) -> Path:

@@ -71,7 +71,10 @@ def sharded(options: argparse.Namespace, here: World) -> None:
 
     torch.manual_seed(0)
     kind = {**backbones.defaults("vit_small"), **MAE.recipe.encoder, "patch_size": 16}
-    method = MAE(backbones.build("vit_small", image_size=(224, 224), **kind), MAE.Config())
+    method = MAE(
+        backbones.build("vit_small", image_size=(224, 224), **kind),
+        MAE.Config(decoder_dim=512, decoder_depth=8, decoder_heads=16),
+    )
     how = {
         "parallel": "fsdp",
         "gradient_checkpointing": False,

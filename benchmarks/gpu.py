@@ -73,13 +73,19 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
+def paper_knobs(kind: type[Method]) -> Any:
+    """The knobs of the method's paper, also for encoders and data that are smaller than the paper's."""
+    with torch.device("meta"):
+        return kind.sized(kind.Config(), backbones.build("vit_large", image_size=(224, 224)), None)
+
+
 def build(name: str, encoder: str, size: tuple[int, int], device: torch.device) -> Method:
     """A method with its paper's knobs on an encoder."""
     kind = pretext.load(name)
     patch = 16 if min(size) >= 64 else 8
     options = {**backbones.defaults(encoder), "patch_size": patch, **kind.recipe.encoder}
     torch.manual_seed(0)
-    method = kind(backbones.build(encoder, image_size=size, **options), kind.Config())
+    method = kind(backbones.build(encoder, image_size=size, **options), paper_knobs(kind))
     method.prepare(4096)
     return method.to(device).train()
 
@@ -198,7 +204,7 @@ def loop(name: str, encoder: str, options: argparse.Namespace, bare: dict[str, A
             batch_size=batch, steps=40 if options.device == "cuda" else 6, monitor_every=0, picture_every=0,
             val_images=0, score=False, log_every=2, checkpoint_every=10**6, aug=options.aug,
         )  # fmt: skip
-        train.train(replace(run), kind.Config(), chosen)
+        train.train(replace(run), paper_knobs(kind), chosen)
         lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()] if run.out else []
     later = [line for line in lines if "images_per_s" in line][len(lines) // 2 :]
     speed = statistics.median(line["images_per_s"] for line in later)

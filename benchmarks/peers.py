@@ -46,7 +46,10 @@ def ours(name: str, encoder: str, images: int, precision: str, **knobs: Any) -> 
     """A step of one of our methods, as the loop calls it."""
     kind = pretext.load(name)
     options = {**backbones.defaults(encoder), "patch_size": 16, **kind.recipe.encoder, "drop_path": 0.0}
-    method = kind(backbones.build(encoder, image_size=(224, 224), **options), kind.Config(**knobs))
+    with torch.device("meta"):  # the paper's sizes, also of parts beside an encoder that is smaller than the paper's
+        paper = backbones.build("vit_large", image_size=(224, 224))
+    config = kind.sized(kind.Config(**knobs), paper, None)
+    method = kind(backbones.build(encoder, image_size=(224, 224), **options), config)
     method.prepare(images)
     views = {}
     for spec in fitted(kind.views(method.config, (224, 224)), (224, 224), method.encoder.stride):

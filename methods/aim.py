@@ -17,6 +17,7 @@ from ssl_pretrain.backbones.vit import Mlp
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, NOT_NEGATIVE, within
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify, without
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
@@ -64,10 +65,10 @@ class AIM(Method):
     class Config:
         """Autoregressive image model (AIM)."""
 
-        head_dim: int = 2048
-        """Width of the prediction head."""
-        head_depth: int = 12
-        """Number of residual MLP blocks of the prediction head."""
+        head_dim: int | None = None
+        """Width of the prediction head (default: by the encoder; 2,048 from ViT-B on)."""
+        head_depth: int | None = None
+        """Number of residual MLP blocks of the prediction head (default: by the encoder; 12 from ViT-B on)."""
         norm_pix: bool = True
         """Predict each patch's pixels normalised by their own mean and variance."""
         crop_scale: tuple[float, float] = (0.4, 1.0)
@@ -85,18 +86,26 @@ class AIM(Method):
         self.grid = (height // encoder.stride[0], width // encoder.stride[1])
         if self.grid[0] * self.grid[1] < 2:
             raise UserError("aim needs images of at least two patches: raise --image-size or lower --patch-size")
-        if config.head_dim % 4:
-            raise UserError(f"--head-dim {config.head_dim} must be a multiple of 4")
+        if self.config.head_dim % 4:
+            raise UserError(f"--head-dim {self.config.head_dim} must be a multiple of 4")
         values = encoder.stride[0] * encoder.stride[1] * encoder.in_chans
-        self.head_embed = nn.Linear(encoder.dim, config.head_dim)
-        self.head_blocks = nn.ModuleList(ResidualMlp(config.head_dim) for _ in range(config.head_depth))
-        self.head_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
-        self.head_pred = nn.Linear(config.head_dim, values)
-        self.register_buffer("head_pos_embed", sincos_table(self.grid, config.head_dim)[None], persistent=False)
+        self.head_embed = nn.Linear(encoder.dim, self.config.head_dim)
+        self.head_blocks = nn.ModuleList(ResidualMlp(self.config.head_dim) for _ in range(self.config.head_depth))
+        self.head_norm = nn.LayerNorm(self.config.head_dim, eps=1e-6)
+        self.head_pred = nn.Linear(self.config.head_dim, values)
+        self.register_buffer("head_pos_embed", sincos_table(self.grid, self.config.head_dim)[None], persistent=False)
         for part in (self.head_embed, self.head_pred, *self.head_blocks.modules()):
             if isinstance(part, nn.Linear):
                 nn.init.trunc_normal_(part.weight, std=0.02)
                 nn.init.zeros_(part.bias)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {
+            "head_dim": sizes.width(2048, encoder.dim, multiple=64),
+            "head_depth": sizes.depth(12, encoder.depth),
+        }
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

@@ -16,6 +16,7 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.distributed.batch_norm import BatchNorm1d
 from ssl_pretrain.flags import ABOVE_0_TO_1, NOT_NEGATIVE, POSITIVE, at_least, within
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
@@ -57,8 +58,9 @@ class BarlowTwins(WholeBatchMethod):
     class Config:
         """Barlow Twins."""
 
-        projector_dim: int = 8192
-        """Width of the projector's three layers, and so of the embeddings."""
+        projector_dim: int | None = None
+        """Width of the projector's three layers, and so of the embeddings (default: by the encoder; 8,192 from ViT-B
+        on)."""
         redundancy_weight: float = 0.0051
         """Weight of the correlations between different channels (the paper's lambda)."""
         loss_scale: float = 0.024
@@ -77,9 +79,14 @@ class BarlowTwins(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        width = config.projector_dim
+        width = self.config.projector_dim
         self.projector = mlp((encoder.dim, width, width, width), last_bias=False)
         self.norm = BatchNorm1d(width, affine=False)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {"projector_dim": sizes.width(8192, encoder.dim)}
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

@@ -16,6 +16,7 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import l2_normalize, mlp
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
@@ -59,8 +60,8 @@ class BYOL(WholeBatchMethod):
 
         momentum: float = 0.996
         """Target network's momentum at the start; it rises to 1 along half a cosine."""
-        hidden_dim: int = 4096
-        """Width of the hidden layer of projector and predictor."""
+        hidden_dim: int | None = None
+        """Width of the hidden layer of projector and predictor (default: by the encoder; 4,096 from ViT-B on)."""
         embedding_dim: int = 256
         """Width of the projections that are predicted."""
         crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -77,12 +78,17 @@ class BYOL(WholeBatchMethod):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         # Unlike SimCLR's, the outputs are not normalised (section 3.3); their linear layers have no bias, as released.
-        self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim), last_bias=False)
-        self.predictor = mlp((config.embedding_dim, config.hidden_dim, config.embedding_dim), last_bias=False)
+        self.projector = mlp((encoder.dim, self.config.hidden_dim, config.embedding_dim), last_bias=False)
+        self.predictor = mlp((config.embedding_dim, self.config.hidden_dim, config.embedding_dim), last_bias=False)
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The target network begins as the online one; it has no predictor."""
         self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "projector": self.projector}))
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {"hidden_dim": sizes.width(4096, encoder.dim)}
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

@@ -28,6 +28,7 @@ from ssl_pretrain.flags import (
     within,
 )
 from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.parts.inverse_block_masks import centres, inverse_block_masking
 from ssl_pretrain.parts.masks import put, rows
@@ -87,8 +88,8 @@ class Data2Vec2(Method):
         """Side, in patches, of the blocks that are kept."""
         top_blocks: int = 10
         """Number of last teacher blocks whose outputs are averaged; all blocks if the encoder has fewer."""
-        decoder_depth: int = 6
-        """Number of convolutions of the decoder."""
+        decoder_depth: int | None = None
+        """Number of convolutions of the decoder (default: by the encoder; 6 from ViT-B on)."""
         decoder_kernel: int = 3
         """Kernel size of the decoder's convolutions; odd."""
         decoder_groups: int = 16
@@ -132,13 +133,21 @@ class Data2Vec2(Method):
         if config.cls_loss and not getattr(encoder.config, "cls", False):
             raise UserError("--cls-loss needs an encoder with a class token: add --cls, or take --cls-loss 0")
         self.decoder = nn.Sequential(
-            *(ConvBlock(encoder.dim, config.decoder_kernel, config.decoder_groups) for _ in range(config.decoder_depth))
+            *(
+                ConvBlock(encoder.dim, config.decoder_kernel, config.decoder_groups)
+                for _ in range(self.config.decoder_depth)
+            )
         )
         self.decoder_proj = nn.Linear(encoder.dim, encoder.dim)
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The teacher begins as the encoder."""
         self.teacher = ema_copy(self.encoder)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {"decoder_depth": sizes.depth(6, encoder.depth)}
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

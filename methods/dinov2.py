@@ -29,7 +29,7 @@ from ssl_pretrain.flags import (
     within,
 )
 from ssl_pretrain.frozen import NONE, Frozen
-from ssl_pretrain.parts import anchor
+from ssl_pretrain.parts import anchor, sizes
 from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed, stratified_ratios
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
@@ -94,10 +94,10 @@ class DINOv2(WholeBatchMethod):
     class Config:
         """DINOv2."""
 
-        prototypes: int = 65536
-        """Number of prototypes (outputs of each head)."""
-        hidden_dim: int = 2048
-        """Width of the heads' two hidden layers."""
+        prototypes: int | None = None
+        """Number of prototypes (outputs of each head) (default: by the number of images; 65,536 for ImageNet-1k)."""
+        hidden_dim: int | None = None
+        """Width of the heads' two hidden layers (default: by the encoder; 2,048 from ViT-S on)."""
         bottleneck_dim: int = 256
         """Width of the vectors that are compared with the prototypes."""
         shared_head: bool = False
@@ -179,14 +179,14 @@ class DINOv2(WholeBatchMethod):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("dinov2", "replace")
-        head = (encoder.dim, config.hidden_dim, config.bottleneck_dim, config.prototypes)
+        head = (encoder.dim, self.config.hidden_dim, config.bottleneck_dim, self.config.prototypes)
         self.heads = nn.ModuleDict({"class": PrototypeHead(*head)})
         if not config.shared_head:
             self.heads["patch"] = PrototypeHead(*head)
         self.mask_token = nn.Parameter(torch.zeros(encoder.dim))
         if config.centering == "centre":
-            self.register_buffer("class_centre", torch.zeros(config.prototypes))
-            self.register_buffer("patch_centre", torch.zeros(config.prototypes))
+            self.register_buffer("class_centre", torch.zeros(self.config.prototypes))
+            self.register_buffer("patch_centre", torch.zeros(self.config.prototypes))
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The teacher begins as the student."""
@@ -197,6 +197,14 @@ class DINOv2(WholeBatchMethod):
     def frozen(cls, config: Any) -> tuple[str, ...]:
         """The start weights, for an anchor."""
         return anchor.networks(config.anchor)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {
+            "prototypes": sizes.prototypes(65536, images, least=128),
+            "hidden_dim": sizes.width(2048, encoder.dim, full=sizes.VIT_SMALL),
+        }
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

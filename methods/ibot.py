@@ -30,6 +30,7 @@ from ssl_pretrain.flags import (
     within,
 )
 from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
@@ -88,10 +89,11 @@ class IBOT(Method):
     class Config:
         """iBOT."""
 
-        prototypes: int = 8192
-        """Number of prototypes (outputs of the head that class tokens and patches share)."""
-        hidden_dim: int = 2048
-        """Width of the head's two hidden layers."""
+        prototypes: int | None = None
+        """Number of prototypes (outputs of the head that class tokens and patches share) (default: by the number of
+        images; 8,192 for ImageNet-1k)."""
+        hidden_dim: int | None = None
+        """Width of the head's two hidden layers (default: by the encoder; 2,048 from ViT-S on)."""
         bottleneck_dim: int = 256
         """Width of the vectors that are compared with the prototypes."""
         momentum: float = 0.996
@@ -150,15 +152,27 @@ class IBOT(Method):
         super().__init__(encoder, config)
         encoder.require("ibot", "replace")
         self.head = PrototypeHead(
-            encoder.dim, config.hidden_dim, config.bottleneck_dim, config.prototypes, gain=not config.norm_last_layer
+            encoder.dim,
+            self.config.hidden_dim,
+            config.bottleneck_dim,
+            self.config.prototypes,
+            gain=not config.norm_last_layer,
         )
         self.mask_token = nn.Parameter(torch.zeros(encoder.dim))
-        self.register_buffer("class_centre", torch.zeros(config.prototypes))
-        self.register_buffer("patch_centre", torch.zeros(config.prototypes))
+        self.register_buffer("class_centre", torch.zeros(self.config.prototypes))
+        self.register_buffer("patch_centre", torch.zeros(self.config.prototypes))
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The teacher begins as the student."""
         self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "head": self.head}))
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {
+            "prototypes": sizes.prototypes(8192, images, least=128),
+            "hidden_dim": sizes.width(2048, encoder.dim, full=sizes.VIT_SMALL),
+        }
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

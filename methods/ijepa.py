@@ -20,6 +20,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, POSITIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.multi_block_masks import multi_block_masks
@@ -76,12 +77,12 @@ class IJEPA(Method):
         context_truncation: Literal["random", "reference"] = "random"
         """How contexts are cut to the length of the shortest one: random patches are dropped, or, as in the released
         code, the last patches in raster order (then the last row and column are never masked either)."""
-        predictor_dim: int = 384
-        """Width of the predictor."""
-        predictor_depth: int = 12
-        """Number of predictor blocks."""
-        predictor_heads: int = 12
-        """Number of attention heads of the predictor."""
+        predictor_dim: int | None = None
+        """Width of the predictor (default: by the encoder; 384 from ViT-B on)."""
+        predictor_depth: int | None = None
+        """Number of predictor blocks (default: by the encoder; 12 from ViT-B on)."""
+        predictor_heads: int | None = None
+        """Number of attention heads of the predictor (default: by the encoder; 12 from ViT-B on)."""
         momentum: float = 0.996
         """Teacher's momentum at the start; it rises to 1 linearly."""
         crop_scale: tuple[float, float] = (0.3, 1.0)
@@ -102,15 +103,15 @@ class IJEPA(Method):
                 f"ijepa needs a grid of at least 2 x 2 patches to mask blocks of, not {self.grid[0]} x {self.grid[1]}: "
                 f"raise --image-size or lower --patch-size"
             )
-        width = config.predictor_dim
-        if width % config.predictor_heads or width % 4:
+        width = self.config.predictor_dim
+        if width % self.config.predictor_heads or width % 4:
             raise UserError(
-                f"--predictor-dim {width} must be a multiple of 4 and of --predictor-heads {config.predictor_heads}"
+                f"--predictor-dim {width} must be a multiple of 4 and of --predictor-heads {self.config.predictor_heads}"
             )
         self.predictor_embed = nn.Linear(encoder.dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.predictor_blocks = nn.ModuleList(
-            Block(width, config.predictor_heads) for _ in range(config.predictor_depth)
+            Block(width, self.config.predictor_heads) for _ in range(self.config.predictor_depth)
         )
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, encoder.dim)
@@ -123,6 +124,16 @@ class IJEPA(Method):
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The teacher begins as the encoder."""
         self.teacher = ema_copy(self.encoder)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        width = config.predictor_dim or sizes.width(384, encoder.dim, multiple=32)
+        return {
+            "predictor_dim": width,
+            "predictor_depth": sizes.depth(12, encoder.depth),
+            "predictor_heads": sizes.heads(12, width, encoder.dim),
+        }
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

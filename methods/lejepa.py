@@ -15,6 +15,7 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.sigreg import sigreg, sigreg_of_a_point
 from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled
@@ -67,8 +68,8 @@ class LeJEPA(WholeBatchMethod):
         """Smallest and largest share of the image's area that a local crop covers."""
         local_ratio: float = 98 / 224
         """Side of a local view divided by that of a global view, rounded to a size that the encoder accepts."""
-        hidden_dim: int = 2048
-        """Width of the projector's two hidden layers."""
+        hidden_dim: int | None = None
+        """Width of the projector's two hidden layers (default: by the encoder; 2,048 from ViT-S on)."""
         embedding_dim: int = 64
         """Width of the embeddings."""
         blur: float = 0.5
@@ -86,8 +87,13 @@ class LeJEPA(WholeBatchMethod):
         super().__init__(encoder, config)
         if config.global_views < 1 or config.global_views + config.local_views < 2:
             raise UserError("--global-views must be at least 1, and --global-views plus --local-views at least 2")
-        hidden = config.hidden_dim
+        hidden = self.config.hidden_dim
         self.projector = mlp((encoder.dim, hidden, hidden, config.embedding_dim))
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {"hidden_dim": sizes.width(2048, encoder.dim, full=sizes.VIT_SMALL)}
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

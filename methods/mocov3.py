@@ -19,6 +19,7 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import l2_normalize, mlp
 from ssl_pretrain.parts.init import xavier_
@@ -72,8 +73,8 @@ class MoCoV3(WholeBatchMethod):
         """Momentum encoder's momentum at the start; it rises to 1 along half a cosine."""
         freeze_patch_embed: bool = True
         """Freeze a ViT's patch embedding at its random initial values (section 4.2); other encoders have none."""
-        hidden_dim: int = 4096
-        """Width of the hidden layers of projector and predictor."""
+        hidden_dim: int | None = None
+        """Width of the hidden layers of projector and predictor (default: by the encoder; 4,096 from ViT-S on)."""
         embedding_dim: int = 256
         """Width of the embeddings that are contrasted."""
         crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -90,7 +91,7 @@ class MoCoV3(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        hidden, width = config.hidden_dim, config.embedding_dim
+        hidden, width = self.config.hidden_dim, config.embedding_dim
         self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="plain")
         self.predictor = mlp((width, hidden, width), last_norm="plain")
         patch_embed = getattr(encoder, "patch_embed", None)
@@ -101,6 +102,11 @@ class MoCoV3(WholeBatchMethod):
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The momentum encoder begins as the query encoder; it has no predictor."""
         self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "projector": self.projector}))
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {"hidden_dim": sizes.width(4096, encoder.dim, full=sizes.VIT_SMALL)}
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

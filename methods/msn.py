@@ -29,6 +29,7 @@ from ssl_pretrain.flags import (
     within,
 )
 from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import Prototypes, mlp
 from ssl_pretrain.parts.masks import random_masking
@@ -81,10 +82,10 @@ class MSN(WholeBatchMethod):
     class Config:
         """Masked Siamese networks (MSN)."""
 
-        prototypes: int = 1024
-        """Number of learnable prototypes."""
-        hidden_dim: int = 2048
-        """Width of the head's two hidden layers."""
+        prototypes: int | None = None
+        """Number of learnable prototypes (default: by the number of images; 1,024 for ImageNet-1k)."""
+        hidden_dim: int | None = None
+        """Width of the head's two hidden layers (default: by the encoder; 2,048 from ViT-S on)."""
         embedding_dim: int = 256
         """Width of the vectors that are compared with the prototypes."""
         temperature: float = 0.1
@@ -128,9 +129,9 @@ class MSN(WholeBatchMethod):
             h, w = (size // side for size, side in zip(encoder.image_size, encoder.stride, strict=True))
             if self.kept(h * w) < 1:
                 raise UserError(f"--drop-ratio {config.drop_ratio} leaves none of the {h} x {w} patches")
-        hidden = config.hidden_dim
+        hidden = self.config.hidden_dim
         self.head = mlp((encoder.dim, hidden, hidden, config.embedding_dim), activation=nn.GELU)
-        self.prototypes = Prototypes(config.embedding_dim, config.prototypes)
+        self.prototypes = Prototypes(config.embedding_dim, self.config.prototypes)
         # As released: larger than those of DINO, so that AdamW changes their directions more slowly.
         bound = config.embedding_dim**-0.5
         nn.init.uniform_(self.prototypes.weight, -bound, bound)
@@ -138,6 +139,14 @@ class MSN(WholeBatchMethod):
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """The target network begins as the one that is trained."""
         self.teacher = ema_copy(EncoderWithHeads({"encoder": self.encoder, "head": self.head}))
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {
+            "prototypes": sizes.prototypes(1024, images, least=64),
+            "hidden_dim": sizes.width(2048, encoder.dim, full=sizes.VIT_SMALL),
+        }
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

@@ -17,6 +17,7 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.feature_queue import Queue
 from ssl_pretrain.parts.heads import l2_normalize, mlp
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
@@ -64,12 +65,13 @@ class NNCLR(WholeBatchMethod):
         """InfoNCE, or decoupled: without the positive in the denominator."""
         temperature: float = 0.1
         """Temperature of the similarities."""
-        queue: int = 98304
-        """Length of the queue of embeddings in which neighbours are searched."""
-        hidden_dim: int = 2048
-        """Width of the projector's two hidden layers."""
-        predictor_dim: int = 4096
-        """Width of the predictor's hidden layer."""
+        queue: int | None = None
+        """Length of the queue of embeddings in which neighbours are searched (default: by the number of images; 98,304
+        for ImageNet-1k)."""
+        hidden_dim: int | None = None
+        """Width of the projector's two hidden layers (default: by the encoder; 2,048 from ViT-B on)."""
+        predictor_dim: int | None = None
+        """Width of the predictor's hidden layer (default: by the encoder; 4,096 from ViT-B on)."""
         embedding_dim: int = 256
         """Width of the embeddings."""
         crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -85,10 +87,19 @@ class NNCLR(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        hidden, width = config.hidden_dim, config.embedding_dim
+        hidden, width = self.config.hidden_dim, config.embedding_dim
         self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="affine")
-        self.predictor = mlp((width, config.predictor_dim, width))
-        self.queue = Queue(config.queue, width)
+        self.predictor = mlp((width, self.config.predictor_dim, width))
+        self.queue = Queue(self.config.queue, width)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {
+            "queue": sizes.at_most_a_share(98304, images, 1 / 2),
+            "hidden_dim": sizes.width(2048, encoder.dim),
+            "predictor_dim": sizes.width(4096, encoder.dim),
+        }
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

@@ -19,6 +19,7 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import l2_normalize
 from ssl_pretrain.parts.views import encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
@@ -55,8 +56,9 @@ class NPID(WholeBatchMethod):
 
         embedding_dim: int = 128
         """Width of the embeddings; the memory bank stores one for each image of the data."""
-        negatives: int = 4096
-        """Number of negatives of each image, drawn from the bank again in each step."""
+        negatives: int | None = None
+        """Number of negatives of each image, drawn from the bank again in each step (default: by the number of images;
+        4,096 for ImageNet-1k)."""
         loss: Literal["nce", "softmax"] = "nce"
         """nce: noise-contrastive estimation with --negatives; softmax: exact, over the whole bank, for data of up to
         some hundred thousand images."""
@@ -88,6 +90,11 @@ class NPID(WholeBatchMethod):
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """A bank of random unit vectors (M, K)."""
         self.register_buffer("bank", F.normalize(torch.randn(images, self.config.embedding_dim), dim=1))
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {"negatives": sizes.at_most_a_share(4096, images, 1 / 4)}
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

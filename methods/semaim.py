@@ -20,6 +20,7 @@ from ssl_pretrain.backbones.vit import Mlp
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, POSITIVE, within
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.masks import put, rows
 from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
 from ssl_pretrain.parts.views import encode
@@ -76,12 +77,12 @@ class SemAIM(Method):
         order: Literal["semantic", "raster", "random", "centre"] = "semantic"
         """Order of the patches: by similarity to the patch that is most similar to the whole image; row by row; random;
         or from the centre of the image outwards."""
-        decoder_dim: int = 512
-        """Width of the query stream."""
-        decoder_depth: int = 8
-        """Number of blocks of the query stream."""
-        decoder_heads: int = 16
-        """Number of attention heads of the query stream."""
+        decoder_dim: int | None = None
+        """Width of the query stream (default: by the encoder; 512 from ViT-B on)."""
+        decoder_depth: int | None = None
+        """Number of blocks of the query stream (default: by the encoder; 8 from ViT-B on)."""
+        decoder_heads: int | None = None
+        """Number of attention heads of the query stream (default: by the encoder; 16 from ViT-B on)."""
         norm_pix: bool = True
         """Predict each patch's pixels normalised by their own mean and variance."""
         blur_kernel: int = 9
@@ -102,10 +103,10 @@ class SemAIM(Method):
         self.grid = self._grid(encoder.image_size)
         if self.grid[0] * self.grid[1] < 2:
             raise UserError("semaim needs images of at least two patches: raise --image-size or lower --patch-size")
-        width = config.decoder_dim
-        if width % config.decoder_heads or width % 4:
+        width = self.config.decoder_dim
+        if width % self.config.decoder_heads or width % 4:
             raise UserError(
-                f"--decoder-dim {width} must be a multiple of 4 and of --decoder-heads {config.decoder_heads}"
+                f"--decoder-dim {width} must be a multiple of 4 and of --decoder-heads {self.config.decoder_heads}"
             )
         side = min(encoder.image_size)
         if config.blur_kernel % 2 == 0 or not 1 <= config.blur_kernel < 2 * side:
@@ -113,7 +114,7 @@ class SemAIM(Method):
         self.decoder_embed = nn.Linear(encoder.dim, width)
         self.query_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_blocks = nn.ModuleList(
-            CrossBlock(width, config.decoder_heads) for _ in range(config.decoder_depth)
+            CrossBlock(width, self.config.decoder_heads) for _ in range(self.config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_pred = nn.Linear(width, encoder.stride[0] * encoder.stride[1] * encoder.in_chans)
@@ -123,6 +124,16 @@ class SemAIM(Method):
             if isinstance(part, nn.Linear):
                 nn.init.trunc_normal_(part.weight, std=0.02)
                 nn.init.zeros_(part.bias)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        width = config.decoder_dim or sizes.width(512, encoder.dim, multiple=32)
+        return {
+            "decoder_dim": width,
+            "decoder_depth": sizes.depth(8, encoder.depth),
+            "decoder_heads": sizes.heads(16, width, encoder.dim),
+        }
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

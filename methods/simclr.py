@@ -13,6 +13,7 @@ from torch import Tensor
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.nt_xent import contrast
 from ssl_pretrain.parts.views import by_image, encode_pooled, jitter
@@ -58,8 +59,8 @@ class SimCLR(WholeBatchMethod):
         """Weights of dclw's positives: part of the gradient (as eq. 7 is written), or constants (lightly's)."""
         temperature: float = 0.1
         """Temperature of the similarities."""
-        hidden_dim: int = 2048
-        """Width of the projection head's hidden layer."""
+        hidden_dim: int | None = None
+        """Width of the projection head's hidden layer (default: by the encoder; 2,048 from ViT-B on)."""
         embedding_dim: int = 128
         """Width of the embeddings that are contrasted."""
         crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -78,7 +79,12 @@ class SimCLR(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim), last_norm="plain")
+        self.projector = mlp((encoder.dim, self.config.hidden_dim, config.embedding_dim), last_norm="plain")
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {"hidden_dim": sizes.width(2048, encoder.dim)}
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

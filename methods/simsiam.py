@@ -13,6 +13,7 @@ from torch import Tensor
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, within
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import l2_normalize, mlp
 from ssl_pretrain.parts.views import encode_pooled, jitter
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
@@ -54,12 +55,12 @@ class SimSiam(WholeBatchMethod):
     class Config:
         """SimSiam."""
 
-        hidden_dim: int = 2048
-        """Width of the projector's two hidden layers."""
-        embedding_dim: int = 2048
-        """Width of the projections that are predicted."""
-        bottleneck_dim: int = 512
-        """Width of the predictor's hidden layer."""
+        hidden_dim: int | None = None
+        """Width of the projector's two hidden layers (default: by the encoder; 2,048 from ViT-B on)."""
+        embedding_dim: int | None = None
+        """Width of the projections that are predicted (default: by the encoder; 2,048 from ViT-B on)."""
+        bottleneck_dim: int | None = None
+        """Width of the predictor's hidden layer (default: by the encoder; 512 from ViT-B on)."""
         crop_scale: tuple[float, float] = (0.2, 1.0)
         """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 0.5
@@ -72,10 +73,19 @@ class SimSiam(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        hidden, width = config.hidden_dim, config.embedding_dim
+        hidden, width = self.config.hidden_dim, self.config.embedding_dim
         # The last norm is without gain and shift, as released; the predictor's output has no norm (section 4.4).
         self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="plain")
-        self.predictor = mlp((width, config.bottleneck_dim, width))
+        self.predictor = mlp((width, self.config.bottleneck_dim, width))
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {
+            "hidden_dim": sizes.width(2048, encoder.dim),
+            "embedding_dim": sizes.width(2048, encoder.dim),
+            "bottleneck_dim": sizes.width(512, encoder.dim),
+        }
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

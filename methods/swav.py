@@ -17,6 +17,7 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, at_least, within
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import Prototypes, l2_normalize, mlp
 from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs
 from ssl_pretrain.parts.sinkhorn import sinkhorn
@@ -70,10 +71,10 @@ class SwAV(WholeBatchMethod):
     class Config:
         """SwAV."""
 
-        prototypes: int = 3000
-        """Number of prototypes."""
-        hidden_dim: int = 2048
-        """Width of the projection head's hidden layer."""
+        prototypes: int | None = None
+        """Number of prototypes (default: by the number of images; 3,000 for ImageNet-1k)."""
+        hidden_dim: int | None = None
+        """Width of the projection head's hidden layer (default: by the encoder; 2,048 from ViT-B on)."""
         embedding_dim: int = 128
         """Width of the embeddings that are compared with the prototypes."""
         temperature: float = 0.1
@@ -114,12 +115,20 @@ class SwAV(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        self.projector = mlp((encoder.dim, config.hidden_dim, config.embedding_dim))
-        self.prototypes = Prototypes(config.embedding_dim, config.prototypes)
+        self.projector = mlp((encoder.dim, self.config.hidden_dim, config.embedding_dim))
+        self.prototypes = Prototypes(config.embedding_dim, self.config.prototypes)
         with torch.no_grad():  # unit length, so that AdamW does not turn them faster than the projector's rows
             self.prototypes.weight.copy_(l2_normalize(self.prototypes.weight))
         # The newest come first; entries that are not filled yet are zero.
         self.register_buffer("queue", torch.zeros(2, config.queue, config.embedding_dim))
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {
+            "prototypes": sizes.prototypes(3000, images, least=64),
+            "hidden_dim": sizes.width(2048, encoder.dim),
+        }
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

@@ -17,6 +17,7 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, NOT_NEGATIVE, at_least, within
+from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
@@ -61,8 +62,9 @@ class VICReg(WholeBatchMethod):
     class Config:
         """VICReg."""
 
-        projector_dim: int = 8192
-        """Width of the projector's three layers, and so of the embeddings."""
+        projector_dim: int | None = None
+        """Width of the projector's three layers, and so of the embeddings (default: by the encoder; 8,192 from ViT-B
+        on)."""
         invariance_weight: float = 25.0
         """Weight of the mean squared distance between the two views."""
         variance_weight: float = 25.0
@@ -81,8 +83,13 @@ class VICReg(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        width = config.projector_dim
+        width = self.config.projector_dim
         self.projector = mlp((encoder.dim, width, width, width), last_bias=False)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from the paper's."""
+        return {"projector_dim": sizes.width(8192, encoder.dim)}
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:

@@ -240,26 +240,29 @@ def _methods() -> str:
 def _finish(run: Run, out: Path) -> None:
     """Say where the encoder is, how good it is at a glance, and what to do next."""
     from ssl_pretrain import encoder
+    from ssl_pretrain.loop import verdict
     from ssl_pretrain.loop.guard import BEST
     from ssl_pretrain.loop.saver import read_best
-    from ssl_pretrain.loop.score import NEIGHBOURS, KnnScore
+    from ssl_pretrain.loop.score import KnnScore
 
     _tell(f"encoder: {out / 'encoder'}")
     if run.keep_best is not None and (best := read_best(out)):
         _tell(f"best encoder: {out / BEST / 'encoder'} (step {best['step']}, {best['by']} {best['score']:.4g})")
     score = KnnScore.of(run) if run.score else None
-    if score is not None:
+    if run.score:
         trained = encoder.load(out)
-        untrained = encoder.random_like(trained, seed=run.seed)
-        _tell(
-            f"kNN top-1 ({NEIGHBOURS} neighbours, {len(score.queries):,} images against {len(score.bank):,}): "
-            f"{score(trained):.1f} %, untrained encoder {score(untrained):.1f} %"
-        )
+        for line in (
+            verdict.of_unlabelled(run, trained) if score is None else verdict.of_labelled(run, out, trained, score)
+        ):
+            _tell(line)
     data = "" if run.data == "fractals" else f" --data {run.data}"
     _tell("next:")
     if score is not None:
         _tell(f"  ssl-eval linear --encoder {out}{data}")
         _tell(f"  ssl-eval knn --encoder {out}{data}")
+    else:
+        _tell(f"  ssl-eval diagnose --encoder {out}{data}")
+        _tell(f"  ssl-eval retrieval --encoder {out}{data}")
     _tell(f"  ssl-report {out}")
     _tell(f"  tensorboard --logdir {out / 'tensorboard'}")
 

@@ -60,7 +60,7 @@ def test_loss_and_gradients_against_numpy(temperature: float) -> None:
 
 
 def test_heads_have_the_papers_shape() -> None:
-    method = MoCoV3(made().encoder, MoCoV3.Config())
+    method = MoCoV3(made().encoder, MoCoV3.Config(hidden_dim=4096))
     shapes = {n: tuple(p.shape) for n, p in method.named_parameters() if not n.startswith("encoder")}
     assert shapes == {
         "projector.0.weight": (4096, 128), "projector.1.weight": (4096,), "projector.1.bias": (4096,),

@@ -59,7 +59,7 @@ def test_loss_and_gradients_against_numpy(kind: str, temperature: float) -> None
 
 
 def test_heads_have_the_papers_shape() -> None:
-    method = NNCLR(made().encoder, NNCLR.Config(queue=8))
+    method = NNCLR(made().encoder, NNCLR.Config(queue=8, hidden_dim=2048, predictor_dim=4096))
     shapes = {n: tuple(p.shape) for n, p in method.named_parameters() if not n.startswith("encoder")}
     assert shapes == {
         "projector.0.weight": (2048, 128), "projector.1.weight": (2048,), "projector.1.bias": (2048,),

@@ -47,7 +47,8 @@ def test_help_of_a_method_shows_its_knobs_and_the_encoders_with_defaults(pretrai
         assert flag in said
         assert f"(default: {default})" in said
     said = pretrain("--method", "mae", "--data", ".", "--help").stdout
-    assert "(default: 512)" in said  # the paper's decoder, on anything but the built-in images
+    # on anything but the built-in images by the rule
+    assert "by the encoder; 512 from ViT-B on" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(

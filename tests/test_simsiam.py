@@ -58,7 +58,7 @@ def test_without_a_way_through_the_predictor_the_encoder_gets_no_gradient() -> N
 
 
 def test_heads_have_the_papers_shape() -> None:
-    method = SimSiam(made().encoder, SimSiam.Config())
+    method = SimSiam(made().encoder, SimSiam.Config(hidden_dim=2048, embedding_dim=2048, bottleneck_dim=512))
     shapes = {n: tuple(p.shape) for n, p in method.named_parameters() if not n.startswith("encoder")}
     assert shapes == {
         "projector.0.weight": (2048, 128), "projector.1.weight": (2048,), "projector.1.bias": (2048,),

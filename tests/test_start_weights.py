@@ -73,8 +73,8 @@ def test_the_run_begins_with_these_weights(
     assert (config["init_from"], config["init_fingerprint"]) == (str(source), fingerprint)
     lineage = encoder.load(tmp_path / "run").lineage
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    for facts in (lineage, manifest):
-        assert (facts["init_from"], facts["init_fingerprint"]) == (str(source), fingerprint)
+    assert (manifest["init_from"], manifest["init_fingerprint"]) == (str(source), fingerprint)
+    assert (lineage["init_from"]["spec"], lineage["init_fingerprint"]) == (str(source), fingerprint)
     assert f"starting from the weights of {source} (fingerprint {fingerprint})" in " ".join(done.stderr.split())
 
 

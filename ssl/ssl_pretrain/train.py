@@ -26,6 +26,7 @@ from .errors import UserError
 from .frozen import NONE, Frozen
 from .loop import grad_cache, manifest, parallel, preflight, sizes, stages, start_state, start_weights, updates
 from .loop import start as run_start
+from .loop.estimate import Estimate
 from .loop.log import Log
 from .loop.monitor import CollapseMonitor
 from .loop.networks import check_sizes, check_unchanged, open_networks
@@ -148,6 +149,8 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
         run, method, world, report, monitor, saver, knn, guard, source, held_out, plan[-1].specs, mixed_precision
     )
     loader = run_start.stream(plan, start, source, share, run, world)
+    estimate = Estimate(run, method, source, plan, world, report)
+    estimate.begin(start, mixed_precision)
     log = Log(run, source, report, monitor, world, skipped)
 
     # ---- The loop.
@@ -231,6 +234,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                 parameter.grad = None
             log.add(step_number, results, mean, bad, norm)
             step_number += 1
+            estimate.after(step_number)
 
             # -- logging, scoring and saving; only here the host waits for the device
             watch.at(step_number, "logging, scoring and saving")

@@ -143,7 +143,7 @@ class Saver:
         """Where the weights after `step` steps come from."""
         return {
             "method": self.run.method, "data": self.run.data, "step": step, "images_seen": step * self.run.batch_size,
-            "seed": self.run.seed, **self._sources, **start_weights.facts(self.run),
+            "seed": self.run.seed, **start_weights.facts(self.run), **self._sources,
         }  # fmt: skip
 
     def _as_export(self) -> Encoder:

@@ -94,6 +94,10 @@ class KnnScore:
         return cls(Subset(bank, order[:BANK]), queries, batch_size=256, workers=run.workers or 0)
 
     def __call__(self, encoder: Encoder) -> float:
+        return 100 * float(self.right(encoder).mean())
+
+    def right(self, encoder: Encoder) -> np.ndarray:
+        """For each of the queries whether its class is right, (n,) bool."""
         device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
         sides = [extract(encoder, side, ("pooled",), device=device, **self.how) for side in (self.bank, self.queries)]
         (bank, bank_labels), (queries, labels) = [(side.features["pooled"], side.labels) for side in sides]
@@ -102,7 +106,7 @@ class KnnScore:
         assert labels is not None
         classes = int(max(bank_labels.max(), labels.max())) + 1
         votes = vote(similarity, index, torch.as_tensor(bank_labels), classes, TEMPERATURE, NEIGHBOURS)
-        return 100 * float((votes.argmax(1).cpu() == torch.as_tensor(labels)).float().mean())
+        return (votes.argmax(1).cpu() == torch.as_tensor(labels)).numpy()
 
 
 def _test_split(run: Run) -> str | None:

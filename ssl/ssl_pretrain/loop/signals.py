@@ -1,8 +1,14 @@
-"""Requests to stop: signals, and the end of the job's time. They are noted when they come, obeyed between two steps."""
+"""Requests to stop: signals, and the end of the job's time. They are noted and acknowledged when they come, and obeyed
+between two steps."""
 
+import os
 import signal
+import sys
 import time
+from contextlib import suppress
 from types import FrameType
+
+from ..distributed import environment
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 TIME_LIMIT = "the time limit"
@@ -14,7 +20,7 @@ def stopping() -> list[signal.Signals]:
 
 
 class StopRequest:
-    """While entered, the stopping signals are noted and do nothing else; a second Ctrl-C ends at once.
+    """While entered, the stopping signals are noted and acknowledged in a line on stderr; a second Ctrl-C ends at once.
 
     Entered inside another one, it takes over what that one noted and its deadline, so that a command can listen from
     its first moment on and a loop inside it obeys.
@@ -24,6 +30,7 @@ class StopRequest:
         """deadline: the time (seconds since 1970) from which on the run shall stop by itself."""
         self.deadline = deadline
         self._noted: str | None = None
+        self._tells = environment.find().rank == 0
 
     @property
     def signal(self) -> str | None:
@@ -47,4 +54,14 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._noted == "SIGINT":
             raise KeyboardInterrupt
-        self._noted = signal.Signals(number).name
+        first, self._noted = self._noted is None, signal.Signals(number).name
+        if first and self._tells:
+            _tell(self._noted)
+
+
+def _tell(name: str) -> None:
+    """One line, at once: a step may take minutes. Not by print, which the signal may have interrupted."""
+    again = "; Ctrl-C again ends at once and loses the steps since the last checkpoint" if name == "SIGINT" else ""
+    line = f"{name}: stopping after this step, then the run is saved and the same command continues it{again}\n"
+    with suppress(OSError, ValueError):  # the terminal is gone
+        os.write(sys.stderr.fileno(), (("\n" if sys.stderr.isatty() else "") + line).encode())

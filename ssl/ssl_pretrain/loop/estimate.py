@@ -1,0 +1,255 @@
+"""How long a run will take, said in its first ten seconds: from a timed slice of a micro-batch where a step is long, then
+from real steps. The result of the run does not change by a bit.
+
+Shapes: n images of the slice.
+"""
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import backbones, distributed
+from ..config import Resolved
+from ..data.loader import Share, batches, to_batch
+from ..data.source import Source
+from ..data.views import ViewSpec, fitted
+from ..distributed import World
+from ..errors import UserError
+from ..pretext import Method, Step, WholeBatchMethod
+from ..randomness import key
+from . import parallel
+from .report import Report
+from .stages import Stage
+
+LONG_STEP = 2e11  # operations of a step that is measured on a slice first: seconds on a CPU
+SECONDS = 1.0  # of training, and of reading images, that a slice is made for
+FIRST, ENOUGH = 3.0, 8.0  # seconds after which several real steps, or one, are reported
+HOUR = 3600.0
+SMALL: dict[str, Any] = {"encoder": "vit_micro", "image-size": 64, "patch-size": 8}  # of a first look
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds an image, and the memory of a run."""
+
+    training: float
+    reading: float  # of one process
+    gibibytes: float
+
+    def step(self, images: int, workers: int, cores: int) -> float:
+        """Seconds of a step. On a CPU, reading takes its share of the cores from training."""
+        shared = self.training + self.reading / cores if workers else self.training + self.reading
+        return images * max(shared, self.reading / max(1, workers))
+
+
+@final
+class Estimate:
+    """Says once how long the run takes, and on a CPU what makes a long one short: `begin` before the first step, `after`
+    each step."""
+
+    def __init__(
+        self, run: Resolved, method: Method, source: Source, plan: list[Stage], world: World, report: Report
+    ) -> None:
+        self.run, self.method, self.source, self.plan = run, method, source, plan
+        self.world, self.report = world, report
+        self._begun = self._since = 0.0  # when training began, and from when on real steps are counted
+        self._steps = self._counted = 0
+        self._said = False
+
+    def begin(self, start: int, autocast: Any) -> None:
+        """Before step `start`: measure a slice if the steps are long and this process is alone."""
+        self.method.train()
+        run, alone = self.run, self.world.size == 1 and not parallel.is_sharded(self.method)
+        specs = next((stage.specs for stage in self.plan if start < stage.last), None)
+        long = specs is not None and _operations(self.method, specs) * run.batch_size >= LONG_STEP
+        if specs is not None and long and alone and not run.compile:  # compiled for the slice's size: a minute
+            self._say_from_slice(specs, start, autocast)
+        self._begun = self._since = time.monotonic()
+
+    def after(self, step: int) -> None:
+        """After `step` steps of the run: say how fast the real ones are, once that is known."""
+        if self._said or self.report.silent:
+            return
+        now = time.monotonic()
+        self._steps, self._counted = self._steps + 1, self._counted + 1
+        if self._steps == 1 and now - self._begun < ENOUGH:  # it warms up; the next ones tell more
+            self._since, self._counted = now, 0
+            return
+        if now - self._begun < FIRST:
+            return
+        self._said = True
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        seconds = (time.monotonic() - self._since) / self._counted
+        self.report.say(
+            f"step {step}/{self.run.steps}  measured: {self.run.batch_size / seconds:.3g} images/s, "
+            f"{in_words((self.run.steps - step) * seconds)} left, {_memory(self.world.device):.1f} GiB of memory so far"
+        )
+
+    def _say_from_slice(self, specs: tuple[ViewSpec, ...], start: int, autocast: Any) -> None:
+        run = self.run
+        measured = self._measure(self.method, specs, start, autocast)
+        if measured is None:
+            return
+        images, speed = measured
+        seconds = self._seconds(speed)
+        left = (run.steps - start) * seconds
+        self.report.say(
+            f"estimated from {images} images: {run.batch_size / seconds:.3g} images/s, {seconds:.1f} s a step, "
+            f"{in_words(left)} for {run.steps - start:,} steps, {speed.gibibytes:.1f} GiB of memory"
+        )
+        if self.world.device.type == "cpu" and left > 1.2 * HOUR:
+            for line in self._shorter(specs, speed, start, autocast):
+                self.report.say(line)
+
+    def _seconds(self, speed: Speed) -> float:
+        """Of a step of the run."""
+        again = 4 / 3 if isinstance(self.method, WholeBatchMethod) and self.run.accumulate > 1 else 1.0  # GradCache
+        speed = dataclasses.replace(speed, training=again * speed.training)
+        workers = 1 if self.run.workers is None else self.run.workers
+        return speed.step(self.run.batch_size, workers, distributed.cores())
+
+    def _measure(
+        self, method: Method, specs: tuple[ViewSpec, ...], start: int, autocast: Any
+    ) -> tuple[int, Speed] | None:
+        """How many images were timed, and the speed; None where it could not be measured: no run ends for that."""
+        most = max(2, self.run.batch_size // self.run.accumulate)
+        few = min(most, max(2, method.least_batch))
+        try:
+            with _unchanged(method, self.world):
+                before = _memory(self.world.device)
+                reading, training = self._pass(method, specs, few, start, autocast)  # warms up
+                warm = _memory(self.world.device)
+                images = few
+                if reading + training < SECONDS:
+                    reading, training = self._pass(method, specs, few, start, autocast)
+                    images = int(min(SECONDS / training, SECONDS / max(reading, 1e-9)) * few)
+                    images = max(few, min(most, images))
+                    reading, training = self._pass(method, specs, images, start, autocast)
+                end = _memory(self.world.device)
+        except Exception:
+            return None
+        each = max(end - warm, 0.0) / max(1, images - few)
+        state = 2 * 4 * sum(p.numel() for p in method.parameters() if p.requires_grad) / 2**30  # AdamW's moments
+        return images, Speed(training / images, reading / images, max(end, before + state + each * most))
+
+    def _pass(
+        self, method: Method, specs: tuple[ViewSpec, ...], images: int, start: int, autocast: Any
+    ) -> tuple[float, float]:
+        """Seconds to read images, and for their loss and its gradients."""
+        run, world = self.run, self.world
+        began = time.perf_counter()
+        stream = batches(
+            self.source, specs, Share(images), seed=run.seed, channels=run.in_chans, start_step=start,
+            stop_step=start + 1, workers=0, policy="replace",
+        )  # fmt: skip
+        with closing(stream):
+            raw = next(stream)
+        read = time.perf_counter()
+        batch = to_batch(raw, specs, run.mean, run.std, world.device)
+        step = Step(
+            step=start, total=run.steps, noise=key(run.seed, "estimate"), rows=slice(0, images), batch_size=images,
+            device=world.device,
+        )  # fmt: skip
+        with autocast:
+            losses = method(batch, step)
+        # Not backward(): it would add to the parameters' gradients, and run the hooks on them.
+        trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        torch.autograd.grad(losses.total, trained, allow_unused=True)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        return read - began, time.perf_counter() - read
+
+    def _shorter(self, specs: tuple[ViewSpec, ...], speed: Speed, start: int, autocast: Any) -> Iterator[str]:
+        """Lines of flags with which the run takes an hour or less, from the time of each."""
+        run, kind, stride = self.run, type(self.method), self.method.encoder.stride
+        timed: list[tuple[dict[str, Any], Speed]] = [({}, speed)]
+        half = (_half(run.image_size[0], stride[0]), _half(run.image_size[1], stride[1]))
+        if half != run.image_size and not run.stages:
+            found = self._measure(
+                self.method, fitted(kind.views(self.method.config, half), half, stride), start, autocast
+            )
+            timed += [({"image-size": " ".join(map(str, dict.fromkeys(half)))}, found[1])] if found else []
+        timed += self._small(start, autocast)
+        yield "to be done within an hour, for example:"
+        for flags, each in timed:
+            seconds = self._seconds(each)
+            steps = min(run.steps, int(HOUR / seconds))
+            epochs = steps * run.batch_size / len(self.source)
+            length = f"--epochs {epochs:.0f}" if epochs >= 3 else f"--steps {steps}"
+            words = [f"--{name} {value}" for name, value in flags.items()]
+            if steps:
+                yield f"  {' '.join([*words, length])}   ({in_words(steps * seconds)})"
+
+    def _small(self, start: int, autocast: Any) -> list[tuple[dict[str, Any], Speed]]:
+        """The flags of a first look and its speed; nothing where the run is as small, or the method cannot be so."""
+        kind, size = type(self.method), (SMALL["image-size"], SMALL["image-size"])
+        if self.run.encoder == SMALL["encoder"] or min(self.run.image_size) <= size[0]:
+            return []
+        options = {**backbones.defaults("vit_micro"), **kind.recipe.encoder, "patch_size": SMALL["patch-size"]}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                backbone = backbones.build("vit_micro", image_size=size, in_chans=self.run.in_chans, **options)
+                method = kind(backbone, kind.sized(kind.Config(), backbone, len(self.source)))
+                method.prepare(len(self.source))
+        except UserError:
+            return []
+        specs = fitted(kind.views(method.config, size), size, backbone.stride)
+        measured = self._measure(method.train(), specs, start, autocast)
+        return [(dict(SMALL), measured[1])] if measured else []
+
+
+@contextmanager
+def _unchanged(method: Method, world: World) -> Iterator[None]:
+    """What a forward pass changes is as before at the end: batch-norm statistics, and generators of torch."""
+    norms = [module for module in method.modules() if isinstance(module, _BatchNorm)]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    devices = [world.device] if world.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def _half(side: int, stride: int) -> int:
+    """Half an image's side, a multiple of the stride; the side itself where half of it is below 32 pixels."""
+    half = side // 2 // stride * stride
+    return half if half >= 32 else side
+
+
+def _operations(method: Method, specs: tuple[ViewSpec, ...]) -> float:
+    """Roughly, floating-point operations of training on one image: 6 for each parameter and each 16 x 16 pixels (or patch,
+    where patches are smaller)."""
+    parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    side = min(16, *method.encoder.stride)
+    return 6.0 * parameters * sum(spec.count * spec.size[0] * spec.size[1] for spec in specs) / side**2
+
+
+def _memory(device: torch.device) -> float:
+    """The most memory so far, GiB: of the process on a CPU, of tensors on a CUDA device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def in_words(seconds: float) -> str:
+    """A time that a person plans with: "40 seconds", "12 minutes", "5 h 20 min", "3 days 4 h"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{round(seconds)} seconds"
+    if minutes < 90:
+        return f"{minutes} minutes"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} days {minutes % 1440 // 60} h"

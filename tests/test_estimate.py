@@ -1,0 +1,148 @@
+"""How long a run takes is said at its start, and saying it changes no bit of the run."""
+
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ssl_pretrain.launch.pretrain import main
+
+from ssl_pretrain import checkpoint
+from ssl_pretrain.loop import estimate
+from ssl_pretrain.loop.estimate import Estimate, Speed, in_words
+
+VIT = "--encoder vit_micro --patch-size 8 --depth 2".split()
+DECODER = "--decoder-dim 32 --decoder-depth 1 --decoder-heads 2".split()
+RUN = "--image-size 32 --batch-size 16 --workers 0 --no-score --monitor-every 0 --picture-every 0 --precision fp32".split()
+
+
+def trained(out: Path, photos: Path, *words: str) -> dict[str, torch.Tensor]:
+    """All state of a method after two steps."""
+    assert main([*words, *RUN, "--steps", "2", "--data", str(photos), "--out", str(out)]) == 0
+    found = checkpoint.load(out / "checkpoints", 2)["method"]
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--method", "mae", *VIT, *DECODER, "--accumulate", "2"],
+        [
+            "--method",
+            "byol",
+            "--encoder",
+            "resnet18",
+            "--hidden-dim",
+            "32",
+        ],  # batch norm in the encoder and in the heads
+        ["--method", "simclr", *VIT, "--hidden-dim", "32", "--accumulate", "2"],  # GradCache
+    ],
+)
+def test_the_estimate_changes_no_bit(
+    words: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = trained(tmp_path / "without", photos, *words)
+    assert "estimated from" not in capsys.readouterr().err
+    monkeypatch.setattr(estimate, "LONG_STEP", 0.0)
+    monkeypatch.setattr(estimate, "HOUR", 1e-3)
+    monkeypatch.setattr(estimate, "SMALL", {**estimate.SMALL, "image-size": 16})
+    with_it = trained(tmp_path / "with", photos, *words)
+    assert without.keys() == with_it.keys()
+    assert all(torch.equal(without[name], with_it[name]) for name in without)
+    said = capsys.readouterr().err
+    assert re.search(
+        r"estimated from \d+ images: [\d.e+]+ images/s, [\d.]+ s a step, \d+ seconds for 2 steps, [\d.]+ GiB of memory",
+        said,
+    )
+    assert "to be done within an hour" in said
+
+
+def test_flags_that_make_a_long_run_short(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an hour of 20 seconds, each line is a command's flags, and their time is what they say."""
+    monkeypatch.setattr(estimate, "LONG_STEP", 0.0)
+    monkeypatch.setattr(estimate, "HOUR", 20.0)
+    monkeypatch.setattr(
+        Estimate, "_measure", lambda self, method, specs, *_: (4, Speed(specs[0].size[0] / 64, 0.0, 1.0))
+    )
+    monkeypatch.setattr(estimate, "SMALL", {**estimate.SMALL, "image-size": 32})
+    words = "--method mae --encoder vit_tiny --depth 1 --image-size 64 --batch-size 16 --steps 3 --workers 0 --no-score"
+    assert main([*words.split(), *DECODER, "--data", str(photos), "--out", str(tmp_path / "a")]) == 0
+    # 1 second an image and 16 a step: 16 seconds a step, 48 for three; half of it for images of half the side
+    said = capsys.readouterr().err
+    assert "estimated from 4 images: 1 images/s, 16.0 s a step, 48 seconds for 3 steps, 1.0 GiB of memory" in said
+    shorter = [line.strip() for line in said.partition("to be done within an hour")[2].splitlines()[1:4]]
+    assert shorter == [
+        "--steps 1   (16 seconds)",
+        "--image-size 32 --steps 2   (16 seconds)",
+        "--encoder vit_micro --image-size 32 --patch-size 8 --steps 2   (16 seconds)",
+    ]
+
+
+def test_a_slice_that_fails_ends_no_run(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(estimate, "LONG_STEP", 0.0)
+    monkeypatch.setattr(Estimate, "_pass", fails)
+    trained(tmp_path / "a", photos, "--method", "mae", *VIT, *DECODER)
+    assert "estimated" not in capsys.readouterr().err
+
+
+def test_real_steps_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step warms up (2 s), the next ones take 1 s each."""
+    clock = iter([100.0, 102.0, 103.0, 103.0, 104.0, 105.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    told: list[str] = []
+    report: Any = SimpleNamespace(silent=False, say=told.append)
+    run: Any = SimpleNamespace(steps=100, batch_size=32, compile=False)
+    world: Any = SimpleNamespace(size=1, device=torch.device("cpu"))
+    subject = Estimate(run, torch.nn.Linear(1, 1), None, [], world, report)  # type: ignore[arg-type]
+    subject.begin(0, None)
+    for step in (1, 2, 3):
+        subject.after(step)
+    (line,) = told
+    assert line.startswith("step 2/100  measured: 32 images/s, 2 minutes left")
+    assert re.search(r", [\d.]+ GiB of memory so far$", line)
+
+
+def test_one_long_step_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 120.0, 120.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    told: list[str] = []
+    run: Any = SimpleNamespace(steps=100, batch_size=32, compile=False)
+    world: Any = SimpleNamespace(size=1, device=torch.device("cpu"))
+    report: Any = SimpleNamespace(silent=False, say=told.append)
+    subject = Estimate(run, torch.nn.Linear(1, 1), None, [], world, report)  # type: ignore[arg-type]
+    subject.begin(0, None)
+    subject.after(1)
+    assert told[0].startswith("step 1/100  measured: 1.6 images/s, 33 minutes left")
+
+
+def test_reading_beside_training() -> None:
+    """10 images of 0.2 s of training and 0.1 s of reading."""
+    speed = Speed(0.2, 0.1, 0.0)
+    assert speed.step(10, workers=0, cores=2) == pytest.approx(3.0)  # one after the other
+    assert speed.step(10, workers=1, cores=2) == pytest.approx(2.5)  # of the two cores one reads half of the time
+    assert Speed(0.01, 0.1, 0.0).step(10, workers=2, cores=4) == pytest.approx(0.5)  # training waits for two readers
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (41.4, "41 seconds"),
+        (600, "10 minutes"),
+        (89 * 60, "89 minutes"),
+        (7500, "2 h 05 min"),
+        (3 * 86400 + 4 * 3600, "3 days 4 h"),
+    ],
+)
+def test_times_in_words(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words

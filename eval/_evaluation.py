@@ -36,6 +36,9 @@ class Options:
     encoder: str
     """A run folder, an exported encoder, an encoder of another library (timm:NAME, hf:FOLDER, torch:FILE,
     module:PACKAGE:FUNCTION), or a baseline: random (untrained) or pixels."""
+    code: str | None = None
+    """Code that an exported encoder is made by, module:PACKAGE:FUNCTION. It must be the name in its config.json: nothing
+    is imported because a file names it."""
     like: Path | None = None
     """With --encoder random: a run or an encoder with the architecture to use (default: vit_tiny at the images'
     size)."""
@@ -194,7 +197,7 @@ def _open(options: Options) -> tuple[Encoder, str]:
         assert options.data is not None
         return _untrained(_training_images(options, options.data), options.seed), options.data
     named = str(options.like or options.encoder)
-    encoder = libraries.load(named) if Spec.parse(named) else load(named)
+    encoder = libraries.load(named) if Spec.parse(named) else load(named, code=options.code)
     data = options.data or encoder.lineage.get("data")
     if not data:
         raise UserError(f"the training data of {options.encoder} is not known: name labelled images with --data")

@@ -186,6 +186,8 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     kind = pretext.load(method)
     small = {**BUILT_IN_RUN, **kind.recipe.small} if data.split(":")[0] == "fractals" else {}
     asked = encoder or written.get("encoder")
+    if isinstance(asked, str) and asked.startswith("module:") and encoder is None:
+        raise UserError(f"encoder: {asked} would be imported: name code in the command, --encoder {asked}, not in a file")
     begin = Beginning.read(argv, written, method, data)
     begin.check_encoder(asked)
     name = asked or begin.settings.get("encoder") or small.get("encoder", "vit_small")
@@ -250,7 +252,7 @@ def _finish(run: Run, out: Path) -> None:
         _tell(f"best encoder: {out / BEST / 'encoder'} (step {best['step']}, {best['by']} {best['score']:.4g})")
     score = KnnScore.of(run) if run.score else None
     if run.score:
-        trained = encoder.load(out)
+        trained = encoder.load(out, code=run.encoder)
         for line in (
             verdict.of_unlabelled(run, trained) if score is None else verdict.of_labelled(run, out, trained, score)
         ):

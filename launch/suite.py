@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain import encoder as exported
+from ssl_pretrain import flags
 from ssl_pretrain.config import load_yaml
 from ssl_pretrain.data.source import open_source
 from ssl_pretrain.errors import UserError, nearest
@@ -88,11 +89,11 @@ def read(path: Path) -> list[Entry]:
             if not isinstance(where.get("data"), str):
                 raise UserError(f"--list {path}: data: {images} has no path ({images}: PATH, or {{data: PATH, ...}})")
             for label, given in evaluators.items():
-                flags = {**options, **where, **_mapping(path, label, given)}
-                kind, metric = flags.pop("evaluator", label), flags.pop("metric", None)
-                if wrong := next((key for key in flags if key.replace("_", "-") in OURS), None):
+                words = {**options, **where, **_mapping(path, label, given)}
+                kind, metric = words.pop("evaluator", label), words.pop("metric", None)
+                if wrong := next((key for key in words if key.replace("_", "-") in OURS), None):
                     raise UserError(f"--list {path}: {label}: {wrong} is set by the suite; it cannot be given")
-                argv = (str(kind), "--encoder", place, *(word for item in flags.items() for word in _arguments(*item)))
+                argv = (str(kind), "--encoder", place, *(word for item in words.items() for word in _arguments(*item)))
                 entries.append(Entry(encoder, images, label, place, argv, metric))
     return entries
 
@@ -161,7 +162,8 @@ def _existing_result(entry: Entry, folder: Path) -> dict[str, Any] | None:
         result = json.loads((folder / "results.json").read_text())
         protocol = result["protocol"]
         own = not Spec.parse(entry.path) and Path(entry.path).exists()
-        if own and exported.load(entry.path).fingerprint != protocol["encoder_fingerprint"]:
+        code = flags.word(list(entry.argv), "--code")
+        if own and exported.load(entry.path, code=code).fingerprint != protocol["encoder_fingerprint"]:
             return None
         for side in (protocol[name] for name in ("train", "test") if name in protocol):
             if side["fingerprint"] != _fingerprint(protocol["data"], side["split"]):

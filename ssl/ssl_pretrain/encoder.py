@@ -154,6 +154,8 @@ def save(path: Path, encoder: Encoder) -> None:
         config |= {"format": FORMAT, "names": form.library}
     if form is not None:
         config |= library_config(encoder, form)
+    if timm_config := getattr(encoder.backbone, "timm_config", None):  # a model of timm
+        config |= timm_config(encoder.preprocessing)
     text = json.dumps(config, indent=1) + "\n"
     try:
         save_weights(weights, aside, {"format": "pt", "config": text})
@@ -188,12 +190,15 @@ def _system_error(problem: SafetensorError, path: Path) -> OSError:
     return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else OSError(f"{path}: {problem}")
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
+def load(path: str | Path, device: str | torch.device = "cpu", *, code: str | None = None) -> Encoder:
     """Load the encoder in a folder, or in the `encoder/` of a run folder; in eval mode on `device`, all weights
     trainable.
 
+    code: "module:PACKAGE:FUNCTION" for an encoder of your own code. Such an encoder is loaded only if `code` is the name
+    in its config.json: nothing is imported because a file names it.
+
     Raises UserError if there is none, if a newer version wrote it, if its weights do not match its architecture key for
-    key, and if they are not the ones that were saved.
+    key, if they are not the ones that were saved, and for code that was not given.
     """
     folder = export_folder(Path(path))
     config, weights = _read(folder)
@@ -201,6 +206,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     try:
         crop, mean, std = (tuple(wanted[name]) for name in ("crop", "mean", "std"))
         preprocessing = Preprocessing(wanted["resize"], crop, wanted["interpolation"], mean, std)
+        _check_code(described["name"], code, folder)
         backbone = _build(described["name"], described["image_size"], described["in_chans"], described["options"])
         lineage, saved = config["lineage"], config["weights"]
     except (KeyError, TypeError, ValueError) as problem:
@@ -226,7 +232,8 @@ def load_weights(path: str | Path, backbone: Backbone) -> None:
 
     Raises UserError that lists the differences for another architecture, and as `load` does.
     """
-    load_from(load(path), backbone, str(export_folder(Path(path))))
+    source = load(path, code=getattr(backbone, "code", None))
+    load_from(source, backbone, str(export_folder(Path(path))))
 
 
 def load_from(source: Encoder, backbone: Backbone, where: str, *, partial: bool = False) -> str:
@@ -305,6 +312,16 @@ def description(folder: Path) -> dict[str, Any]:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as problem:
         load(folder)
         raise UserError(f"{folder} does not describe an encoder: {problem!r}") from None
+
+
+def _check_code(name: str, code: str | None, folder: Path) -> None:
+    """Raise UserError for an encoder of somebody's own code (`module:`), unless the user gave the same name."""
+    if backbones.prefix(name) == "module" and code != name:
+        given = "" if code is None else f" You gave {code}."
+        raise UserError(
+            f"the encoder in {folder} is made by the code {name!r}, and nothing is imported because a file names it.{given}"
+            f" If you know that code and trust it, give the same name: --code, or encoder.load(path, code=...)"
+        )
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -7,6 +7,10 @@ package's encoders need no torch; `config_class` and `build` do.
 Other packages add encoders with entry points of the group `ssl_pretrain.backbones`, one for each name of `--encoder`.
 An entry point refers to a module as above, or to a Backbone whose module may have `SIZES`. It is imported when the name
 is used.
+
+Two names have a prefix: `timm:NAME` is a model of timm (timm_model.py), `module:PACKAGE:FUNCTION` a module of the user's
+own code (module_encoder.py). `build` imports what such a name says. A name that was read from a file must be checked
+before (`encoder.load` does).
 """
 
 import ast
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
     from .backbone import Backbone
 
 GROUP = "ssl_pretrain.backbones"  # the entry points of other packages
+# File of the architecture of a name with a prefix, the option that holds the rest of the name, and what the name may have
+# after a comma.
+WRAPPED = {"timm": ("timm_model", "timm_model", ("checkpoint",)), "module": ("module_encoder", "function", ())}
 
 
 def own() -> list[str]:
@@ -41,15 +48,37 @@ def names() -> list[str]:
 
 
 def known(name: str) -> bool:
-    """Whether an encoder of that name exists, in this package or another. Imports nothing."""
-    return name in own() or name in plugins.installed(GROUP)
+    """Whether an encoder of that name exists, in this package or another. Imports nothing, so of a name with a prefix only
+    the prefix is looked at."""
+    return name in own() or name in plugins.installed(GROUP) or prefix(name) is not None
+
+
+def prefix(name: str) -> str | None:
+    """ "timm" or "module" of a name with such a prefix. None for another name, and for one that an installed package
+    declares as an entry point."""
+    kind, colon, _ = name.partition(":")
+    return kind if colon and kind in WRAPPED and name not in plugins.installed(GROUP) else None
+
+
+def plain_name(name: str) -> str:
+    """The name of the architecture: "timm:resnet18" of "timm:resnet18,checkpoint=FILE"."""
+    return name.partition(",")[0] if prefix(name) else name
+
+
+def checkpoint(name: str) -> str | None:
+    """FILE of a name "timm:NAME,checkpoint=FILE", whose weights a run starts from; None without one."""
+    return _after_comma(name).get("checkpoint")
 
 
 def defaults(name: str) -> dict[str, Any]:
     """The options of the size `name`, e.g. {"dim": 192, "depth": 12, "heads": 3}; all other options have the defaults
     of `config_class(name)`. Raises UserError for an unknown name, with the nearest one. Another package's encoder is
-    imported."""
+    imported, and so is timm."""
     file = _file(name)
+    if (kind := prefix(name)) is not None:
+        _after_comma(name)
+        _architecture(name).check_name(inner := plain_name(name).partition(":")[2])
+        return {WRAPPED[kind][1]: inner}
     return dict(_sizes(file)[name]) if file is not None else _installed(name)[1]
 
 
@@ -76,18 +105,48 @@ def build(name: str, *, image_size: tuple[int, int], in_chans: int = 3, **option
         except ValueError as problem:
             raise UserError(f"the encoder {name}: {option}: {problem}") from None
     given = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
+    if (kind := prefix(name)) is not None and given.get(option := WRAPPED[kind][1], "") not in (
+        "",
+        *defaults(name).values(),
+    ):
+        raise UserError(
+            f"the encoder {name} is not the {option.replace('_', ' ')} {given[option]!r}: leave that option out"
+        )
     return architecture(image_size, in_chans, architecture.Config(**defaults(name) | given))
 
 
 def _file(name: str) -> Path | None:
     """The file of this package that has the size `name`; None for another package's encoder. Raises UserError."""
+    if (kind := prefix(name)) is not None:
+        return Path(__file__).parent / f"{WRAPPED[kind][0]}.py"
     if name in own():
         letters = re.match("[a-z]+", name)
         assert letters is not None, f"the size {name!r} must begin with the name of its file"
         return Path(__file__).parent / f"{letters[0]}.py"
     if name not in plugins.installed(GROUP):
-        raise UserError(f"unknown encoder {name!r}{nearest(name, names())}")
+        hint = nearest(name, names())
+        hint += (
+            "" if hint.startswith("; did") else "; or timm:NAME, module:PACKAGE:FUNCTION (docs/library_backbones.md)"
+        )
+        raise UserError(f"unknown encoder {name!r}{hint}")
     return None
+
+
+def _after_comma(name: str) -> dict[str, str]:
+    """The options in a name with a prefix: {"checkpoint": FILE} of "timm:NAME,checkpoint=FILE". Raises UserError."""
+    kind = prefix(name)
+    given = dict(part.partition("=")[::2] for part in name.split(",")[1:]) if kind else {}
+    for option, value in given.items():
+        allowed = WRAPPED[str(kind)][2]
+        if option not in allowed or not value:
+            more = (
+                f": a name takes {', '.join(f'{each}=FILE' for each in allowed)}" if allowed else ": a name takes none"
+            )
+            raise UserError(
+                f"--encoder {name}: {option!r} is no option of an encoder to train{more}. Sizes and normalisation of the "
+                f"images are flags (--image-size, --mean, --std)"
+            )
+    return given
 
 
 @cache

@@ -5,7 +5,8 @@
 A plugin is found by its name, as everywhere: a file of ours, or an entry point of another package in the group
 `ssl_pretrain.<kind>`. Nothing here needs pytest or the repository, so another package can call `run` in its own tests.
 Each kind has a module with a function `checks(name)`: callables without arguments that raise `Fault`. Where the names of
-a kind are not the files of the package `ssl_pretrain.<kind>`, the module has a function `names()`, too.
+a kind are not the files of the package `ssl_pretrain.<kind>`, the module has a function `names()`, too, and `known(name)`
+where not all names can be listed.
 """
 
 import importlib
@@ -44,8 +45,7 @@ def checks(kind: str, name: str) -> list[Check]:
     Raises UserError for an unknown kind or name.
     """
     module = _module(kind)
-    if name not in (known := _names(kind)):
-        raise UserError(f"unknown name {name!r} in {kind}{nearest(name, known)}")
+    _check_known(kind, name)
     return module.checks(name)
 
 
@@ -91,10 +91,23 @@ def resolve(word: str) -> tuple[str, str]:
     if not colon:
         return find(word), word
     if kind not in KINDS:
+        if _is_known("backbones", word):  # timm:NAME
+            return "backbones", word
         raise UserError(f"unknown kind of plugin {kind!r}{nearest(kind, KINDS)}")
-    if name not in (known := _names(kind)):
-        raise UserError(f"unknown name {name!r} in {kind}{nearest(name, known)}")
+    _check_known(kind, name)
     return kind, name
+
+
+def _check_known(kind: str, name: str) -> None:
+    """Raise UserError unless that kind has a plugin of the name."""
+    if not _is_known(kind, name):
+        raise UserError(f"unknown name {name!r} in {kind}{nearest(name, _names(kind))}")
+
+
+def _is_known(kind: str, name: str) -> bool:
+    if _exists(kind) and hasattr(module := _module(kind), "known"):
+        return bool(module.known(name))
+    return name in _names(kind)
 
 
 def _names(kind: str) -> list[str]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import UserError
 from . import gather, size
 
 
@@ -71,6 +72,25 @@ class BatchNorm2d(_GlobalBatchNorm):
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim != 4:
             raise ValueError(f"BatchNorm2d takes (B, C, H, W), not {tuple(x.shape)}")
+
+
+def globalize(module: nn.Module, others: dict[type, type] | None = None) -> None:
+    """Give the batch norms of a module of another library the statistics of the global batch, in place. Parameters,
+    buffers and their names stay.
+
+    others: classes of the library, and for each the subclass of one of ours that replaces it. Raises UserError for a
+    batch norm of any other class, which may compute something else, and for one without running statistics.
+    """
+    kinds = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, **(others or {})}
+    for name, part in module.named_modules():
+        if not isinstance(part, _BatchNorm) or isinstance(part, _GlobalBatchNorm):
+            continue
+        if type(part) not in kinds or part.running_mean is None or part.momentum is None:
+            raise UserError(
+                f"{name} of the encoder is a {type(part).__name__} that cannot have the statistics of all processes: use "
+                f"torch's BatchNorm1d or BatchNorm2d with running statistics and a momentum"
+            )
+        part.__class__ = kinds[type(part)]  # our classes have no attributes of their own
 
 
 def couples_samples(module: nn.Module) -> bool:

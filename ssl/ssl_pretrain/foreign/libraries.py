@@ -11,9 +11,7 @@ function named by `module:PACKAGE:FUNCTION`: importing what the user names on th
 
 import contextlib
 import copy
-import importlib
 import inspect
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,8 +21,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .. import plugins
+from .. import backbones, plugins
 from ..backbones.backbone import Backbone, Features
+from ..backbones.module_encoder import made, read_output
+from ..backbones.timm_model import TimmModel
+from ..backbones.wrapping import of_map, of_tokens
 from ..encoder import Encoder, Preprocessing
 from ..errors import UserError, nearest
 from ..randomness import key
@@ -191,6 +192,19 @@ def _timm(spec: Spec) -> Encoder:
     return _encoder(spec, model, _read_timm, how, {"library": f"timm {timm.__version__}", "weights": str(file)})
 
 
+def load_checkpoint(name: str, backbone: Backbone) -> str | None:
+    """Load the file in an encoder's name, timm:NAME,checkpoint=FILE, and return its path; None for a name without one.
+
+    Raises UserError for weights that do not exist or do not fit (a file may have a classifier more).
+    """
+    file = backbones.checkpoint(name)
+    if file is not None and isinstance(backbone, TimmModel):
+        spec = Spec.parse(name)
+        assert spec is not None
+        _load_timm(backbone.model, Path(file), spec)
+    return file
+
+
 def cached_weights(cfg: Mapping[str, Any], spec: Spec) -> Path:
     """The weights of an earlier download. Raises UserError if there are none."""
     if cfg.get("hf_hub_id"):
@@ -229,9 +243,9 @@ def _read_timm(module: Any, images: Tensor) -> Features:
     x = module.forward_features(images)
     pooled = module.forward_head(x, pre_logits=True).flatten(1)
     if x.ndim == 4:
-        return _of_map(x.permute(0, 3, 1, 2) if getattr(module, "output_fmt", "NCHW") == "NHWC" else x, pooled)
+        return of_map(x.permute(0, 3, 1, 2) if getattr(module, "output_fmt", "NCHW") == "NHWC" else x, pooled)
     prefix = getattr(module, "num_prefix_tokens", 0)
-    return _of_tokens(x, images, prefix, getattr(module, "cls_token", None) is not None, pooled)
+    return of_tokens(x, images, prefix, getattr(module, "cls_token", None) is not None, pooled)
 
 
 # ---- transformers.
@@ -270,32 +284,21 @@ def _read_transformers(module: Any, images: Tensor) -> Features:
     x = output.last_hidden_state
     if x.ndim == 4:
         pooled = getattr(output, "pooler_output", None)
-        return _of_map(x, x.mean((2, 3)) if pooled is None else pooled.flatten(1))
+        return of_map(x, x.mean((2, 3)) if pooled is None else pooled.flatten(1))
     size = getattr(module.config, "patch_size", None)
     if size is None:
         raise ValueError(f"{type(module).__name__} gives tokens and no patch size to lay them out by")
     p, q = (size, size) if isinstance(size, int) else size
     prefix = x.shape[1] - (images.shape[2] // p) * (images.shape[3] // q)
     has_cls = prefix > getattr(module.config, "num_register_tokens", 0)
-    return _of_tokens(x, images, prefix, has_cls, None)
+    return of_tokens(x, images, prefix, has_cls, None)
 
 
 # ---- Your own code.
 
 
 def _module(spec: Spec) -> Encoder:
-    package, _, function = spec.name.partition(":")
-    if os.getcwd() not in sys.path:  # an installed command does not search the current folder by itself
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(package)
-        for part in function.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as problem:
-        raise UserError(f"{spec}: {problem}") from None
-    module = found()
-    if not isinstance(module, nn.Module):
-        raise UserError(f"{spec}: it must return a torch module, not {type(module).__name__}")
+    module = made(spec.name)
     stated = getattr(module, "preprocessing", None)
     if stated is not None and not isinstance(stated, Preprocessing):
         raise UserError(f"{spec}: its `preprocessing` must be a ssl_pretrain.encoder.Preprocessing")
@@ -309,23 +312,11 @@ def _module(spec: Spec) -> Encoder:
                 f"mean=0.5/0.5/0.5), or give the module an attribute `preprocessing`"
             )
         how = prepared(spec, Preprocessing.for_size(size, mean, std), firm=False)
-    return _encoder(spec, module, _read_module, how, {"library": package})
+    return _encoder(spec, module, _read_module, how, {"library": spec.name.partition(":")[0]})
 
 
 def _read_module(module: nn.Module, images: Tensor) -> Features:
-    """Features from a module's output. (B, D): one vector per image; (B, D, h, w): a map, pooled by its mean; (B, N,
-    D): patches in raster order, pooled by their mean; Features: unchanged."""
-    output = module(images)
-    if isinstance(output, Features):
-        return output
-    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"its forward must give (B, D), (B, D, h, w), (B, N, D) or Features, not {shape}")
-    if output.ndim == 2:
-        return Features(cls=None, patches=output[:, None], grid=(1, 1), pooled=output)
-    if output.ndim == 4:
-        return _of_map(output, output.mean((2, 3)))
-    return _of_tokens(output, images, 0, False, output.mean(1))
+    return read_output(module(images), images)
 
 
 # ---- Common functions.
@@ -334,29 +325,6 @@ def _read_module(module: nn.Module, images: Tensor) -> Features:
 def _encoder(spec: Spec, module: nn.Module, read: Read, how: Preprocessing, lineage: dict[str, Any]) -> Encoder:
     backbone = Foreign(module, read, str(spec), how.crop, how.channels)
     return Encoder(backbone, f"{spec.kind}:{spec.name}", how, lineage).eval()
-
-
-def _of_map(x: Tensor, pooled: Tensor) -> Features:
-    """Features of a map (B, D, h, w)."""
-    return Features(cls=None, patches=x.flatten(2).mT, grid=(x.shape[2], x.shape[3]), pooled=pooled)
-
-
-def _of_tokens(x: Tensor, images: Tensor, prefix: int, has_cls: bool, pooled: Tensor | None) -> Features:
-    """Features of tokens (B, L, D). `prefix` of them are before the patches; the first of those is CLS if there is one.
-    If the library defines no pooling, it is the CLS token, or else the mean of the patches."""
-    cls, patches = x[:, 0] if has_cls else None, x[:, prefix:]
-    if pooled is None:
-        pooled = patches.mean(1) if cls is None else cls
-    grid = _grid(patches.shape[1], images.shape[2], images.shape[3])
-    return Features(cls=cls, patches=patches, grid=grid, pooled=pooled, prefix=x[:, :prefix] if prefix else None)
-
-
-def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
-    """The grid (h, w) of that number of square patches of an image."""
-    for h in range(1, patches + 1):
-        if patches % h == 0 and h * width == patches // h * height:
-            return h, patches // h
-    raise ValueError(f"{patches} patches do not fill an image of {height} x {width} pixels with squares")
 
 
 def _near(name: str, known: list[str]) -> str:

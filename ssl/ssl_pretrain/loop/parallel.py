@@ -32,6 +32,11 @@ REPEATED = re.compile(r"(.*blocks|layer\d)$")
 def check(run: Resolved, method: Method, world: World) -> None:
     """Raise UserError for a way of spreading that cannot work with the run's other settings."""
     shards = run.parallel != "ddp"
+    if run.gradient_checkpointing and getattr(method.encoder, "drops_by_state", False):
+        raise UserError(
+            f"--gradient-checkpointing computes the blocks of {run.encoder} again when the noise of its drop path is gone: "
+            f"give --drop-path 0, or leave out --gradient-checkpointing"
+        )
     if run.cpu_offload and not shards:
         raise UserError("--cpu-offload needs --parallel fsdp or hsdp: only sharded parameters can be kept on the host")
     if run.cpu_offload and world.device.type == "cpu":

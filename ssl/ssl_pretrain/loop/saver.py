@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch.optim import Optimizer
 
-from .. import checkpoint, distributed, encoder, model_card, optim
+from .. import backbones, checkpoint, distributed, encoder, model_card, optim
 from ..config import Resolved
 from ..distributed import World
 from ..encoder import Encoder, Preprocessing
@@ -147,14 +147,15 @@ class Saver:
         }  # fmt: skip
 
     def _as_export(self) -> Encoder:
-        return Encoder(self.method.exported(), self.run.encoder, self._preprocessing, {})
+        return Encoder(self.method.exported(), backbones.plain_name(self.run.encoder), self._preprocessing, {})
 
     def _host_encoder(self) -> Encoder | None:
         """Memory of the first process for a whole copy of the encoder; made once."""
         if self.world.first and self._copy is None:
-            twin = encoder.another(self.run.encoder, self.method.exported())
+            name = backbones.plain_name(self.run.encoder)
+            twin = encoder.another(name, self.method.exported())
             updates.add(self.run, twin)
-            self._copy = Encoder(twin, self.run.encoder, self._preprocessing, {})
+            self._copy = Encoder(twin, name, self._preprocessing, {})
         return self._copy
 
     def _export_published(self) -> None:

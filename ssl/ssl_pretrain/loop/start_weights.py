@@ -100,15 +100,19 @@ def load(run: config.Resolved, backbone: Any) -> list[str]:
     `run.init_fingerprint`.
     """
     from .. import encoder
+    from ..foreign import libraries
 
-    text = run.init_from
+    text, file = run.init_from, backbones.checkpoint(run.encoder)
+    if text is not None and file is not None:
+        raise UserError(f"--init-from {text} and checkpoint={file} are two starts: give one of them")
     if text is None:
-        return []
+        loaded = libraries.load_checkpoint(run.encoder, backbone)
+        return [] if loaded is None else [f"starting from the weights of {loaded}"]
     if is_spec(text):
         source, found = _converted(text, run.image_size, run.partial), _file_hash(text)
     else:
-        source = encoder.load(text)
-        found = encoder.weights_hash(source.backbone.state_dict())
+        source = encoder.load(text, code=getattr(backbone, "code", None))
+        found = encoder.description(export_folder(Path(text)))["weights"]  # `load` has compared it with the weights
     check_fingerprint(run, f"--init-from {text}", found)
     unfit = encoder.load_from(source, backbone, text, partial=run.partial)
     lines = [f"starting from the weights of {text} (fingerprint {found})"]

@@ -187,7 +187,9 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     small = {**BUILT_IN_RUN, **kind.recipe.small} if data.split(":")[0] == "fractals" else {}
     asked = encoder or written.get("encoder")
     if isinstance(asked, str) and asked.startswith("module:") and encoder is None:
-        raise UserError(f"encoder: {asked} would be imported: name code in the command, --encoder {asked}, not in a file")
+        raise UserError(
+            f"encoder: {asked} would be imported: name code in the command, --encoder {asked}, not in a file"
+        )
     begin = Beginning.read(argv, written, method, data)
     begin.check_encoder(asked)
     name = asked or begin.settings.get("encoder") or small.get("encoder", "vit_small")

@@ -32,7 +32,16 @@ PICTURE_BYTES = 8_000_000  # of all pictures, before they are base64
 CLASSES = 100  # of which the accuracy is listed
 LONGEST = 400  # characters of a value in a table
 TOP = 12  # runs that are at the top of the page
-COMPARED = ("state", "method", "encoder", "data", "images", "step", "images seen", "hardware")  # marked where they differ
+COMPARED = (
+    "state",
+    "method",
+    "encoder",
+    "data",
+    "images",
+    "step",
+    "images seen",
+    "hardware",
+)  # marked where they differ
 KEYS = 28  # runs that look different: 7 colours times 4 kinds of dashes
 PERCENT = ("top1", "top5", "balanced", "macro_f1", "miou", "map", "corrupted_top1", "nmi")
 # Settings of every run that say most about it; those of the method and the encoder come after them
@@ -112,7 +121,11 @@ def _body(
         ("numbers", "Constants and single values", _numbers(runs, [chart for chart in found if chart.constant])),
         ("runs", "Runs", _overview(runs)),
         ("differences", "Settings that differ", _differences(runs)),
-        ("about", "How it was made" if len(runs) == 1 else "How they were made", "".join(_about(run, several=len(runs) > 1) for run in runs)),
+        (
+            "about",
+            "How it was made" if len(runs) == 1 else "How they were made",
+            "".join(_about(run, several=len(runs) > 1) for run in runs),
+        ),
         ("warnings", "Warnings and unreadable images", _warnings(runs)),
     ]
     there = [section for section in sections if section[2]]
@@ -389,7 +402,9 @@ def _pictures(runs: Sequence[Run], shown: Sequence[list[Series]], notes: dict[st
     said = [plain(f"{name}: {text}") for name, texts in notes.items() for text in texts]
     lost = "".join(f'<p class="note">{text}</p>' for text in said)
     if not parts:
-        empty = "<p>No pictures were logged: <code>--picture-every</code> with the logger <code>tensorboard</code>.</p>\n"
+        empty = (
+            "<p>No pictures were logged: <code>--picture-every</code> with the logger <code>tensorboard</code>.</p>\n"
+        )
         return empty + lost
     return f'<div class="pictures">{"".join(parts)}</div>\n{lost}'
 
@@ -470,7 +485,9 @@ def _chart(runs: Sequence[Run], index: int, chart: Chart) -> str:
     unit = f' <span class="soft">{plain(chart.unit)}</span>' if chart.unit else ""
     notes = []
     if (each := max(curve.each for curve in chart.curves)) > 1:
-        notes.append(f"A point is the mean of up to {each:,} logged values; the band is from the lowest to the highest.")
+        notes.append(
+            f"A point is the mean of up to {each:,} logged values; the band is from the lowest to the highest."
+        )
     if lost := sum(curve.not_finite for curve in chart.curves):
         notes.append(f"{lost:,} values were not finite.")
     heads = ["run", "first", "last", "lowest", "highest", "values"]
@@ -604,7 +621,9 @@ def _about(run: Run, *, several: bool) -> str:
         "Unreadable images": f"{len(run.bad_images):,}",
         "Commit": last.get("commit"),
         "Versions": ", ".join(
-            f"{name} {version}" for name, version in [*_versions(last).items(), ("python", last.get("python"))] if version
+            f"{name} {version}"
+            for name, version in [*_versions(last).items(), ("python", last.get("python"))]
+            if version
         ),
     }
     parts.append("<h4>Data, time and hardware</h4>" + _list({name: value for name, value in facts.items() if value}))
@@ -628,7 +647,9 @@ def _warnings(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
         kept = run.warnings[-LISTED:]
-        said = [f"{len(run.warnings) - len(kept):,} earlier warnings are left out"] if len(run.warnings) > LISTED else []
+        said = (
+            [f"{len(run.warnings) - len(kept):,} earlier warnings are left out"] if len(run.warnings) > LISTED else []
+        )
         bad = [f"{each.get('name')}: {each.get('reason')}" for each in run.bad_images[:LISTED]]
         more = [f"{len(run.bad_images):,} images in all"] if len(run.bad_images) > LISTED else []
         if notes := [*said, *kept, *bad, *more]:

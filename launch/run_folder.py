@@ -87,7 +87,12 @@ class Run:
         for i, start in enumerate(known):
             until = known[i + 1] if i + 1 < len(known) else float("inf")
             seen = [moment for moment in logged if start <= moment < until]
-            if until == float("inf") and ended is not None and ended > start and self.manifest.get("state") != "running":
+            if (
+                until == float("inf")
+                and ended is not None
+                and ended > start
+                and self.manifest.get("state") != "running"
+            ):
                 seen.append(ended)
             total += max(seen, default=start) - start
         return total
@@ -95,7 +100,9 @@ class Run:
 
 def read(folder: Path, name: str, prog: str) -> Run:
     """Read a run's folder; `prog` begins the lines that say what was left out. Raises UserError if it is not a run."""
-    begun = (folder / "config.yaml").is_file() and (folder / "manifest.json").is_file()  # it may have logged nothing yet
+    begun = (folder / "config.yaml").is_file() and (
+        folder / "manifest.json"
+    ).is_file()  # it may have logged nothing yet
     if not (folder / "metrics.jsonl").is_file() and not begun:
         found = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
         inside = f"; there are runs in it: {', '.join(found[:5])}" if found else ""

@@ -29,6 +29,7 @@ EPILOG = (
 COMMON = (
     "method data out encoder image_size batch_size steps epochs lr weight_decay workers nproc config init_from seed logger"
 ).split()
+LENGTHS = ("steps", "epochs", "images")  # flags that set the length of a run
 IMAGENET_IMAGES = 1_281_167  # stands for a number of images that --help does not count
 
 
@@ -166,6 +167,8 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
             flags.check(written.get(name, ""), str)
         except ValueError as problem:
             raise UserError(f"{name}: {problem}") from None
+    if any(flags.word(argv, f"--{name}") is not None for name in LENGTHS):
+        written = {name: value for name, value in written.items() if name not in LENGTHS}  # another length overrides it
     method, data = method or written.get("method"), data or written.get("data", "fractals")
     if method is None and (method := grid.first(argv, "method")) is not None:
         argv = ["--method", method, *argv]

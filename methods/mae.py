@@ -162,7 +162,7 @@ class MAE(Method):
         grid = (images.shape[-2] // p, images.shape[-1] // q)
         patches = grid[0] * grid[1]
         keep, masked = random_masking(step.rand(patches), self.kept(patches))
-        seen = self.encoder(images, keep=keep)
+        seen = encode(self.encoder, images, step, keep=keep)
 
         positions = self.decoder_pos_embed
         if grid != self.grid:

@@ -1,5 +1,6 @@
 """Drop path that computes kept samples only, against the same branches multiplied by factors, and its draws."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from ssl_pretrain.eval import finetune
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_pretrain import backbones
+from ssl_pretrain import backbones, plugins
+from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.backbones.drop_path import kept_samples
 from ssl_pretrain.backbones.vit import ViT
+from ssl_pretrain.conformance import one_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from counted import Counted
@@ -197,3 +200,18 @@ def test_fine_tuning_drops_its_own_way() -> None:
     model = vit(drop_rows=True, **UNIFORM)
     finetune.prepare(model, finetune.Config(drop_path=0.2), torch.Generator())
     assert (model.config.drop_path, model.config.drop_path_uniform, model.config.drop_rows) == (0.2, False, False)
+
+
+@pytest.mark.parametrize("name", plugins.own("ssl_pretrain.methods"))
+def test_every_method_draws_the_noise(name: str) -> None:
+    method = one_step.build(name).train()
+    for part in method.modules():
+        if isinstance(part, Backbone):
+            part.config = dataclasses.replace(part.config, drop_path=0.3)
+    batch = one_step.batch(method)
+    with_drops = method(batch, one_step.step())
+    assert torch.isfinite(with_drops.total)
+    for part in method.modules():
+        if isinstance(part, Backbone):
+            part.config = dataclasses.replace(part.config, drop_path=0.0)
+    assert not torch.equal(with_drops.total, method(batch, one_step.step()).total)

@@ -162,6 +162,10 @@ def test_yaml_under_flags(photos: Path, tmp_path: Path, pretrain: Callable) -> N
     pretrain("--config", recipe, "--lr", "2e-3", "--out", tmp_path / "run", *TINY)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (written["lr"], written["mask_ratio"]) == (2e-3, 0.5)
+    # another length replaces that of the file, whatever flag gives it
+    recipe.write_text(f"method: mae\ndata: {photos}\nepochs: 30\n")
+    pretrain("--config", recipe, "--steps", "2", "--out", tmp_path / "short", *TINY)
+    assert yaml.safe_load((tmp_path / "short" / "config.yaml").read_text())["steps"] == 2
     recipe.write_text("method: mae\nmaskratio: 0.5\n")
     done = pretrain("--config", recipe, code=2)
     assert "'maskratio'" in done.stderr

@@ -24,7 +24,7 @@ from .monitor import CollapseMonitor, feature_statistics
 from .pictures import Pictures, of_first
 from .report import Report
 from .saver import Saver
-from .score import KnnScore
+from .score import KnnScore, from_weights
 
 IMAGES = 256  # the first of the global batch, whose features are looked at for collapse
 
@@ -77,8 +77,9 @@ class Probes:
             self._watched.append((rows.start, images[: max(1, wanted)]))
 
     def at_start(self, step: int) -> bool:
-        """Score the start weights (--init-from) before the first step; whether they are to be kept as the best so far."""
-        if step != 0 or self.run.init_from is None or not self.run.knn_every:
+        """Score the start weights (--init-from, --init-state) before the first step; whether they are to be kept as the
+        best so far."""
+        if step != 0 or not from_weights(self.run) or not self.run.knn_every:
             return False
         self._knn(0)
         return self._is_best(0)

@@ -52,13 +52,13 @@ class KnnScore:
         """The scores of --knn-every: "knn" on --knn-data or the run's data, "knn_original" on --knn-original.
 
         On the run's data it is the same as at the end (`of`), unless the score decides: with --keep-best knn, or compared
-        with the start weights (--init-from). Raises UserError where images have no labels.
+        with the start weights (--init-from, --init-state). Raises UserError where images have no labels.
         """
         if not run.knn_every:
             return {}
         if run.knn_data is not None:
             score = cls.to_decide(run, run.knn_data)
-        elif run.keep_best == DOMAIN or run.init_from is not None:
+        elif run.keep_best == DOMAIN or from_weights(run):
             score = cls.to_decide(run, run.data, run.train_split)
         else:
             score = cls.of(run)
@@ -107,6 +107,11 @@ class KnnScore:
         classes = int(max(bank_labels.max(), labels.max())) + 1
         votes = vote(similarity, index, torch.as_tensor(bank_labels), classes, TEMPERATURE, NEIGHBOURS)
         return (votes.argmax(1).cpu() == torch.as_tensor(labels)).numpy()
+
+
+def from_weights(run: Run) -> bool:
+    """Whether the run starts from weights, with which its scores are compared."""
+    return run.init_from is not None or run.init_state is not None
 
 
 def _test_split(run: Run) -> str | None:

@@ -110,12 +110,14 @@ def _remove_unless_begun(made: list[Path]) -> None:
 
 
 def guard(run: Resolved, start: int, knn: Mapping[str, KnnScore], held_out: Source | None, world: World) -> Guard:
-    """What judges the scores of the run, with what the checkpoint of step `start` knows of those before."""
+    """What judges the scores of the run, with what its checkpoint of step `start` knows of those before. A branch that
+    begins at a later step than 0 has none yet: scores of the other run are not its own."""
     images = {group: score.fingerprint for group, score in knn.items()}
     if held_out is not None:
         images[HELD_OUT] = f"{len(held_out)} of {held_out.fingerprint}"
-    read = start > 0 and world.first
-    before = checkpoint.description(saver.folder(run) / f"step-{start:08d}") if read else {}
+    folder = saver.folder(run)
+    read = start > 0 and world.first and start in checkpoint.steps(folder)
+    before = checkpoint.description(folder / f"step-{start:08d}") if read else {}
     return Guard(run, images, before.get("scores", {}))
 
 

@@ -48,10 +48,13 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(Held, "got", [], raising=False)
     quiet = type("Quiet", (loggers.Logger,), dict.fromkeys(("begin", "metrics", "end"), lambda *given: None))
     monkeypatch.setattr(loggers, "load", lambda name: Held if name == "held" else quiet)
-    monkeypatch.setattr(reports, "SECONDS_TO_BEGIN", 0.3)
-    monkeypatch.setattr(reports, "SECONDS_TO_END", 0.3)
+    monkeypatch.setattr(reports, "SECONDS_TO_BEGIN", 10.0)
+    monkeypatch.setattr(reports, "SECONDS_TO_END", 0.5)
     yield Held
     Held.go.set()
+    for thread in threading.enumerate():
+        if thread.name == "logger held":
+            thread.join(10)
 
 
 def report(out: Path) -> Report:
@@ -65,6 +68,7 @@ def warnings(out: Path) -> str:
 @pytest.mark.parametrize("at", ["begin", "metrics", "end"])
 def test_a_logger_that_hangs_does_not_hold_up_a_run(at: str, held: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(held, "at", at)
+    monkeypatch.setattr(reports, "SECONDS_TO_BEGIN", 0.5 if at == "begin" else 10.0)
     began = time.monotonic()
     one = report(tmp_path)
     for step in range(1, 9):

@@ -87,9 +87,13 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
 def test_reproduce_compares_with_the_recorded_result(
     recipe: Callable, photos_in_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    where = "where: 'here, today', minutes: 0.1, flags: [--log-every, 1]"
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "val"):
+        (data / split).symlink_to(photos_in_classes / "train")
+    where = "where: 'here, today', minutes: 0.1, flags: [--log-every=1]"
     file = recipe(f"# Recorded: {{evaluator: knn, metric: top1, value: 50, tolerance: 50, {where}}}")
-    words = ["reproduce", str(file), "--data", str(photos_in_classes), "--out", str(tmp_path / "run")]
+    words = ["reproduce", str(file), "--data", str(data), "--out", str(tmp_path / "run")]
     assert main(words) == 0
     said = capsys.readouterr().out
     measured = json.loads((tmp_path / "run" / "eval-knn" / "results.json").read_text())["metrics"]["top1"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import backbones, config, distributed
+from ..backbones.backbone import Backbone
 from ..config import Run
 from ..distributed import World
 from ..errors import UserError
@@ -17,15 +18,16 @@ from ..pretext import Method
 
 
 def decide(run: Run, method_class: type[Method], knobs: Any, options: Any, images: int, world: World) -> Any:
-    """The knobs of a run with every size decided, the same on all processes. `run.out` is the run's folder.
+    """The knobs of a run with every size decided, the same on all processes.
 
-    Raises UserError for options that do not fit, and where the folder's config.yaml cannot be read.
+    Raises UserError for options that do not fit, and where the config.yaml of the run's folder cannot be read.
     """
-    if not _left_open(knobs):
+    if all(getattr(knobs, field.name) is not None for field in dataclasses.fields(knobs)):
         return knobs
-    out = config.folder(run)
-    found = distributed.from_first(distributed.on_all(lambda: _recorded(knobs, out) if world.first else {}))
-    return sized(run, method_class, dataclasses.replace(knobs, **found), options, images)
+    encoder = _outline(run, options)
+    left_open = [name for name in method_class.sizes(knobs, encoder, images) if getattr(knobs, name) is None]
+    found = distributed.on_all(lambda: _recorded(knobs, left_open, config.folder(run)) if world.first else {})
+    return method_class.sized(dataclasses.replace(knobs, **distributed.from_first(found)), encoder, images)
 
 
 def sized(run: Run, method_class: type[Method], knobs: Any, options: Any, images: int | None) -> Any:
@@ -34,31 +36,30 @@ def sized(run: Run, method_class: type[Method], knobs: Any, options: Any, images
 
     Raises UserError for options that do not fit.
     """
-    if not _left_open(knobs):
-        return knobs
+    return method_class.sized(knobs, _outline(run, options), images)
+
+
+def _outline(run: Run, options: Any) -> Backbone:
+    """The encoder, without weights."""
     size = (run.image_size[0], run.image_size[-1])
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        encoder = backbones.build(run.encoder, image_size=size, in_chans=run.in_chans, **dataclasses.asdict(options))
-    return method_class.sized(knobs, encoder, images)
+        return backbones.build(run.encoder, image_size=size, in_chans=run.in_chans, **dataclasses.asdict(options))
 
 
-def _left_open(knobs: Any) -> list[dataclasses.Field]:
-    return [field for field in dataclasses.fields(knobs) if getattr(knobs, field.name) is None]
-
-
-def _recorded(knobs: Any, out: Path) -> dict[str, Any]:
-    """The values that the run in a folder has for the knobs that are left open; none for a new run."""
+def _recorded(knobs: Any, names: list[str], out: Path) -> dict[str, Any]:
+    """The values that the run in a folder has for these knobs; none for a new run."""
     if not (out / "config.yaml").exists():
         return {}
     written, hints, found = config.read_recorded(out / "config.yaml"), typing.get_type_hints(type(knobs)), {}
-    for field in _left_open(knobs):
-        value = written.get(stored_name(field))
+    for field in dataclasses.fields(knobs):
+        if field.name not in names:
+            continue
+        found[field.name] = written.get(stored_name(field))
         try:
-            check(value, hints[field.name])
+            check(found[field.name], hints[field.name])
         except ValueError as problem:
             raise UserError(
                 f"{out / 'config.yaml'} is not what the run wrote ({field.name}: {problem}): put it back as it was, or "
                 f"choose another --out"
             ) from None
-        found[field.name] = value
     return found

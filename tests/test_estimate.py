@@ -1,6 +1,8 @@
 """How long a run takes is said at its start, and saying it changes no bit of the run."""
 
+import os
 import re
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from ssl_pretrain.launch.pretrain import main
 from ssl_pretrain import checkpoint
 from ssl_pretrain.loop import estimate
 from ssl_pretrain.loop.estimate import Estimate, Speed, in_words
+from ssl_pretrain.loop.signals import StopRequest
 
 VIT = "--encoder vit_micro --patch-size 8 --depth 2".split()
 DECODER = "--decoder-dim 32 --decoder-depth 1 --decoder-heads 2".split()
@@ -96,6 +99,22 @@ def test_a_slice_that_fails_ends_no_run(
     assert "estimated" not in capsys.readouterr().err
 
 
+def test_a_signal_ends_the_measurement(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = Estimate._measure
+
+    def interrupted(self: Estimate, *given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, *given)
+
+    monkeypatch.setattr(estimate, "LONG_STEP", 0.0)
+    monkeypatch.setattr(Estimate, "_measure", interrupted)
+    words = ["--method", "mae", *VIT, *DECODER, *RUN, "--steps", "2", "--data", str(photos)]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 75
+    assert "estimated" not in capsys.readouterr().err
+
+
 def test_real_steps_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step warms up (2 s), the next ones take 1 s each."""
     clock = iter([100.0, 102.0, 103.0, 103.0, 104.0, 105.0])
@@ -104,7 +123,7 @@ def test_real_steps_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     report: Any = SimpleNamespace(silent=False, say=told.append)
     run: Any = SimpleNamespace(steps=100, batch_size=32, compile=False)
     world: Any = SimpleNamespace(size=1, device=torch.device("cpu"))
-    subject = Estimate(run, torch.nn.Linear(1, 1), None, [], world, report)  # type: ignore[arg-type]
+    subject = Estimate(run, torch.nn.Linear(1, 1), None, [], world, report, StopRequest())  # type: ignore[arg-type]
     subject.begin(0, None)
     for step in (1, 2, 3):
         subject.after(step)
@@ -120,7 +139,7 @@ def test_one_long_step_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     run: Any = SimpleNamespace(steps=100, batch_size=32, compile=False)
     world: Any = SimpleNamespace(size=1, device=torch.device("cpu"))
     report: Any = SimpleNamespace(silent=False, say=told.append)
-    subject = Estimate(run, torch.nn.Linear(1, 1), None, [], world, report)  # type: ignore[arg-type]
+    subject = Estimate(run, torch.nn.Linear(1, 1), None, [], world, report, StopRequest())  # type: ignore[arg-type]
     subject.begin(0, None)
     subject.after(1)
     assert told[0].startswith("step 1/100  measured: 1.6 images/s, 33 minutes left")

@@ -149,7 +149,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
         run, method, world, report, monitor, saver, knn, guard, source, held_out, plan[-1].specs, mixed_precision
     )
     loader = run_start.stream(plan, start, source, share, run, world)
-    estimate = Estimate(run, method, source, plan, world, report)
+    estimate = Estimate(run, method, source, plan, world, report, stop)
     estimate.begin(start, mixed_precision)
     log = Log(run, source, report, monitor, world, skipped)
 

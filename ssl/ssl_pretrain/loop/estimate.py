@@ -27,6 +27,7 @@ from ..pretext import Method, Step, WholeBatchMethod
 from ..randomness import key
 from . import parallel
 from .report import Report
+from .signals import StopRequest
 from .stages import Stage
 
 LONG_STEP = 2e11  # operations of a step that is measured on a slice first: seconds on a CPU
@@ -56,10 +57,18 @@ class Estimate:
     each step."""
 
     def __init__(
-        self, run: Resolved, method: Method, source: Source, plan: list[Stage], world: World, report: Report
+        self,
+        run: Resolved,
+        method: Method,
+        source: Source,
+        plan: list[Stage],
+        world: World,
+        report: Report,
+        stop: StopRequest,
     ) -> None:
+        """stop: once a signal came, nothing more is measured."""
         self.run, self.method, self.source, self.plan = run, method, source, plan
-        self.world, self.report = world, report
+        self.world, self.report, self.stop = world, report, stop
         self._begun = self._since = 0.0  # when training began, and from when on real steps are counted
         self._steps = self._counted = 0
         self._said = False
@@ -145,6 +154,8 @@ class Estimate:
         self, method: Method, specs: tuple[ViewSpec, ...], images: int, start: int, autocast: Any
     ) -> tuple[float, float]:
         """Seconds to read images, and for their loss and its gradients."""
+        if self.stop.signal is not None:
+            raise UserError("the run is asked to stop")
         run, world = self.run, self.world
         began = time.perf_counter()
         stream = batches(
@@ -179,6 +190,8 @@ class Estimate:
             )
             timed += [({"image-size": " ".join(map(str, dict.fromkeys(half)))}, found[1])] if found else []
         timed += self._small(start, autocast)
+        if self.stop.signal is not None:
+            return
         yield "to be done within an hour, for example:"
         for flags, each in timed:
             seconds = self._seconds(each)

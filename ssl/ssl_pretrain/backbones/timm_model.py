@@ -202,7 +202,11 @@ class TimmModel(Backbone):
             )
             return {**weights, "pos_embed": table}
         translate = getattr(inspect.getmodule(type(self.model)), "checkpoint_filter_fn", None)
-        return weights if translate is None else translate(dict(weights), self.model)
+        # Some of these functions take weights without a classifier for those of an older version.
+        heads = self.model.pretrained_cfg.get("classifier") or ()
+        empty = {f"{head}.weight": torch.zeros(0) for head in ((heads,) if isinstance(heads, str) else heads)}
+        found = weights if translate is None else translate({**weights, **empty}, self.model)
+        return {name: value for name, value in found.items() if name not in empty}
 
     def timm_config(self, how: "Preprocessing") -> dict[str, Any]:
         """The keys of config.json by which timm builds the same model from the folder of an export (`local-dir:`)."""

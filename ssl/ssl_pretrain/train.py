@@ -149,14 +149,14 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
         run, method, world, report, monitor, saver, knn, guard, source, held_out, plan[-1].specs, mixed_precision
     )
     loader = run_start.stream(plan, start, source, share, run, world)
-    estimate = Estimate(run, method, source, plan, world, report, stop)
-    estimate.begin(start, mixed_precision)
     log = Log(run, source, report, monitor, world, skipped)
 
     # ---- The loop.
     step_number, stopped = start, None
     if probes.at_start(start):
         saver.save(start, log.skipped, best=True)
+    estimate = Estimate(run, method, source, plan, world, report, stop)
+    estimate.begin(start, mixed_precision)
     method.train()
     with closing(loader), Watch(run.out, world, run.stall_after, report.say_for_all) as watch:
         while step_number < steps:
@@ -200,7 +200,8 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                 step = step_of(run, step_number, share.rows(micro), world)
                 began = time.perf_counter()
                 probes.see(step_number + 1, share.rows(micro), batch, specs)
-                log.leave_out(time.perf_counter() - began)
+                for clock in (log, estimate):
+                    clock.leave_out(time.perf_counter() - began)
                 last = micro == accumulate - 1
                 if whole_batch:
                     parts.append((batch, step))
@@ -247,7 +248,8 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                     raise Diverged(log.diverged(step_number))
             began = time.perf_counter()
             best = probes(step_number, specs)
-            log.leave_out(time.perf_counter() - began)
+            for clock in (log, estimate):
+                clock.leave_out(time.perf_counter() - began)
             if best or is_due(step_number, run.checkpoint_every):
                 saver.save(step_number, log.skipped, best=best)
 

@@ -83,6 +83,10 @@ class Estimate:
             self._say_from_slice(specs, start, autocast)
         self._begun = self._since = time.monotonic()
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count the last `seconds`, which were no training: pictures, scores."""
+        self._begun, self._since = self._begun + seconds, self._since + seconds
+
     def after(self, step: int) -> None:
         """After `step` steps of the run: say how fast the real ones are, once that is known."""
         if self._said or self.report.silent:

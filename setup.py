@@ -29,5 +29,9 @@ setup(
         "ssl_pretrain.eval",
         "ssl_pretrain.recipes",
     ],
-    package_data={"ssl_pretrain": ["py.typed"], "ssl_pretrain.recipes": ["*.yaml"]},
+    package_data={
+        "ssl_pretrain": ["py.typed"],
+        "ssl_pretrain.launch": ["report_assets/*"],
+        "ssl_pretrain.recipes": ["*.yaml"],
+    },
 )

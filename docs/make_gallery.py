@@ -12,6 +12,7 @@ import argparse
 import io
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the m
 import numpy as np
 import torch
 from PIL import Image
-from ssl_pretrain.launch import chart, report
+from ssl_pretrain.launch import report_pictures
 from torch import Tensor
 
 from ssl_pretrain import encoder, pretext
@@ -123,32 +124,34 @@ def run_neighbours(run: Callable[[str], Path]) -> Image.Image:
     return picture.crop((0, 0, picture.width, picture.height // 2 - 1))
 
 
-def loss_curve(run: Callable[[str], Path]) -> str:
-    """The loss of the MAE run, as ssl-report draws it."""
-    return svg([(0, report.curve(report.read(run("mae"), "mae"), "loss"))])
+def report(run: Callable[[str], Path]) -> Image.Image:
+    """The top of the page that ssl-report writes about the short run, as a browser shows it."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        raise SystemExit("report: needs the browser Chromium")
+    with tempfile.TemporaryDirectory() as folder:
+        page, shot = Path(folder, "report.html"), Path(folder, "report.png")
+        subprocess.run([sys.executable, "-m", "ssl_pretrain.launch.report", run("short"), "--out", page], check=True)
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1120,2000"]
+        own = [f"--user-data-dir={folder}/profile", f"--screenshot={shot}"]
+        subprocess.run([browser, *flags, *own, page.as_uri()], check=True, stderr=subprocess.DEVNULL)
+        return Image.open(shot).convert("RGB").quantize(128)
 
 
-def feature_rank(run: Callable[[str], Path]) -> str:
-    """The effective rank of the features of the two longer runs."""
-    names = ("mae", "dino")
-    return svg(
-        [(i, report.curve(report.read(run(name), name), "features/feature_rank")) for i, name in enumerate(names)]
-    )
-
-
-PICTURES: dict[str, Callable[[Callable[[str], Path]], Image.Image | str]] = {
+PICTURES: dict[str, Callable[[Callable[[str], Path]], Image.Image]] = {
     each.__name__: each
     for each in (
         *(fractals, simclr_views, dino_views, masks, mae_reconstruction),
-        *(pca_patches, run_features, run_neighbours, loss_curve, feature_rank),
+        *(pca_patches, run_features, run_neighbours, report),
     )
 }
 
 
 def logged(folder: Path, name: str) -> Image.Image:
     """The last picture that a run logged under a name that contains this word."""
-    (png,) = (png for tag, _step, png in report.pictures(folder) if name in tag)
-    return Image.open(io.BytesIO(png))
+    found, _ = report_pictures.read(folder, report_pictures.PAGE_BYTES)
+    (series,) = (each for each in found if name in each.tag)
+    return Image.open(io.BytesIO(series.shown[-1].png))
 
 
 def images(size: int) -> list[np.ndarray]:
@@ -211,23 +214,10 @@ def grid(rows: list[list[np.ndarray]], gap: int = GAP) -> Image.Image:
     return canvas
 
 
-def svg(curves: list[tuple[int, list[tuple[float, float | None]]]]) -> str:
-    """A chart of ssl-report as a file of its own."""
-    text = chart.draw(curves).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    text = text.replace(f'viewBox="0 0 {chart.WIDTH} ', f'viewBox="0 0 {chart.WIDTH + 20} ')  # for the last label
-    style = "<style>text{font:11px sans-serif}.grid{stroke:#ddd}polyline{fill:none;stroke-width:1.5}</style>"
-    head, _, rest = text.partition(">")
-    return f'{head}>\n{style}\n<rect width="100%" height="100%" fill="#fff"/>{rest}\n'
-
-
-def write(picture: Image.Image | str, name: str, out: Path) -> Path:
-    """Write a picture as PNG, or as SVG."""
-    if isinstance(picture, str):
-        path = out / f"{name}.svg"
-        path.write_text(picture)
-    else:
-        path = out / f"{name}.png"
-        picture.save(path, optimize=True)
+def write(picture: Image.Image, name: str, out: Path) -> Path:
+    """Write a picture as PNG."""
+    path = out / f"{name}.png"
+    picture.save(path, optimize=True)
     return path
 
 

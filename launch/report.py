@@ -16,9 +16,10 @@ from .run_folder import read
 PROG = "ssl-report"
 USAGE = f"""usage: {PROG} RUN [RUN ...] [flags]
 
-Write a page with curves, scores, warnings and pictures of one run, or of several runs in the same plots: loss and all
-other numbers of metrics.jsonl, results of evaluators, settings in which the runs differ, and the last pictures of each
-run. RUN is the --out folder of ssl-pretrain. The page of a run that has not finished shows its current state.
+Write a page to send to a colleague: one HTML file that opens offline. Of one run, or of several over one another:
+scores of evaluators, pictures, curves of all numbers of metrics.jsonl, the settings in which runs differ, the command,
+data and hardware, warnings. RUN is the --out folder of ssl-pretrain. The page of a run that has not finished shows its
+current state.
 
 {PROG} --help shows all flags. Exit codes: 0 done, 2 wrong flags, 1 any other error."""
 

@@ -13,22 +13,23 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import ssl_pretrain
+from ssl_pretrain import flags
 from ssl_pretrain.config import Run as RunSettings
 
 from . import report_pictures
 from .report_curves import GROUPS, Chart, Curve, charts, never_finite, number
 from .report_pictures import Picture, Series
-from .run_folder import LISTED, MOST, Run, entry
+from .run_folder import LISTED, MOST, Result, Run, entry
 from .table import Cell, merge
 
 ASSETS = Path(__file__).parent / "report_assets"
 MOST_BYTES = 1_400_000  # of the page without its pictures
 POINTS = (1000, 500, 250, 120, 60, 30, 15)  # of a curve: as many as fit
-PICTURE_BYTES = 8_000_000  # of all pictures, before they are base64
 CLASSES = 100  # of which the accuracy is listed
 LONGEST = 400  # characters of a value in a table
 TOP = 12  # runs that are at the top of the page
@@ -43,12 +44,25 @@ COMPARED = (
     "hardware",
 )  # marked where they differ
 KEYS = 28  # runs that look different: 7 colours times 4 kinds of dashes
-PERCENT = ("top1", "top5", "balanced", "macro_f1", "miou", "map", "corrupted_top1", "nmi")
+# Headline numbers of evaluators (`table.HEADLINES`): title and largest value; others go up to the largest of the tile
+METRICS = {
+    "top1": ("top-1 accuracy, %", 100.0),
+    "corrupted_top1": ("top-1 accuracy on corrupted images, %", 100.0),
+    "map": ("mAP, %", 100.0),
+    "miou": ("mIoU, %", 100.0),
+    "jf": ("J&F, %", 100.0),
+    "j": ("J, %", 100.0),
+    "r2": ("R\u00b2", 1.0),
+    "nmi": ("NMI", 1.0),
+    "silhouette": ("silhouette", 1.0),
+    "rankme": ("RankMe", None),
+}
 # Settings of every run that say most about it; those of the method and the encoder come after them
 MATTER = (
     *("method", "encoder", "data", "image_size", "batch_size", "steps", "epochs", "optimizer", "lr", "schedule"),
     *("warmup_steps", "weight_decay", "precision", "aug", "init_from", "seed"),
 )
+OF_THE_RUN = {flags.stored_name(field) for field in fields(RunSettings)}
 HEAD = """<!doctype html>
 <html lang="en">
 <head>
@@ -66,7 +80,7 @@ HEAD = """<!doctype html>
 
 def page(runs: Sequence[Run]) -> tuple[str, list[str]]:
     """The HTML page of the runs, and what could not be shown, in words."""
-    pictures = [report_pictures.read(run.folder, PICTURE_BYTES // len(runs)) for run in runs]
+    pictures = [report_pictures.read(run.folder, report_pictures.PAGE_BYTES // len(runs)) for run in runs]
     notes = {run.name: said for run, (_, said) in zip(runs, pictures, strict=True)}
     shown = [series for series, _ in pictures]
     body = ""
@@ -121,11 +135,7 @@ def _body(
         ("numbers", "Constants and single values", _numbers(runs, [chart for chart in found if chart.constant])),
         ("runs", "Runs", _overview(runs)),
         ("differences", "Settings that differ", _differences(runs)),
-        (
-            "about",
-            "How it was made" if len(runs) == 1 else "How they were made",
-            "".join(_about(run, several=len(runs) > 1) for run in runs),
-        ),
+        ("about", "How it was made" if len(runs) == 1 else "How they were made", _abouts(runs)),
         ("warnings", "Warnings and unreadable images", _warnings(runs)),
     ]
     there = [section for section in sections if section[2]]
@@ -312,36 +322,31 @@ def duration(seconds: float) -> str:
 def _scores(runs: Sequence[Run]) -> str:
     """What evaluators found: bars with the baselines for each evaluation, and everything as a table."""
     if not any(run.results for run in runs):
-        data = runs[0].setting("data")
-        given = "" if data == "fractals" else f" --data {shlex.quote(str(data))}"
-        command = plain(f"ssl-eval knn --encoder {shlex.quote(str(runs[0].folder))}{given} --out ...")
-        return (
-            "<p>No evaluator has scored "
-            + ("this run" if len(runs) == 1 else "these runs")
-            + f". Results below a run folder are shown here, for example those of <code>{command}</code></p>\n"
-        )
-    cells = [(run, result, cell) for run in runs for result in run.results for cell in result.cells]
-    kept = {id(cell) for cell in merge([cell for _, _, cell in cells])}
-    places = {run.name: i for i, run in enumerate(runs)}
-    groups: dict[tuple[str, str, str], list[Cell]] = {}
-    for _, _, cell in cells:
-        if id(cell) in kept:
-            groups.setdefault((cell.evaluator, cell.metric, cell.data), []).append(cell)
+        these = "this run" if len(runs) == 1 else "these runs"
+        command = "<code>ssl-eval knn --encoder RUN --data DIR --out RUN/knn</code>"
+        return f"<p>No evaluator has scored {these}. Results below a run folder are shown here: {command}</p>\n"
+    cells = [(i, result, cell) for i, run in enumerate(runs) for result in run.results for cell in result.cells]
+    controls = {id(cell) for cell in merge([cell for _, _, cell in cells]) if cell.control}  # each once
+    groups: dict[tuple[str, str, str], list[tuple[int, Result, Cell]]] = {}
+    for i, result, cell in cells:
+        if not cell.control or id(cell) in controls:
+            groups.setdefault((cell.evaluator, cell.metric, cell.data), []).append((i, result, cell))
     parts = ['<div class="tiles">']
     for (evaluator, metric, data), members in groups.items():
-        best = max(cell.value for cell in members if cell.value is not None)
-        full = 100.0 if metric in PERCENT else max(best, 1e-12)
-        rows = "".join(
-            _bar(cell, full, _key(places[cell.encoder]) if len(runs) > 1 and not cell.control else "")
-            for cell in sorted(members, key=lambda cell: cell.control)
-        )
-        unit = " in %" if metric in PERCENT else ""
+        title, most = METRICS.get(metric, (metric, None))
+        full = most or max([1e-12, *(cell.value or 0.0 for _, _, cell in members)])
+        often = Counter(i for i, _, cell in members if not cell.control)
+        bars = []
+        for i, result, cell in sorted(members, key=lambda each: each[2].control):
+            key = _key(i) if len(runs) > 1 and not cell.control else ""
+            where = f' <span class="soft">{plain(result.where, 60)}</span>' if often[i] > 1 and not cell.control else ""
+            bars.append(_bar(cell, full, key, where))
         parts.append(
-            f'<figure class="tile"><figcaption><b>{plain(evaluator)}</b> {plain(metric)}{unit} on {plain(data, 80)}'
-            f"</figcaption><table>{rows}</table></figure>"
+            f'<figure class="tile"><figcaption><b>{plain(evaluator)}</b> {plain(title)}, on {plain(data, 80)}'
+            f"</figcaption><table>{''.join(bars)}</table></figure>"
         )
     heads = ["encoder", "evaluator", "data", "metric", "value", "95 % interval", "in"]
-    rows = [
+    listed = [
         [
             plain(cell.encoder),
             plain(cell.evaluator),
@@ -353,37 +358,59 @@ def _scores(runs: Sequence[Run]) -> str:
         ]
         for _, result, cell in cells
     ]
-    parts.append(f"</div>\n<details><summary>All scores</summary>{_table(heads, rows)}</details>\n")
-    parts += [_by_class(run, result.where, result.content) for run in runs for result in run.results]
+    for run in runs:  # results of plugins that have none of the headline numbers
+        for result in run.results:
+            if not result.cells:
+                listed += [
+                    [plain(run.name), plain(result.content["evaluator"]), "", plain(name), number(value), "", where]
+                    for name, value in _known(entry(result.content, "metrics"))[:LISTED]
+                    for where in [plain(result.where)]
+                ]
+    parts.append(f"</div>\n<details><summary>All scores</summary>{_table(heads, listed)}</details>\n")
+    classes = [_by_class(run, result.where, result.content) for run in runs for result in run.results]
+    if found := [each for each in classes if each]:
+        parts.append(f"<details><summary>Accuracy of each class</summary>{''.join(found)}</details>\n")
     return "".join(parts)
 
 
-def _bar(cell: Cell, full: float, key: str) -> str:
+def _bar(cell: Cell, full: float, key: str, where: str) -> str:
     """A row of a tile: whose number, a bar, the number."""
     assert cell.value is not None  # a result without a number is not kept
     share = min(1.0, max(0.0, cell.value / full))
     interval = f' <span class="soft">{cell.interval[0]:.1f} to {cell.interval[1]:.1f}</span>' if cell.interval else ""
     kind = "control" if cell.control else "own"
+    bar = (
+        '<svg viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
+        '<rect class="track" width="100" height="8"/>'
+        f'<rect width="{100 * share:.1f}" height="8"/></svg>'
+    )
     return (
-        f'<tr class="{kind}"><th scope="row">{key}{plain(cell.encoder, 60)}</th><td class="bar"><svg viewBox="0 0 100 8" '
-        f'preserveAspectRatio="none" aria-hidden="true"><rect class="track" width="100" height="8"/><rect '
-        f'width="{100 * share:.1f}" height="8"/></svg></td><td class="value">{cell.value:.2f}{interval}</td></tr>'
+        f'<tr class="{kind}"><th scope="row">{key}{plain(cell.encoder, 60)}{where}</th><td class="bar">{bar}</td>'
+        f'<td class="value">{cell.value:.2f}{interval}</td></tr>'
     )
 
 
 def _by_class(run: Run, where: str, content: dict[str, Any]) -> str:
     """The accuracy of each class, the lowest first."""
-    found = entry(content, "metrics", "per_class")
-    if not isinstance(found, dict):
-        return ""
-    known = {name: value for name, value in found.items() if isinstance(value, int | float) and abs(value) < MOST}
+    known = _known(entry(content, "metrics", "per_class"))
     if not known:
         return ""
-    ordered = sorted(known.items(), key=lambda each: each[1])
+    ordered = sorted(known, key=lambda each: each[1])
     rows = [[plain(name), f"{value:.1f}"] for name, value in ordered[:CLASSES]]
     more = f" (the {CLASSES} lowest of {len(ordered):,})" if len(ordered) > CLASSES else ""
-    title = f"Accuracy of each class: {plain(run.name)}, {plain(content['evaluator'])} in {plain(where)}{more}"
-    return f"<details><summary>{title}</summary>{_table(['class', 'accuracy in %'], rows)}</details>\n"
+    title = f"{plain(run.name)}: {plain(content['evaluator'])} in {plain(where)}{more}"
+    return f"<h4>{title}</h4>{_table(['class', 'accuracy in %'], rows)}"
+
+
+def _known(values: Any) -> list[tuple[str, float]]:
+    """The finite numbers of what may be a mapping, and their names."""
+    if not isinstance(values, dict):
+        return []
+    return [
+        (name, value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
+    ]
 
 
 # ---- Pictures.
@@ -393,7 +420,7 @@ def _pictures(runs: Sequence[Run], shown: Sequence[list[Series]], notes: dict[st
     """The last picture of each kind, with the earlier ones to step through. The same kind of several runs is together."""
     tags = dict.fromkeys(series.tag for each in shown for series in each)
     parts = [
-        _figure(runs[i], series, f"picture-{number}-{i}")
+        _figure(runs[i], series, f"picture-{number}-{i}", several=len(runs) > 1)
         for number, tag in enumerate(tags)
         for i, each in enumerate(shown)
         for series in each
@@ -409,9 +436,11 @@ def _pictures(runs: Sequence[Run], shown: Sequence[list[Series]], notes: dict[st
     return f'<div class="pictures">{"".join(parts)}</div>\n{lost}'
 
 
-def _figure(run: Run, series: Series, name: str) -> str:
+def _figure(run: Run, series: Series, name: str, *, several: bool) -> str:
     rows = series.tag.split(" | ")
-    heading = rows[0] if len(rows) == 1 else "Rows from top to bottom: " + ", ".join(rows)
+    heading = ", ".join(rows)[:1].upper() + ", ".join(rows)[1:]
+    below = " (rows from top to bottom)" if len(rows) > 1 else ""
+    of_run = f"{plain(run.name)}, " if several else ""
     last = len(series.shown) - 1
     images = "".join(
         _image(f"{run.name}, step {picture.step:,}: {series.tag}", picture, shown=i == last)
@@ -426,19 +455,19 @@ def _figure(run: Run, series: Series, name: str) -> str:
         else ""
     )
     return (
-        f'<figure class="picture" id="{name}"><figcaption><b>{plain(run.name)}</b>, step <output>'
-        f"{series.shown[-1].step:,}</output>. {plain(heading)}.{left}</figcaption>"
+        f'<figure class="picture" id="{name}"><figcaption><b>{plain(heading)}</b>{below} <span class="soft">'
+        f"{of_run}step <output>{series.shown[-1].step:,}</output>.{left}</span></figcaption>"
         f'<button type="button" class="enlarge" title="Enlarge">{images}</button>{control}</figure>\n'
     )
 
 
 def _image(text: str, picture: Picture, *, shown: bool) -> str:
     data = base64.b64encode(picture.png).decode("ascii")
-    double = 2 if picture.width < 480 else 1  # small images are hard to see
-    return (
-        f'<img alt="{plain(text)}" width="{double * picture.width}" height="{double * picture.height}"'
-        f'{"" if shown else " hidden"} src="data:image/png;base64,{data}">'
-    )
+    twice = picture.width < 480  # small images are hard to see
+    size = f'width="{(1 + twice) * picture.width}" height="{(1 + twice) * picture.height}"'
+    kind = ' class="twice"' if twice else ""
+    hidden = "" if shown else " hidden"
+    return f'<img alt="{plain(text)}" {size}{kind}{hidden} src="data:image/png;base64,{data}">'
 
 
 # ---- Curves.
@@ -489,7 +518,7 @@ def _chart(runs: Sequence[Run], index: int, chart: Chart) -> str:
             f"A point is the mean of up to {each:,} logged values; the band is from the lowest to the highest."
         )
     if lost := sum(curve.not_finite for curve in chart.curves):
-        notes.append(f"{lost:,} values were not finite.")
+        notes.append(f"Not finite: {lost:,} of {sum(curve.logged for curve in chart.curves):,} values.")
     heads = ["run", "first", "last", "lowest", "highest", "values"]
     rows = [[plain(runs[curve.run].name), *_ends(curve), f"{curve.logged:,}"] for curve in chart.curves]
     said = "; ".join(
@@ -542,17 +571,17 @@ def _numbers(runs: Sequence[Run], single: Sequence[Chart]) -> str:
     """Numbers that are no curves: logged once, or always the same."""
     rows = []
     for chart in single:
-        values = {curve.run: curve for curve in chart.curves}
-        cells = [_single(values[i]) if i in values else "" for i in range(len(runs))]
+        values = {curve.run: curve.first for curve in chart.curves}
+        cells = _differing([number(values[i][1]) if i in values else "" for i in range(len(runs))])
+        if all(curve.logged == 1 for curve in chart.curves):
+            cells = [
+                f'{cell} <span class="soft">step {values[i][0]:,}</span>' if i in values else ""
+                for i, cell in enumerate(cells)
+            ]
         unit = f' <span class="soft">{plain(chart.unit)}</span>' if chart.unit else ""
-        rows.append([f"{plain(chart.title)}{unit} <code>{plain(chart.name)}</code>", *_differing(cells)])
+        rows.append([f"{plain(chart.title)}{unit} <code>{plain(chart.name)}</code>", *cells])
     heads = ["", *(plain(run.name, 80) for run in runs)] if len(runs) > 1 else ["", "value"]
     return _table(heads, rows) if rows else ""
-
-
-def _single(curve: Curve) -> str:
-    where = f"at step {curve.first[0]:,}" if curve.logged == 1 else f"{curve.logged:,} times"
-    return f'{number(curve.first[1])} <span class="soft">{where}</span>'
 
 
 # ---- Settings.
@@ -593,6 +622,10 @@ def _value(run: Run, key: str) -> str:
     return value if isinstance(value, str) else run.config.get(key, "")
 
 
+def _abouts(runs: Sequence[Run]) -> str:
+    return "".join(_about(run, several=len(runs) > 1) for run in runs)
+
+
 def _about(run: Run, *, several: bool) -> str:
     """Command, settings, data, hardware and versions of a run."""
     parts = [f"<h3>{plain(run.name)}</h3>\n"] if several else []
@@ -601,8 +634,10 @@ def _about(run: Run, *, several: bool) -> str:
     )
     for command in list(commands)[:5]:
         parts.append(f'<pre class="command" tabindex="0" aria-label="Command">{plain(command, 20_000)}</pre>\n')
+    if several:
+        parts.append("<details><summary>Settings, data, time and hardware</summary>")
     given = [key for key in run.config if run.config[key] != "null"]
-    own = [key for key in given if key not in RunSettings.__dataclass_fields__]
+    own = [key for key in given if key not in OF_THE_RUN]
     parts.append("<h4>Settings of the run</h4>" + _list({key: _value(run, key) for key in MATTER if key in given}))
     parts.append("<h4>Settings of the method and the encoder</h4>" + _list({key: _value(run, key) for key in own[:80]}))
     last, skipped, speeds = run.launches[-1] if run.launches else {}, run.last("skipped"), _speeds(run)
@@ -611,15 +646,15 @@ def _about(run: Run, *, several: bool) -> str:
         "Images": f"{images:,}" if isinstance(images := entry(run.manifest, "data", "images"), int) else None,
         "Data fingerprint": entry(run.manifest, "data", "fingerprint"),
         "Hardware": _hardware(run),
-        "Started": run.launches[0].get("time") if run.launches else None,
-        "Ended": run.manifest.get("ended"),
+        "Started": _moment(run.launches[0].get("time")) if run.launches else None,
+        "Ended": _moment(run.manifest.get("ended")),
         "Starts": f"{len(run.launches)}, the last at step {last.get('step')}" if len(run.launches) > 1 else None,
         "Training time": duration(run.seconds) if run.seconds is not None else None,
         "Images seen": _seen(run),
         "Speed": f"{speeds[len(speeds) // 2]:,.0f} images/s (median)" if speeds else None,
         "Skipped steps": f"{skipped:,.0f}" if skipped is not None and math.isfinite(skipped) else None,
         "Unreadable images": f"{len(run.bad_images):,}",
-        "Commit": last.get("commit"),
+        "Commit": str(last.get("commit") or "")[:12],
         "Versions": ", ".join(
             f"{name} {version}"
             for name, version in [*_versions(last).items(), ("python", last.get("python"))]
@@ -629,7 +664,14 @@ def _about(run: Run, *, several: bool) -> str:
     parts.append("<h4>Data, time and hardware</h4>" + _list({name: value for name, value in facts.items() if value}))
     rows = [[plain(key), plain(_value(run, key))] for key in run.config]
     parts.append(f"<details><summary>All settings</summary>{_table(['setting', 'value'], rows)}</details>\n")
+    if several:
+        parts.append("</details>\n")
     return "".join(parts)
+
+
+def _moment(text: Any) -> str:
+    """A time of the manifest, for people."""
+    return str(text or "").replace("T", " ")
 
 
 def _list(values: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 STEPS = 8  # pictures of one kind that are shown: the first, the last, and some between
 TAGS = 24  # kinds of pictures that are shown
+PAGE_BYTES = 8_000_000  # of all pictures of a page
 MOST_PIXELS = 50_000_000  # of a picture
 
 

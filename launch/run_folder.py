@@ -137,7 +137,8 @@ def _columns(path: Path, skipped: list[str]) -> dict[str, Column]:
             continue
         for name, value in line.items():
             if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-                column = columns.setdefault(name, Column())
+                if (column := columns.get(name)) is None:
+                    column = columns[name] = Column()
                 column.steps.append(step)
                 column.values.append(value if value is not None and abs(value) < MOST else float("nan"))
             else:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from fuzz import damage
-from ssl_pretrain.launch import pretrain, report
+from ssl_pretrain.launch import pretrain, report, report_page, run_folder
 
 from ssl_pretrain import backbones, checkpoint, config, encoder
 from ssl_pretrain.checkpoint import folder
@@ -201,7 +201,7 @@ def test_the_report_of_a_damaged_run(name: str, run: Path, capsys: pytest.Captur
 
     def read(mutant: bytes) -> str:
         file.write_bytes(mutant)
-        page = report.page([report.read(run, "run")])
+        page, _ = report_page.page([run_folder.read(run, "run", "ssl-report")])
         page.encode("utf-8", "backslashreplace")
         return "page"
 

@@ -53,6 +53,9 @@ def test_the_wheel_holds_every_module_and_runs_elsewhere(wheel: Path, tmp_path: 
     ):
         for path in folder.rglob("*.py"):
             assert f"{package}/{path.relative_to(folder).as_posix()}" in held
+    for path in (ROOT / "launch" / "report_assets").iterdir():
+        assert f"ssl_pretrain/launch/report_assets/{path.name}" in held
+    assert {"LICENSE", "NOTICE", "LICENSE-uPlot.txt"} <= {Path(name).name for name in held if "dist-info/" in name}
     assert not any(name.startswith(("tests/", "ssl/", "benchmarks/")) for name in held)
 
     site = tmp_path / "site"
@@ -71,6 +74,9 @@ def test_the_wheel_holds_every_module_and_runs_elsewhere(wheel: Path, tmp_path: 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "kNN top-1" in done.stdout
+    argv = [sys.executable, "-m", "ssl_pretrain.launch.report", "run"]
+    subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert "new uPlot(" in (tmp_path / "run" / "report.html").read_text()
 
 
 def imports(path: Path) -> set[str]:

@@ -1,20 +1,22 @@
 """`ssl-report`: what is on the page is what is in the runs' folders."""
 
 import base64
+import html
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from conftest import TINY, command, metrics
 from PIL import Image
-from ssl_pretrain.launch import chart
+from report_pages import Elements, charts, table
 from ssl_pretrain.launch.report import main
+from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
 
 @pytest.fixture(scope="module")
@@ -41,57 +43,77 @@ def runs(photos_in_classes: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return folder / "one", folder / "two"
 
 
-def figures(page: str) -> dict[str, ElementTree.Element]:
-    """The curves on a page by their names."""
-    found = re.findall(r"<figure><figcaption>(.*?)</figcaption>(<svg.*?</svg>)</figure>", page, re.DOTALL)
-    return {name: ElementTree.fromstring(svg) for name, svg in found}
-
-
-def drawn(line: ElementTree.Element) -> np.ndarray:
-    """The points of a curve (n, 2), pixels from the left and from the top."""
-    return np.array([[float(v) for v in point.split(",")] for point in line.attrib["points"].split()])
-
-
 def test_one_run(runs: tuple[Path, Path], capsys: pytest.CaptureFixture) -> None:
     one, _ = runs
     assert main([str(one)]) == 0
     assert f"written: {one / 'report.html'}" in capsys.readouterr().out
     page = (one / "report.html").read_text()
-    named = figures(page)
-    assert next(iter(named)) == "loss"
-    assert {"loss", "lr", "grad_norm", "images_per_s", "data_wait"} <= named.keys()
-    (line,) = named["loss"].findall("polyline")
-    # Pixels are a straight line of what was logged, steps from left to right and losses from below.
-    logged = [(entry["step"], entry["loss"]) for entry in metrics(one) if "loss" in entry]
-    steps, losses = np.array(logged).T
-    x, y = drawn(line).T
-    assert len(x) == 14
-    for pixels, values, sign in ((x, steps, 1), (y, losses, -1)):
-        slope, offset = np.polyfit(values, pixels, 1)
-        np.testing.assert_allclose(slope * values + offset, pixels, atol=0.11)
-        assert slope * sign > 0
-    assert "<td>finished</td><td>14 of 14</td>" in page
+    found = Elements(page)
+    drawn = charts(page)
+    assert next(iter(drawn)) == "loss"
+    assert {"loss", "lr", "grad_norm", "images_per_s", "data_wait"} <= drawn.keys()
+    # The curves are what was logged.
+    for name, curves in drawn.items():
+        (curve,) = curves
+        logged = [(entry["step"], entry[name]) for entry in metrics(one) if name in entry]
+        assert curve.steps == [step for step, _ in logged]
+        np.testing.assert_allclose(curve.mean, [value for _, value in logged], rtol=1e-5)
+    assert len(drawn["loss"][0].steps) == 14
+    assert "finished" in found.text
+    assert "14 of 14 steps" in found.text
+    assert f"224 ({224 / 97:.4g} epochs)" in found.text  # 14 steps of 16 images; there are 96 and one that is broken
+    # A number that never changes is no curve.
+    assert "checkpoint_wait" not in drawn or len({*drawn["checkpoint_wait"][0].mean}) > 1
+    constants = {row[0].split()[-1]: row[1] for row in table(page, "numbers")[1:]}
+    assert constants["weight_decay"] == "0.05"
     knn = json.loads((one / "knn" / "results.json").read_text())["metrics"]
+    assert re.search(rf'class="own">.*?<td class="value">{knn["top1"]:.2f} ', page)
     assert f"<td>top1</td><td>{knn['top1']:.2f}</td>" in page
-    assert "untrained" in page
-    assert "broken&lt;i&gt;.jpg" in page
-    assert "broken<i>" not in page
-    (png,) = re.findall(r'src="data:image/png;base64,(.*?)"', page)
-    assert "one, step 12: input | masked | reconstruction" in page
-    assert Image.open(io.BytesIO(base64.b64decode(png))).size[1] == 3 * 32
-    assert not re.search(r'(?:src|href)="(?!data:)', page), "the page must need nothing else"
+    assert "untrained" in found.text
+    assert "broken<i>.jpg" in found.text
+    assert "i" not in found.tags
+    # Every picture that was logged, the last one of each kind shown.
+    logged = pictures_of(one)
+    on_page = re.findall(r'<img alt="one, (.*?)" ([^>]*?)( hidden)? src="data:image/png;base64,(.*?)"', page)
+    assert [text for text, *_ in on_page] == [f"step {step}: {tag}" for tag, steps in logged.items() for step in steps]
+    assert [text for text, _, hidden, _ in on_page if not hidden] == [f"step 14: {tag}" for tag in logged]
+    for text, size, _, png in on_page:
+        picture = base64.b64decode(png)
+        step, tag = text.removeprefix("step ").split(": ", 1)
+        assert picture == logged[tag][int(step)]
+        assert f'width="{(2 if "twice" in size else 1) * Image.open(io.BytesIO(picture)).width}"' in size
+    assert list(logged["input | masked | reconstruction"])[-2:] == [12, 14]
+    links = [value for _, name, value in found.attributes if name in ("src", "href", "srcset", "action")]
+    assert all(value.startswith(("data:", "#")) for value in links), "the page must need nothing else"
+    (written,) = re.findall(r'<pre class="command".*?>(.*?)</pre>', page)
+    launch = json.loads((one / "manifest.json").read_text())["launches"][0]
+    assert shlex.split(html.unescape(written)) == launch["command"]
+    assert launch["device"] in found.text
+    assert launch["hosts"][0] not in found.text.split()  # the page is sent to others
+
+
+def pictures_of(run: Path) -> dict[str, dict[int, bytes]]:
+    """The pictures of a run by tag and step, as TensorBoard reads them."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={IMAGES: 0})
+    events.Reload()
+    return {tag: {each.step: each.encoded_image_string for each in events.Images(tag)} for tag in events.Tags()[IMAGES]}
 
 
 def test_several_runs_lie_over_one_another(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert main([*map(str, runs), "--out", str(tmp_path / "both.html")]) == 0
     page = (tmp_path / "both.html").read_text()
-    lines = figures(page)["loss"].findall("polyline")
-    assert [len(drawn(line)) for line in lines] == [14, 5]
-    assert lines[0].attrib["stroke"] != lines[1].attrib["stroke"]
-    differ = re.search(r"<h2>Settings that differ</h2><table>(.*?)</table>", page, re.DOTALL)
-    assert differ
-    assert re.findall("<th>(.*?)</th>", differ[1]) == ["run", "steps", "lr", "warmup_steps", "picture_every"]
-    assert "<td>two</td><td>5</td><td>0.004</td>" in differ[1]
+    curves = charts(page)["loss"]
+    assert [(curve.run, len(curve.steps)) for curve in curves] == [(0, 14), (1, 5)]
+    heads, one, two = table(page, "differences")
+    assert heads[:5] == ["run", "steps", "lr", "warmup_steps", "picture_every"]
+    assert two[:3] == ["two", "5", "0.004"]
+    assert one[0] == "one"
+    # What differs from the first run is marked, also in the overview and in the numbers.
+    assert "<mark>0.004</mark>" in page
+    assert "<mark>5 of 5 steps</mark>" in page
+    assert "<mark>mae</mark>" not in page
+    top = table(page, "runs")
+    assert [row[0] for row in top] == ["run", "one", "two"]
 
 
 def test_a_run_that_is_still_going(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -104,9 +126,27 @@ def test_a_run_that_is_still_going(runs: tuple[Path, Path], tmp_path: Path) -> N
     (going / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 7, "lo']))
     assert main([str(going)]) == 0
     page = (going / "report.html").read_text()
-    assert "<td>running</td><td>6 of 14</td>" in page
-    assert [len(drawn(line)) for line in figures(page)["loss"].findall("polyline")] == [2, 3]
-    assert "<h2>Scores" not in page
+    text = Elements(page).text
+    assert "running" in text
+    assert "6 of 14 steps" in text
+    (curve,) = charts(page)["loss"]
+    assert [value is None for value in curve.mean] == [False, False, True, False, False, False]
+    assert "Not finite: 1 of 6 values." in text
+    assert "No evaluator has scored this run" in text
+    assert "No pictures were logged" in text
+
+
+@pytest.mark.parametrize("log", ["", None, '{"step": 1, "lo'])
+def test_a_run_that_has_logged_nothing(log: str | None, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    for name in ("config.yaml", "manifest.json"):
+        (tmp_path / name).write_text((runs[0] / name).read_text().replace('"finished"', '"failed: <no> \\u202e disk"'))
+    if log is not None:
+        (tmp_path / "metrics.jsonl").write_text(log)
+    assert main([str(tmp_path)]) == 0
+    text = Elements((tmp_path / "report.html").read_text()).text
+    assert "No metrics are logged yet." in text
+    assert "no step is logged yet" in text
+    assert "failed: <no> \\u202e disk" in text
 
 
 @pytest.mark.parametrize(
@@ -137,27 +177,3 @@ def test_help_is_there_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "ssl-report RUN [RUN ...]" in done.stdout
     assert "--out" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.429, 1.556), (3, 3), (-7, 12_345), (1e-9, 3e-9), (0, 0), (-0.001, 0)]
-)
-def test_ticks_are_round_and_enclose_the_values(low: float, high: float) -> None:
-    found = chart.ticks(low, high)
-    assert 2 <= len(found) <= 8
-    assert found[0] <= low
-    assert found[-1] >= high
-    step = found[1] - found[0]
-    np.testing.assert_allclose(np.diff(found), step, rtol=1e-6)
-    assert f"{step:.0e}"[0] in "125"
-    assert len({chart.label(value) for value in found}) == len(found)
-
-
-def test_long_curves_are_thinned_and_keep_their_gaps() -> None:
-    curve = [(float(x), None if x == 50_000 else x**0.5) for x in range(100_000)]
-    page = ElementTree.fromstring(chart.draw([(0, curve)]))
-    lines = [drawn(line) for line in page.findall("polyline")]
-    assert len(lines) == 2
-    assert sum(map(len, lines)) == chart.POINTS - 1
-    assert chart.draw([(0, [(1.0, None)])]) == ""
-    assert len(ElementTree.fromstring(chart.draw([(0, [(5.0, 0.5)])])).findall("circle")) == 1

@@ -107,7 +107,7 @@
     return index;
   };
 
-  const plots = new Map(); // figure -> {plot, lines: [series, run]}
+  const plots = new Map(); // figure -> {plot, lines: [series, run, first series of the run]}
 
   const draw = (figure) => {
     plots.get(figure)?.plot.destroy();
@@ -129,6 +129,7 @@
       const colour = ink(`k${(curve.run % 28) % 7}`);
       const dash = DASHES[Math.floor((curve.run % 28) / 7)];
       const table = [data.steps[curve.x].map((step) => step * (byImages ? run.batch : 1))];
+      const first = series.length;
       const add = (values, more) => {
         table.push(values.map(fits));
         series.push({ label: run.name, points: { show: false }, ...more });
@@ -145,7 +146,7 @@
         dash,
         points: { show: true, filter: dots, size: 6, fill: colour },
       });
-      lines.push([series.length - 1, curve.run]);
+      lines.push([series.length - 1, curve.run, first]);
       tables.push(table);
     }
     const axis = { stroke: ink("soft"), grid: { stroke: ink("line"), width: 1 }, ticks: { stroke: ink("line"), width: 1 }, font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif", labelGap: 2, labelSize: 20 };
@@ -155,7 +156,7 @@
         height: place.clientHeight,
         legend: { show: false },
         scales: { x: { time: false }, y: { distr: log ? 3 : 1 } },
-        focus: { alpha: 0.35 },
+        focus: { alpha: series.length > lines.length + 1 ? 1 : 0.35 }, // bands and faint lines cannot be told apart
         cursor: {
           y: false,
           sync: { key: sync.key, scales: ["x", null] },
@@ -168,7 +169,7 @@
           { ...axis, label: byImages ? "images seen" : "step", size: 28, labelSize: 18, space: 64, values: (_, at) => at.map(onAxis) },
           {
             ...axis,
-            ...(chart.unit ? { label: chart.unit } : {}),
+            ...(chart.unit ? { label: chart.unit, labelSize: 24 } : {}),
             values: (_, at) => at.map(onAxis),
             size: (_, texts) => 16 + 7 * Math.max(2, ...(texts ?? []).map((text) => text.length)),
           },
@@ -190,7 +191,7 @@
     const { plot, lines } = plots.get(figure);
     const { idx, idxs } = plot.cursor;
     const end = (values) => values.findLastIndex((value) => value !== null && value !== undefined);
-    const focused = lines.filter(([number]) => plot.series[number]._focus);
+    const focused = lines.filter(([number, , first]) => plot.series.slice(first, number + 1).some((each) => each._focus));
     const listed = lines.length > LISTED ? (focused.length === 1 ? focused : lines.slice(0, LISTED)) : lines;
     const items = listed.map(([number, run]) => {
       const at = idx === null || idx === undefined ? end(plot.data[number]) : (idxs[number] ?? idx);

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from oracles import import_timm
+from oracles import import_timm, import_transformers
 from safetensors.torch import load_file, save_file
+from ssl_pretrain.launch.paths import absolute_words
 from ssl_pretrain.launch.pretrain import main, read_command
 from test_published import saved, timm_vit
 
@@ -279,6 +280,40 @@ def test_a_difference_that_no_weight_shows_is_found(tmp_path: Path) -> None:
         theirs = Encoder(Foreign(module, libraries._read_timm, "timm:vit", (48, 48), 3), "", ours.preprocessing, {})
         with nullcontext() if same else pytest.raises(UserError, match="its features differ by"):
             conversion._compare(spec, theirs, ours, (48, 48))
+
+
+def test_a_folder_of_transformers(photos: Path, tmp_path: Path) -> None:
+    """The library is not needed: its file and its settings are."""
+    transformers = import_transformers()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 4}
+    config = transformers.Dinov2WithRegistersConfig(**sizes, image_size=64, patch_size=8, num_register_tokens=2)
+    torch.manual_seed(0)
+    model = transformers.Dinov2WithRegistersModel(config).eval()
+    model.save_pretrained(tmp_path / "there")
+    states = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2], "size": {"shortest_edge": 64}, "resample": 3}
+    (tmp_path / "there" / "preprocessor_config.json").write_text(json.dumps(states))
+    argv = [*SMALL, "--data", str(photos), "--init-from", f"hf:{tmp_path / 'there'}", *NO_LEARNING]
+    run, knobs, options = read_command([*argv, "--out", str(tmp_path / "run")])
+    assert (run.mean, run.image_size) == ((0.5, 0.4, 0.3), (64, 64))
+    assert (options.heads, options.registers, options.layer_scale is None) == (2, 2, False)
+    train.train(run, knobs, options)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(pixel_values=images).last_hidden_state
+        torch.testing.assert_close(encoder.load(tmp_path / "run")(images).cls, expected[:, 0], atol=1e-4, rtol=1e-4)
+    (tmp_path / "there" / "model.safetensors").rename(tmp_path / "there" / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match="weights in several files: save them as one"):
+        read_command([*argv, "--out", str(tmp_path / "other")])
+
+
+def test_a_job_gets_absolute_paths_and_unchanged_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PWD", str(tmp_path))
+    words = ["--init-from", "runs/gone", "--init-state=runs/a@3", "--init-from", "torch:a.pth,heads=4"]
+    found = absolute_words(words, encoder_is_a_path=False)
+    assert found == [
+        "--init-from", f"{tmp_path}/runs/gone", f"--init-state={tmp_path}/runs/a@3", "--init-from", "torch:a.pth,heads=4",
+    ]  # fmt: skip
 
 
 def test_code_of_ones_own_is_refused(photos: Path) -> None:

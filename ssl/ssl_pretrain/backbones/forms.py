@@ -167,6 +167,8 @@ _FROM_CONVNEXT: Rules = (
 
 def _timm_vit(backbone: ViT, exact: bool) -> Form | str:
     config, eps = backbone.config, backbone.config.norm_eps or NORM_EPS
+    if config.rms_norm:
+        return "a ViT with RMS norms (--rms-norm) is read by ssl-pretrain only"
     if config.norms == "post":
         return "timm's ViTs have no norm after each branch (--norms post)"
     if config.shortcut_decay != 1:

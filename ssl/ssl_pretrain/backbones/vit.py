@@ -36,9 +36,19 @@ NORM_EPS = 1e-6  # of every layer norm, as in nearly all published ViTs; torch's
 Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles of rotary positions
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019), which has no bias. Autocast does not widen
+    it everywhere, so it computes in float32 by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D), in the dtype of x."""
+        assert self.weight is not None
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
 def _norm(dim: int, eps: float, rms: bool) -> nn.Module:
-    """A layer norm, or an RMS norm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019), which has no bias."""
-    return nn.RMSNorm(dim, eps=eps) if rms else nn.LayerNorm(dim, eps=eps)
+    """A layer norm or an RMS norm."""
+    return RMSNorm(dim, eps=eps) if rms else nn.LayerNorm(dim, eps=eps)
 
 
 class PatchEmbed(nn.Module):

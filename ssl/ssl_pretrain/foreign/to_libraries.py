@@ -128,6 +128,8 @@ def _native(encoder: Encoder) -> tuple[str, dict[str, Any], dict[str, Tensor]] |
     if not isinstance(backbone, ViT):
         return f"transformers' classes do not fit {type(backbone).__name__}"
     config = backbone.config
+    if config.rms_norm:
+        return "a ViT with RMS norms (--rms-norm) is read by ssl-pretrain only"
     if config.norms is not None or config.shortcut_decay != 1 or config.qk_norm or not config.cls:
         return "transformers' ViTs have a class token, and no norms or factors in other places"
     options = {

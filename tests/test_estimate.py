@@ -83,7 +83,7 @@ def test_flags_that_make_a_long_run_short(
     assert shorter == [
         "--steps 1   (16 seconds)",
         "--image-size 32 --steps 2   (16 seconds)",
-        "--encoder vit_micro --image-size 32 --patch-size 8 --steps 2   (16 seconds)",
+        "--encoder vit_micro --image-size 32 --patch-size 8 --lr 0.002 --steps 2   (16 seconds)",
     ]
 
 

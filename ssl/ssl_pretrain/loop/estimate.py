@@ -221,7 +221,9 @@ class Estimate:
             return []
         specs = fitted(kind.views(method.config, size), size, backbone.stride)
         measured = self._measure(method.train(), specs, start, autocast)
-        return [(dict(SMALL), measured[1])] if measured else []
+        # The paper's optimiser and learning rate are for large encoders, batches and numbers of steps.
+        short = {name: value for name, value in kind.recipe.small.items() if name in ("optimizer", "lr")}
+        return [({**SMALL, **short}, measured[1])] if measured else []
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pyarrow import parquet
 from ssl_pretrain.launch.pretrain import main as pretrain
@@ -94,7 +95,7 @@ def learn(name: str, method: str, folder: Path, steps: int) -> dict[str, float]:
         sys.exit(f"{name} with {method} ended with an error")
     seconds = time.process_time() - began
     train, test = open_source(str(data), "train"), open_source(str(DATA), "test")
-    score = KnnScore(Subset(train, range(BANK)), Subset(test, range(QUERIES)), batch_size=250, workers=0)
+    score = KnnScore(Subset(train, np.arange(BANK)), Subset(test, np.arange(QUERIES)), batch_size=250, workers=0)
     trained = encoder.load(out)
     untrained = encoder.random_like(trained)
     return {

@@ -296,7 +296,7 @@ def test_it_learns_on_real_images(
         words += ["--blur", 0, "--crop-scale", 0.2, 1]
     pretrain_here(*words)
     model = encoder.load(tmp_path / "run")
-    test = Subset(open_source(str(shared_data / "cifar10"), "test"), range(2000))
+    test = Subset(open_source(str(shared_data / "cifar10"), "test"), np.arange(2000))
     trained, untrained = (neighbours_agree(each, test) for each in (model, encoder.random_like(model, seed=0)))
     more_, fewer = int(np.sum(trained & ~untrained)), int(np.sum(untrained & ~trained))
     print(f"{name} {method}: {100 * trained.mean():.1f} and {100 * untrained.mean():.1f} %")

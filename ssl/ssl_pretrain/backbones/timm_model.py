@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from .attention import prefix_mask
 from .backbone import Backbone, Features
 from .drop_path import drop_factors, given
 from .wrapping import dropouts, of_tokens, use_inner_names
-
-if TYPE_CHECKING:
-    from ..encoder import Preprocessing
 
 # Arguments that models get if they take them: other image sizes than the configured one, and drop path layers, whose
 # rates are read as shares of this one.
@@ -208,8 +205,9 @@ class TimmModel(Backbone):
         found = weights if translate is None else translate({**weights, **empty}, self.model)
         return {name: value for name, value in found.items() if name not in empty}
 
-    def timm_config(self, how: "Preprocessing") -> dict[str, Any]:
-        """The keys of config.json by which timm builds the same model from the folder of an export (`local-dir:`)."""
+    def timm_config(self, how: Any) -> dict[str, Any]:
+        """The keys of config.json by which timm builds the same model from the folder of an export (`local-dir:`). how: the
+        export's `encoder.Preprocessing`."""
         pretrained = {
             "num_classes": 0,
             "input_size": [self.in_chans, *how.crop],

@@ -11,6 +11,7 @@ from ssl_pretrain import config, flags, plugins
 from ssl_pretrain.config import BUILT_IN_RUN, Run
 from ssl_pretrain.distributed import environment
 from ssl_pretrain.errors import UserError, nearest
+from ssl_pretrain.files import write_text
 from ssl_pretrain.loop.signals import StopRequest
 
 from . import grid, recipe_files
@@ -252,16 +253,18 @@ def _finish(run: Run, out: Path) -> None:
     from ssl_pretrain.loop.saver import read_best
     from ssl_pretrain.loop.score import KnnScore
 
+    from .run_folder import VERDICT
+
     _tell(f"encoder: {out / 'encoder'}")
     if run.keep_best is not None and (best := read_best(out)):
         _tell(f"best encoder: {out / BEST / 'encoder'} (step {best['step']}, {best['by']} {best['score']:.4g})")
     score = KnnScore.of(run) if run.score else None
     if run.score:
         trained = encoder.load(out, code=run.encoder)
-        for line in (
-            verdict.of_unlabelled(run, trained) if score is None else verdict.of_labelled(run, out, trained, score)
-        ):
-            _tell(line)
+        lines = verdict.of_unlabelled(run, trained) if score is None else verdict.of_labelled(run, out, trained, score)
+        _tell("\n".join(lines))
+        with suppress(OSError):  # the run itself is done
+            write_text(out / VERDICT, "\n".join(lines) + "\n")
     data = "" if run.data == "fractals" else f" --data {run.data}"
     _tell("next:")
     if score is not None:

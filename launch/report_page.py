@@ -321,7 +321,16 @@ def duration(seconds: float) -> str:
 
 def _scores(runs: Sequence[Run]) -> str:
     """What evaluators found: bars with the baselines for each evaluation, and everything as a table."""
+    said = "".join(
+        f'<div class="verdict">{_key(i) + f"<b>{plain(run.name)}</b>" if len(runs) > 1 else ""}'
+        + "".join(f"<p>{plain(line)}</p>" for line in run.verdict[:LISTED])
+        + "</div>\n"
+        for i, run in enumerate(runs)
+        if run.verdict
+    )
     if not any(run.results for run in runs):
+        if said:
+            return said
         these = "this run" if len(runs) == 1 else "these runs"
         command = "<code>ssl-eval knn --encoder RUN --data DIR --out RUN/knn</code>"
         return f"<p>No evaluator has scored {these}. Results below a run folder are shown here: {command}</p>\n"
@@ -331,7 +340,7 @@ def _scores(runs: Sequence[Run]) -> str:
     for i, result, cell in cells:
         if not cell.control or id(cell) in controls:
             groups.setdefault((cell.evaluator, cell.metric, cell.data), []).append((i, result, cell))
-    parts = ['<div class="tiles">']
+    parts = [said, '<div class="tiles">']
     for (evaluator, metric, data), members in groups.items():
         title, most = METRICS.get(metric, (metric, None))
         full = most or max([1e-12, *(cell.value or 0.0 for _, _, cell in members)])

@@ -17,6 +17,7 @@ from .table import Cell, cells_of
 
 MOST, MOST_STEPS = 1e300, 10**12  # of a number that is drawn
 LISTED = 20  # warnings and bad images that are shown of a run
+VERDICT = "verdict.txt"  # the scores that a run printed at its end, in words
 NOT_DRAWN = ("step", "time", "epoch", "skipped", "bad_images")
 
 
@@ -51,6 +52,7 @@ class Run:
     manifest: dict[str, Any]
     config: dict[str, str]  # values as JSON
     columns: dict[str, Column]
+    verdict: list[str]  # lines
     warnings: list[str]
     bad_images: list[dict[str, Any]]
     results: list[Result]
@@ -117,14 +119,18 @@ def read(folder: Path, name: str, prog: str) -> Run:
     bad_images = read_lines(folder / "bad_images.jsonl", skipped)
     manifest = _manifest(folder, skipped)
     results = _results(folder, name, skipped)
-    warnings = folder / "warnings.log"
-    said = warnings.read_text(encoding="utf-8", errors="backslashreplace").splitlines() if warnings.exists() else []
+    said, verdict = _text(folder / "warnings.log"), _text(folder / VERDICT)
     for text in skipped[:LISTED]:
         print(f"{prog}: {folder}: {text}", file=sys.stderr)
     if len(skipped) > LISTED:
         print(f"{prog}: {folder}: ... ({len(skipped)} in all)", file=sys.stderr)
     settings = {str(key): json.dumps(value, default=str) for key, value in config.items()}
-    return Run(name, folder, manifest, settings, columns, [*said, *skipped], bad_images, results)
+    return Run(name, folder, manifest, settings, columns, verdict, [*said, *skipped], bad_images, results)
+
+
+def _text(path: Path) -> list[str]:
+    """The lines of a text file, none where it is not there."""
+    return path.read_text(encoding="utf-8", errors="backslashreplace").splitlines() if path.is_file() else []
 
 
 def _columns(path: Path, skipped: list[str]) -> dict[str, Column]:

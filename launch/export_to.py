@@ -21,6 +21,9 @@ class Options:
 
     out: Path
     """File (.onnx, .pt2) or folder (timm, transformers) to write; it must not exist yet."""
+    code: str | None = None
+    """Code that the encoder is made by, module:PACKAGE:FUNCTION. It must be the name in its config.json: nothing is
+    imported because a file names it."""
     fixed_size: bool = False
     """Make an ONNX or torch.export file for images of the encoder's own size only. It is smaller and faster."""
 
@@ -48,7 +51,7 @@ def write(argv: Sequence[str]) -> int:
     from ssl_pretrain import encoder  # imports torch, so only after the flags are checked
     from ssl_pretrain.foreign import programs, to_libraries
 
-    read = encoder.load(source)
+    read = encoder.load(source, code=options.code)
     size = "x".join(map(str, read.backbone.image_size))
     if end:
         any_size = not options.fixed_size and programs.takes_any_size(read)

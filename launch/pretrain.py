@@ -163,6 +163,7 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     """
     method, encoder, file, data = (flags.word(argv, name) for name in ("--method", "--encoder", "--config", "--data"))
     written = config.read_yaml(recipe_files.path(file)) if file else {}
+    _refuse_code(written, argv)
     for name in ("method", "data", "encoder"):  # they are looked at before the rest is
         try:
             flags.check(written.get(name, ""), str)
@@ -190,13 +191,11 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     kind = pretext.load(method)
     small = {**BUILT_IN_RUN, **kind.recipe.small} if data.split(":")[0] == "fractals" else {}
     asked = encoder or written.get("encoder")
-    if isinstance(asked, str) and asked.startswith("module:") and encoder is None:
-        raise UserError(
-            f"encoder: {asked} would be imported: name code in the command, --encoder {asked}, not in a file"
-        )
     begin = Beginning.read(argv, written, method, data)
     begin.check_encoder(asked)
     name = asked or begin.settings.get("encoder") or small.get("encoder", "vit_small")
+    if backbones.prefix(name) == "module" and name != encoder:  # of the weights that the run starts from
+        raise UserError(_imported("encoder", name))
     kinds: list[Any] = [Run, Launch, kind.Config, backbones.config_class(name)]
     sizes = backbones.defaults(name)
     below = {**sizes, **kind.recipe.encoder, **small, **begin.settings}
@@ -239,6 +238,19 @@ def _check(argv: list[str]) -> None:
     from ssl_pretrain.train import check_settings
 
     check_settings(run, knobs, options)
+
+
+def _refuse_code(written: dict[str, Any], argv: list[str]) -> None:
+    """Raise UserError for code (module:PACKAGE:FUNCTION) that a YAML file names and the command does not."""
+    for key, value in written.items():
+        if isinstance(value, str) and value.startswith("module:"):
+            if flags.word(argv, "--" + key.replace("_", "-")) is None:
+                raise UserError(_imported(key, value))
+
+
+def _imported(key: str, name: str) -> str:
+    flag = "--" + key.replace("_", "-")
+    return f"{key}: {name} would be imported: name code in the command, {flag} {name}, not in a file"
 
 
 def _methods() -> str:

@@ -142,6 +142,8 @@ def test_a_run_is_trained_continued_exported_and_evaluated(
     assert "--code" in said
     said = pretrain("--config", out / "config.yaml", "--out", tmp_path / "x", code=2, IMPORTED=str(imported)).stderr
     assert "name code in the command" in said
+    said = pretrain(*words, "--out", tmp_path / "x", "--init-from", out, code=2, IMPORTED=str(imported)).stderr
+    assert f"name code in the command, --encoder {name}" in said  # not the export of --init-from either
     with pytest.raises(UserError, match="nothing is imported because a file names it"):
         encoder.load(out)
     with pytest.raises(UserError, match=r"You gave module:other:code\."):
@@ -195,6 +197,20 @@ def test_other_ways_to_name_code_in_a_file_are_no_encoders(
     monkeypatch.setattr(os, "system", called.append)
     with pytest.raises(UserError):
         encoder.load(export(tmp_path / "export", name, options))
+    assert called == []
+
+
+@pytest.mark.parametrize("key", ["encoder", "init_from", "teacher"])
+def test_a_yaml_file_names_no_code(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    from ssl_pretrain.launch.pretrain import main
+
+    called: list[str] = []
+    monkeypatch.setattr(os, "system", called.append)
+    (tmp_path / "recipe.yaml").write_text(f"method: simclr\n{key}: module:os:system\n")
+    assert main(["--config", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]) == 2
+    assert "module:os:system would be imported: name code in the command" in capfd.readouterr().err
     assert called == []
 
 

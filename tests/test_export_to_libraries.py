@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_cases import OTHERS, VITS, case, difference, images, made, vit
 from oracles import import_timm, import_transformers
-from test_forms import OTHERS, VITS, case, difference, images, made, vit
 
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.foreign import to_libraries

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from export_cases import vit
 from oracles import import_timm, import_transformers
 from ssl_pretrain.launch import export
-from test_forms import vit
 
 from ssl_pretrain import encoder
 

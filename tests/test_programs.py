@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from export_cases import SMALL_CONVNEXT, difference, made, vit
 from oracles import import_timm, import_transformers
 from ssl_pretrain.launch import export
-from test_forms import SMALL_CONVNEXT, difference, made, vit
 from torch import nn
 from torch.utils import _pytree
 

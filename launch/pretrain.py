@@ -243,9 +243,9 @@ def _check(argv: list[str]) -> None:
 def _refuse_code(written: dict[str, Any], argv: list[str]) -> None:
     """Raise UserError for code (module:PACKAGE:FUNCTION) that a YAML file names and the command does not."""
     for key, value in written.items():
-        if isinstance(value, str) and value.startswith("module:"):
-            if flags.word(argv, "--" + key.replace("_", "-")) is None:
-                raise UserError(_imported(key, value))
+        names_code = isinstance(value, str) and value.startswith("module:")
+        if names_code and flags.word(argv, "--" + key.replace("_", "-")) is None:
+            raise UserError(_imported(key, value))
 
 
 def _imported(key: str, name: str) -> str:

@@ -91,6 +91,7 @@ def case(name: str, **more: Any) -> Encoder:
 
 # What timm has not, and a part of the reason.
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "RMS norms": ("vit_micro", {**TINY, "rms_norm": True}, "ssl-pretrain only"),
     "post norms": ("vit_micro", {**TINY, "norms": "post"}, "no norm after each branch"),
     "shortcut": ("vit_micro", {**TINY, "shortcut_decay": 0.7}, "no factor on the shortcut"),
     "other epsilon": ("vit_micro", {**TINY, "norm_eps": 1e-4}, "not 0.0001"),

@@ -88,7 +88,9 @@ def test_an_export_that_is_not_the_same_is_not_written() -> None:
 def test_every_method_trains_updates_and_exports_a_plain_encoder(
     method: str, start: Path, photos_in_classes: Path, tmp_path: Path
 ) -> None:
-    state = trained(tmp_path / "run", start, method, "--data", str(photos_in_classes))
+    kind = pretext.load(method)
+    teacher = ["--teacher", str(start)] if "teacher" in kind.frozen(kind.Config()) else []
+    state = trained(tmp_path / "run", start, method, "--data", str(photos_in_classes), *teacher)
     before, after = (encoder.load(path).backbone for path in (start, tmp_path / "run"))
     assert {name for name, value in before.describe().items() if after.describe()[name] != value} <= OF_TRAINING
     one, two = before.state_dict(), after.state_dict()

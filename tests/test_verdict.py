@@ -69,6 +69,9 @@ def test_a_run_ends_with_a_verdict(
         r"kNN top-1 \(20 neighbours, 19 images against 77\): [\d.]+ %, untrained encoder [\d.]+ %, raw pixels [\d.]+ %"
     )
     assert re.search(scores + r"\nverdict: (not )?clearly", said)
+    kept = (tmp_path / "a" / "verdict.txt").read_text()  # ssl-report shows it
+    assert kept in said
+    assert re.match(scores + r"\nverdict: ", kept)
     assert main([*words, "--data", str(photos), "--out", str(tmp_path / "b")]) == 0
     said = capsys.readouterr().out
     assert re.search(

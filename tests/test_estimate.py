@@ -67,23 +67,25 @@ def test_the_estimate_changes_no_bit(
 def test_flags_that_make_a_long_run_short(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With an hour of 20 seconds, each line is a command's flags, and their time is what they say."""
+    """With an hour of 200 seconds, each line is a command's flags, and their time is what they say."""
     monkeypatch.setattr(estimate, "LONG_STEP", 0.0)
-    monkeypatch.setattr(estimate, "HOUR", 20.0)
+    monkeypatch.setattr(estimate, "HOUR", 200.0)
     monkeypatch.setattr(
         Estimate, "_measure", lambda self, method, specs, *_: (4, Speed(specs[0].size[0] / 64, 0.0, 1.0))
     )
     monkeypatch.setattr(estimate, "SMALL", {**estimate.SMALL, "image-size": 32})
-    words = "--method mae --encoder vit_tiny --depth 1 --image-size 64 --batch-size 16 --steps 3 --workers 0 --no-score"
+    words = "--method mae --encoder vit_tiny --no-score --workers 0 --steps 40 --batch-size 16 "
+    words += "--depth 1 --dim 12 --heads 1 --image-size 64"
     assert main([*words.split(), *DECODER, "--data", str(photos), "--out", str(tmp_path / "a")]) == 0
-    # 1 second an image and 16 a step: 16 seconds a step, 48 for three; half of it for images of half the side
+    # 1 second an image and 16 a step: 16 seconds a step, 640 for 40 steps; half of it for images of half the side.
+    # So 200 seconds are 12 steps, or four epochs of the 96 small images.
     said = capsys.readouterr().err
-    assert "estimated from 4 images: 1 images/s, 16.0 s a step, 48 seconds for 3 steps, 1.0 GiB of memory" in said
+    assert "estimated from 4 images: 1 images/s, 16.0 s a step, 11 minutes for 40 steps, 1.0 GiB of memory" in said
     shorter = [line.strip() for line in said.partition("to be done within an hour")[2].splitlines()[1:4]]
     assert shorter == [
-        "--steps 1   (16 seconds)",
-        "--image-size 32 --steps 2   (16 seconds)",
-        "--encoder vit_micro --image-size 32 --patch-size 8 --lr 0.002 --steps 2   (16 seconds)",
+        "--steps 12   (3 minutes)",
+        "--image-size 32 --epochs 4   (3 minutes)",
+        "--encoder vit_micro --image-size 32 --patch-size 8 --batch-size 128 --lr 0.002 --epochs 4   (3 minutes)",
     ]
 
 

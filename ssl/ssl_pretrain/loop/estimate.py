@@ -17,7 +17,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backbones, distributed
-from ..config import Resolved
+from ..config import BUILT_IN_RUN, Resolved
 from ..data.loader import Share, batches, to_batch
 from ..data.source import Source
 from ..data.views import ViewSpec, fitted
@@ -198,13 +198,13 @@ class Estimate:
             return
         yield "to be done within an hour, for example:"
         for flags, each in timed:
-            seconds = self._seconds(each)
-            steps = min(run.steps, int(HOUR / seconds))
-            epochs = steps * run.batch_size / len(self.source)
-            length = f"--epochs {epochs:.0f}" if epochs >= 3 else f"--steps {steps}"
+            seconds = self._seconds(each) / run.batch_size  # an image
+            images = min(run.steps * run.batch_size, HOUR / seconds)
+            epochs, steps = int(images / len(self.source)), int(images / flags.get("batch-size", run.batch_size))
+            length = f"--epochs {epochs}" if epochs >= 3 else f"--steps {steps}"
             words = [f"--{name} {value}" for name, value in flags.items()]
             if steps:
-                yield f"  {' '.join([*words, length])}   ({in_words(steps * seconds)})"
+                yield f"  {' '.join([*words, length])}   ({in_words(images * seconds)})"
 
     def _small(self, start: int, autocast: Any) -> list[tuple[dict[str, Any], Speed]]:
         """The flags of a first look and its speed; nothing where the run is as small, or the method cannot be so."""
@@ -221,8 +221,11 @@ class Estimate:
             return []
         specs = fitted(kind.views(method.config, size), size, backbone.stride)
         measured = self._measure(method.train(), specs, start, autocast)
-        # The paper's optimiser and learning rate are for large encoders, batches and numbers of steps.
-        short = {name: value for name, value in kind.recipe.small.items() if name in ("optimizer", "lr")}
+        # The paper's optimiser, learning rate and batch are for large encoders and long runs.
+        built_in = {**BUILT_IN_RUN, **kind.recipe.small}
+        short = {
+            name.replace("_", "-"): built_in[name] for name in ("batch_size", "optimizer", "lr") if name in built_in
+        }
         return [({**SMALL, **short}, measured[1])] if measured else []
 
 

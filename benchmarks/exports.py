@@ -1,6 +1,6 @@
 """Which programs open an export, and how far their features are from ours: the table of docs/exports.md.
 
-    python benchmarks/exports.py [--rows ROW ...] [--columns COLUMN ...]
+    python benchmarks/exports.py [--rows ROW ...] [--columns COLUMN ...] [--fixed-size]
 
 Every row is an encoder with random weights (norms, biases and layer scale are noise as well), exported and opened by: timm
 (`local-dir:`, from the export's folder), transformers (`AutoModel`, from the same folder; where it cannot, from the folder
@@ -106,22 +106,24 @@ def by_transformers(of: Encoder, folder: Path) -> str:
     return _largest(to_libraries._compared(of, folder, run))
 
 
-COLUMNS: dict[str, Callable[[Encoder, Path], str]] = {
-    "timm": by_timm,
-    "AutoModel": by_transformers,
-    "ONNX": lambda of, folder: _largest(programs.to_onnx(of, folder / "x.onnx")),
-    "torch.export": lambda of, folder: _largest(programs.to_torch_export(of, folder / "x.pt2")),
+COLUMNS: dict[str, Callable[[Encoder, Path, bool], str]] = {
+    "timm": lambda of, folder, any_size: by_timm(of, folder),
+    "AutoModel": lambda of, folder, any_size: by_transformers(of, folder),
+    "ONNX": lambda of, folder, any_size: _largest(programs.to_onnx(of, folder / "x.onnx", any_size=any_size)),
+    "torch.export": lambda of, folder, any_size: _largest(
+        programs.to_torch_export(of, folder / "x.pt2", any_size=any_size)
+    ),
 }
 
 
-def cells(row: str, columns: list[str]) -> list[str]:
+def cells(row: str, columns: list[str], any_size: bool) -> list[str]:
     """A row of the table."""
     of, found = made(row), []
     with tempfile.TemporaryDirectory() as folder:
         encoder.save(Path(folder) / "encoder", of)
         for column in columns:
             try:
-                found.append(COLUMNS[column](of, Path(folder)))
+                found.append(COLUMNS[column](of, Path(folder), any_size))
             except UserError as problem:
                 found.append(f"no: {problem}")
     return found
@@ -148,6 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS), metavar="COLUMN")
+    parser.add_argument("--fixed-size", action="store_true", help="files for images of the encoder's own size only")
     options = parser.parse_args(argv)
     _declare_operators()
     warnings.simplefilter("ignore")
@@ -155,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     print("| encoder |", " | ".join(options.columns), "|")
     print("| --- |" + " --- |" * len(options.columns))
     for row in options.rows:
-        print(f"| {row} |", " | ".join(cells(row, options.columns)), "|", flush=True)
+        print(f"| {row} |", " | ".join(cells(row, options.columns, not options.fixed_size)), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import torch
 from export_cases import OTHERS, VITS, case, difference, images, made, vit
 from oracles import import_timm, import_transformers
 
+from ssl_pretrain import backbones, encoder
+from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.foreign import to_libraries
 
@@ -128,3 +130,25 @@ def test_the_image_processor_is_ours(tmp_path: Path) -> None:
     expected = encoder.preprocess([image])
     assert found.shape == expected.shape
     assert (found - expected).abs().mean() <= 1 / 255 / 0.25
+
+
+@torch.no_grad()
+def test_a_model_of_timm_is_written_for_both(tmp_path: Path) -> None:
+    """Trained as --encoder timm:NAME; its card names timm as the loader."""
+    timm, transformers = import_timm(), import_transformers()
+    backbone = backbones.build("timm:resnet18", image_size=(32, 32)).eval()
+    how = Preprocessing(36, (32, 32), "bicubic", (0.5,) * 3, (0.25,) * 3)
+    written = Encoder(backbone, "timm:resnet18", how, {"method": "simclr"})
+    assert max(to_libraries.to_timm(written, tmp_path / "timm").values()) <= 1e-5
+    kind, found = to_libraries.to_transformers(written, tmp_path / "hf")
+    assert (kind, max(found.values()) <= 1e-5) == ("TimmWrapperModel", True)
+    encoder.save(tmp_path / "encoder", written)
+    x = images(written)
+    for folder in ("timm", "encoder"):
+        model = timm.create_model(f"local-dir:{tmp_path / folder}", pretrained=True).eval()
+        assert difference(model(x), written(x).pooled) <= 1e-5
+    model = transformers.AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    assert difference(model(x).pooler_output, written(x).pooled) <= 1e-5
+    card = (tmp_path / "encoder" / "README.md").read_text()
+    assert "library_name: timm\n" in card
+    assert "- timm: `timm.create_model(" in card

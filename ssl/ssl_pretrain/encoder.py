@@ -428,7 +428,7 @@ def library_config(encoder: Encoder, form: forms.Form) -> dict[str, Any]:
         "architecture": form.architecture,
         "num_classes": 0,
         "num_features": backbone.dim,
-        "global_pool": form.arguments["global_pool"],
+        "global_pool": form.arguments.get("global_pool", ""),
         "model_args": form.arguments,
         "pretrained_cfg": {
             "input_size": [backbone.in_chans, *how.crop],
@@ -451,19 +451,21 @@ def library_config(encoder: Encoder, form: forms.Form) -> dict[str, Any]:
 def write_card(path: Path, encoder: Encoder, scores: Sequence[model_card.Score] = ()) -> None:
     """Write the model card of the export in the folder `path`. Raises OSError if it cannot be written."""
     backbone, form = encoder.backbone, forms.of_export(encoder.backbone)
+    of_timm = hasattr(backbone, "timm_config")  # a model of timm itself
+    library = "timm" if of_timm else "ssl-pretrain" if form is None else form.library
     by_timm = forms.timm_form(backbone)
     wrapped = 'transformers.AutoModel.from_pretrained("this folder")'
     card = model_card.Card(
         encoder.name,
-        "ssl-pretrain" if form is None else form.library,
+        library,
         (backbone.in_chans, *backbone.image_size),
         backbone.dim,
         {
             "timm": f"no, {by_timm}"
-            if isinstance(by_timm, str)
+            if isinstance(by_timm, str) and not of_timm
             else '`timm.create_model("local-dir:this folder", pretrained=True)`',
             "transformers": "no: neither its classes nor timm's, which it wraps, fit"
-            if form is None
+            if library == "ssl-pretrain"
             else f"`{wrapped}`",
         },
     )

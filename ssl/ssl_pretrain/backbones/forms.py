@@ -44,7 +44,7 @@ class Form:
     architecture: str  # the name of timm's model, or transformers' class
     arguments: dict[str, Any]  # of timm's model, or the entries of transformers' config
     classifier: str = "head"  # timm's name of the layer that a classifier would be
-    first_conv: str = "patch_embed.proj"  # timm's name of the layer that sees the image
+    first_conv: str | None = "patch_embed.proj"  # timm's name of the layer that sees the image
     to_theirs: Rules = ()
     to_ours: Rules = ()
     rows: tuple[int, int] = (0, 0)  # position, number: rows of zeros in their table of positions

@@ -33,7 +33,7 @@ def to_timm(encoder: Encoder, folder: Path) -> dict[str, float]:
     """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`; returns the difference of each feature
     from the encoder's. Raises UserError if timm is missing or has no such model, and if it gives other features."""
     timm: Any = plugins.optional("timm", "a folder for timm")
-    form = forms.timm_form(encoder.backbone, exact=False)
+    form = _timm_form(encoder)
     if isinstance(form, str):
         raise UserError(f"timm cannot express the encoder {encoder.name}: {form}; our own loader reads its export")
     with _checked(folder) as aside, _quiet():
@@ -51,7 +51,7 @@ def to_transformers(encoder: Encoder, folder: Path) -> tuple[str, dict[str, floa
     """
     library: Any = plugins.optional("transformers", "a folder for transformers")
     native = _native(encoder)
-    form = forms.timm_form(encoder.backbone, exact=False)
+    form = _timm_form(encoder)
     if isinstance(native, str) and isinstance(form, str):
         raise UserError(
             f"transformers cannot express the encoder {encoder.name}: {native}; nor can timm, whose models it wraps: "
@@ -80,6 +80,15 @@ def to_transformers(encoder: Encoder, folder: Path) -> tuple[str, dict[str, floa
             return output.last_hidden_state, output.pooler_output.flatten(1) if pools else None
 
         return name, _compared(encoder, folder, run)
+
+
+def _timm_form(encoder: Encoder) -> forms.Form | str:
+    """The encoder as a model of timm, or the reason why timm has none; also of an encoder that is a model of timm."""
+    config = getattr(encoder.backbone, "timm_config", None)
+    if config is None:
+        return forms.timm_form(encoder.backbone, exact=False)
+    stated = config(encoder.preprocessing)
+    return forms.Form("timm", stated["architecture"], stated["model_args"], first_conv=None)
 
 
 def _write(encoder: Encoder, form: forms.Form, folder: Path) -> None:

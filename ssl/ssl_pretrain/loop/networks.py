@@ -13,7 +13,7 @@ from ..foreign import libraries
 from ..foreign.specs import Spec
 from ..frozen import Frozen
 from ..pretext import Method
-from . import manifest
+from . import manifest, start_weights
 
 
 def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World) -> dict[str, Frozen]:
@@ -33,7 +33,10 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
         if spec is None:
             flags = "--init-from (or --teacher)" if name == "anchor" else "--teacher"
             raise UserError(f"--method {run.method} with these flags reads a frozen network: name it with {flags}")
-        found[name] = _frozen(open_encoder(spec), spec, run, world)
+        # Start weights of another library are the encoder of ours that the run begins with.
+        begins = name == "anchor" and run.teacher is None and start_weights.is_spec(spec)
+        opened = start_weights.converted(spec, run.image_size, run.partial) if begins else open_encoder(spec)
+        found[name] = _frozen(opened, spec, run, world)
     return found
 
 

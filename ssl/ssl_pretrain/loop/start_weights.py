@@ -53,7 +53,7 @@ def settings(text: str, out: Path, *, partial: bool = False) -> dict[str, Any]:
         in_chans, size = found["backbone"]["in_chans"], found["backbone"]["image_size"]
         mean, std, fingerprint = found["preprocessing"]["mean"], found["preprocessing"]["std"], found["weights"]
     else:
-        loaded = _converted(text, None, partial)
+        loaded = converted(text, None, partial)
         name, described = loaded.name, loaded.backbone.describe()
         in_chans, size = loaded.backbone.in_chans, list(loaded.backbone.image_size)
         mean, std = list(loaded.preprocessing.mean), list(loaded.preprocessing.std)
@@ -109,7 +109,7 @@ def load(run: config.Resolved, backbone: Any) -> list[str]:
         loaded = libraries.load_checkpoint(run.encoder, backbone)
         return [] if loaded is None else [f"starting from the weights of {loaded}"]
     if is_spec(text):
-        source, found = _converted(text, run.image_size, run.partial), _file_hash(text)
+        source, found = converted(text, run.image_size, run.partial), _file_hash(text)
     else:
         source = encoder.load(text, code=getattr(backbone, "code", None))
         found = encoder.description(export_folder(Path(text)))["weights"]  # `load` has compared it with the weights
@@ -141,7 +141,9 @@ def facts(run: config.Resolved) -> dict[str, Any]:
     return {**found, "init_fingerprint": run.init_fingerprint} if found else {}
 
 
-def _converted(text: str, image_size: tuple[int, int] | None, partial: bool) -> Any:
+def converted(text: str, image_size: tuple[int, int] | None, partial: bool) -> Any:
+    """The encoder of ours that another library's weights (timm:, hf:, torch:) become, for images of `image_size` (None:
+    theirs). Raises UserError for weights that fit none; `partial` leaves out what does not fit."""
     from ..foreign import conversion
 
     return conversion.convert(_spec(text), image_size, partial=partial)

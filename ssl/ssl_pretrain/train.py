@@ -134,12 +134,9 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
         )
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6
         report.say(f"{source.description}; {run.encoder} with {trained:.1f} M trained parameters; {run.out}")
-        if source.left_out:
-            report.say(source.left_out.sentence())
-        if process_table:
-            report.say(process_table)
-        for note in notes:
-            report.say(note)
+        for note in (source.left_out.sentence() if source.left_out else "", process_table, *notes):
+            if note:
+                report.say(note)
         if start:
             report.say(start_state.branched(run, start) or f"continuing from step {start} of {steps}")
     guard = run_start.guard(run, start, knn, held_out, world)
@@ -149,14 +146,14 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
         run, method, world, report, monitor, saver, knn, guard, source, held_out, plan[-1].specs, mixed_precision
     )
     loader = run_start.stream(plan, start, source, share, run, world)
+    estimate = Estimate(run, method, source, plan, world, report, stop)
+    estimate.begin(start, mixed_precision)
     log = Log(run, source, report, monitor, world, skipped)
 
     # ---- The loop.
     step_number, stopped = start, None
     if probes.at_start(start):
         saver.save(start, log.skipped, best=True)
-    estimate = Estimate(run, method, source, plan, world, report, stop)
-    estimate.begin(start, mixed_precision)
     method.train()
     with closing(loader), Watch(run.out, world, run.stall_after, report.say_for_all) as watch:
         while step_number < steps:

@@ -152,8 +152,10 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
 
     # ---- The loop.
     step_number, stopped = start, None
+    began = time.perf_counter()
     if probes.at_start(start):
         saver.save(start, log.skipped, best=True)
+    estimate.leave_out(time.perf_counter() - began)
     method.train()
     with closing(loader), Watch(run.out, world, run.stall_after, report.say_for_all) as watch:
         while step_number < steps:

@@ -148,14 +148,14 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     loader = run_start.stream(plan, start, source, share, run, world)
     estimate = Estimate(run, method, source, plan, world, report, stop)
     estimate.begin(start, mixed_precision)
-    log = Log(run, source, report, monitor, world, skipped)
+    log = Log(run, source, report, monitor, world, skipped, estimate)
 
     # ---- The loop.
     step_number, stopped = start, None
     began = time.perf_counter()
     if probes.at_start(start):
         saver.save(start, log.skipped, best=True)
-    estimate.leave_out(time.perf_counter() - began)
+    log.leave_out(time.perf_counter() - began)
     method.train()
     with closing(loader), Watch(run.out, world, run.stall_after, report.say_for_all) as watch:
         while step_number < steps:
@@ -199,8 +199,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                 step = step_of(run, step_number, share.rows(micro), world)
                 began = time.perf_counter()
                 probes.see(step_number + 1, share.rows(micro), batch, specs)
-                for clock in (log, estimate):
-                    clock.leave_out(time.perf_counter() - began)
+                log.leave_out(time.perf_counter() - began)
                 last = micro == accumulate - 1
                 if whole_batch:
                     parts.append((batch, step))
@@ -247,8 +246,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                     raise Diverged(log.diverged(step_number))
             began = time.perf_counter()
             best = probes(step_number, specs)
-            for clock in (log, estimate):
-                clock.leave_out(time.perf_counter() - began)
+            log.leave_out(time.perf_counter() - began)
             if best or is_due(step_number, run.checkpoint_every):
                 saver.save(step_number, log.skipped, best=best)
 

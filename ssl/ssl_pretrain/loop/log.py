@@ -16,6 +16,7 @@ from ..data.source import Source
 from ..distributed import World
 from ..files import finite
 from ..pretext import Losses
+from .estimate import Estimate
 from .monitor import CollapseMonitor
 from .report import Report
 
@@ -25,11 +26,18 @@ class Log:
     """Collects each step's losses; `write` turns them into a line and warns about what is wrong with them."""
 
     def __init__(
-        self, run: Resolved, source: Source, report: Report, monitor: CollapseMonitor, world: World, skipped: int
+        self,
+        run: Resolved,
+        source: Source,
+        report: Report,
+        monitor: CollapseMonitor,
+        world: World,
+        skipped: int,
+        estimate: Estimate,
     ) -> None:
-        """skipped: how many steps of the run were not finite so far."""
+        """skipped: how many steps of the run were not finite so far; estimate: gets to know what was no training, too."""
         self.run, self.source, self.report, self.monitor, self.world = run, source, report, monitor, world
-        self.skipped = skipped
+        self.skipped, self._estimate = skipped, estimate
         self.bad_in_a_row = 0  # the last so many steps were not finite
         self._rows: list[Tensor] = []  # a step each, (3 + T,): not finite?, gradient norm, loss, its terms
         self._terms: list[str] = []
@@ -45,6 +53,7 @@ class Log:
     def leave_out(self, seconds: float) -> None:
         """Leave time that was not spent on training out of the speed."""
         self._since += seconds
+        self._estimate.leave_out(seconds)
 
     def add(self, step: int, results: list[tuple[Tensor, Losses]], mean: Tensor, bad: Tensor, norm: Tensor) -> None:
         """Add step number `step` (from 0): sample ids and losses of each forward, the mean (1 + T,) of the losses and their

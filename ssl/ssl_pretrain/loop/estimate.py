@@ -43,7 +43,7 @@ class Speed:
 
     training: float
     reading: float  # of one process
-    gibibytes: float
+    gibibytes: float  # 0: not known
 
     def step(self, images: int, workers: int, cores: int) -> float:
         """Seconds of a step. On a CPU, reading takes its share of the cores from training."""
@@ -117,7 +117,8 @@ class Estimate:
         left = (run.steps - start) * seconds
         self.report.say(
             f"estimated from {images} images: {run.batch_size / seconds:.3g} images/s, {seconds:.1f} s a step, "
-            f"{in_words(left)} for {run.steps - start:,} steps, {speed.gibibytes:.1f} GiB of memory"
+            f"{in_words(left)} for {run.steps - start:,} steps"
+            + (f", about {speed.gibibytes:.1f} GiB of memory" if speed.gibibytes else "")
         )
         if self.world.device.type == "cpu" and left > 1.2 * HOUR:
             for line in self._shorter(specs, speed, start, autocast):
@@ -152,7 +153,9 @@ class Estimate:
             return None
         each = max(end - warm, 0.0) / max(1, images - few)
         state = 2 * 4 * sum(p.numel() for p in method.parameters() if p.requires_grad) / 2**30  # AdamW's moments
-        return images, Speed(training / images, reading / images, max(end, before + state + each * most))
+        # Of fewer images the difference is noise.
+        memory = max(end, before + state + each * most) if images >= 4 * few else 0.0
+        return images, Speed(training / images, reading / images, memory)
 
     def _pass(
         self, method: Method, specs: tuple[ViewSpec, ...], images: int, start: int, autocast: Any

@@ -331,7 +331,7 @@ def test_mistakes_have_one_message(tmp_path: Path, capfd: pytest.CaptureFixture)
         (["--encoder", "timm:resnet18", "--timm-args", "act_layer=os.system"], "write NAME=VALUE"),
         (["--encoder", "timm:resnet18", "--timm-args", "wings=2"], "wings"),
         (["--encoder", "timm:vit_small_patch14_dinov2"], "--image-size 28 28"),
-        (["--encoder", "tim:resnet18"], "timm:NAME"),
+        (["--encoder", "tim:resnet18"], "did you mean resnet18?"),
     ):
         out = tmp_path / "run"
         assert main(["--method", "lejepa", *words, "--image-size", "32", "--out", str(out), "--steps", "90"]) == 2, (

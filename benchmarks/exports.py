@@ -57,6 +57,7 @@ ROWS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "ViT, `--norm-eps 1e-4`": ("vit_micro", 32, {**SMALL, "norm_eps": 1e-4}),
     "ViT, `--norms patches` (AIM)": ("vit_micro", 32, {**SMALL, "norms": "patches"}),
     "ViT, `--norms post` (data2vec 2.0)": ("vit_micro", 32, {**SMALL, "norms": "post"}),
+    "ViT, `--rms-norm`": ("vit_micro", 32, {**SMALL, "rms_norm": True}),
     "ViT, `--shortcut-decay`": ("vit_micro", 32, {**SMALL, "shortcut_decay": 0.7}),
     "resnet18, `--stem small`": ("resnet18", 32, {"stem": "small"}),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from safetensors.torch import load_file
 
 from ssl_pretrain import optim, rates
@@ -45,6 +46,7 @@ def test_factors_of_several_rules_multiply():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("", "changes nothing"),
         ("encoder.*", "changes nothing"),
         ("encoder.* speed=1", "none of lr="),
         ("encoder.* lr", "none of lr="),
@@ -81,3 +83,34 @@ def test_rule_that_fits_no_parameter_is_refused(pretrain, tmp_path: Path):
     command = ["--method", "simclr", "--steps", "2", "--batch-size", "8", "--rates", "encodr.* lr=0.1"]
     ended = pretrain(*command, "--out", tmp_path / "run", code=2)
     assert "fits no trained parameter" in ended.stderr
+
+
+def test_optional_rule_may_fit_no_parameter():
+    rules = rates.parse(["*.stem.* lr=0.2 optional", "*.missing lr=0.2"])
+    assert [rule.optional for rule in rules] == [True, False]
+    rates.check(rules[:1], ["encoder.conv1.weight"])
+    with pytest.raises(UserError, match=r"'\*\.missing' fits no trained parameter"):
+        rates.check(rules, ["encoder.conv1.weight"])
+
+
+def test_message_about_a_rule_lists_few_names():
+    with pytest.raises(UserError) as refused:
+        rates.check(rates.parse(["zzz lr=0.2"]), [f"encoder.blocks.{i}.weight" for i in range(500)])
+    assert len(str(refused.value)) < 500
+    assert "encoder.blocks.0.weight" in str(refused.value)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("continue_*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    ("encoder", "slowed"),
+    [
+        ("encoder.patch_embed.proj.weight", True),  # a ViT
+        ("encoder.model.patch_embed.proj.weight", True),  # a ViT of timm
+        ("encoder.stem.0.weight", False),  # a ConvNeXt
+        ("encoder.blocks.0.attn.qkv.parametrizations.weight.0.up", False),  # updates of --adapters lora
+    ],
+)
+def test_recipes_of_continued_pretraining_fit_every_encoder(recipe: Path, encoder: str, slowed: bool):
+    rules = rates.parse(yaml.safe_load(recipe.read_text())["rates"])
+    rates.check(rules, [encoder, "head.weight"])
+    assert sum(rule.fits(encoder) for rule in rules) == 1 + slowed

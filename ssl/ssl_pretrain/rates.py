@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 from .errors import UserError, nearest
 
+SHOWN = 5  # names of parameters that a message lists
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -13,7 +15,8 @@ class Rate:
 
     names: a pattern as of file names, "encoder.patch_embed.*". lr and decay: factors on the run's learning rate and weight
     decay. start: share of the run before which the learning rate is 0; then it rises linearly over `ramp`, a share of the
-    run. All are functions of the run's progress, so nothing of it is in a checkpoint.
+    run. All are functions of the run's progress, so nothing of it is in a checkpoint. optional: the rule may fit no
+    parameter; it is for settings that serve several encoders.
     """
 
     names: str
@@ -21,6 +24,7 @@ class Rate:
     decay: float = 1.0
     start: float = 0.0
     ramp: float = 0.0
+    optional: bool = False
 
     def fits(self, name: str) -> bool:
         """Whether the rule is for the parameter of that name."""
@@ -34,12 +38,14 @@ class Rate:
 
 
 def parse(texts: Iterable[str]) -> tuple[Rate, ...]:
-    """The rules of `--rates`: each "PATTERN KEY=VALUE ..." with the keys lr, decay, start and ramp. Raises UserError."""
+    """The rules of `--rates`: each "PATTERN KEY=VALUE ..." with the keys lr, decay, start and ramp, and possibly the word
+    "optional". Raises UserError."""
     rules = []
     for text in texts:
-        pattern, *words = text.split()
+        pattern, *words = text.split() or [""]
         values: dict[str, float] = {}
-        for word in words:
+        optional = "optional" in words
+        for word in (word for word in words if word != "optional"):
             key, equals, number = word.partition("=")
             if key not in ("lr", "decay", "start", "ramp") or not equals:
                 raise UserError(f"--rates {text!r}: {word!r} is none of lr=, decay=, start=, ramp= with a number")
@@ -54,13 +60,18 @@ def parse(texts: Iterable[str]) -> tuple[Rate, ...]:
             raise UserError(
                 f"--rates {text!r} changes nothing: add lr=, decay=, start= or ramp=, like 'encoder.* lr=0.1'"
             )
-        rules.append(Rate(pattern, **values))
+        rules.append(Rate(pattern, **values, optional=optional))
     return tuple(rules)
 
 
 def check(rules: Sequence[Rate], names: Iterable[str]) -> None:
-    """Raise UserError, with the nearest name, for a rule that fits no trained parameter."""
+    """Raise UserError, with the nearest name or the first ones, for a rule that fits no trained parameter, unless it is
+    optional."""
     known = list(names)
     for rule in rules:
-        if not any(rule.fits(name) for name in known):
-            raise UserError(f"--rates {rule.names!r} fits no trained parameter{nearest(rule.names, known)}")
+        if rule.optional or any(rule.fits(name) for name in known):
+            continue
+        hint = nearest(rule.names, known)
+        if not hint.startswith("; did"):  # a model may have thousands of names
+            hint = f"; the first of {len(known)} are {', '.join(known[:SHOWN])}"
+        raise UserError(f"--rates {rule.names!r} fits no trained parameter{hint}")

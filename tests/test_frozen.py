@@ -13,6 +13,7 @@ from ssl_pretrain.methods.dinov2 import DINOv2
 from ssl_pretrain.methods.mae import MAE
 
 from ssl_pretrain import backbones, encoder
+from ssl_pretrain.backbones import adapters
 from ssl_pretrain.conformance import one_step
 from ssl_pretrain.data.views import Sight, fitted
 from ssl_pretrain.encoder import Encoder, Preprocessing
@@ -126,8 +127,20 @@ def test_distance_of_the_weights(tmp_path: Path):
         for n, p in student.named_parameters()
     )
     assert float(Anchor("weights", student, start).distance().detach()) == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(UserError, match=r"has no blocks\.2"):
+    with pytest.raises(UserError, match=r"has no blocks\.2.*use --anchor gram or features"):
         Anchor("weights", encoder.load(export(tmp_path / "c", depth=3)).backbone, start)
+
+
+def test_an_anchor_that_would_hold_nothing_is_refused(tmp_path: Path):
+    """One patch is always as similar to itself as it was. Updates of the weights are no weights of the start."""
+    start = frozen(export(tmp_path / "a"))
+    student = encoder.load(export(tmp_path / "b", patch=32)).backbone
+    with pytest.raises(UserError, match=r"one patch an image.*use --anchor features"):
+        Anchor("gram", student, start)
+    adapted = encoder.load(tmp_path / "a").backbone
+    adapters.train_updates(adapted, 4, 4.0, 0, torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=r"--adapters lora.*use --anchor gram or features"):
+        Anchor("weights", adapted, start)
 
 
 def test_features_of_another_width_are_refused(tmp_path: Path):

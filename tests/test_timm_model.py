@@ -21,14 +21,18 @@ from oracles import import_timm
 from torch import nn
 
 from ssl_pretrain import backbones, conformance, encoder
+from ssl_pretrain.backbones import adapters
 from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
 from ssl_pretrain.data.source import open_source
 from ssl_pretrain.data.subset import Subset
+from ssl_pretrain.data.views import Sight
 from ssl_pretrain.distributed.batch_norm import couples_samples
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import extract
 from ssl_pretrain.foreign import libraries
+from ssl_pretrain.frozen import Frozen
+from ssl_pretrain.parts.anchor import Anchor
 
 NAMES = ("resnet18", "vit_tiny_patch16_224", "convnext_atto", "mobilenetv4_conv_small", "efficientnet_lite0")
 SIZE = (64, 96)
@@ -390,3 +394,37 @@ def test_finetuning_weights_of_timm_for_evaluation_still_work(timm: ModuleType, 
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "w.pth")
     found = libraries.load(f"timm:resnet18,checkpoint={tmp_path / 'w.pth'},image-size=64")
     assert found(images(size=(64, 64))).pooled.shape == (2, 512)
+
+
+def test_low_rank_updates_are_trained_with_layer_decay_and_merged() -> None:
+    arguments = ("patch_size=8", "embed_dim=48", "depth=2")
+    start, adapted, merged = (build("vit_tiny_patch16_224", (32, 32), timm_args=arguments) for _ in range(3))
+    adapters.train_updates(adapted, 4, 4.0, 0, torch.Generator().manual_seed(0))
+    updates = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert len(updates) == 8
+    for name in updates:
+        assert adapted.layer_of(name) == int(name.split(".")[2]) + 1, name
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if name in updates:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    adapters.merge_into(merged, adapted)
+    x = images(size=(32, 32))
+    assert close(merged(x).patches, adapted(x).patches)
+    assert not close(merged(x).patches, start(x).patches, 1e-2)
+
+
+def test_an_anchor_holds_all_weights() -> None:
+    """The distance of the weights is half the squared distance of all parameters, also under timm's names."""
+    arguments = ("patch_size=8", "embed_dim=48", "depth=2")
+    own, start = (build("vit_tiny_patch16_224", (32, 32), seed, timm_args=arguments) for seed in (0, 5))
+    mean, std = (0.5,) * 3, (0.25,) * 3
+    network = Frozen(
+        start, spec="start", fingerprint="x", sight=Sight((8, 8), "bicubic"), own=(mean, std), run=(mean, std)
+    )
+    expected = sum(
+        0.5 * float((one.detach().double() - two.detach().double()).square().sum())
+        for one, two in zip(own.parameters(), start.parameters(), strict=True)
+    )
+    assert float(Anchor("weights", own, network).distance().detach()) == pytest.approx(expected, rel=1e-5)
+    assert expected > 1

@@ -17,6 +17,7 @@ from ..errors import UserError
 from .backbone import Backbone
 
 NAMES = "*.parametrizations.weight.0.*"  # pattern of the names of all updates
+ORIGINAL = "parametrizations.weight.original"  # end of the name of a weight that has an update
 TOLERANCE = 1e-5  # largest difference of merged features, over their largest value
 
 
@@ -105,11 +106,13 @@ def merge_into(plain: Backbone, adapted: Backbone) -> None:
 
     Raises RuntimeError if their largest difference is above TOLERANCE times the largest value.
     """
-    state = adapted.state_dict()
-    for name, part in adapted.named_modules():
+    state = adapted.state_dict(keep_vars=True)
+    names = {id(value): name for name, value in state.items()}  # a wrapped model's modules have other names
+    for part in adapted.modules():
         if parametrize.is_parametrized(part, "weight"):
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.parametrizations.")}
-            state[f"{name}.weight"] = cast(Tensor, part.weight)
+            name = names[id(part.get_parameter(ORIGINAL))].removesuffix(ORIGINAL)
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}parametrizations.")}
+            state[f"{name}weight"] = cast(Tensor, part.weight)
     plain.load_state_dict(state)
     device = next(adapted.parameters()).device
     noise = torch.randn(1, adapted.in_chans, *adapted.image_size, generator=torch.Generator().manual_seed(0)).to(device)

@@ -181,9 +181,9 @@ class TimmModel(Backbone):
 
     def layer_of(self, parameter: str) -> int:
         """See `Backbone.layer_of`: timm's layer groups (`group_matcher`), which layer decay in timm uses. What timm
-        attaches to the last block although it follows the blocks (the final norm of a ViT) is depth + 1. Raises KeyError
-        for an unknown parameter."""
-        layer = self._layers[parameter]
+        attaches to the last block although it follows the blocks (the final norm of a ViT) is depth + 1. An update of a
+        weight is in the weight's layer. Raises KeyError for an unknown parameter."""
+        layer = self._layers[re.sub(r"parametrizations\.(\w+)\..*", r"\1", parameter)]
         return self.depth + 1 if layer < 0 else layer
 
     def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:

@@ -3,14 +3,17 @@
 Shapes: V views of each of B images, N patches of a view, D channels.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backbones.adapters import NAMES
 from ..backbones.backbone import Backbone, Features
 from ..data.views import ViewSpec
 from ..errors import UserError
@@ -53,21 +56,20 @@ class Anchor:
     patch and of the class token, half each (without a class token of patches alone). "weights": half the squared distance
     of the encoder's parameters from the start (L2-SP; Li et al., ICML 2018), summed over all of them.
 
-    Raises UserError where the frozen network does not fit the encoder.
+    Raises UserError where the frozen network does not fit the encoder, and where nothing would be held.
     """
 
     def __init__(self, kind: Kind, encoder: Backbone, frozen: Frozen) -> None:
         self.kind, self.frozen = kind, frozen
         self.sees = kind in ("gram", "features")  # whether it needs the encoder's features
-        self._start: list[tuple[Tensor, Tensor]] = []
-        if kind == "weights":
-            start = encoder.adapt(dict(frozen.backbone.state_dict()), frozen.backbone.image_size)
-            for name, parameter in encoder.named_parameters():
-                if parameter.requires_grad:
-                    if name not in start or start[name].shape != parameter.shape:
-                        raise UserError(f"--anchor weights: {frozen.spec} has no {name} of the encoder's shape")
-                    self._start.append((parameter, start[name].detach()))
-        elif kind == "features" and frozen.dim != encoder.dim:
+        self._start = _start_of_weights(encoder, frozen) if kind == "weights" else []
+        cells = [-(-side // step) for side, step in zip(encoder.image_size, encoder.stride, strict=True)]
+        if kind == "gram" and math.prod(cells) < 2:
+            raise UserError(
+                f"--anchor gram compares the patches of an image, and the encoder has one patch an image at --image-size "
+                f"{encoder.image_size[0]} {encoder.image_size[1]}: use --anchor features, or larger images"
+            )
+        if kind == "features" and frozen.dim != encoder.dim:
             raise UserError(
                 f"--anchor features: {frozen.spec} has {frozen.dim} channels and the encoder {encoder.dim}: use --anchor "
                 f"gram, which compares similarities, or a network of the same width"
@@ -102,6 +104,29 @@ class Anchor:
         losses.terms["anchor"] = whole.detach()
         if losses.per_sample is not None:
             losses.per_sample = losses.per_sample + weight * (whole if each is None else each).detach()
+
+
+def _start_of_weights(encoder: Backbone, frozen: Frozen) -> list[tuple[Tensor, Tensor]]:
+    """Each trained parameter of the encoder, with its value in the frozen network. Raises UserError where it has none."""
+    start = encoder.adapt(dict(frozen.backbone.state_dict()), frozen.backbone.image_size)
+    trained, found = {id(p) for p in encoder.parameters() if p.requires_grad}, []
+    # By the names of a state, as in `start`: those of a wrapped model's parameters are others.
+    for name, parameter in encoder.state_dict(keep_vars=True).items():
+        if id(parameter) not in trained:
+            continue
+        trained.remove(id(parameter))  # a shared one counts once
+        if fnmatchcase(name, NAMES):
+            raise UserError(
+                "--anchor weights holds weights, and --adapters lora trains updates in their place: use --anchor gram or "
+                "features"
+            )
+        if name not in start or start[name].shape != parameter.shape:
+            raise UserError(
+                f"--anchor weights: {frozen.spec} has no {name} of the encoder's shape: use --anchor gram or features, or "
+                f"a network of the encoder's architecture"
+            )
+        found.append((parameter, start[name].detach()))
+    return found
 
 
 def make(kind: Kind, encoder: Backbone, networks: Mapping[str, Frozen]) -> Anchor | None:

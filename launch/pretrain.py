@@ -202,6 +202,8 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     if name != begin.settings.get("encoder"):
         below |= {**sizes, "encoder": name}  # with --partial, another size than that of the weights
     known = {field for each in kinds for field in each.__dataclass_fields__}
+    if "drop_path" not in known and written.get("drop_path") == 0:  # true of an encoder that has none
+        written = {key: value for key, value in written.items() if key != "drop_path"}
     defaults = {**{key: value for key, value in below.items() if key in known}, **written}
 
     def decided(parts: list[Any]) -> dict[str, Any]:

@@ -216,6 +216,10 @@ def test_run_with_an_anchor(pretrain, tmp_path: Path):
     [
         (["--method", "mae", "--anchor", "gram"], "name it with --init-from (or --teacher)"),
         (["--method", "mae", "--teacher", "nowhere"], "reads no teacher"),
+        (
+            ["--method", "mae", "--anchor", "gram", "--teacher", "module:os:getpgid"],
+            "module:os:getpgid: the function needs other arguments than it gets (none)",
+        ),
         (["--method", "mae", "--anchor", "gram", "--teacher", "nowhere"], "nowhere does not exist"),
     ],
 )
@@ -231,3 +235,10 @@ def test_a_network_of_other_channels_is_refused(pretrain, tmp_path: Path):
     flags = ["--method", "mae", "--anchor", "gram", "--teacher", tmp_path / "grey", *SHORT, "--steps", "2"]
     said = pretrain(*flags, "--out", tmp_path / "run", code=2).stderr
     assert "takes images of 1 channels, and the run has --in-chans 3" in said
+
+
+def test_an_anchor_of_a_run_from_a_state_is_named_with_teacher(pretrain, tmp_path: Path):
+    start = start_run(pretrain, tmp_path / "start")
+    flags = ["--method", "mae", "--anchor", "gram", "--init-state", start, "--no-score", "--steps", "2"]
+    said = pretrain(*flags, "--out", tmp_path / "run", code=2).stderr
+    assert f"name it with --teacher, for example --teacher {start}" in said

@@ -7,6 +7,7 @@ import torch
 import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
+from ssl_pretrain.launch.pretrain import read_command
 
 from ssl_pretrain import optim, rates
 from ssl_pretrain.errors import UserError
@@ -114,3 +115,13 @@ def test_recipes_of_continued_pretraining_fit_every_encoder(recipe: Path, encode
     rules = rates.parse(yaml.safe_load(recipe.read_text())["rates"])
     rates.check(rules, [encoder, "head.weight"])
     assert sum(rule.fits(encoder) for rule in rules) == 1 + slowed
+
+
+def test_no_drop_path_is_true_of_an_encoder_that_has_none(tmp_path: Path):
+    words = ["--config", "continue_dino", "--encoder", "resnet18", "--out", str(tmp_path / "run")]
+    run, knobs, options = read_command(words)
+    assert (run.encoder, knobs.anchor) == ("resnet18", "gram")
+    assert not hasattr(options, "drop_path")
+    (tmp_path / "more.yaml").write_text("method: dino\nencoder: resnet18\ndrop_path: 0.1\n")
+    with pytest.raises(UserError, match="unknown key 'drop_path'"):
+        read_command(["--config", str(tmp_path / "more.yaml"), "--out", str(tmp_path / "run")])

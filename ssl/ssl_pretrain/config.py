@@ -354,7 +354,10 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
     mean = run.mean or (IMAGENET_MEAN if run.in_chans == 3 else (0.5,) * run.in_chans)
     std = run.std or (IMAGENET_STD if run.in_chans == 3 else (0.25,) * run.in_chans)
     if len(mean) != run.in_chans or len(std) != run.in_chans:
-        raise UserError(f"--mean has {len(mean)} and --std {len(std)} values, the images have {run.in_chans} channels")
+        raise UserError(
+            f"--mean has {len(mean)} and --std {len(std)} values, the images have {run.in_chans} channels: give both with "
+            f"a value for each channel"
+        )
 
     if run.lr is not None:
         lr = run.lr

@@ -306,7 +306,7 @@ def _build_method(
     )
     plan = stages.plan(run, method_class, knobs, backbone.stride, {name: n.sight for name, n in networks.items()})
     for stage in plan:
-        check_sizes(networks, stage.specs)
+        check_sizes(networks, stage.specs, run.teacher)
     method = method_class(backbone, knobs)
     if run.batch_size < method_class.least_batch:
         raise UserError(

@@ -123,10 +123,16 @@ def made(name: str, **arguments: Any) -> nn.Module:
     except (ImportError, AttributeError) as problem:
         raise UserError(f"module:{name}: {problem}") from None
     try:
-        known = set(inspect.signature(found).parameters)
-    except (TypeError, ValueError):
-        known = set()
-    module = found(**{key: value for key, value in arguments.items() if key in known})
+        signature = inspect.signature(found)
+        given = {key: value for key, value in arguments.items() if key in signature.parameters}
+    except (TypeError, ValueError):  # no function, or one without a signature
+        signature, given = inspect.Signature(), {}
+    try:
+        signature.bind(**given)
+    except TypeError as problem:
+        able = " and ".join(arguments) or "none"
+        raise UserError(f"module:{name}: the function needs other arguments than it gets ({able}): {problem}") from None
+    module = found(**given)
     if not isinstance(module, nn.Module):
         raise UserError(f"module:{name}: it must return a torch module, not {type(module).__name__}")
     return module

@@ -32,6 +32,8 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
         spec = specs[name]
         if spec is None:
             flags = "--init-from (or --teacher)" if name == "anchor" else "--teacher"
+            if name == "anchor" and run.init_state:  # which --init-from would contradict
+                flags = f"--teacher, for example --teacher {run.init_state.partition('@')[0]}"
             raise UserError(f"--method {run.method} with these flags reads a frozen network: name it with {flags}")
         # Start weights of another library are the encoder of ours that the run begins with.
         begins = name == "anchor" and run.teacher is None and start_weights.is_spec(spec)
@@ -45,11 +47,12 @@ def open_encoder(spec: str) -> Encoder:
     return libraries.load(spec) if Spec.parse(spec) else encoder.load(spec)
 
 
-def check_sizes(networks: Mapping[str, Frozen], specs: tuple[ViewSpec, ...]) -> None:
-    """Raise UserError for a view that its network cannot see."""
+def check_sizes(networks: Mapping[str, Frozen], specs: tuple[ViewSpec, ...], teacher: str | None) -> None:
+    """Raise UserError for a view that its network cannot see. teacher: what --teacher names."""
     for spec in specs:
         if spec.network is not None:
-            networks[spec.network].check(spec.network if spec.network != "anchor" else "init-from", spec.size)
+            network = networks[spec.network]
+            network.check("teacher" if network.spec == teacher else "init-from", spec.size)
 
 
 def check_unchanged(run: Resolved, networks: Mapping[str, Frozen]) -> None:

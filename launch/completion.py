@@ -14,9 +14,11 @@ from ssl_pretrain import backbones, loggers, plugins
 from ssl_pretrain.errors import UserError
 
 from . import recipe_files
+from .export import VERBS
+from .export_to import FORMATS
 
 COMMANDS = ("ssl-pretrain", "ssl-eval", "ssl-data", "ssl-export", "ssl-report")
-WORDS_OF = {"ssl-data": ("check", "stats", "bench", "pack"), "ssl-export": ("import",)}
+WORDS_OF = {"ssl-data": ("check", "stats", "bench", "pack"), "ssl-export": VERBS}
 CLASSES = ("Config", "Options", "Common", "Bench", "Pack", "Suite", "Run", "Launch")
 SCRIPTS = {
     "bash": """\
@@ -83,6 +85,8 @@ def answer(words: list[str]) -> list[str]:
         return _starting(last, _first_words(command))
     if command == "ssl-pretrain" and given == ["reproduce"]:
         return _starting(last, recipe_files.names())
+    if command == "ssl-export" and given == ["to"]:
+        return _starting(last, list(FORMATS))
     return []
 
 
@@ -120,6 +124,8 @@ def _flags(command: str, given: list[str]) -> dict[str, list[str] | None]:
     elif command == "ssl-eval" and given:
         modules = ["ssl_pretrain.launch.options", "ssl_pretrain.eval._evaluation"]
         modules += ["ssl_pretrain.launch.suite"] if given[0] == "suite" else [f"ssl_pretrain.eval.{given[0]}"]
+    elif command == "ssl-export" and given:
+        modules = {"to": ["ssl_pretrain.launch.export_to"], "import": ["ssl_pretrain.launch.export"]}.get(given[0], [])
     elif command in COMMANDS:
         modules = [f"ssl_pretrain.launch.{command.removeprefix('ssl-')}"]
     found: dict[str, list[str] | None] = {}

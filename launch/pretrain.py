@@ -207,7 +207,7 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     defaults = {**{key: value for key, value in below.items() if key in known}, **written}
 
     def decided(parts: list[Any]) -> dict[str, Any]:
-        return _decided(parts, kind.recipe)
+        return _decided(parts, kind)
 
     parsed = flags.parse(
         kinds, argv, defaults, prog=PROG, description=DESCRIPTION, epilog=EPILOG, common=COMMON, decided=decided
@@ -215,22 +215,34 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     return begin.checked(*parsed)
 
 
-def _decided(parts: list[Any], recipe: Any) -> dict[str, Any]:
+def _decided(parts: list[Any], kind: Any) -> dict[str, Any]:
     """What the flags that are None will be, for --help: as `config.resolve` decides, without opening the data."""
-    run, knobs = parts[0], parts[2]
+    run, knobs, options = parts[0], parts[2], parts[3]
     short = run.steps is not None or run.images is not None  # the length is known without the number of images
-    resolved = config.resolve(run, recipe, IMAGENET_IMAGES, "fp32")
+    resolved = config.resolve(run, kind.recipe, IMAGENET_IMAGES, "fp32")
     of_length = () if short else ("steps", "warmup_steps", "cooldown_steps")
     found = {
         name: getattr(resolved, name)
         for name in run.__dataclass_fields__
         if getattr(run, name) is None and name not in of_length and getattr(resolved, name) is not None
     }
+    if resolved.clip_grad is None:
+        found["clip_grad"] = "none"
+    return found | _decided_sizes(run, kind, knobs, options)
+
+
+def _decided_sizes(run: Run, kind: Any, knobs: Any, options: Any) -> dict[str, Any]:
+    """The sizes that the method's flags leave open, as far as they do not depend on the number of images."""
+    left_open = [name for name in knobs.__dataclass_fields__ if getattr(knobs, name) is None]
+    if not left_open:
+        return {}
+    from ssl_pretrain.loop import sizes  # torch, which the method has imported
+
+    few, many = (sizes.sized(run, kind, knobs, options, images) for images in (1, IMAGENET_IMAGES))
+    values = {name: (getattr(few, name), getattr(many, name)) for name in left_open}
+    found = {name: value for name, (value, other) in values.items() if value is not None and value == other}
     texts = flags.docs(type(knobs))
-    for name in knobs.__dataclass_fields__:
-        if getattr(knobs, name) is None and "(default" not in texts.get(name, ""):
-            found[name] = "by the encoder"
-    return found
+    return {name: "by the encoder" for name in left_open if "(default" not in texts.get(name, "")} | found
 
 
 def _check(argv: list[str]) -> None:

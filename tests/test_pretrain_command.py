@@ -47,8 +47,8 @@ def test_help_of_a_method_shows_its_knobs_and_the_encoders_with_defaults(pretrai
         assert flag in said
         assert f"(default: {default})" in said
     said = pretrain("--method", "mae", "--data", ".", "--help").stdout
-    # on anything but the built-in images by the rule
-    assert "by the encoder; 512 from ViT-B on" in " ".join(said.split())
+    # on anything but the built-in images by the rule, for the encoder of the command
+    assert "(default: 256, by the encoder; 512 from ViT-B on)" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,13 @@ def test_help_of_a_method_shows_its_knobs_and_the_encoders_with_defaults(pretrai
         (["--config", "dino_imagenet1k_vit_small", "--data", "."], {"--clip-grad": "3", "--epochs": "100"}),
         (["--method", "mae", "--encoder", "vit_base", "--data", "."], {"--dim": "768", "--depth": "12"}),
         (["--method", "dinov2", "--data", "."], {"--optimizer": "adamw", "--clip-each": "False"}),
+        (["--method", "mae"], {"--decoder-dim": "128", "--lr": "0.002", "--clip-grad": "none", "--keep-every": "none"}),
+        (["--method", "mae", "--data", ".", "--encoder", "vit_base"], {"--decoder-dim": "512", "--decoder-depth": "8"}),
+        (["--method", "mae", "--data", ".", "--encoder", "vit_micro"], {"--decoder-depth": "2"}),
+        (
+            ["--method", "dino", "--data", "."],
+            {"--hidden-dim": "2048", "--prototypes": "by the number of images; 65,536"},
+        ),
         (["--method", "mae", "--data", ".", "--steps", "5", "--epochs", "2"], {"--batch-size": "256"}),  # refused later
     ],
 )
@@ -71,8 +78,9 @@ def test_help_shows_the_defaults_of_this_command(
         main([*argv, "--help"])
     entries = [" ".join(each.split()) for each in re.split(r"\n+  (?=--)", capsys.readouterr().out)]
     own = {re.split("[ ,]", each)[0]: each for each in entries}
+    assert all(each.count("(default: ") <= 1 for each in entries)
     for flag, default in shown.items():
-        assert re.search(rf"\(default: {re.escape(default)}[,)]", own[flag]), own[flag]
+        assert re.search(rf"\(default: {re.escape(default)}[,) ]", own[flag]), own[flag]
     order = ["--method", "--data", "--out", "--encoder", "--lr", "--train-split", "--bad-steps"]
     assert [flag for flag in own if flag in order] == order  # what is often used comes first
 

@@ -79,13 +79,14 @@ class Run:
     steps: int | None = None
     """Length in optimiser steps (give only one of --steps, --epochs, --images)."""
     epochs: float | None = None
-    """Length in passes over the data (default: 100)."""
+    """Length in passes over the data; without any of the three, 100 epochs."""
     images: int | None = None
     """Length in images seen."""
     extend: bool = False
     """Give an existing run another length. Its schedules are stretched to the new length."""
     batch_size: int = 256
-    """Global batch size: images per optimiser step, over all processes and micro-batches (fractals: 128)."""
+    """Global batch size: images per optimiser step, over all processes and micro-batches (fractals: 128, or
+    fewer if the method needs it)."""
     accumulate: int = 1
     """Gradient accumulation: number of micro-batches per optimiser step, to save memory."""
 
@@ -152,7 +153,7 @@ class Run:
     keep_last: int = 2
     """Number of newest checkpoints to keep."""
     keep_every: int | None = None
-    """Also keep every checkpoint at a multiple of this many steps; 0: none."""
+    """Also keep every checkpoint at a multiple of this many steps (default: none)."""
 
     log_every: int = 10
     """Steps between lines of metrics.jsonl. The host waits for the device only then."""

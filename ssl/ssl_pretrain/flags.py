@@ -217,13 +217,16 @@ def _help(text: str, field: dataclasses.Field, default: Any, decided: Any) -> st
     """The help of a flag with its default. decided: what the default None means for this command, where it is known."""
     if default is dataclasses.MISSING:
         return text
+    before, found, rule = text.rpartition(" (default: ")
     if default is not None:
-        return text if default == () else f"{text} (default: {_rounded(default)})"
+        if default == ():
+            return text
+        plain = before + "." * rule.endswith(").") if found else text  # the rule for None does not apply
+        return f"{plain} (default: {_rounded(default)})"
     if "default" in field.metadata:
         return f"{text} (default: {field.metadata['default']})"
     if decided is None:
         return text
-    before, found, rule = text.rpartition(" (default: ")
     return f"{before}{found}{_rounded(decided)}, {rule}" if found else f"{text} (default: {_rounded(decided)})"
 
 

@@ -272,7 +272,7 @@ def in_words(seconds: float) -> str:
     """A time that a person plans with: "40 seconds", "12 minutes", "5 h 20 min", "3 days 4 h"."""
     minutes = round(seconds / 60)
     if seconds < 90:
-        return f"{round(seconds)} seconds"
+        return f"{round(seconds)} second" + "s" * (round(seconds) != 1)
     if minutes < 90:
         return f"{minutes} minutes"
     if minutes < 48 * 60:

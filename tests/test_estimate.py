@@ -161,6 +161,7 @@ def test_reading_beside_training() -> None:
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
+        (1.2, "1 second"),
         (41.4, "41 seconds"),
         (600, "10 minutes"),
         (89 * 60, "89 minutes"),

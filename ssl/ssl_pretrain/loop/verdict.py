@@ -79,7 +79,7 @@ def sentence(found: Mapping[str, Comparison]) -> str:
             f"{name} ({each.difference:+.1f} ± {each.margin:.1f})" for name, each in found.items() if each.clear == kind
         ]
         if of_kind:
-            parts.append(f"{text} {' and '.join(of_kind)}")
+            parts.append(f"{text} {(' and ' if kind else ' or ').join(of_kind)}")
     return f"{', '.join(parts)}, in percent of the test images, with 95 % intervals"
 
 

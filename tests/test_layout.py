@@ -16,7 +16,7 @@ LAYERS = (
     ("data", "backbones"),
     ("frozen", "pretext"),
     ("parts", "encoder", "model_card", "optim", "checkpoint"),
-    ("features", "foreign", "config"),
+    ("features", "foreign", "config", "tokenizer"),
     ("loop",),
     ("train",),
     ("conformance",),

@@ -57,6 +57,8 @@ class Run:
 
     teacher: str | None = None
     """Frozen network that the method reads: an export, a run, or timm: hf: torch: module: (docs/running.md)."""
+    tokenizer: str | None = None
+    """Frozen tokenizer whose ids the method predicts: a run of a tokenizer (vqtok), or the tokenizer/ in one."""
 
     encoder: str = "vit_small"
     """Backbone to train (fractals: vit_micro)."""

@@ -131,10 +131,8 @@ class Encoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Hex text, equal for equal weights (in their current state), architecture and preprocessing."""
-        described = json.dumps(_config(self), sort_keys=True)
-        return hashlib.blake2b(
-            (described + weights_hash(self.backbone.state_dict())).encode(), digest_size=16
-        ).hexdigest()
+        text = json.dumps(described(self), sort_keys=True) + weights_hash(self.backbone.state_dict())
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def save(path: Path, encoder: Encoder) -> None:
@@ -144,18 +142,26 @@ def save(path: Path, encoder: Encoder) -> None:
     process that is killed between two renames (or a disk that becomes full there) leaves the old export or the new one.
     Raises OSError if it cannot be written.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    aside = path / f".model.safetensors.{os.getpid()}"
     own = {name: value.detach().cpu().contiguous() for name, value in encoder.backbone.state_dict().items()}
     form = forms.of_export(encoder.backbone)
     weights = own if form is None else form.theirs(own)
-    config = {"format": 1, **_config(encoder), "lineage": encoder.lineage, "weights": weights_hash(weights)}
+    config = {"format": 1, **described(encoder), "lineage": encoder.lineage, "weights": weights_hash(weights)}
     if form is not None and (weights.keys() != own.keys() or form.rows[1]):
         config |= {"format": FORMAT, "names": form.library}
     if form is not None:
         config |= library_config(encoder, form)
     if timm_config := getattr(encoder.backbone, "timm_config", None):  # a model of timm
         config |= timm_config(encoder.preprocessing)
+    write_export(path, weights, config)
+    write_card(path, encoder)
+    sync(path)
+
+
+def write_export(path: Path, weights: dict[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write model.safetensors, with `config` in its header, and config.json to the folder `path`, as `save` says. The
+    caller syncs the folder. Raises OSError if it cannot be written."""
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / f".model.safetensors.{os.getpid()}"
     text = json.dumps(config, indent=1) + "\n"
     try:
         save_weights(weights, aside, {"format": "pt", "config": text})
@@ -166,8 +172,6 @@ def save(path: Path, encoder: Encoder) -> None:
         aside.unlink(missing_ok=True)
         raise problem if isinstance(problem, OSError) else _system_error(problem, path) from None
     write_text(path / "config.json", text)
-    write_card(path, encoder)
-    sync(path)
 
 
 def save_weights(weights: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
@@ -201,14 +205,26 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, code: str | No
     key, if they are not the ones that were saved, and for code that was not given.
     """
     folder = export_folder(Path(path))
-    config, weights = _read(folder)
+    config, weights = read_export(folder)
+    if "quantizer" in config:
+        raise UserError(f"{folder} is a tokenizer, not an encoder: give the run, or the encoder/ beside it")
+    opened = from_description(config, folder, code)
+    renamed = _our_names(config, opened.backbone, weights, folder)
+    check_names(opened.backbone, renamed, folder)
+    opened.backbone.load_state_dict(renamed)
+    check_hash(config, weights, folder)
+    return opened.to(device).eval()
+
+
+def from_description(config: Mapping[str, Any], folder: Path, code: str | None = None) -> Encoder:
+    """The encoder that the config.json of an export describes, with random weights. Raises UserError as `load` does."""
     described, wanted = config["backbone"], config["preprocessing"]
     try:
         crop, mean, std = (tuple(wanted[name]) for name in ("crop", "mean", "std"))
         preprocessing = Preprocessing(wanted["resize"], crop, wanted["interpolation"], mean, std)
         _check_code(described["name"], code, folder)
         backbone = _build(described["name"], described["image_size"], described["in_chans"], described["options"])
-        lineage, saved = config["lineage"], config["weights"]
+        lineage, _ = config["lineage"], config["weights"]
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(f"{folder / 'config.json'} does not describe an encoder: {problem!r}") from None
     except UserError as problem:
@@ -216,15 +232,16 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, code: str | No
             "" if backbones.known(described["name"]) else ". An encoder of another package needs that package installed"
         )
         raise UserError(f"{folder / 'config.json'}: {problem}{hint}") from None
-    renamed = _our_names(config, backbone, weights, folder)
-    _check_names(backbone, renamed, folder)
-    backbone.load_state_dict(renamed)
-    if weights_hash(weights) != saved:
+    return Encoder(backbone, described["name"], preprocessing, lineage)
+
+
+def check_hash(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise UserError unless these are the weights that config.json was written with."""
+    if weights_hash(weights) != config["weights"]:
         raise UserError(
             f"{folder / 'model.safetensors'} is damaged or was replaced: its weights are not those that config.json "
             f"belongs to; copy or export it again"
         )
-    return Encoder(backbone, described["name"], preprocessing, lineage).to(device).eval()
 
 
 def load_weights(path: str | Path, backbone: Backbone) -> None:
@@ -256,7 +273,7 @@ def load_from(source: Encoder, backbone: Backbone, where: str, *, partial: bool 
     there = {name: value for name, value in other.state_dict().items() if name not in lacking}
     if not partial:
         weights = backbone.adapt(there, other.image_size)
-        _check_names(backbone, weights, where)
+        check_names(backbone, weights, where)
         backbone.load_state_dict(weights)
         return ""
     # The image size at which this encoder has the grid of the other one, whose patches may have another size.
@@ -324,7 +341,7 @@ def _check_code(name: str, code: str | None, folder: Path) -> None:
         )
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and the weights by name."""
     file = folder / "config.json"
     try:
@@ -364,7 +381,7 @@ def _our_names(
     return form.ours(weights)
 
 
-def _check_names(backbone: Backbone, weights: Mapping[str, Tensor], where: str | Path) -> None:
+def check_names(backbone: nn.Module, weights: Mapping[str, Tensor], where: str | Path) -> None:
     """Raise UserError that lists the differences, unless the weights have the backbone's names and shapes."""
     if found := differences(_shapes(backbone.state_dict()), _shapes(weights)):
         kind = type(backbone).__name__
@@ -402,7 +419,7 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _config(encoder: Encoder) -> dict[str, Any]:
+def described(encoder: Encoder) -> dict[str, Any]:
     """The architecture and the preprocessing for config.json."""
     return {
         "backbone": {

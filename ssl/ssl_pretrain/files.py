@@ -42,19 +42,20 @@ def in_the_way(path: Path) -> str | None:
     return None
 
 
-def export_folder(path: Path) -> Path:
-    """The folder of the export at `path`, which is a run folder or the export. Raises UserError if there is none."""
+def export_folder(path: Path, kind: str = "encoder") -> Path:
+    """The folder of the export at `path`, which is a run folder or the export. kind: name of the export's folder in a run,
+    "encoder" or "tokenizer". Raises UserError if there is none."""
     if not path.exists():
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = nearest(path.name, beside)
         hint = hint if hint.startswith("; did") else ""
-        raise UserError(f"{path} does not exist{hint}: give a run folder, or the encoder/ in one")
-    for folder in (path, path / "encoder"):
+        raise UserError(f"{path} does not exist{hint}: give a run folder, or the {kind}/ in one")
+    for folder in (path, path / kind):
         if (folder / "config.json").is_file():
             return folder
     raise UserError(
-        f"{path} has no encoder (neither config.json nor encoder/config.json): give a run folder that has saved a "
-        f"checkpoint, or the encoder/ in one"
+        f"{path} has no {kind} (neither config.json nor {kind}/config.json): give a run folder that has saved a "
+        f"checkpoint, or the {kind}/ in one"
     )
 
 

@@ -1,4 +1,4 @@
-"""Frozen networks: read, never trained. A teacher of features, or the start weights that an anchor holds on to.
+"""Frozen networks: read, never trained. A teacher of features, a tokenizer, or an anchor's start weights.
 
 Shapes: B images, C channels, H x W pixels as the network sees them, N patches, D channels of the network.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backbones.backbone import Backbone, Features
+from .backbones.quantizer import Quantizer
 from .data.views import Sight
 from .errors import UserError
 
@@ -24,7 +25,7 @@ class Frozen:
     applies its own.
 
     Attributes: `backbone`; `spec`, what the user named; `fingerprint` of its weights, architecture and preprocessing;
-    `sight`, how it sees; `dim`, D.
+    `sight`, how it sees; `dim`, D; `quantizer`, of a tokenizer, else None.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class Frozen:
         sight: Sight,
         own: tuple[tuple[float, ...], tuple[float, ...]],
         run: tuple[tuple[float, ...], tuple[float, ...]],
+        quantizer: Quantizer | None = None,
     ) -> None:
         """own and run: mean and std, each C numbers, of the network's images and of the run's views."""
         self.backbone = backbone.requires_grad_(False).eval()
         self.spec, self.fingerprint, self.sight, self.dim = spec, fingerprint, sight, backbone.dim
+        self.quantizer = None if quantizer is None else quantizer.requires_grad_(False).eval()
         self._scale = None if own == run else _renormalisation(own, run)
 
     @torch.no_grad()
@@ -50,18 +53,33 @@ class Frozen:
             images = torch.addcmul(offset, images, factor)
         return self.backbone(images, **options)
 
+    @torch.no_grad()
+    def ids(self, images: Tensor) -> Tensor:
+        """The tokenizer's ids (B, h, w) int64 of views (B, C, H, W) in the run's normalisation. Computed in the precision
+        of its weights also under autocast, so that ids do not depend on the run's precision."""
+        assert self.quantizer is not None, f"{self.spec} is no tokenizer"
+        with torch.autocast(images.device.type, enabled=False):
+            seen = self(images)
+            return self.quantizer.ids(seen.patches, seen.grid)
+
     def check(self, name: str, size: tuple[int, int]) -> None:
         """Raise UserError where the network cannot see views of `size`. name: of the network, for the message."""
         parameter = next(self.backbone.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
+        grid = tuple(side // step for side, step in zip(size, self.sight.stride, strict=True))
         try:
-            self(torch.zeros(1, self.backbone.in_chans, *size, device=device))
+            found = self(torch.zeros(1, self.backbone.in_chans, *size, device=device))
         except (RuntimeError, ValueError, AssertionError) as problem:
             reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
             raise UserError(
                 f"--{name} {self.spec} does not take images of {size[0]} x {size[1]} pixels, which give it as many patches "
                 f"as the encoder has: {reason}"
             ) from None
+        if self.quantizer is not None and found.grid != grid:
+            raise UserError(
+                f"--{name} {self.spec} gives {found.grid[0]} x {found.grid[1]} ids where the encoder has {grid[0]} x "
+                f"{grid[1]} patches: choose another --image-size, or a tokenizer for this grid"
+            )
 
 
 def _renormalisation(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 UNKNOWN = "unknown"
-STARTS = ("init_from", "teacher", "anchor")  # of the lineage: other networks that the weights come from
+STARTS = ("init_from", "teacher", "tokenizer", "anchor")  # of the lineage: other networks that the weights come from
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # a model's name on the hub
 
 

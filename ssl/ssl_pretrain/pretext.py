@@ -22,6 +22,7 @@ from .randomness import key
 
 if TYPE_CHECKING:
     from .backbones.backbone import Backbone
+    from .backbones.quantizer import Quantizer
     from .data.views import ViewSpec
     from .rates import Rate
 
@@ -176,8 +177,9 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def frozen(cls, config: Any) -> tuple[str, ...]:
-        """The frozen networks that the method reads with these knobs: "teacher" (--teacher), or "anchor" (--teacher, else
-        the start weights of --init-from). A view for one of them names it (`ViewSpec.network`)."""
+        """The frozen networks that the method reads with these knobs: "teacher" (--teacher), "tokenizer" (--tokenizer), or
+        "anchor" (--teacher, else the start weights of --init-from). A view for one of them names it in
+        `ViewSpec.network`."""
         return ()
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
@@ -208,6 +210,11 @@ class Method(nn.Module, ABC):
     def exported(self) -> Backbone:
         """The encoder that evaluators get."""
         return self.encoder
+
+    def exported_tokenizer(self) -> Quantizer | None:
+        """What makes the exported encoder a tokenizer, for a method that trains one: the run then also exports to
+        tokenizer/. Default: None."""
+        return None
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The value of a loss term if the method learns nothing, and what that means, for each term that has such a value.

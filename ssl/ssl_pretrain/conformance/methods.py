@@ -41,6 +41,7 @@ from .one_step import (
     after_step,
     batch,
     build,
+    network_flags,
     one_step,
     step,
     tiny_knobs,
@@ -363,6 +364,7 @@ class _Checks:
         with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
             out = Path(folder) / "run"
             argv = self._command(_labelled_images(Path(folder) / "images"), out)
+            argv += network_flags(self.method_class, tiny_knobs(self.method_class), Path(folder))
             _pretrain(argv)
             whole, losses = _copied(checkpoint.load(out / "checkpoints", 6)), _logged_losses(out)
             shutil.rmtree(out / "checkpoints" / "step-00000006")

@@ -22,17 +22,22 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import backbones, distributed, pretext
+from .. import backbones, distributed, encoder, pretext, tokenizer
+from ..backbones.backbone import Backbone
+from ..backbones.quantizer import Quantizer
 from ..data.loader import Share
 from ..data.views import Sight, fitted
+from ..encoder import Encoder, Preprocessing
 from ..frozen import Frozen
 from ..loop import grad_cache
 from ..pretext import Batch, Method, Step, WholeBatchMethod
 from ..randomness import key
+from ..tokenizer import Tokenizer
 from . import Fault
 
 BATCH, SIZE = 16, (32, 32)
 ENCODER: dict[str, Any] = {"patch_size": 8, "depth": 2}  # beside what makes a vit_micro
+OWN: tuple[tuple[float, ...], tuple[float, ...]] = ((0.5,) * 3, (0.25,) * 3)  # mean and std of frozen networks
 STEP, STEPS = 3, 10  # where in a run the step is taken
 PATIENCE = 300.0  # seconds for two processes to start and take a step
 
@@ -63,13 +68,36 @@ def networks(names: Sequence[str]) -> dict[str, Frozen]:
     """Small frozen networks of these names, with patches, width and normalisation that are not the encoder's."""
     found = {}
     for name in names:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key("network", name))
-            backbone = backbones.build("vit_micro", image_size=SIZE, patch_size=16, depth=2, dim=96, heads=3)
-        scales = ((0.5,) * 3, (0.25,) * 3), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+        backbone, quantizer = _network(name)
+        scales = OWN, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
         sight = Sight(backbone.stride)
-        found[name] = Frozen(backbone, spec=name, fingerprint=name, sight=sight, own=scales[0], run=scales[1])
+        found[name] = Frozen(
+            backbone, spec=name, fingerprint=name, sight=sight, own=scales[0], run=scales[1], quantizer=quantizer
+        )
     return found
+
+
+def network_flags(method_class: type[Method], knobs: dict[str, Any], folder: Path) -> list[str]:
+    """The flags of a run that name the frozen networks of the method with these knobs: those of `networks`, exported below
+    the folder."""
+    flags = []
+    for name in method_class.frozen(method_class.Config(**knobs)):
+        backbone, quantizer = _network(name)
+        exported = Encoder(backbone, "vit_micro", Preprocessing.for_size(SIZE, *OWN), {})
+        if quantizer is None:
+            encoder.save(folder / name, exported)
+        else:
+            tokenizer.save(folder / name, Tokenizer(exported, quantizer))
+        flags += ["--teacher" if name == "anchor" else f"--{name}", str(folder / name)]
+    return flags
+
+
+def _network(name: str) -> tuple[Backbone, Quantizer | None]:
+    """A frozen network of random weights, which are a function of its name; a tokenizer has 8 codes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key("network", name))
+        backbone = backbones.build("vit_micro", image_size=SIZE, patch_size=16, depth=2, dim=96, heads=3)
+        return backbone, Quantizer(backbone.dim, 8, 4) if name == "tokenizer" else None
 
 
 class Views(dict[str, Tensor]):

@@ -1,9 +1,10 @@
-"""Opens the frozen networks that a method reads: `--teacher`, or the start weights of the run."""
+"""Opens the frozen networks that a method reads: `--teacher`, `--tokenizer`, or the start weights of the run."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from .. import encoder
+from .. import encoder, tokenizer
+from ..backbones.quantizer import Quantizer
 from ..config import Resolved
 from ..data.views import Sight, ViewSpec
 from ..distributed import World
@@ -27,18 +28,25 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
         raise UserError(
             f"--teacher is given, and --method {run.method} with these flags reads no teacher: leave it out"
         )
+    if run.tokenizer is not None and "tokenizer" not in wanted:
+        raise UserError(f"--tokenizer is given, and --method {run.method} with these flags reads none: leave it out")
+    specs["tokenizer"] = run.tokenizer
     found = {}
     for name in wanted:
         spec = specs[name]
         if spec is None:
-            flags = "--init-from (or --teacher)" if name == "anchor" else "--teacher"
+            flags = "--init-from (or --teacher)" if name == "anchor" else f"--{name}"
             if name == "anchor" and run.init_state:  # which --init-from would contradict
                 flags = f"--teacher, for example --teacher {run.init_state.partition('@')[0]}"
             raise UserError(f"--method {run.method} with these flags reads a frozen network: name it with {flags}")
+        if name == "tokenizer":
+            tokens = tokenizer.load(spec)
+            found[name] = _frozen(tokens.encoder, tokens.fingerprint, spec, run, world, tokens.quantizer)
+            continue
         # Start weights of another library are the encoder of ours that the run begins with.
         begins = name == "anchor" and run.teacher is None and start_weights.is_spec(spec)
         opened = start_weights.converted(spec, run.image_size, run.partial) if begins else open_encoder(spec)
-        found[name] = _frozen(opened, spec, run, world)
+        found[name] = _frozen(opened, opened.fingerprint, spec, run, world)
     return found
 
 
@@ -75,7 +83,9 @@ def facts(networks: Mapping[str, Frozen]) -> dict[str, dict[str, str]]:
     return {name: {"spec": each.spec, "fingerprint": each.fingerprint} for name, each in networks.items()}
 
 
-def _frozen(opened: Encoder, spec: str, run: Resolved, world: World) -> Frozen:
+def _frozen(
+    opened: Encoder, fingerprint: str, spec: str, run: Resolved, world: World, quantizer: Quantizer | None = None
+) -> Frozen:
     how = opened.preprocessing
     if how.channels != run.in_chans:
         raise UserError(
@@ -85,8 +95,9 @@ def _frozen(opened: Encoder, spec: str, run: Resolved, world: World) -> Frozen:
     return Frozen(
         opened.backbone.to(world.device),
         spec=spec,
-        fingerprint=opened.fingerprint,
+        fingerprint=fingerprint,
         sight=Sight(opened.backbone.stride, how.interpolation),
         own=(how.mean, how.std),
         run=(run.mean, run.std),
+        quantizer=None if quantizer is None else quantizer.to(world.device),
     )

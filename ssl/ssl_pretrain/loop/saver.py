@@ -8,12 +8,14 @@ from typing import Any, final
 import torch
 from torch.optim import Optimizer
 
-from .. import backbones, checkpoint, distributed, encoder, model_card, optim
+from .. import backbones, checkpoint, distributed, encoder, model_card, optim, tokenizer
+from ..backbones.quantizer import Quantizer
 from ..config import Resolved
 from ..distributed import World
 from ..encoder import Encoder, Preprocessing
 from ..files import write_text
 from ..pretext import Method
+from ..tokenizer import Tokenizer
 from . import parallel, start_state, start_weights, updates
 from .guard import BEST, Guard
 
@@ -53,6 +55,7 @@ class Saver:
         self._best: dict[str, Any] | None = None  # of that checkpoint where it is the best one: what best.json says
         self._kept: set[int] = set()  # the step of the best checkpoint that is published
         self._copy: Encoder | None = None
+        self._quantizer: Quantizer | None = None  # of the checkpoint that is on its way
         if world.first and start:
             self._restore_best()
 
@@ -94,12 +97,13 @@ class Saver:
         elif not self._export_from_files:
             exported = self.copy_encoder()
         self._exported, self._best = exported, self._best_facts(step) if best else None
+        self._quantizer = self._copy_quantizer()
         self._lineage = lineage = self._origin(step)
 
         def export() -> None:
             if exported is not None:
                 exported.lineage = lineage
-                encoder.save(self.run.out / "encoder", updates.merged(self.run, exported))
+                self._write_exports(exported)
 
         state = {
             "method": self.method.state_dict(),
@@ -146,6 +150,23 @@ class Saver:
             "seed": self.run.seed, **start_weights.facts(self.run), **self._sources,
         }  # fmt: skip
 
+    def _write_exports(self, exported: Encoder) -> None:
+        """Write tokenizer/ where the method has one, then encoder/. So a run with an encoder also has its tokenizer."""
+        whole = updates.merged(self.run, exported)
+        if self._quantizer is not None:
+            tokenizer.save(self.run.out / "tokenizer", Tokenizer(whole, self._quantizer))
+        encoder.save(self.run.out / "encoder", whole)
+
+    def _copy_quantizer(self) -> Quantizer | None:
+        """A copy of the method's quantizer, whole and in host memory, on the first process; None on the others, which must
+        call this too, and where the method has none."""
+        own = self.method.exported_tokenizer()
+        if own is None:
+            return None
+        twin = own.another() if self.world.first else None
+        parallel.copy_whole(own, twin)
+        return twin
+
     def _as_export(self) -> Encoder:
         return Encoder(self.method.exported(), backbones.plain_name(self.run.encoder), self._preprocessing, {})
 
@@ -163,7 +184,7 @@ class Saver:
         if self._export_from_files:
             self._exported = self._read_encoder(self._lineage["step"])
             self._exported.lineage = self._lineage
-            encoder.save(self.run.out / "encoder", updates.merged(self.run, self._exported))
+            self._write_exports(self._exported)
         if self._best is not None:
             assert self._exported is not None
             self._export_best(self._exported, self._best)

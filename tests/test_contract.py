@@ -17,7 +17,7 @@ from ssl_pretrain.launch.pretrain import main
 
 from ssl_pretrain import conformance, encoder, flags, plugins, pretext
 from ssl_pretrain.config import Run
-from ssl_pretrain.conformance.one_step import SIZE, tiny_knobs
+from ssl_pretrain.conformance.one_step import SIZE, network_flags, tiny_knobs
 from ssl_pretrain.data.source import open_source
 from ssl_pretrain.features import extract
 from ssl_pretrain.pretext import Step
@@ -84,19 +84,16 @@ def test_it_learns_on_real_images(name: str, shared_data: Path, tmp_path: Path, 
     knobs = {
         **{knob: value for knob, value in small.items() if knob not in left_out},
         **{"optimizer": "adamw", "steps": 150, "lr": 2e-3, "warmup_steps": 20, "batch_size": 128, "aug": "fast"},
-        **{
-            "encoder": "vit_micro",
-            "dim": 64,
-            "heads": 2,
-            "depth": 2,
-            "image_size": 32,
-            "patch_size": 8,
-            "pool": "mean",
-        },
+        **{"dim": 64, "heads": 2, "depth": 2, "patch_size": 8, "pool": "mean"},
         **{"workers": 0, "monitor_every": 0, "picture_every": 0, "log_every": 50, "precision": "fp32"},
         **LEARNING.get(name, {}),
     }
-    argv = ["--method", name, "--data", shared_data / "cifar10_lossless5k", "--out", tmp_path / "run", "--no-score"]
+    common = ["--data", shared_data / "cifar10_lossless5k", "--no-score", "--encoder", "vit_micro", "--image-size", 32]
+    argv = ["--method", name, *common, "--out", tmp_path / "run"]
+    if name == "beit":  # of a tokenizer that has learned something
+        tokens = ["--codes", 128, "--batch-size", 64, "--steps", 100, "--lr", "1e-3", "--patch-size", 8, "--workers", 0]
+        pretrain("--method", "vqtok", *common, *tokens, "--codebook-decay", 0.95, "--out", tmp_path / "tokens")
+        argv += ["--tokenizer", tmp_path / "tokens"]
     for knob, value in knobs.items():
         flag = knob.replace("_", "-")
         if isinstance(value, bool):
@@ -158,6 +155,7 @@ def test_a_batch_of_one_image_trains_or_says_what_it_lacks(
     argv += ["--patch-size", 8, "--depth", 2] if encoder == "vit_micro" else []
     knobs = tiny_knobs(pretext.load(name))
     argv += [word for knob, value in knobs.items() for word in ("--" + knob.replace("_", "-"), value)]
+    argv += network_flags(pretext.load(name), knobs, tmp_path)
     code = main([str(word) for word in argv])
     said = capsys.readouterr().err.splitlines()
     if code == 0:

@@ -31,6 +31,7 @@ METHODS = plugins.own("ssl_pretrain.methods")
 FEATURES = (COMPONENTS, SIMILARITY, NEAREST)
 OWN = {  # what the methods themselves draw
     "aim": "input | prefix | prediction",
+    "beit": "view | masked",
     "data2vec2": "input | mask 1 | mask 2",
     "dinov2": "view | masked",
     "featmim": "view | masked",
@@ -40,6 +41,7 @@ OWN = {  # what the methods themselves draw
     "msn": "anchor | masked",
     "semaim": "input | order | prediction",
     "simmim": "input | masked | reconstruction",
+    "vqtok": "input | reconstruction",
 }
 Shown = dict[tuple[str, int], np.ndarray]
 

@@ -1,0 +1,326 @@
+"""Tokenizers: vector quantisation of patches, of pixels (VQ-VAE; van den Oord et al., NeurIPS 2017), of HOG, or of a frozen
+teacher's features (VQ-KD of BEiT v2; Peng et al., 2022).
+
+The encoder's patch features become unit vectors of few channels, each is replaced by the nearest code of a codebook, and a
+small decoder predicts the patch from the codes. The run exports a tokenizer, whose ids other methods predict.
+Shapes: B images, N patches on an (h, w) grid, D encoder width, K codes of d channels, T values of a target.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.backbones.positions import sincos_table
+from ssl_pretrain.backbones.quantizer import USAGE, Quantizer
+from ssl_pretrain.backbones.vit import Block
+from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, within
+from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.parts import sizes
+from ssl_pretrain.parts.align import resized
+from ssl_pretrain.parts.codebook import averaged, kmeans, revived, sums
+from ssl_pretrain.parts.hog import hog, values
+from ssl_pretrain.parts.patches import patchify, unpatchify
+from ssl_pretrain.parts.targets import distances
+from ssl_pretrain.parts.views import encode
+from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
+
+CELL = 8  # largest side of a HOG cell in pixels
+CANDIDATES = 64  # vectors of an image from which k-means and revived codes start
+REVIVAL_ENDS = 0.8  # share of the run after which no code is replaced, so that ids are stable when it is exported
+USED = (0.1, 0.25)  # shares of the codes: a perplexity below the first is a collapse, one above the second is none
+
+
+@final
+class VQTok(Method):
+    """Train a tokenizer. The loss is the distance of the decoder's prediction, plus `commitment` times that of the vectors
+    from their codes.
+
+    Raises UserError for options out of range, and for a patch that HOG cells do not fit.
+    """
+
+    recipe = Recipe(
+        lr=5e-5,
+        lr_batch=128,
+        final_lr=1e-5,
+        betas=(0.9, 0.99),
+        weight_decay=1e-4,
+        warmup=10 / 100,
+        small={"lr": 1e-3, "steps": 250, "batch_size": 64, "patch_size": 4, "codes": 256, "codebook_decay": 0.97},
+        tiny={"codes": 32, "decoder_dim": 32, "decoder_heads": 2, "revive_every": 1},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Tokenizer (VQ-VAE, VQ-KD)."""
+
+        target: Literal["pixels", "hog", "teacher"] = "pixels"
+        """What the decoder predicts: the pixels (mean square), histograms of oriented gradients or the patch features of
+        --teacher (both 1 - cosine)."""
+        codes: int | None = None
+        """Number of codes (default: by the number of images; 8192 for ImageNet-1k)."""
+        code_dim: int = 8
+        """Channels of a code. Few channels keep all codes in use."""
+        codebook: Literal["ema", "norm_ema", "gradient"] = "ema"
+        """How codes are learned. ema: moving averages of counts and sums. norm_ema: moving average of directions, of used
+        codes only (BEiT v2). gradient: by the loss (VQGAN)."""
+        codebook_decay: float = 0.99
+        """Decay of the moving averages."""
+        commitment: float = 0.25
+        """Weight of the loss that pulls vectors to their codes."""
+        kmeans: bool = True
+        """Start the codes of a moving average by k-means of the first batch."""
+        revive_every: int = 10
+        """Steps between revivals of dead codes, with --codebook ema; 0: none. They end at 80 % of the run."""
+        revive_below: float = 0.1
+        """A code is dead if its average count is below this share of the mean."""
+        decoder_dim: int | None = None
+        """Width of the decoder (default: by the encoder; 768 from ViT-B on)."""
+        decoder_depth: int = 1
+        """Number of decoder blocks."""
+        decoder_heads: int | None = None
+        """Number of attention heads of the decoder (default: by the encoder; 12 from ViT-B on)."""
+        crop_scale: tuple[float, float] = (0.08, 1.0)
+        """Smallest and largest share of the image's area that a crop covers."""
+
+        def __post_init__(self) -> None:
+            within(self, AT_LEAST_1, "codes", "code_dim", "decoder_dim", "decoder_depth", "decoder_heads")
+            within(self, BETWEEN_0_AND_1, "codebook_decay", "revive_below")
+            within(self, NOT_NEGATIVE, "commitment", "revive_every")
+            within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
+
+    counts: Tensor
+    sums: Tensor
+    started: Tensor
+    recent: Tensor
+    decoder_pos_embed: Tensor
+
+    def __init__(self, encoder: Backbone, config: Config) -> None:
+        super().__init__(encoder, config)
+        size, width, heads = self.config.codes, self.config.decoder_dim, self.config.decoder_heads
+        if width % heads or width % 4:
+            raise UserError(f"--decoder-dim {width} must be a multiple of 4 and of --decoder-heads {heads}")
+        self.teacher: Frozen | None = None
+        self._has_started = False  # as `started`, once it was read from the device
+        gradient = config.codebook == "gradient"
+        self.quantizer = Quantizer(encoder.dim, size, config.code_dim, unit=config.codebook != "ema", trained=gradient)
+        self.register_buffer("recent", torch.zeros(size, dtype=torch.int64))  # hits of the tokens being counted
+        if not gradient:
+            self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        if config.codebook == "ema":
+            self.register_buffer("counts", torch.zeros(size))
+            self.register_buffer("sums", torch.zeros(size, config.code_dim))
+        self.grid = (encoder.image_size[0] // encoder.stride[0], encoder.image_size[1] // encoder.stride[1])
+        self.decoder_embed = nn.Linear(config.code_dim, width)
+        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(config.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.register_buffer("decoder_pos_embed", sincos_table(self.grid, width)[None], persistent=False)
+        nn.init.trunc_normal_(self.decoder_embed.weight, std=0.02)
+        nn.init.zeros_(self.decoder_embed.bias)
+        self.cell = min(CELL, *(max(1, side // 2) for side in encoder.stride))
+        if config.target == "hog":
+            if any(side % self.cell for side in encoder.stride):
+                raise UserError(f"--target hog: no cells fit a patch of {encoder.stride[0]} x {encoder.stride[1]}")
+            self._add_prediction(values(encoder.in_chans, encoder.stride, self.cell))
+        elif config.target == "pixels":
+            self._add_prediction(encoder.stride[0] * encoder.stride[1] * encoder.in_chans)
+
+    def _add_prediction(self, width: int) -> None:
+        """The decoder's last layer, for a target of `width` values."""
+        self.decoder_pred = nn.Linear(self.decoder_norm.normalized_shape[0], width)
+        nn.init.trunc_normal_(self.decoder_pred.weight, std=0.02)
+        nn.init.zeros_(self.decoder_pred.bias)
+
+    @classmethod
+    def frozen(cls, config: Any) -> tuple[str, ...]:
+        """The teacher, if its features are the target."""
+        return ("teacher",) if config.target == "teacher" else ()
+
+    def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
+        """Keep the teacher, and add the prediction of its width."""
+        if self.config.target == "teacher":
+            self.teacher = networks["teacher"]
+            self._add_prediction(self.teacher.dim)
+
+    @classmethod
+    def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
+        """By the rule of `parts.sizes`, from BEiT v2's: its decoder is as wide as its encoder."""
+        width = config.decoder_dim or sizes.width(768, encoder.dim, multiple=32)
+        return {
+            "codes": sizes.prototypes(8192, images, least=256),
+            "decoder_dim": width,
+            "decoder_heads": sizes.heads(12, width, encoder.dim),
+        }
+
+    @classmethod
+    def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        """One random resized crop, flipped, without colour; for a teacher also the same pixels with as many patches."""
+        image = ViewSpec(name="image", size=image_size, scale=config.crop_scale)
+        if config.target != "teacher":
+            return (image,)
+        return (image, ViewSpec(name="teacher", of="image", size=image_size, network="teacher"))
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """The mean over patches of the decoder's loss and of the distance between vectors and codes.
+
+        Before codes are started, the decoder gets the vectors themselves. Terms: "reconstruction" is the decoder's loss;
+        "codes_used" the share of codes that occur in the batch, "perplexity" the exp of their entropy, of all processes'
+        images (with gradient accumulation: of a micro-batch, averaged); "diversity" is 0 for a perplexity of at most a
+        tenth of the codes and 1 from a quarter of them on.
+        """
+        images = batch.views["image"]
+        seen = encode(self.encoder, images, step)
+        z = self.quantizer.embed(seen.patches)
+        ids = self.quantizer.nearest(z.detach())
+        codes = self.quantizer.lookup(ids)
+        apart = (z - codes.detach()).square().mean((1, 2)) * self.config.commitment
+        entering = z + (codes - z).detach()  # the gradient goes straight through
+        if self.config.codebook == "gradient":
+            apart = apart + (codes - z.detach()).square().mean((1, 2))
+        else:
+            apart, entering = apart * self.started, torch.where(self.started, entering, z)
+        predicted = self.decoded(entering, seen.grid)
+        distance = "mse" if self.config.target == "pixels" else "cosine"
+        each = distances(predicted, self.targets(batch, seen.grid), distance).mean(1)  # type: ignore[arg-type]
+        per_sample = each + apart
+        rows = z.detach().flatten(0, 1)
+        counts, total = sums(rows, ids.flatten(), self.quantizer.size)
+        carry = {"counts": counts[None]}
+        if self.config.codebook != "gradient":
+            carry |= {"sums": total[None], **self._candidates(z.detach(), step)}
+        return Losses(
+            total=per_sample.mean(),
+            terms={"reconstruction": each.detach().mean(), **usage(counts, ids.numel() * distributed.size())},
+            per_sample=per_sample.detach(),
+            carry=carry,
+        )
+
+    def _candidates(self, z: Tensor, step: Step) -> dict[str, Tensor]:
+        """Random vectors of each image, and the images' rows in the global batch."""
+        order = torch.argsort(step.rand(z.shape[1]), dim=1)[:, :CANDIDATES]
+        rows = torch.arange(step.batch_size, device=z.device)[step.rows]
+        return {"candidates": z.gather(1, order[..., None].expand(-1, -1, z.shape[2])), "rows": rows}
+
+    def decoded(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The decoder's prediction (B, N, T) from vectors (B, N, d)."""
+        positions = self.decoder_pos_embed
+        if grid != self.grid:
+            positions = sincos_table(grid, self.config.decoder_dim)[None].to(codes.device)
+        x = self.decoder_embed(codes)
+        x = x + positions.to(x.dtype)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
+        """What is predicted of every patch, float32 (B, N, T)."""
+        if self.config.target == "pixels":
+            return patchify(batch.views["image"], self.encoder.stride).float()
+        if self.teacher is None:
+            return hog(batch.views["image"], self.encoder.stride, self.cell)
+        seen = self.teacher(batch.views["teacher"])
+        return resized(seen.patches.float(), seen.grid, grid)
+
+    @torch.no_grad()
+    def after_step(self, step: Step) -> None:
+        """Count usage; start the codes, or update them from the batch of all processes; revive dead ones."""
+        config, quantizer = self.config, self.quantizer
+        counts = distributed.all_reduce_(step.carried["counts"].sum(0))
+        self._count(counts, step)
+        if config.codebook == "gradient":
+            return
+        total = distributed.all_reduce_(step.carried["sums"].sum(0))
+        # Read from the device until it is true, in the first two steps. A first step that was skipped starts nothing.
+        self._has_started = self._has_started or bool(self.started)
+        decay = config.codebook_decay
+        if not self._has_started:
+            new = self._first(step, counts)
+        elif config.codebook == "ema":
+            mean_counts = decay * self.counts + (1 - decay) * counts
+            mean_sums = decay * self.sums + (1 - decay) * total
+            if config.revive_every and step.step % config.revive_every == 0 and step.progress < REVIVAL_ENDS:
+                candidates = self._gathered(step)
+                mean_counts, mean_sums = revived(
+                    mean_counts, mean_sums, candidates, config.revive_below, step.generator()
+                )
+            new = {"counts": mean_counts, "sums": mean_sums, "codes": averaged(mean_counts, mean_sums)}
+        else:
+            mean = F.normalize(total, dim=1)
+            moved = F.normalize(decay * quantizer.codes + (1 - decay) * mean, dim=1)
+            new = {"codes": torch.where((counts > 0)[:, None], moved, quantizer.codes)}
+        for name, value in new.items():
+            old: Tensor = quantizer.codes if name == "codes" else getattr(self, name)
+            old.copy_(torch.where(step.ok, value, old))
+        self.started.logical_or_(step.ok)
+
+    def _first(self, step: Step, counts: Tensor) -> dict[str, Tensor]:
+        """The first codes, and their counts and sums: k-means of the batch, or random directions with equal counts."""
+        config, tokens = self.config, counts.sum()
+        if config.kmeans:
+            candidates = self._gathered(step)
+            codes, own = kmeans(candidates, self.quantizer.size, step.generator(), unit=self.quantizer.unit)
+            own = (own * (tokens / len(candidates))).clamp_min(1)
+        else:
+            codes, own = self.quantizer.codes, (tokens / len(counts)).expand_as(counts)
+        if config.codebook == "norm_ema":
+            return {"codes": codes}
+        return {"codes": codes, "counts": own, "sums": codes * own[:, None]}
+
+    @staticmethod
+    def _gathered(step: Step) -> Tensor:
+        """The candidates (n, d) of all processes, in the order of the global batch: the same for any number of them."""
+        order = torch.argsort(distributed.gather(step.carried["rows"]))
+        return distributed.gather(step.carried["candidates"]).index_select(0, order).flatten(0, 1)
+
+    def _count(self, counts: Tensor, step: Step) -> None:
+        """Add to the hits of the tokens being counted. When they are enough, they become the codebook's `hits`. So these
+        are of a fixed number of tokens of a late part of training, as soon as there were that many."""
+        hits, size = self.quantizer.hits, self.quantizer.size
+        found = self.recent + torch.where(step.ok, counts, 0.0).long()
+        full = found.sum() >= USAGE * size
+        hits.copy_(torch.where(full | (hits.sum() < USAGE * size), found, hits))
+        self.recent.copy_(torch.where(full, 0, found))
+
+    def exported_tokenizer(self) -> Quantizer:
+        """The codebook."""
+        return self.quantizer
+
+    def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
+        """Few codes for all patches."""
+        return {"diversity": (0.0, "the codebook collapses: less than a tenth of the codes carries nearly all patches")}
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The crop and, where pixels are the target, its reconstruction from codes."""
+        images = batch.views["image"]
+        if self.config.target != "pixels":
+            return {"input": images}
+        seen = self.encoder(images)
+        codes = self.quantizer.lookup(self.quantizer.nearest(self.quantizer.embed(seen.patches)))
+        painted = self.decoded(codes, seen.grid).float()
+        return {"input": images, "reconstruction": unpatchify(painted, self.encoder.stride, seen.grid)}
+
+
+@torch.no_grad()
+def usage(counts: Tensor, tokens: int) -> dict[str, Tensor]:
+    """The terms that describe the use of K codes, of this process's counts (K,); over all processes, which have `tokens`
+    tokens. A quarter of these bounds what perplexity is compared with: few tokens cannot use many codes."""
+    share = distributed.mean(counts)
+    share = share / share.sum()
+    perplexity = torch.exp(-torch.special.xlogy(share, share).sum())
+    low, high = (part * min(len(counts), tokens / 4) for part in USED)
+    low = max(low, 1.0)
+    high = max(high, low + 1)
+    return {
+        "codes_used": (share > 0).float().mean(),
+        "perplexity": perplexity,
+        "diversity": ((perplexity - low) / (high - low)).clamp(0, 1),
+    }

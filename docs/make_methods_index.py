@@ -16,6 +16,7 @@ from pathlib import Path
 PAGES = Path(__file__).parent / "methods"
 FAMILIES = (
     "masked images",
+    "tokenizers",
     "masked latents, JEPA",
     "contrastive",
     "without negatives",

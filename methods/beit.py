@@ -43,8 +43,7 @@ class BEiT(Method):
         weight_decay=0.05,
         clip_grad=3.0,
         warmup=10 / 300,
-        encoder={"layer_scale": 0.1},
-        small={"lr": 2e-3, "steps": 250, "batch_size": 64, "patch_size": 4, "layer_scale": None},
+        small={"lr": 2e-3, "steps": 250, "batch_size": 64, "patch_size": 4},
         tiny={"aggregate_depth": 1},
     )
 

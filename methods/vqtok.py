@@ -122,7 +122,7 @@ class VQTok(Method):
         self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.register_buffer("decoder_pos_embed", sincos_table(self.grid, width)[None], persistent=False)
-        nn.init.trunc_normal_(self.decoder_embed.weight, std=0.02)
+        nn.init.normal_(self.decoder_embed.weight)  # codes of length 1 begin as large as the positions that are added
         nn.init.zeros_(self.decoder_embed.bias)
         self.cell = min(CELL, *(max(1, side // 2) for side in encoder.stride))
         if config.target == "hog":

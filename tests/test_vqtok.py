@@ -14,7 +14,7 @@ from ssl_pretrain.conformance import one_step
 from ssl_pretrain.parts.codebook import EPS, ITERATIONS, averaged, kmeans, revived, sums
 from ssl_pretrain.parts.targets import distances
 
-KERNELS = 0  # of a step: python tests/kernels.py vqtok
+KERNELS = 258  # of a step: python tests/kernels.py vqtok
 # The host reads once, in the first two steps of a process, whether the codes are started.
 ON_THE_HOST = ["_local_scalar_dense"]
 

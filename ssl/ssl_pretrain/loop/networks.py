@@ -60,7 +60,8 @@ def check_sizes(networks: Mapping[str, Frozen], specs: tuple[ViewSpec, ...], tea
     for spec in specs:
         if spec.network is not None:
             network = networks[spec.network]
-            network.check("teacher" if network.spec == teacher else "init-from", spec.size)
+            anchored = "teacher" if network.spec == teacher else "init-from"
+            network.check(anchored if spec.network == "anchor" else spec.network, spec.size)
 
 
 def check_unchanged(run: Resolved, networks: Mapping[str, Frozen]) -> None:

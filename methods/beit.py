@@ -43,7 +43,7 @@ class BEiT(Method):
         weight_decay=0.05,
         clip_grad=3.0,
         warmup=10 / 300,
-        small={"lr": 2e-3, "steps": 250, "batch_size": 64, "patch_size": 4},
+        small={"lr": 2e-3, "steps": 250, "batch_size": 64, "patch_size": 4, "pool": "cls"},
         tiny={"aggregate_depth": 1},
     )
 

@@ -28,9 +28,8 @@ class Quantizer(nn.Module):
         super().__init__()
         self.dim, self.size, self.width, self.unit = dim, size, width, unit
         self.project = nn.Linear(dim, width)
-        nn.init.normal_(
-            self.project.weight, std=dim**-0.5
-        )  # smaller weights would turn all vectors faster than codes move
+        # Smaller weights would turn all vectors faster than the codes move.
+        nn.init.normal_(self.project.weight, std=dim**-0.5)
         nn.init.zeros_(self.project.bias)
         start = F.normalize(torch.randn(size, width), dim=-1)
         if trained:

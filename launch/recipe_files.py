@@ -44,15 +44,21 @@ def names() -> list[str]:
     return sorted(path.stem for path in _folder().glob("*.yaml"))
 
 
-def path(text: str) -> Path:
-    """The file that `--config TEXT` means: that of a recipe's name, else a path. Raises UserError for a word that is
-    neither a recipe nor a file, with the nearest name."""
+def path(text: str, command: str = "--config") -> Path:
+    """The file that `--config TEXT` means: that of a recipe's name, else a path. command: what the name was given to.
+    Raises UserError for a word that is neither a recipe nor a file, with the nearest name."""
     given = Path(text)
     if given.is_file() or given.suffix or given.name != text:
         return given
     if text not in names():
-        raise UserError(f"--config: {text!r} is neither a recipe nor a file{nearest(text, names())}")
+        raise UserError(f"{command}: {text!r} is neither a recipe nor a file{_known(text)}")
     return _folder() / f"{text}.yaml"
+
+
+def _known(text: str) -> str:
+    """The nearest name, or how to see all of them: they are many."""
+    near = nearest(text, names())
+    return near if "did you mean" in near else "; 'ssl-pretrain --config list' shows all recipes"
 
 
 def title(file: Path) -> str:

@@ -57,6 +57,13 @@ METRICS = {
     "silhouette": ("silhouette", 1.0),
     "rankme": ("RankMe", None),
 }
+# What to see on the pictures that every run has (loop/pictures.py)
+EXPLAINED = {
+    "views": "Training images as the model sees them: one column per image, one row per view.",
+    "patch features (PCA)": "Patches with similar features have similar colours.",
+    "similarity to the class token": "Bright patches are the most similar to the vector of the whole image.",
+    "nearest neighbours": "Left: an image. Right of it: the training images with the most similar features.",
+}
 # Settings of every run that say most about it; those of the method and the encoder come after them
 MATTER = (
     *("method", "encoder", "data", "image_size", "batch_size", "steps", "epochs", "optimizer", "lr", "schedule"),
@@ -449,6 +456,7 @@ def _figure(run: Run, series: Series, name: str, *, several: bool) -> str:
     rows = series.tag.split(" | ")
     heading = ", ".join(rows)[:1].upper() + ", ".join(rows)[1:]
     below = " (rows from top to bottom)" if len(rows) > 1 else ""
+    meaning = f'<p class="note">{EXPLAINED[series.tag]}</p>' if series.tag in EXPLAINED else ""
     of_run = f"{plain(run.name)}, " if several else ""
     last = len(series.shown) - 1
     images = "".join(
@@ -466,7 +474,7 @@ def _figure(run: Run, series: Series, name: str, *, several: bool) -> str:
     return (
         f'<figure class="picture" id="{name}"><figcaption><b>{plain(heading)}</b>{below} <span class="soft">'
         f"{of_run}step <output>{series.shown[-1].step:,}</output>.{left}</span></figcaption>"
-        f'<button type="button" class="enlarge" title="Enlarge">{images}</button>{control}</figure>\n'
+        f'{meaning}<button type="button" class="enlarge" title="Enlarge">{images}</button>{control}</figure>\n'
     )
 
 

@@ -30,7 +30,7 @@ def reproduce(argv: list[str], train: Callable[[list[str]], int]) -> int:
     name, rest = argv[0], argv[1:]
     if name.startswith("-"):
         raise UserError(f"{PROG}: name the recipe first: {PROG} mae_cifar10 --data DIR")
-    file = recipe_files.path(name)
+    file = recipe_files.path(name, PROG)
     data = flags.word(rest, "--data") or read_yaml(file).get("data")
     record = recipe_files.recorded(file)
     if record is None:

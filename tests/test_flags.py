@@ -62,6 +62,8 @@ def test_flags_win_over_yaml_over_defaults() -> None:
     [
         (["--metod", "mae"], {}, ["--metod", "did you mean --method?"]),
         (["--method", "mae", "--mask-ration", "0.5"], {}, ["--mask-ration", "did you mean --mask-ratio?"]),
+        (["--versoin"], {}, ["--versoin", "did you mean --version?"]),
+        (["--xyz"], {}, ["known: --", "--flip, --help, --"]),
         (["--method", "mae", "--mask-ration=0.5"], {}, ["--mask-ration", "did you mean --mask-ratio?"]),
         (["--method", "mae", "--lr", "fast"], {}, ["--lr", "'fast' is not a number"]),
         (["--method", "mae", "--precision", "fp23"], {}, ["did you mean fp32?"]),

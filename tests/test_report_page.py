@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chromium
@@ -20,12 +21,13 @@ from chromium import Chromium
 from conftest import ROOT
 from PIL import Image
 from report_pages import Elements, charts, table
-from ssl_pretrain.launch import report_pictures
+from ssl_pretrain.launch import report_page, report_pictures
 from ssl_pretrain.launch.report import main
 from ssl_pretrain.launch.report_page import MOST_BYTES, plain, safe_json
 from ssl_pretrain.launch.run_folder import read
 
 from ssl_pretrain.loggers.tensorboard import TensorBoard
+from ssl_pretrain.loop import pictures
 
 needs_browser = pytest.mark.skipif(chromium.PROGRAM is None, reason="no Chromium here to show the page")
 SETTINGS = {"method": "mae", "encoder": "vit_micro", "data": "photos", "batch_size": 16, "steps": 100, "lr": 0.001}
@@ -232,6 +234,17 @@ def test_controls_change_the_charts(folders: list[Path], browser: Chromium, tmp_
     browser.run(send("[data-run='2']", "e.checked = false", "input"))
     assert browser.run('document.querySelectorAll(".plot canvas").length') == 0
     assert browser.problems == []
+
+
+def test_pictures_of_every_run_are_explained() -> None:
+    """By what the page says below the heading of each kind that `loop/pictures.py` draws."""
+    assert set(report_page.EXPLAINED) == {pictures.VIEWS, pictures.COMPONENTS, pictures.SIMILARITY, pictures.NEAREST}
+    png = report_pictures.Picture(5, b"", 500, 100)
+    both = [report_pictures.Series(tag, [png], 1) for tag in (pictures.NEAREST, "input | masked")]
+    run: Any = SimpleNamespace(name="one")
+    neighbours, own = (report_page._figure(run, each, "picture-0-0", several=False) for each in both)
+    assert "the training images with the most similar features" in neighbours
+    assert 'class="note"' not in own
 
 
 @needs_browser

@@ -34,12 +34,15 @@ def test_a_name_is_the_file_of_the_recipe_from_anywhere(
     (tmp_path / "mae_cifar10").write_text("method: simclr\n")  # a file that is there is meant
     assert read_command(["--config", "mae_cifar10", "--data", str(photos)])[0].method == "simclr"
     for text, words in {
-        "mae_cifar11": "'mae_cifar11' is neither a recipe nor a file; did you mean mae_cifar10?",
+        "mae_cifar11": "--config: 'mae_cifar11' is neither a recipe nor a file; did you mean mae_cifar10?",
+        "xyz": "'xyz' is neither a recipe nor a file; 'ssl-pretrain --config list' shows all recipes",
         "gone.yaml": "gone.yaml: No such file",
         "recipes/mae_cifar10": "recipes/mae_cifar10: No such file",
     }.items():
         with pytest.raises(UserError, match=words.replace("?", r"\?")):
             read_command(["--config", text])
+    with pytest.raises(UserError, match=r"^ssl-pretrain reproduce: 'xyz' is neither"):
+        reproduce.reproduce(["xyz"], lambda words: 0)
 
 
 def test_a_name_stays_one_in_the_command_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,8 @@ def parse(
         )
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        flags = ["--" + name.replace("_", "-") for name in (*known, *by_stored_name)]
+        names = dict.fromkeys((*known, *by_stored_name, "help", "version"))
+        flags = ["--" + name.replace("_", "-") for name in names]
         first = next((word for word in unknown if word.startswith("-")), None)
         if first is None:
             raise UserError(f"{prog}: unexpected {unknown[0]!r}: every option is a flag (--name value)")

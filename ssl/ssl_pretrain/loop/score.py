@@ -71,8 +71,8 @@ class KnnScore:
         if score is None and (run.knn_data or run.keep_best == DOMAIN or not scores):
             raise UserError(
                 f"--knn-every {run.knn_every} scores by labels, and {run.knn_data or run.data} has none, one class only, "
-                f"or too few images: leave the flag out, sort the images into a folder a class, or name labelled images "
-                f"with --knn-data"
+                f"or too few images: leave the flag out, sort the images into one folder per class, or name labelled "
+                f"images with --knn-data"
             )
         return scores
 

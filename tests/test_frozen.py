@@ -204,7 +204,7 @@ def test_run_with_an_anchor(pretrain, tmp_path: Path):
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     known = manifest["networks"]["anchor"]
     assert known == {"spec": str(start), "fingerprint": encoder.load(start).fingerprint}
-    assert encoder.load(tmp_path / "run").lineage["anchor"] == known
+    assert encoder.load(tmp_path / "run").lineage["anchor"].items() >= known.items()
     # another file in its place
     export(start / "encoder", depth=4)
     said = pretrain(*flags[:-1], "8", "--extend", "--out", tmp_path / "run", code=2).stderr

@@ -159,6 +159,10 @@ def test_a_run_is_trained_continued_exported_and_evaluated(
     pretrain(
         *(*words, "--encoder", name, "--out", tmp_path / "two", "--init-from", out), IMPORTED=str(imported)
     )  # the command names the code
+    dino = ["--config", "continue_dino", "--data", photos_in_classes, "--image-size", 32, "--prototypes", 64, *QUICK]
+    kept = (*dino, "--anchor", "weights", "--init-from", out, "--encoder", name, "--out", tmp_path / "three")
+    pretrain(*kept, IMPORTED=str(imported))  # also for the network of the anchor
+    assert encoder.load(tmp_path / "three", code=name).lineage["anchor"]["spec"] == str(out)
 
 
 @pytest.mark.parametrize("name", ["module:os:system", "module:evil:build", "module:evil.deeper:build"])

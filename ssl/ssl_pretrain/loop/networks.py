@@ -45,14 +45,17 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
             continue
         # Start weights of another library are the encoder of ours that the run begins with.
         begins = name == "anchor" and run.teacher is None and start_weights.is_spec(spec)
-        opened = start_weights.converted(spec, run.image_size, run.partial) if begins else open_encoder(spec)
+        opened = (
+            start_weights.converted(spec, run.image_size, run.partial) if begins else open_encoder(spec, run.encoder)
+        )
         found[name] = _frozen(opened, opened.fingerprint, spec, run, world)
     return found
 
 
-def open_encoder(spec: str) -> Encoder:
-    """The encoder that a user names: an export, a run, or another library's (see `foreign.specs`). Raises UserError."""
-    return libraries.load(spec) if Spec.parse(spec) else encoder.load(spec)
+def open_encoder(spec: str, own: str) -> Encoder:
+    """The encoder that a user names: an export, a run, or another library's (see `foreign.specs`). own: the run's encoder:
+    an export of the user's own code loads if the command names the same code with --encoder. Raises UserError."""
+    return libraries.load(spec) if Spec.parse(spec) else encoder.load(spec, code=own)
 
 
 def check_sizes(networks: Mapping[str, Frozen], specs: tuple[ViewSpec, ...], teacher: str | None) -> None:

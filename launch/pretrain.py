@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None, *, placed: bool = False) -> int:
             with StopRequest() if environment.in_slurm_step() else nullcontext():
                 return _main(argv, placed)
         except KeyboardInterrupt:
-            print(f"{PROG}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+            print(
+                f"{PROG}: interrupted; the same command continues from the last checkpoint, if there is one",
+                file=sys.stderr,
+            )
             return 75
 
     return run_command(PROG, work, argv)

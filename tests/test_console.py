@@ -113,7 +113,9 @@ def test_an_interruption_at_once_is_in_the_manifest(
     monkeypatch.setattr("ssl_pretrain.train.to_batch", interrupted)
     assert main(argv(photos, tmp_path / "run")[3:]) == 75
     assert state(tmp_path / "run").startswith("failed: interrupted before it was saved")
-    assert "interrupted; the same command continues" in capsys.readouterr().err
+    assert (
+        "interrupted; the same command continues from the last checkpoint, if there is one" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", ["data", "evaluate"])

@@ -65,7 +65,7 @@ def test_many_processes_are_a_line_a_machine() -> None:
     lines = preflight.table(many, Path("runs"), 0.1).splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["0-7", "8-15", "16-23"]
     assert len(lines) == 1 + 8 + 1
-    assert lines[-1].startswith("64 process(es) on 8 machine(s)")
+    assert lines[-1].startswith("64 processes on 8 machines")
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_a_run_of_several_processes_begins_with_the_table(photos: Path, tmp_path
     done = pretrain("--method", "mae", "--data", photos, "--out", out, "--steps", 1, "--nproc", 2, *TINY)
     said = done.stderr
     assert re.search(r"^0 .*GiB free, writes \d+ MiB/s$", said, re.MULTILINE)
-    assert re.search(r"^2 process\(es\) on 1 machine\(s\) found one another.*; (\d+\.\d) s$", said, re.MULTILINE)
+    assert re.search(r"^2 processes on 1 machine found one another: .*; (\d+\.\d) s$", said, re.MULTILINE)
     (launch,) = json.loads((out / "manifest.json").read_text())["launches"]
     assert len(launch["hosts"]) == 2
 
@@ -87,7 +87,7 @@ def test_the_command_prints_a_line_a_process_and_leaves(photos: Path, tmp_path: 
     assert [line.split()[0] for line in lines[:3]] == ["rank", "0", "1"]
     assert re.search(r"GiB free, writes \d+ MiB/s", lines[1])  # by one process of the machine
     assert "writes" not in lines[2]
-    assert "2 process(es) on 1 machine(s) found one another" in lines[3]
+    assert "2 processes on 1 machine found one another: sums over all processes are correct, and all see" in lines[3]
     assert list(out.iterdir()) == []
     # the check at the start of every run is a second at most: here with the trial of the disk
     assert float(re.search(r"([\d.]+) s$", lines[3])[1]) < 5

@@ -124,9 +124,10 @@ def table(all_facts: list[Facts], out: Path, seconds: float) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"warning: {text}" for text in disagreements(all_facts)]
+    count, hosts = len(all_facts), len({f.host for f in all_facts})
     lines.append(
-        f"{len(all_facts)} process(es) on {len({f.host for f in all_facts})} machine(s) found one another, add up and see "
-        f"{out}; {seconds:.1f} s"
+        f"{count} process{'es' * (count != 1)} on {hosts} machine{'s' * (hosts != 1)} found one another: sums over all "
+        f"processes are correct, and all see {out}; {seconds:.1f} s"
     )
     return "\n".join(lines)
 

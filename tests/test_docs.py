@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import DATA, ROOT, TINY, picture
 from PIL import Image
 
@@ -90,6 +91,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(words: list[str]) -> list[str]:
     """Flags that make a run small: of the encoder, and of the method's heads."""
     method = words[words.index("--method") + 1] if "--method" in words else "mae"
+    if "--config" in words and (ROOT / "recipes" / f"{words[words.index('--config') + 1]}.yaml").is_file():
+        recipe = ROOT / "recipes" / f"{words[words.index('--config') + 1]}.yaml"
+        method = yaml.safe_load(recipe.read_text())["method"]
     flags = [w for i, w in enumerate(TINY) if w not in LEFT_OUT and TINY[i - 1] not in LEFT_OUT]
     for knob, value in pretext.load(method).recipe.tiny.items():
         name = "--" + knob.replace("_", "-")

@@ -55,6 +55,17 @@ def test_a_row_holds_all_of_its_step_by_name(tmp_path: Path) -> None:
     assert steps(got) == [2, 3]
 
 
+def test_pictures_and_scores_before_the_first_step_are_handed_on_once(tmp_path: Path) -> None:
+    for expected in ([0], []):
+        got: list[Row] = []
+        rows = Rows(tmp_path, tmp_path / "note.json")
+        rows.begin("one", 0, got.append)
+        rows.picture("views", np.zeros((1, 1, 3), np.uint8), 0)
+        rows.scores("knn", {"top1": 50.0}, 0)
+        rows.flush()
+        assert steps(got) == expected
+
+
 @pytest.mark.parametrize("reached", [4, 6])
 def test_steps_that_are_run_again_are_not_handed_on_again(reached: int, tmp_path: Path) -> None:
     assert steps(start(tmp_path, 0, lines(2, 4, 6))) == [2, 4, 6]

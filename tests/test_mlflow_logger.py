@@ -44,9 +44,10 @@ def test_curves_scores_flags_and_pictures_are_in_the_database_and_a_continued_ru
     flags = dict(rows(out, "select key, value from params"))
     assert (flags["method"], flags["steps"], flags["mask_ratio"]) == ("mae", "6", "0.75")
     pictures = list((out / "mlflow").rglob("*.png"))
-    assert len(pictures) == 1
-    with Image.open(pictures[0]) as picture:
-        assert picture.size == (8 * 32, 3 * 32)
+    assert len(pictures) == 3 * 5  # of steps 0, 4 and 6; 5 kinds
+    (own,) = (path for path in pictures if path.name.startswith("input") and "step+4+" in path.name)
+    with Image.open(own) as picture:
+        assert picture.size == (8 * 96 + 7 * 2, 3 * 96 + 2 * 2)
     assert rows(out, "select status, user_id, name from runs") == [("FINISHED", "unknown", "run")]
     assert {key for (key,) in rows(out, "select key from tags")} <= {"mlflow.runName", "state", "mlflow.loggedImages"}
 
@@ -57,7 +58,7 @@ def test_curves_scores_flags_and_pictures_are_in_the_database_and_a_continued_ru
     assert [step for step, _ in curve(out, "train/loss")] == [2, 4, 6, 8]
     assert [step for step, _ in curve(out, "val/loss")] == [3, 6, 8]
     assert rows(out, "select status from runs") == [("FINISHED",)]
-    assert len([*(out / "mlflow").rglob("*.png")]) == 2  # of steps 4 and 8
+    assert len([*(out / "mlflow").rglob("*.png")]) == 4 * 5  # of step 8, too
 
     for path in out.rglob("*"):
         if path.is_file():

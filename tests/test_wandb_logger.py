@@ -67,7 +67,7 @@ def test_curves_scores_and_pictures_are_in_the_file_and_a_continued_run_adds_wha
     pretrain(*same, "--steps", 6, "--nproc", 2, **OFFLINE)
     first, rows = logged(out)
     assert len(list((out / "wandb").glob("offline-run-*"))) == 1  # of the first process
-    assert [row["_step"] for row in rows] == [2, 3, 4, 6]
+    assert [row["_step"] for row in rows] == [0, 2, 3, 4, 6]
     lines = metrics(out)
     for name in ("loss", "lr", "images_per_s"):
         assert [row[f"train/{name}"] for row in rows if f"train/{name}" in row] == [
@@ -78,7 +78,7 @@ def test_curves_scores_and_pictures_are_in_the_file_and_a_continued_run_adds_wha
     (picture,) = [row["pictures/input | masked | reconstruction"] for row in rows if row["_step"] == 4]
     (file,) = out.glob("wandb/offline-run-*/files/" + picture["path"])
     with Image.open(file) as pixels:
-        assert pixels.size == (picture["width"], picture["height"]) == (8 * 32, 3 * 32)
+        assert pixels.size == (picture["width"], picture["height"]) == (8 * 96 + 7 * 2, 3 * 96 + 2 * 2)
 
     # Back to step 4, as after a kill: the steps up to 6 are run again and are not logged again.
     for folder in (out / "checkpoints").glob("step-00000006*"):
@@ -87,7 +87,7 @@ def test_curves_scores_and_pictures_are_in_the_file_and_a_continued_run_adds_wha
     again, rows = logged(out)
     assert again == first
     assert len(first) == 1
-    assert [row["_step"] for row in rows] == [2, 3, 4, 6, 8]
+    assert [row["_step"] for row in rows] == [0, 2, 3, 4, 6, 8]
     assert_private(out, tmp_path)
 
 

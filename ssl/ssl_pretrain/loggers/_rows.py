@@ -44,14 +44,14 @@ class Rows:
         except (OSError, ValueError, TypeError, KeyError):  # none yet, or of a machine that lost its power
             fits = False
         self.run: str | None = run if fits else None  # the name of the run at the server; it is no secret
-        self.last = last if fits else 0  # the last step that was handed on
+        self.last = last if fits else -1  # the last step that was handed on; step 0 has pictures and scores
         self._row: Row | None = None
 
     def begin(self, run: str, step: int, send: Callable[[Row], None]) -> None:
         """Hand rows on to `send` from now on, at first those up to `step` in metrics.jsonl that are missing. run: kept for
         the next start; another one than before gets all rows."""
         if run != self.run:
-            self.run, self.last = run, 0
+            self.run, self.last = run, -1
             self._keep()
         self._send = send
         if (self.out / "metrics.jsonl").exists():

@@ -2,7 +2,7 @@
 
 Papers give the sizes of decoders, predictors and heads for a ViT-B or larger, and numbers of prototypes for ImageNet-1k.
 Beside an encoder of a million parameters such parts are most of the work. `Method.sizes` uses these functions for the knobs
-that are left open; docs/methods/index.md has the rule as a table.
+that are left open; docs/running.md has the rule as a table.
 """
 
 import math

@@ -268,8 +268,8 @@ MUTATIONS = [
     _core(
         "views do not depend on the sample",
         "data/loader.py",
-        '"view", epoch, sample, spec.name, copy',
-        '"view", epoch, spec.name, copy',
+        '"view", epoch, sample, spec.of or spec.name, copy',
+        '"view", epoch, spec.of or spec.name, copy',
         "test_loader.py::test_a_batch_is_the_sampled_images_cut_by_their_own_keys",
     ),
     _core(

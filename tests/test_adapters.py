@@ -12,6 +12,7 @@ from ssl_pretrain.launch.pretrain import main, read_command
 
 from ssl_pretrain import backbones, checkpoint, encoder, optim, plugins, pretext, rates
 from ssl_pretrain.backbones import adapters
+from ssl_pretrain.conformance.one_step import network_flags, tiny_knobs
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.loop import updates
 from ssl_pretrain.loop.start_weights import OF_TRAINING
@@ -89,8 +90,8 @@ def test_every_method_trains_updates_and_exports_a_plain_encoder(
     method: str, start: Path, photos_in_classes: Path, tmp_path: Path
 ) -> None:
     kind = pretext.load(method)
-    teacher = ["--teacher", str(start)] if "teacher" in kind.frozen(kind.Config()) else []
-    state = trained(tmp_path / "run", start, method, "--data", str(photos_in_classes), *teacher)
+    networks = network_flags(kind, tiny_knobs(kind), tmp_path)
+    state = trained(tmp_path / "run", start, method, "--data", str(photos_in_classes), *networks)
     before, after = (encoder.load(path).backbone for path in (start, tmp_path / "run"))
     assert {name for name, value in before.describe().items() if after.describe()[name] != value} <= OF_TRAINING
     one, two = before.state_dict(), after.state_dict()

@@ -38,8 +38,9 @@ PAPER: dict[str, dict[str, int]] = {
     "simsiam": {"hidden_dim": 2048, "embedding_dim": 2048, "bottleneck_dim": 512},
     "swav": {"prototypes": 3000, "hidden_dim": 2048},
     "vicreg": {"projector_dim": 8192},
+    "vqtok": {"codes": 8192, "decoder_dim": 768, "decoder_heads": 12},
 }
-TRANSFORMERS = {"aim", "data2vec2", "ijepa", "mae", "semaim"}  # of which no paper has a convnet
+TRANSFORMERS = {"aim", "data2vec2", "ijepa", "mae", "semaim", "vqtok"}  # of which no paper has a convnet
 WITH_VIT_SMALL = {"dino", "ibot", "msn", "mocov3"}  # whose papers train a ViT-S with these sizes
 
 

@@ -171,9 +171,12 @@ class Method(nn.Module, ABC):
     @final
     def sized(cls, config: Any, encoder: Backbone, images: int | None) -> Any:
         """The knobs `config` with those that are None decided by `sizes`; given ones are unchanged."""
-        left_open = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None]
+        knobs = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+        left_open = [field.name for field in knobs if getattr(config, field.name) is None]
         rule = cls.sizes(config, encoder, images) if left_open else {}
-        return dataclasses.replace(config, **{name: rule[name] for name in left_open if name in rule})
+        return (
+            dataclasses.replace(config, **{name: rule[name] for name in left_open if name in rule}) if rule else config
+        )
 
     @classmethod
     def frozen(cls, config: Any) -> tuple[str, ...]:

@@ -38,8 +38,8 @@ def checks(kind: str, name: str) -> dict[str, Callable[[], None]]:
 
 
 def conform(kind: str, name: str) -> None:
-    if name == "parquet":
-        pytest.importorskip("pyarrow")
+    for library in {"parquet": ["pyarrow"], "wandb": ["wandb"], "mlflow": ["mlflow", "sqlalchemy"]}.get(name, []):
+        pytest.importorskip(library)
     for check in checks(kind, name).values():
         check()
 

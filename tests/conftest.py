@@ -113,3 +113,45 @@ def metrics(run: Path) -> list[dict]:
 
 def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(run) if "loss" in line}
+
+
+def assert_same_bits(a: dict, b: dict) -> None:
+    for part in ("method", "optimizer"):
+        assert a[part].keys() == b[part].keys()
+        for name, value in a[part].items():
+            assert value.equal(b[part][name]), name
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user's: photos/, labelled-photos/ with splits, cat.jpg, and the real data where it is there."""
+    desk = tmp_path_factory.mktemp("desk") / "project"
+    for split, count in (("train", 20), ("val", 6)):
+        for label in ("red", "blue"):
+            folder = desk / "labelled-photos" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = picture(1000 * len(label) + i).convert("RGB", (1, 0, 0, 0) * 3 if label == "red" else None)
+                image.save(folder / f"{split}-{label}-{i}.jpg")
+    (desk / "photos").mkdir()
+    for i in range(40):
+        picture(i).save(desk / "photos" / f"{i}.jpg")
+    picture(7, (300, 400)).save(desk / "cat.jpg")
+    for split, count in (("train", 4), ("val", 2)):
+        (desk / "street-scenes" / split).mkdir(parents=True)
+        for i in range(count):
+            picture(i, (64, 96)).save(desk / "street-scenes" / split / f"{i}.jpg")
+            classes = np.random.default_rng(i).integers(0, 3, (4, 6), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+            Image.fromarray(classes).save(desk / "street-scenes" / split / f"{i}.png")
+    for tree in ("JPEGImages", "Annotations"):
+        (desk / "clips" / tree / "a").mkdir(parents=True)
+    for i in range(4):
+        picture(i, (64, 96)).save(desk / "clips" / "JPEGImages" / "a" / f"{i:05d}.png")
+        where = np.zeros((64, 96), np.uint8)
+        where[20:40, 10 + 8 * i : 40 + 8 * i] = 1
+        Image.fromarray(where).save(desk / "clips" / "Annotations" / "a" / f"{i:05d}.png")
+    for folder in ("benchmarks", "recipes"):
+        (desk / folder).symlink_to(ROOT / folder)
+    if DATA.is_dir():
+        (desk.parent / "shared").symlink_to(DATA.parent)
+    return desk

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ssl_pretrain import pretext
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.conformance.one_step import BATCH, batch
 from ssl_pretrain.parts.heads import PrototypeHead, Prototypes
@@ -84,3 +85,15 @@ def check_stated(method: Method, states: dict[str, Losses]) -> None:
         value, words = stated[term]
         found = float(losses.total if term == "loss" else losses.terms[term])
         assert abs(found - value) <= 1e-3 * max(1, abs(value)), f"{term} is {found}, stated {value}: {words}"
+
+
+def tiny_flags(method: str) -> list[str]:
+    """The method's small knobs, as flags."""
+    words = []
+    for knob, value in pretext.load(method).recipe.tiny.items():
+        name = "--" + knob.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(name if value else "--no-" + name[2:])
+        else:
+            words += [name, *map(str, value if isinstance(value, tuple) else [value])]
+    return words

@@ -6,6 +6,7 @@ import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -60,3 +61,12 @@ def write_parquet(path: Path, columns: dict, features: dict | None = None, **opt
 def structs(numbers: Iterable[int | None]) -> "pa.Array":
     values = [None if i is None else {"bytes": png(i), "path": f"{i}.png"} for i in numbers]
     return pa.array(values, IMAGE_TYPE)
+
+
+def names_of(source: Any) -> set[str]:
+    return {source.name(i).rpartition("/d/")[2] for i in range(len(source))}
+
+
+def class_folders(*splits: str, images: int = 4) -> dict[str, int]:
+    files = [f"{split}/{kind}/{i}.png" for split in splits for kind in ("a", "b") for i in range(images)]
+    return {file: number for number, file in enumerate(files)}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from method_helpers import tiny_flags
 from ssl_pretrain.launch.pretrain import main, read_command
 
 from ssl_pretrain import backbones, checkpoint, encoder, optim, plugins, pretext, rates
@@ -34,21 +35,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def tiny(method: str) -> list[str]:
-    """The method's small knobs, as flags."""
-    words = []
-    for knob, value in pretext.load(method).recipe.tiny.items():
-        name = "--" + knob.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(name if value else "--no-" + name[2:])
-        else:
-            words += [name, *map(str, value if isinstance(value, tuple) else [value])]
-    return words
-
-
 def trained(folder: Path, start: Path, method: str, *more: str) -> dict[str, Any]:
     """Train two steps; the state of the checkpoint."""
-    argv = ["--method", method, *tiny(method), *COMMON, "--init-from", str(start), "--out", str(folder), *LORA]
+    argv = ["--method", method, *tiny_flags(method), *COMMON, "--init-from", str(start), "--out", str(folder), *LORA]
     assert main([*argv, "--steps", "2", "--warmup-steps", "0", "--lr", "1e-2", *more]) == 0
     return checkpoint.load(folder / "checkpoints", 2)
 
@@ -128,7 +117,7 @@ def test_two_processes_are_one(
     parallel: str, start: Path, photos: Path, tmp_path: Path, pretrain: Callable[..., Any]
 ) -> None:
     one = trained(tmp_path / "one", start, "dino", "--data", str(photos))
-    argv = ["--method", "dino", *tiny("dino"), *COMMON, "--init-from", start, "--out", tmp_path / "two", *LORA]
+    argv = ["--method", "dino", *tiny_flags("dino"), *COMMON, "--init-from", start, "--out", tmp_path / "two", *LORA]
     argv += ["--steps", 2, "--warmup-steps", 0, "--lr", "1e-2", "--data", photos, "--checkpoint-every", 1]
     pretrain(*argv, "--nproc", 2, "--parallel", parallel)
     two = checkpoint.load(tmp_path / "two" / "checkpoints", 2)
@@ -165,7 +154,7 @@ def test_updates_have_no_weight_decay_and_are_no_matrices_for_muon(start: Path, 
 
 
 def test_they_have_a_learning_rate_of_their_own(start: Path, photos: Path, tmp_path: Path) -> None:
-    argv = ["--method", "mae", *tiny("mae"), *COMMON, "--init-from", str(start), "--data", str(photos)]
+    argv = ["--method", "mae", *tiny_flags("mae"), *COMMON, "--init-from", str(start), "--data", str(photos)]
     assert main([*argv, *LORA, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
     recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (recorded["lr"], recorded["adapters"], recorded["lora_rank"]) == (2e-4, "lora", 4)

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, metrics
+from conftest import TINY, assert_same_bits, metrics
 from safetensors.torch import load_file
-from test_resume import assert_same_bits
 
 from ssl_pretrain import checkpoint, encoder
 from ssl_pretrain.loop.report import Report

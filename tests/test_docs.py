@@ -7,11 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from conftest import DATA, ROOT, TINY, picture
-from PIL import Image
+from conftest import DATA, ROOT, TINY
 
 from ssl_pretrain import pretext
 
@@ -51,41 +49,6 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a user's: photos/, labelled-photos/ with splits, cat.jpg, and the real data where it is there."""
-    desk = tmp_path_factory.mktemp("desk") / "project"
-    for split, count in (("train", 20), ("val", 6)):
-        for label in ("red", "blue"):
-            folder = desk / "labelled-photos" / split / label
-            folder.mkdir(parents=True)
-            for i in range(count):
-                image = picture(1000 * len(label) + i).convert("RGB", (1, 0, 0, 0) * 3 if label == "red" else None)
-                image.save(folder / f"{split}-{label}-{i}.jpg")
-    (desk / "photos").mkdir()
-    for i in range(40):
-        picture(i).save(desk / "photos" / f"{i}.jpg")
-    picture(7, (300, 400)).save(desk / "cat.jpg")
-    for split, count in (("train", 4), ("val", 2)):
-        (desk / "street-scenes" / split).mkdir(parents=True)
-        for i in range(count):
-            picture(i, (64, 96)).save(desk / "street-scenes" / split / f"{i}.jpg")
-            classes = np.random.default_rng(i).integers(0, 3, (4, 6), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
-            Image.fromarray(classes).save(desk / "street-scenes" / split / f"{i}.png")
-    for tree in ("JPEGImages", "Annotations"):
-        (desk / "clips" / tree / "a").mkdir(parents=True)
-    for i in range(4):
-        picture(i, (64, 96)).save(desk / "clips" / "JPEGImages" / "a" / f"{i:05d}.png")
-        where = np.zeros((64, 96), np.uint8)
-        where[20:40, 10 + 8 * i : 40 + 8 * i] = 1
-        Image.fromarray(where).save(desk / "clips" / "Annotations" / "a" / f"{i:05d}.png")
-    for folder in ("benchmarks", "recipes"):
-        (desk / folder).symlink_to(ROOT / folder)
-    if DATA.is_dir():
-        (desk.parent / "shared").symlink_to(DATA.parent)
-    return desk
 
 
 def small(words: list[str]) -> list[str]:

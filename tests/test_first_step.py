@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from method_helpers import tiny_flags
 from oracles import import_timm
+from published_layouts import BESIDE_BEIT, DIM, PATCH, SIDE, dinov3_names, saved, timm_beit, timm_vit, with_positions
 from ssl_pretrain.launch.pretrain import main
-from test_adapters import tiny
-from test_published import BESIDE_BEIT, DIM, PATCH, SIDE, dinov3_names, saved, timm_beit, timm_vit, with_positions
 from torch import Tensor
 
 from ssl_pretrain import checkpoint
@@ -78,7 +78,7 @@ def test_a_layout_to_its_first_step(
     content: Callable[[], dict[str, Any]], method: str, flags: str, photos: Path, tmp_path: Path
 ) -> None:
     file = saved(content(), tmp_path)
-    argv = ["--method", method, *tiny(method), "--init-from", f"torch:{file},heads=4", "--data", str(photos)]
+    argv = ["--method", method, *tiny_flags(method), "--init-from", f"torch:{file},heads=4", "--data", str(photos)]
     argv += "--batch-size 16 --monitor-every 0 --picture-every 0 --precision fp32 --no-score --workers 0".split()
     argv += [
         *flags.split(),

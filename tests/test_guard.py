@@ -5,8 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from source_files import fill
-from test_score import class_folders, names_of
+from source_files import class_folders, fill, names_of
 
 from ssl_pretrain import config
 from ssl_pretrain.errors import UserError

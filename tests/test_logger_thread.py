@@ -99,14 +99,14 @@ def test_what_a_slow_logger_has_no_room_for_is_counted(held: Any, tmp_path: Path
 
 
 def test_pictures_that_wait_are_bounded_in_bytes(held: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    import torch
+    import numpy as np
 
     monkeypatch.setattr(logger_thread, "MOST_BYTES", 3 * 8 * 8 * 2)
     monkeypatch.setattr(held, "at", "picture")
     monkeypatch.setattr(reports, "SECONDS_TO_END", 10.0)
     one = report(tmp_path)
     for step in range(1, 5):
-        one.pictures({"input": torch.zeros(1, 3, 8, 8)}, (0.5,) * 3, (0.5,) * 3, step)
+        one.picture("input", np.zeros((8, 8, 3), dtype=np.uint8), step)
     held.go.set()
     one.close("finished")
     assert held.got == [("begin", 0), ("picture", 1), ("picture", 2), ("end", "finished")]

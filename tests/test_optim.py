@@ -22,7 +22,7 @@ class Toy(Method):
         super().__init__(encoder, self.Config())
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 8))
         self.head = nn.Linear(128, 8)
-        self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.fixed = nn.Parameter(torch.zeros(3), requires_grad=False)
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple:
@@ -46,7 +46,7 @@ def test_mae_rule_decays_matrices_and_tokens_but_no_vector_and_no_bias() -> None
     assert not found["encoder.blocks.1.attn.qkv.bias"]
     assert not found["encoder.norm.weight"]
     assert not found["head.bias"]
-    assert "frozen" not in found
+    assert "fixed" not in found
     trainable = {name for name, p in Toy().named_parameters() if p.requires_grad}
     assert set(found) == trainable  # every one, once
 

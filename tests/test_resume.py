@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from conftest import TINY, command, losses, metrics
+from conftest import TINY, assert_same_bits, command, losses, metrics
 from ssl_pretrain.launch.pretrain import main
 
 from ssl_pretrain import checkpoint
@@ -24,13 +23,6 @@ STEPS = 60
 
 def final_state(run: Path, step: int = STEPS) -> dict:
     return checkpoint.load(run / "checkpoints", step)
-
-
-def assert_same_bits(a: dict, b: dict) -> None:
-    for part in ("method", "optimizer"):
-        assert a[part].keys() == b[part].keys()
-        for name, value in a[part].items():
-            assert torch.equal(value, b[part][name]), name
 
 
 def start(photos: Path, out: Path, *more: object) -> subprocess.Popen:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from source_files import fill, structs, write_parquet
+from source_files import class_folders, fill, names_of, structs, write_parquet
 
 from ssl_pretrain.loop.score import KnnScore
 
@@ -19,15 +19,6 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 def score(data: Path, train_split: str | None = None) -> Any:
     run: Any = SimpleNamespace(data=str(data), train_split=train_split, seed=0, knn_every=0, workers=0, max_pixels=None)
     return KnnScore.of(run)
-
-
-def names_of(source: Any) -> set[str]:
-    return {source.name(i).rpartition("/d/")[2] for i in range(len(source))}
-
-
-def class_folders(*splits: str, images: int = 4) -> dict[str, int]:
-    files = [f"{split}/{kind}/{i}.png" for split in splits for kind in ("a", "b") for i in range(images)]
-    return {file: number for number, file in enumerate(files)}
 
 
 @pytest.mark.parametrize("where", ["train", "test"])

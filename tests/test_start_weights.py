@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 from oracles import import_timm, import_transformers
+from published_layouts import saved, timm_vit
 from safetensors.torch import load_file, save_file
 from ssl_pretrain.launch.paths import absolute_words
 from ssl_pretrain.launch.pretrain import main, read_command
-from test_published import saved, timm_vit
 
 from ssl_pretrain import encoder, train
 from ssl_pretrain.backbones.positions import resize_table

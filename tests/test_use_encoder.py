@@ -14,7 +14,6 @@ import torch
 from conftest import ROOT, picture
 from oracles import import_torchvision
 from PIL import Image
-from test_docs import desk  # noqa: F401 (a fixture)
 from torch.utils.data import DataLoader
 
 from ssl_pretrain import backbones, encoder
@@ -40,7 +39,7 @@ def model() -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def place(desk: Path, model: Encoder) -> Path:  # noqa: F811
+def place(desk: Path, model: Encoder) -> Path:
     """The folder that the examples are run in, with an export in runs/mae."""
     encoder.save(desk / "runs" / "mae" / "encoder", model)
     return desk

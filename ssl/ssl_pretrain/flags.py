@@ -11,6 +11,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 import textwrap
@@ -108,6 +109,7 @@ def stored_name(field: dataclasses.Field) -> str:
     return field.metadata.get("stored_as", field.name)
 
 
+@functools.cache
 def docs(kind: type) -> dict[str, str]:
     """The help of each field: the string literal that stands right below it in the source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]

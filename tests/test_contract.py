@@ -70,7 +70,7 @@ LEARNING: dict[str, dict[str, object]] = {
     },
     "ijepa": {"batch_size": 32, "steps": 1500, "lr": 5e-4, "momentum": 0.99},
     "npid": {"batch_size": 32, "steps": 1500, "lr": 1e-4, "loss": "softmax"},
-    "featmim": {"steps": 600},
+    "featmim": {"steps": 300, "patch_size": 4},
     "beit": {"steps": 600, "pool": "cls"},
 }
 # Its product is the tokenizer, and not the encoder: tests/test_beit.py shows that the ids can be predicted.

@@ -20,12 +20,12 @@ def add_noise(deviation: float, seed: int) -> None:
     build = train._build_method
 
     def noisy(*arguments: object) -> object:
-        method, plan = build(*arguments)  # type: ignore[arg-type]
+        method, *rest = build(*arguments)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(key("noise", seed))
         with torch.no_grad():
             for parameter in method.parameters():
                 parameter *= 1 + deviation * torch.randn(parameter.shape, generator=generator)
-        return method, plan
+        return method, *rest
 
     train._build_method = noisy  # type: ignore[assignment]
 

@@ -24,6 +24,7 @@ setup(
         "ssl_pretrain.loop",
         "ssl_pretrain.optim",
         "ssl_pretrain.parts",
+        "ssl_pretrain.tokenizer",
         "ssl_pretrain.methods",
         "ssl_pretrain.launch",
         "ssl_pretrain.eval",

@@ -335,7 +335,9 @@ def test_the_first_command_of_the_readme_ends_by_itself_and_has_learned(tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 480  # 240 s on two free cores; others may be at work on this machine
-    trained, untrained = map(float, re.findall(r"([\d.]+) %", done.stdout))
+    found = re.search(r"against [\d,]+\): ([\d.]+) %, untrained encoder ([\d.]+) %", done.stdout)
+    assert found, done.stdout
+    trained, untrained = map(float, found.groups())
     assert trained > untrained + 5, done.stdout
     assert "ssl-eval linear --encoder runs/mae-fractals" in done.stdout
     assert (tmp_path / "runs" / "mae-fractals" / "encoder" / "model.safetensors").exists()

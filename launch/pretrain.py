@@ -244,7 +244,8 @@ def _decided_sizes(run: Run, kind: Any, knobs: Any, options: Any) -> dict[str, A
     few, many = (sizes.sized(run, kind, knobs, options, images) for images in (1, IMAGENET_IMAGES))
     values = {name: (getattr(few, name), getattr(many, name)) for name in left_open}
     found = {name: value for name, (value, other) in values.items() if value is not None and value == other}
-    texts = flags.docs(type(knobs))
+    config: type = type(knobs)
+    texts = flags.docs(config)
     return {name: "by the encoder" for name in left_open if "(default" not in texts.get(name, "")} | found
 
 

@@ -174,6 +174,8 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
             raise UserError(f"{name}: {problem}") from None
     if any(flags.word(argv, f"--{name}") is not None for name in LENGTHS):
         written = {name: value for name, value in written.items() if name not in LENGTHS}  # another length overrides it
+    if file and data is None and "data" not in written and not {"-h", "--help"} & set(argv):
+        _refuse_recipe_without_data(file, argv)
     method, data = method or written.get("method"), data or written.get("data", "fractals")
     if method is None and (method := grid.first(argv, "method")) is not None:
         argv = ["--method", method, *argv]
@@ -213,9 +215,29 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
         return _decided(parts, kind)
 
     parsed = flags.parse(
-        kinds, argv, defaults, prog=PROG, description=DESCRIPTION, epilog=EPILOG, common=COMMON, decided=decided
+        kinds,
+        argv,
+        defaults,
+        prog=PROG,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        common=COMMON,
+        decided=decided,
+        elsewhere=lambda flag: _methods_with(flag, method),
     )
     return begin.checked(*parsed)
+
+
+def _methods_with(flag: str, method: str) -> str:
+    """Which methods have a flag that `method` has not, to append to a message; "" if none has."""
+    from ssl_pretrain import pretext
+
+    name, found = flag.removeprefix("--").removeprefix("no-").replace("-", "_"), []
+    for other in plugins.names("ssl_pretrain.methods"):
+        with suppress(Exception):  # a plugin of another package that cannot be imported
+            if name in pretext.load(other).Config.__dataclass_fields__:
+                found.append(other)
+    return f": --method {method} has none; {', '.join(found)} {'have' if len(found) > 1 else 'has'}" if found else ""
 
 
 def _decided(parts: list[Any], kind: Any) -> dict[str, Any]:
@@ -266,6 +288,15 @@ def _refuse_code(written: dict[str, Any], argv: list[str]) -> None:
             raise UserError(_imported(key, value))
 
 
+def _refuse_recipe_without_data(file: str, argv: list[str]) -> None:
+    """Raise UserError for a recipe of the package and no images: its settings are for those of its own command."""
+    if file in recipe_files.names() and grid.first(argv, "data") is None:
+        raise UserError(
+            f"--config {file} is a recipe for images of your own: name them with --data DIR (--data fractals trains on "
+            f"the built-in images)"
+        )
+
+
 def _imported(key: str, name: str) -> str:
     flag = "--" + key.replace("_", "-")
     return f"{key}: {name} would be imported: name code in the command, {flag} {name}, not in a file"
@@ -278,6 +309,7 @@ def _methods() -> str:
 def _finish(run: Run, out: Path) -> None:
     """Say where the encoder is, how good it is at a glance, and what to do next."""
     from ssl_pretrain import encoder
+    from ssl_pretrain.data.training import open_training
     from ssl_pretrain.loop import verdict
     from ssl_pretrain.loop.guard import BEST
     from ssl_pretrain.loop.saver import read_best
@@ -297,7 +329,8 @@ def _finish(run: Run, out: Path) -> None:
             write_text(out / VERDICT, "\n".join(lines) + "\n")
     data = "" if run.data == "fractals" else f" --data {run.data}"
     _tell("next:")
-    if score is not None:
+    labelled = score is not None or (not run.score and open_training(run.data, run.train_split).labels is not None)
+    if labelled:
         _tell(f"  ssl-eval linear --encoder {out}{data}")
         _tell(f"  ssl-eval knn --encoder {out}{data}")
     else:

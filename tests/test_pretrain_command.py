@@ -91,6 +91,8 @@ def test_help_shows_the_defaults_of_this_command(
         (["--metod", "mae"], ["--metod", "did you mean --method?"]),
         (["--method", "may"], ["'may'", "did you mean mae?"]),
         (["--method", "mae", "--mask-ration", "0.5"], ["--mask-ration", "did you mean --mask-ratio?"]),
+        (["--method", "simclr", "--anchor", "gram"], ["--anchor: --method simclr has none", "dino, dinov2, mae have"]),
+        (["--config", "mae_cifar10"], ["--config mae_cifar10", "--data DIR", "--data fractals"]),
         (["--method", "mae", "--data", "{photos}/../photoz"], ["--data: there is no {photos}/../photoz"]),
         (["--method", "mae", "--data", "{empty}/../emqty/a/b"], ["--data: there is no", "did you mean {empty}?"]),
         (["--method", "mae", "--data", "fractal"], ["--data: there is no fractal: did you mean fractals?"]),

@@ -81,3 +81,14 @@ def test_a_run_ends_with_a_verdict(
     )
     assert "verdict: no collapse" in said
     assert f"ssl-eval diagnose --encoder {tmp_path / 'b'}" in said
+
+
+def test_a_run_without_a_score_suggests_what_its_labels_allow(
+    photos: Path, photos_in_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--method", "mae", *TINY, "--steps", "1", "--workers", "0", "--no-score"]
+    for data, evaluator in ((photos_in_classes, "linear"), (photos, "diagnose")):
+        assert main([*words, "--data", str(data), "--out", str(tmp_path / evaluator)]) == 0
+        said = capsys.readouterr().out
+        assert "verdict" not in said
+        assert f"next:\n  ssl-eval {evaluator} --encoder" in said

@@ -34,11 +34,13 @@ def parse(
     epilog: str = "",
     common: Sequence[str] = (),
     decided: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    elsewhere: Callable[[str], str] | None = None,
 ) -> list[Any]:
     """One instance of each dataclass in `kinds`, filled from `argv`, else `defaults` (by field name), else its defaults.
 
     For `--help`: common: the fields that it shows first; decided: gives, for these instances, the values that fields with
     the default None will get, as far as they are known. A field's metadata "default" says in words what None means.
+    elsewhere: what to say of an unknown flag ("--name") that other commands have, to append to the message; else "".
 
     `--help` prints every flag and leaves with 0. Raises UserError for an unknown flag (naming the nearest), a value
     that does not fit, a missing required flag, or an unknown key or unfit value in `defaults`.
@@ -89,7 +91,8 @@ def parse(
         first = next((word for word in unknown if word.startswith("-")), None)
         if first is None:
             raise UserError(f"{prog}: unexpected {unknown[0]!r}: every option is a flag (--name value)")
-        raise UserError(f"{prog}: unknown flag {first.split('=')[0]}{nearest(first.split('=')[0], flags)}")
+        word = first.split("=")[0]
+        raise UserError(f"{prog}: unknown flag {word}{(elsewhere(word) if elsewhere else '') or nearest(word, flags)}")
 
     given = {**defaults, **vars(namespace)}
     result = []

@@ -2,10 +2,14 @@
 teacher's features (VQ-KD of BEiT v2; Peng et al., 2022).
 
 The encoder's patch features become unit vectors of few channels, each is replaced by the nearest code of a codebook, and a
-small decoder predicts the patch from the codes. The run exports a tokenizer, whose ids other methods predict.
-Shapes: B images, N patches on an (h, w) grid, D encoder width, K codes of d channels, T values of a target.
+small decoder predicts the patch from the codes. The run exports a tokenizer, whose ids other methods predict. Options: a
+frozen codebook with a projector (VQGAN-LC; Zhu et al., NeurIPS 2024), a relaxed choice of codes (dVAE of DALL-E; Ramesh et
+al., ICML 2021), and semantic regularisation (GigaTok; Xiong et al., 2025).
+Shapes: B images, N patches on an (h, w) grid, D encoder width, K codes of d channels, T values of a target, E channels of
+the teacher.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -23,6 +27,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
+from ssl_pretrain.optim.schedules import cosine
 from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.align import resized
 from ssl_pretrain.parts.codebook import averaged, kmeans, revived, sums
@@ -35,6 +40,12 @@ from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 CELL = 8  # largest side of a HOG cell in pixels
 CANDIDATES = 64  # vectors of an image from which k-means and revived codes start
 REVIVAL_ENDS = 0.8  # share of the run after which no code is replaced, so that ids are stable when it is exported
+PULL = (
+    0.33  # with a frozen codebook: weight of the codes' move to the vectors, relative to the vectors' move (VQGAN-LC)
+)
+SHARPNESS = 10.0  # with --codebook gumbel: the logit of a code is its cosine times this
+COLDEST = 1 / 16  # last temperature of --codebook gumbel, from 1 (DALL-E)
+SEMANTIC_BLOCK = 3  # the decoder block whose output predicts the teacher's features, or the last one (GigaTok)
 USED = (0.1, 0.25)  # shares of the codes: a perplexity below the first is a collapse, one above the second is none
 
 
@@ -68,13 +79,19 @@ class VQTok(Method):
         """Number of codes (default: by the number of images; 8192 for ImageNet-1k)."""
         code_dim: int = 8
         """Channels of a code. Few channels keep all codes in use."""
-        codebook: Literal["ema", "norm_ema", "gradient"] = "ema"
+        codebook: Literal["ema", "norm_ema", "gradient", "frozen", "gumbel"] = "ema"
         """How codes are learned. ema: moving averages of counts and sums. norm_ema: moving average of directions, of used
-        codes only (BEiT v2). gradient: by the loss (VQGAN)."""
+        codes only (BEiT v2). gradient: by the loss (VQGAN). frozen: k-means centres of the features of --teacher, of which
+        only a linear projection is learned (VQGAN-LC). gumbel: by the loss, with a random soft choice of codes (DALL-E)."""
         codebook_decay: float = 0.99
         """Decay of the moving averages."""
         commitment: float = 0.25
-        """Weight of the loss that pulls vectors to their codes."""
+        """Weight of the loss that pulls vectors to their codes. Not with --codebook gumbel."""
+        kl_weight: float = 0.0
+        """With --codebook gumbel: weight of the divergence of each patch's choice from the uniform one."""
+        semantic_weight: float = 0.0
+        """Weight of semantic regularisation: 1 - cosine of a prediction from the decoder and the patch features of
+        --teacher (GigaTok: 0.5)."""
         kmeans: bool = True
         """Start the codes of a moving average by k-means of the first batch."""
         revive_every: int = 10
@@ -93,13 +110,18 @@ class VQTok(Method):
         def __post_init__(self) -> None:
             within(self, AT_LEAST_1, "codes", "code_dim", "decoder_dim", "decoder_depth", "decoder_heads")
             within(self, BETWEEN_0_AND_1, "codebook_decay", "revive_below")
-            within(self, NOT_NEGATIVE, "commitment", "revive_every")
+            within(self, NOT_NEGATIVE, "commitment", "revive_every", "kl_weight", "semantic_weight")
+            if self.target == "teacher" and self.semantic_weight:
+                raise UserError(
+                    "--semantic-weight: --target teacher predicts the same features; choose another --target"
+                )
             within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     counts: Tensor
     sums: Tensor
     started: Tensor
     recent: Tensor
+    centres: Tensor
     decoder_pos_embed: Tensor
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
@@ -109,10 +131,10 @@ class VQTok(Method):
             raise UserError(f"--decoder-dim {width} must be a multiple of 4 and of --decoder-heads {heads}")
         self.teacher: Frozen | None = None
         self._has_started = False  # as `started`, once it was read from the device
-        gradient = config.codebook == "gradient"
-        self.quantizer = Quantizer(encoder.dim, size, config.code_dim, unit=config.codebook != "ema", trained=gradient)
+        trained = config.codebook in ("gradient", "gumbel")
+        self.quantizer = Quantizer(encoder.dim, size, config.code_dim, unit=config.codebook != "ema", trained=trained)
         self.register_buffer("recent", torch.zeros(size, dtype=torch.int64))  # hits of the tokens being counted
-        if not gradient:
+        if not trained:
             self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         if config.codebook == "ema":
             self.register_buffer("counts", torch.zeros(size))
@@ -140,14 +162,25 @@ class VQTok(Method):
 
     @classmethod
     def frozen(cls, config: Any) -> tuple[str, ...]:
-        """The teacher, if its features are the target."""
-        return ("teacher",) if config.target == "teacher" else ()
+        """The teacher, if its features are used."""
+        used = config.target == "teacher" or config.codebook == "frozen" or config.semantic_weight
+        return ("teacher",) if used else ()
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
-        """Keep the teacher, and add the prediction of its width."""
+        """Keep the teacher, and add what has its width."""
+        if not self.frozen(self.config):
+            return
+        self.teacher, width = networks["teacher"], self.decoder_norm.normalized_shape[0]
+        dim = self.teacher.dim
         if self.config.target == "teacher":
-            self.teacher = networks["teacher"]
-            self._add_prediction(self.teacher.dim)
+            self._add_prediction(dim)
+        if self.config.codebook == "frozen":
+            self.register_buffer("centres", torch.zeros(self.quantizer.size, dim))
+            self.code_projector = nn.Linear(dim, self.quantizer.width)
+            nn.init.normal_(self.code_projector.weight, std=self.quantizer.width**-0.5)
+        if self.config.semantic_weight:
+            hidden = max(width, dim)
+            self.semantic_head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     @classmethod
     def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
@@ -163,7 +196,7 @@ class VQTok(Method):
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """One random resized crop, flipped, without colour; for a teacher also the same pixels with as many patches."""
         image = ViewSpec(name="image", size=image_size, scale=config.crop_scale)
-        if config.target != "teacher":
+        if not cls.frozen(config):
             return (image,)
         return (image, ViewSpec(name="teacher", of="image", size=image_size, network="teacher"))
 
@@ -175,32 +208,71 @@ class VQTok(Method):
         images (with gradient accumulation: of a micro-batch, averaged); "diversity" is 0 for a perplexity of at most a
         tenth of the codes and 1 from a quarter of them on.
         """
-        images = batch.views["image"]
+        config, images = self.config, batch.views["image"]
         seen = encode(self.encoder, images, step)
+        features = self._features_of_teacher(batch, seen.grid)
         z = self.quantizer.embed(seen.patches)
-        ids = self.quantizer.nearest(z.detach())
-        codes = self.quantizer.lookup(ids)
-        apart = (z - codes.detach()).square().mean((1, 2)) * self.config.commitment
-        entering = z + (codes - z).detach()  # the gradient goes straight through
-        if self.config.codebook == "gradient":
-            apart = apart + (codes - z.detach()).square().mean((1, 2))
+        if config.codebook == "gumbel":
+            entering, ids, apart = self._chosen_softly(z, step)
         else:
-            apart, entering = apart * self.started, torch.where(self.started, entering, z)
-        predicted = self.decoded(entering, seen.grid)
-        distance = "mse" if self.config.target == "pixels" else "cosine"
-        each = distances(predicted, self.targets(batch, seen.grid), distance).mean(1)  # type: ignore[arg-type]
-        per_sample = each + apart
-        rows = z.detach().flatten(0, 1)
-        counts, total = sums(rows, ids.flatten(), self.quantizer.size)
+            entering, ids, apart = self._chosen(z)
+        predicted, inside = self._decode(entering, seen.grid)
+        distance = "mse" if config.target == "pixels" else "cosine"
+        target = features if config.target == "teacher" else self._targets_of_pixels(images)
+        assert target is not None
+        each = distances(predicted, target, distance).mean(1)  # type: ignore[arg-type]
+        per_sample, terms = each + apart, {"reconstruction": each.detach().mean()}
+        if config.semantic_weight:
+            assert features is not None
+            semantic = distances(self.semantic_head(inside), features, "cosine").mean(1)
+            per_sample = per_sample + config.semantic_weight * semantic
+            terms["semantic"] = semantic.detach().mean()
+        counts, total = sums(z.detach().flatten(0, 1), ids.flatten(), self.quantizer.size)
         carry = {"counts": counts[None]}
-        if self.config.codebook != "gradient":
+        if config.codebook in ("ema", "norm_ema"):
             carry |= {"sums": total[None], **self._candidates(z.detach(), step)}
+        elif config.codebook == "frozen":
+            assert features is not None
+            carry |= {"codes": self._projected().detach()[None], **self._candidates(features, step)}
         return Losses(
             total=per_sample.mean(),
-            terms={"reconstruction": each.detach().mean(), **usage(counts, ids.numel() * distributed.size())},
+            terms={**terms, **usage(counts, ids.numel() * distributed.size())},
             per_sample=per_sample.detach(),
             carry=carry,
         )
+
+    def _chosen(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The nearest codes of vectors (B, N, d): what enters the decoder (B, N, d), ids (B, N), and the distance of the
+        vectors from their codes as a loss (B,)."""
+        config = self.config
+        codes = self._projected() if config.codebook == "frozen" else self.quantizer.vectors()
+        ids = self.quantizer.nearest(z.detach(), codes.detach())
+        codes = F.embedding(ids, codes)
+        apart = (z - codes.detach()).square().mean((1, 2)) * config.commitment
+        entering = z + (codes - z).detach()  # the gradient goes straight through
+        if config.codebook in ("gradient", "frozen"):
+            weight = 1.0 if config.codebook == "gradient" else PULL * config.commitment
+            apart = apart + weight * (codes - z.detach()).square().mean((1, 2))
+        if config.codebook != "gradient":
+            apart, entering = apart * self.started, torch.where(self.started, entering, z)
+        return entering, ids, apart
+
+    def _chosen_softly(self, z: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_chosen`, with the mean code of a random soft choice (Gumbel softmax), and the divergence of the choice
+        without noise from the uniform one as the loss."""
+        with torch.autocast(z.device.type, enabled=False):
+            logits = SHARPNESS * z @ self.quantizer.vectors().T  # (B, N, K)
+            noise = -torch.log(-torch.log(step.rand(*logits.shape[1:]).clamp(1e-9, 1 - 1e-7)))
+            temperature = cosine(step.progress, 1.0, COLDEST)
+            entering = torch.softmax((logits + noise) / temperature, dim=-1) @ self.quantizer.vectors()
+            log_share = torch.log_softmax(logits, dim=-1)
+            divergence = (log_share.exp() * log_share).sum(-1) + math.log(self.quantizer.size)
+        return entering, logits.detach().argmax(-1), self.config.kl_weight * divergence.mean(1)
+
+    def _projected(self) -> Tensor:
+        """The codes (K, d) of a frozen codebook, of length 1, float32."""
+        with torch.autocast(self.centres.device.type, enabled=False):
+            return F.normalize(self.code_projector(self.centres), dim=-1)
 
     def _candidates(self, z: Tensor, step: Step) -> dict[str, Tensor]:
         """Random vectors of each image, and the images' rows in the global batch."""
@@ -210,22 +282,37 @@ class VQTok(Method):
 
     def decoded(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         """The decoder's prediction (B, N, T) from vectors (B, N, d)."""
+        return self._decode(codes, grid)[0]
+
+    def _decode(self, codes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The prediction, and the output of the block of semantic regularisation (B, N, width)."""
         positions = self.decoder_pos_embed
         if grid != self.grid:
             positions = sincos_table(grid, self.config.decoder_dim)[None].to(codes.device)
         x = self.decoder_embed(codes)
         x = x + positions.to(x.dtype)
-        for block in self.decoder_blocks:
+        inside = x
+        for i, block in enumerate(self.decoder_blocks):
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))
+            inside = x if i < SEMANTIC_BLOCK else inside
+        return self.decoder_pred(self.decoder_norm(x)), inside
 
-    @torch.no_grad()
     def targets(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
         """What is predicted of every patch, float32 (B, N, T)."""
+        features = self._features_of_teacher(batch, grid) if self.config.target == "teacher" else None
+        return self._targets_of_pixels(batch.views["image"]) if features is None else features
+
+    @torch.no_grad()
+    def _targets_of_pixels(self, images: Tensor) -> Tensor:
         if self.config.target == "pixels":
-            return patchify(batch.views["image"], self.encoder.stride).float()
+            return patchify(images, self.encoder.stride).float()
+        return hog(images, self.encoder.stride, self.cell)
+
+    @torch.no_grad()
+    def _features_of_teacher(self, batch: Batch, grid: tuple[int, int]) -> Tensor | None:
+        """Its patch features on a grid, float32 (B, N, E); None without one."""
         if self.teacher is None:
-            return hog(batch.views["image"], self.encoder.stride, self.cell)
+            return None
         seen = self.teacher(batch.views["teacher"])
         return resized(seen.patches.float(), seen.grid, grid)
 
@@ -235,7 +322,10 @@ class VQTok(Method):
         config, quantizer = self.config, self.quantizer
         counts = distributed.all_reduce_(step.carried["counts"].sum(0))
         self._count(counts, step)
-        if config.codebook == "gradient":
+        if config.codebook in ("gradient", "gumbel"):
+            return
+        if config.codebook == "frozen":
+            self._take_projected(step)
             return
         total = distributed.all_reduce_(step.carried["sums"].sum(0))
         # Read from the device until it is true, in the first two steps. A first step that was skipped starts nothing.
@@ -259,6 +349,17 @@ class VQTok(Method):
         for name, value in new.items():
             old: Tensor = quantizer.codes if name == "codes" else getattr(self, name)
             old.copy_(torch.where(step.ok, value, old))
+        self.started.logical_or_(step.ok)
+
+    def _take_projected(self, step: Step) -> None:
+        """Start the centres by k-means of the teacher's features; then keep the codes of the last forward pass, which a
+        tokenizer exports."""
+        self._has_started = self._has_started or bool(self.started)
+        if self._has_started:
+            self.quantizer.codes.copy_(torch.where(step.ok, step.carried["codes"][-1], self.quantizer.codes))
+            return
+        centres, _ = kmeans(self._gathered(step), self.quantizer.size, step.generator(), unit=False)
+        self.centres.copy_(torch.where(step.ok, centres, self.centres))
         self.started.logical_or_(step.ok)
 
     def _first(self, step: Step, counts: Tensor) -> dict[str, Tensor]:
@@ -304,7 +405,8 @@ class VQTok(Method):
         if self.config.target != "pixels":
             return {"input": images}
         seen = self.encoder(images)
-        codes = self.quantizer.lookup(self.quantizer.nearest(self.quantizer.embed(seen.patches)))
+        vectors = self._projected() if self.config.codebook == "frozen" else self.quantizer.vectors()
+        codes = F.embedding(self.quantizer.nearest(self.quantizer.embed(seen.patches), vectors), vectors)
         painted = self.decoded(codes, seen.grid).float()
         return {"input": images, "reconstruction": unpatchify(painted, self.encoder.stride, seen.grid)}
 

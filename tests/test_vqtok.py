@@ -1,6 +1,7 @@
 """Tokenizers: the codebook's updates, loss and gradient against NumPy in float64; usage; what a run exports."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from ssl_pretrain.methods.vqtok import CANDIDATES, VQTok, usage
 
 from ssl_pretrain import tokenizer
 from ssl_pretrain.conformance import one_step
+from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.codebook import EPS, ITERATIONS, averaged, kmeans, revived, sums
 from ssl_pretrain.parts.targets import distances
 
@@ -234,6 +236,144 @@ def test_loss_and_gradient_against_numpy(knobs: dict):
         norms = np.sqrt((method.quantizer.codes.detach().double().numpy() ** 2).sum(1, keepdims=True))
         by_hand = (by_hand - codes * (by_hand * codes).sum(1, keepdims=True)) / norms
         np.testing.assert_allclose(method.quantizer.codes.grad, by_hand, rtol=2e-3, atol=1e-7)
+
+
+def through(method: VQTok, entering: np.ndarray, batch) -> np.ndarray:
+    """The gradient of the mean reconstruction loss at what enters the decoder, float64."""
+    leaf = torch.from_numpy(entering).float().requires_grad_()
+    target = method.targets(batch, (4, 4))
+    (found,) = torch.autograd.grad(distances(method.decoded(leaf, (4, 4)), target, "mse").mean(), leaf)
+    return found.double().numpy()
+
+
+def reconstruction(method: VQTok, entering: np.ndarray, batch) -> np.ndarray:
+    with torch.no_grad():
+        predicted = method.decoded(torch.from_numpy(entering).float(), (4, 4)).double().numpy()
+    return ((predicted - method.targets(batch, (4, 4)).double().numpy()) ** 2).mean((1, 2))
+
+
+def test_frozen_codebook_against_numpy():
+    method = started(codebook="frozen", revive_every=0).eval()
+    centres, layer, batch = method.centres.clone(), method.code_projector, one_step.batch(method)
+    seen = method.teacher(batch.views["teacher"]).patches.double().numpy().reshape(-1, centres.shape[1])
+    own = centres.double().numpy()
+    members = [np.flatnonzero(nearest(seen, own) == k) for k in range(len(own))]
+    assert sum(len(m) > 0 for m in members) > 5
+    spread = ((seen[:, None] - own) ** 2).sum(-1).min(1).mean()
+    assert spread < 0.8 * ((seen - seen.mean(0)) ** 2).sum(-1).mean()  # k-means of the teacher's features
+
+    losses = method(batch, one_step.step(number=5))
+    losses.total.backward()
+    raw = own @ layer.weight.detach().double().numpy().T + layer.bias.detach().double().numpy()
+    codes, z = unit(raw), embedded(method)
+    ids = nearest(z.reshape(-1, 8), codes)
+    chosen = codes[ids].reshape(z.shape)
+    expected = reconstruction(method, chosen, batch) + 0.25 * 1.33 * ((z - chosen) ** 2).mean((1, 2))
+    np.testing.assert_allclose(losses.per_sample, expected, rtol=1e-4)
+    at_codes = np.zeros_like(codes)  # only their move to the vectors reaches the projector
+    np.add.at(at_codes, ids, 0.25 * 0.33 * 2 * (chosen - z).reshape(-1, 8) / z.size)
+    at_raw = (at_codes - codes * (at_codes * codes).sum(1, keepdims=True)) / np.sqrt((raw**2).sum(1, keepdims=True))
+    np.testing.assert_allclose(layer.weight.grad, at_raw.T @ own, rtol=2e-3, atol=1e-7)
+
+    with torch.no_grad():
+        layer.weight.mul_(-1)
+    take(method, 6)
+    assert torch.equal(method.centres, centres)
+    assert torch.allclose(method.quantizer.codes, method._projected())  # what the tokenizer exports
+    before = method.quantizer.codes.clone()
+    with torch.no_grad():
+        layer.weight.mul_(-1)
+    take(method, 7, ok=False)
+    assert torch.equal(method.quantizer.codes, before)
+
+
+def test_soft_choice_against_numpy():
+    method = one_step.build("vqtok", codebook="gumbel", kl_weight=0.3).eval()
+    perturb_(method.quantizer.project)
+    batch = one_step.batch(method)
+    losses = method(batch, one_step.step(number=5))
+    losses.total.backward()
+    codes, z = method.quantizer.vectors().detach().double().numpy(), embedded(method)
+    noise = one_step.step(number=5).rand(16, len(codes)).double().numpy()
+    warmth = 1 / 16 + (1 - 1 / 16) * (1 + np.cos(np.pi * 0.5)) / 2  # step 5 of 10
+    assert one_step.step(number=5).progress == 0.5
+    logits = 10 * z @ codes.T
+
+    def softmax(x: np.ndarray) -> np.ndarray:
+        x = np.exp(x - x.max(-1, keepdims=True))
+        return x / x.sum(-1, keepdims=True)
+
+    weights = softmax((logits - np.log(-np.log(noise.clip(1e-9, 1 - 1e-7)))) / warmth)
+    share = softmax(logits)
+    divergence = (share * np.log(share * len(codes))).sum(-1)
+    expected = reconstruction(method, weights @ codes, batch) + 0.3 * divergence.mean(1)
+    np.testing.assert_allclose(losses.per_sample, expected, rtol=1e-4)
+    assert 0 < divergence.mean() < np.log(len(codes))
+
+    at_mean = through(method, weights @ codes, batch)  # (B, N, d)
+    at_weights = at_mean @ codes.T
+    at_logits = weights * (at_weights - (at_weights * weights).sum(-1, keepdims=True)) / warmth
+    slope = np.log(share * len(codes)) + 1
+    at_logits += 0.3 * share * (slope - (share * slope).sum(-1, keepdims=True)) / z[..., 0].size
+    flat = (-1, len(codes))
+    at_codes = weights.reshape(flat).T @ at_mean.reshape(-1, 8) + 10 * at_logits.reshape(flat).T @ z.reshape(-1, 8)
+    norms = np.sqrt((method.quantizer.codes.detach().double().numpy() ** 2).sum(1, keepdims=True))
+    at_codes = (at_codes - codes * (at_codes * codes).sum(1, keepdims=True)) / norms
+    np.testing.assert_allclose(method.quantizer.codes.grad, at_codes, rtol=2e-3, atol=1e-6)
+
+
+def test_the_choice_becomes_hard():
+    method = one_step.build("vqtok", codebook="gumbel")
+    z = torch.from_numpy(embedded(method)).float()
+    soft, ids, _ = method._chosen_softly(z, one_step.step(number=0))
+    hard, _, _ = method._chosen_softly(z, one_step.step(number=9))
+    codes = method.quantizer.vectors()
+    apart = [
+        float((entering[..., None, :] - codes).detach().norm(dim=-1).min(-1).values.mean()) for entering in (soft, hard)
+    ]
+    assert apart[1] < 0.3 * apart[0]
+    assert torch.equal(ids, method.quantizer.nearest(z))  # those of the exported tokenizer, without noise
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_semantic_regularisation_against_numpy(depth: int):
+    method = started(semantic_weight=0.5, decoder_depth=depth).eval()
+    plain = started(decoder_depth=depth).eval()
+    plain.load_state_dict(method.state_dict(), strict=False)
+    batch = one_step.batch(method)
+    losses = method(batch, one_step.step(number=5))
+    base = plain(one_step.batch(plain), one_step.step(number=5))
+    z, codes = embedded(method), method.quantizer.vectors().double().numpy()
+    chosen = torch.from_numpy(codes[nearest(z.reshape(-1, 8), codes)].reshape(z.shape)).float()
+    with torch.no_grad():
+        x = method.decoder_embed(chosen) + method.decoder_pos_embed
+        for block in method.decoder_blocks[:3]:
+            x = block(x)
+        first, _, last = method.semantic_head
+        hidden = x.double().numpy() @ first.weight.double().numpy().T + first.bias.double().numpy()
+        erf = np.vectorize(math.erf)
+        hidden = 0.5 * hidden * (1 + erf(hidden / np.sqrt(2)))
+        predicted = hidden @ last.weight.double().numpy().T + last.bias.double().numpy()
+    target = method.teacher(batch.views["teacher"]).patches.double().numpy()
+    cosine = (unit(predicted) * unit(target)).sum(-1)
+    np.testing.assert_allclose(losses.per_sample, base.per_sample.numpy() + 0.5 * (1 - cosine).mean(1), rtol=1e-4)
+    losses.total.backward()
+    assert float(method.semantic_head[0].weight.grad.abs().max()) > 0
+    assert float(method.encoder.patch_embed.proj.weight.grad.abs().max()) > 0  # it shapes the codes
+
+
+def test_semantic_regularisation_of_the_teachers_own_features_is_refused():
+    with pytest.raises(UserError, match="--semantic-weight: --target teacher predicts the same"):
+        VQTok.Config(target="teacher", semantic_weight=0.5)
+
+
+def test_frozen_codes_do_not_depend_on_micro_batches():
+    whole, parts = (one_step.build("vqtok", codebook="frozen") for _ in range(2))
+    for number in range(2):
+        take(whole, number)
+        take(parts, number, micro_batches=4)
+    torch.testing.assert_close(parts.centres, whole.centres, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts.quantizer.codes, whole.quantizer.codes, rtol=1e-4, atol=1e-5)
 
 
 def test_before_the_start_the_decoder_gets_the_vectors():

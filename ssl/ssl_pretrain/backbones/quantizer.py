@@ -59,10 +59,11 @@ class Quantizer(nn.Module):
         return F.normalize(self.codes, dim=-1) if self.unit else self.codes
 
     @torch.no_grad()
-    def nearest(self, z: Tensor) -> Tensor:
-        """Ids of the nearest codes by Euclidean distance: (..., d) to (...) int64. Of equal distances the first one."""
+    def nearest(self, z: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """Ids of the nearest codes by Euclidean distance: (..., d) to (...) int64. Of equal distances the first one.
+        vectors: other codes (K, d) than its own."""
         with torch.autocast(z.device.type, enabled=False):
-            codes = self.vectors().to(z.dtype)
+            codes = (self.vectors() if vectors is None else vectors).to(z.dtype)
             half = -0.5 * codes.square().sum(1)
             rows = z.reshape(-1, self.width)
             found = [torch.addmm(half, each, codes.T).argmax(1) for each in rows.split(CHUNK)]

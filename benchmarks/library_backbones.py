@@ -4,7 +4,7 @@ two processes compute what one computes?
     python benchmarks/library_backbones.py --out runs/timm [--only learn ranks] [--encoders resnet18] [--methods simclr]
 
 learn: `ssl-pretrain --encoder timm:NAME` on the first 4,000 training images of CIFAR-10 (32 pixels), without labels; kNN
-top-1 of 1,000 test images by 2,000 of the training images, trained and untrained; timm then opens the export, and the
+top-1 of 2,000 test images by the 4,000 training images, trained and untrained; timm then opens the export, and the
 largest difference of its features over the largest value is printed. ranks: the loss and the gradients of the first step
 of one process and of two that share its batch, as the largest difference of a gradient over the largest gradient. The
 table is printed at the end, as Markdown. timm must be installed.
@@ -38,7 +38,7 @@ from ssl_pretrain.pretext import Batch, Method, Step
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
 ENCODERS = ("resnet18", "vit_tiny_patch16_224", "convnext_atto", "mobilenetv4_conv_small", "efficientnet_lite0")
 METHODS = ("simclr", "vicreg", "dino", "lejepa")
-IMAGES, BANK, QUERIES = 4000, 2000, 1000
+IMAGES, BANK, QUERIES = 4000, 4000, 2000
 RUN = "--batch-size 64 --workers 0 --precision fp32 --aug fast --log-every 20 --monitor-every 0 --picture-every 0"
 SMALL = {  # flags of short runs on small images; the rest is the recipe's
     "simclr": "--optimizer adamw --lr 1e-3 --temperature 0.2 --hidden-dim 512 --blur 0 --crop-scale 0.2 1",

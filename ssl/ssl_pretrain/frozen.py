@@ -62,8 +62,9 @@ class Frozen:
             seen = self(images)
             return self.quantizer.ids(seen.patches, seen.grid)
 
-    def check(self, name: str, size: tuple[int, int]) -> None:
-        """Raise UserError where the network cannot see views of `size`. name: of the network, for the message."""
+    def check(self, name: str, size: tuple[int, int], own_pixels: bool = False) -> None:
+        """Raise UserError where the network cannot see views of `size`. name: of the network, for the message. own_pixels:
+        the size does not follow from the encoder's patches."""
         parameter = next(self.backbone.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         grid = tuple(side // step for side, step in zip(size, self.sight.stride, strict=True))
@@ -71,9 +72,9 @@ class Frozen:
             found = self(torch.zeros(1, self.backbone.in_chans, *size, device=device))
         except (RuntimeError, ValueError, AssertionError) as problem:
             reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+            why = "" if own_pixels else ", which give it as many patches as the encoder has"
             raise UserError(
-                f"--{name} {self.spec} does not take images of {size[0]} x {size[1]} pixels, which give it as many patches "
-                f"as the encoder has: {reason}"
+                f"--{name} {self.spec} does not take images of {size[0]} x {size[1]} pixels{why}: {reason}"
             ) from None
         if self.quantizer is not None and found.grid != grid:
             raise UserError(

@@ -65,6 +65,9 @@ class ViewSpec:
     # The frozen network that sees this view. `size` is then in pixels of the encoder's patches: the view gets as many
     # patches of the network's stride. None: the encoder.
     network: str | None = None
+    # Of a view for a network: `size` is in pixels of the network, whatever the encoder's patches. It is brought to the
+    # nearest multiple of the network's stride.
+    network_pixels: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,22 +88,26 @@ def fitted(
 
     Every size but the run's own `image_size` is brought to the nearest multiple of the encoder's stride: a method declares
     its small crops without knowing the size of a patch. A view for one of the frozen `networks` gets the same number of
-    patches, with that network's stride. A view `of` another one gets its box, flips and colours.
+    patches, with that network's stride, or its own number of pixels (`network_pixels`). A view `of` another one gets its
+    box, flips and colours.
 
     Raises ValueError for a view that refers to none of the earlier ones.
     """
 
-    def multiple(side: int, step: int) -> int:
-        return max(step, int(side / step + 0.5) * step)
+    def multiple(size: tuple[int, int], stride: tuple[int, int]) -> tuple[int, int]:
+        height, width = (max(step, int(side / step + 0.5) * step) for side, step in zip(size, stride, strict=True))
+        return height, width
 
     out: dict[str, ViewSpec] = {}
     for spec in specs:
-        if spec.size != tuple(image_size):
-            spec = replace(spec, size=(multiple(spec.size[0], stride[0]), multiple(spec.size[1], stride[1])))
+        own = spec.network is not None and spec.network_pixels
+        if spec.size != tuple(image_size) and not own:
+            spec = replace(spec, size=multiple(spec.size, stride))
         if spec.network is not None:
             sight = (networks or {})[spec.network]
             cells = [side // step for side, step in zip(spec.size, stride, strict=True)]
             size = (cells[0] * sight.stride[0], cells[1] * sight.stride[1])
+            size = multiple(spec.size, sight.stride) if own else size
             spec = replace(spec, size=size, interpolation=sight.interpolation)
         if spec.of is not None:
             spec = _rendering(spec, out)

@@ -64,7 +64,7 @@ def check_sizes(networks: Mapping[str, Frozen], specs: tuple[ViewSpec, ...], tea
         if spec.network is not None:
             network = networks[spec.network]
             anchored = "teacher" if network.spec == teacher else "init-from"
-            network.check(anchored if spec.network == "anchor" else spec.network, spec.size)
+            network.check(anchored if spec.network == "anchor" else spec.network, spec.size, spec.network_pixels)
 
 
 def check_unchanged(run: Resolved, networks: Mapping[str, Frozen]) -> None:

@@ -4,6 +4,8 @@ Shapes: B images, (h, w) the map's cells, D features a cell, N points. Points ar
 1]: the centre of cell i of n is (i + 0.5) / n. Geometry is (B, 6), as in `data.batch.Batch`.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,10 +41,12 @@ def aligned(maps: Tensor, own: Tensor, other: Tensor, grid: tuple[int, int]) -> 
     return sample(maps, points), inside
 
 
-def resized(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """Patch tokens (B, h * w, D) of a grid (h, w) as those of another grid: (B, h' * w', D). Bicubic without antialiasing,
-    as DINOv3 matches a Gram teacher's map to the student's grid; unchanged where both are equal."""
+def resized(
+    tokens: Tensor, grid: tuple[int, int], to: tuple[int, int], mode: Literal["bicubic", "bilinear"] = "bicubic"
+) -> Tensor:
+    """Patch tokens (B, h * w, D) of a grid (h, w) as those of another grid: (B, h' * w', D). Without antialiasing; bicubic
+    as DINOv3 matches a Gram teacher's map to the student's grid. Unchanged where both are equal."""
     if grid == to:
         return tokens
     maps = tokens.mT.unflatten(2, grid).float()
-    return F.interpolate(maps, size=to, mode="bicubic", align_corners=False).flatten(2).mT.to(tokens.dtype)
+    return F.interpolate(maps, size=to, mode=mode, align_corners=False).flatten(2).mT.to(tokens.dtype)

@@ -3,13 +3,15 @@
 Shapes: B images, L tokens, D channels of the target.
 """
 
-from typing import Literal, cast
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbones.backbone import Features
+from ..backbones.wrapping import INNER
 from ..errors import UserError
 from ..frozen import Frozen
 
@@ -27,12 +29,30 @@ def tap(network: Frozen, images: Tensor, block: int, normed: bool) -> Features:
     seen = network(images, blocks=(block,))
     tokens = seen.blocks[0]
     if normed:
-        with torch.no_grad():
-            tokens = cast(nn.Module, network.backbone.norm)(tokens)
+        tokens = final_norm(network, tokens)
     prefix = tokens.shape[1] - seen.patches.shape[1]
     return Features(
         cls=None if seen.cls is None else tokens[:, 0], patches=tokens[:, prefix:], grid=seen.grid, pooled=seen.pooled
     )
+
+
+def last_blocks(network: Frozen, images: Tensor, count: int) -> Features:
+    """The features of views (B, C, H, W), with the `patches` of the last `count` blocks after the final norm side by side:
+    (B, N, count * D). Without gradients."""
+    if count == 1:
+        return network(images)
+    seen = network(images, blocks=tuple(range(-count, -1)))
+    prefix = seen.blocks[0].shape[1] - seen.patches.shape[1]
+    earlier = [final_norm(network, tokens)[:, prefix:] for tokens in seen.blocks]
+    return replace(seen, patches=torch.cat([*earlier, seen.patches], dim=-1), blocks=())
+
+
+@torch.no_grad()
+def final_norm(network: Frozen, tokens: Tensor) -> Tensor:
+    """Tokens (B, L, D) of a block after the network's final norm."""
+    inner: Any = getattr(network.backbone, INNER, network.backbone)  # a model of timm is inside
+    after_pooling = getattr(inner, "fc_norm", None)  # the final norm of timm's models that pool before it
+    return inner.norm(tokens) if after_pooling is None else after_pooling(inner.norm(tokens))
 
 
 def check_block(network: Frozen, block: int) -> None:

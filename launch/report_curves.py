@@ -15,6 +15,8 @@ TITLES = {
     "val/loss": ("Validation loss", "", LOSS),
     "accuracy": ("Training accuracy", "%", SCORES),
     "knn/top1": ("kNN accuracy", "%", SCORES),
+    "knn/teacher_top1": ("kNN accuracy of the teacher", "%", SCORES),
+    "knn/teacher_share": ("Share of the teacher's kNN accuracy", "1: as good as the teacher", SCORES),
     "features/feature_rank": ("Effective rank of the features", "dimensions", FEATURES),
     "features/feature_std": ("Spread of the features", "0: all alike, 1: fill the sphere", FEATURES),
     "lr": ("Learning rate", "", OPTIMISER),

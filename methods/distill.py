@@ -1,5 +1,5 @@
-"""Distillation of a frozen encoder into a smaller one, without labels, after the distillation of LightlyTrain (versions 1 to
-3 of its release) with options of ScaleKD (Fan et al., NeurIPS 2024) and FLIP (Li et al., CVPR 2023).
+"""Distillation of a frozen encoder into a smaller one, without labels, after the distillation of LightlyTrain (versions 1
+to 3 of its release) with options of ScaleKD (Fan et al., NeurIPS 2024) and FLIP (Li et al., CVPR 2023).
 
 Teacher and student see the same mixed image. Three losses can be added: similarities of the image to the images in a queue,
 similarities between the places of an image, and the teacher's map itself. Shapes: B images of this process, N of all
@@ -208,8 +208,9 @@ class Distill(WholeBatchMethod):
         mine, theirs = mine.float(), transformed(theirs, config.dense_norm)
         each = distances(mine, theirs, config.dense_loss).mean(1)
         if config.dense_centred_weight:
-            centred = (x - x.mean(1, keepdim=True) for x in (mine, theirs))
-            each = each + config.dense_centred_weight * distances(*centred, config.dense_loss).mean(1)
+            mine_centred, theirs_centred = mine - mine.mean(1, keepdim=True), theirs - theirs.mean(1, keepdim=True)
+            centred = distances(mine_centred, theirs_centred, config.dense_loss).mean(1)
+            each = each + config.dense_centred_weight * centred
         vectors = F.normalize(theirs, dim=-1) if config.dense_loss == "cosine" else theirs
         return {"dense": each, "target_mean": vectors.mean(1), "target_square": vectors.square().mean((1, 2))}
 
@@ -246,8 +247,8 @@ class Distill(WholeBatchMethod):
             target = embedded["target"].detach()
             with torch.autocast(target.device.type, enabled=False):
                 rows, known = self.queue.with_batch(distributed.gather(target))
-                logits = [x @ rows.T / config.temperature for x in (target, embedded["student"])]
-                each, uniform = divergences(*logits, known)
+                theirs, mine = (x @ rows.T / config.temperature for x in (target, embedded["student"]))
+                each, uniform = divergences(theirs, mine, known)
             parts["pooled"] = config.pooled_weight, each, uniform.mean()
             carry = {"target": target, "place": torch.arange(step.batch_size, device=step.device)[step.rows]}
         if "relations" in embedded:
@@ -264,12 +265,11 @@ class Distill(WholeBatchMethod):
 
     @torch.no_grad()
     def _constant(self, embedded: dict[str, Tensor]) -> Tensor:
-        """The dense loss () of predicting the batch's mean target at every place; for cosines the mean unit vector. The
-        centred part is taken as large as the other."""
+        """The dense loss () of predicting the batch's mean target at every place, for cosines the mean unit vector, without
+        the centred part."""
         mean = distributed.mean(embedded["target_mean"].mean(0))
         square = distributed.mean(embedded["target_square"].mean())
-        constant = 1 - mean.norm() if self.config.dense_loss == "cosine" else square - mean.square().mean()
-        return constant
+        return 1 - mean.norm() if self.config.dense_loss == "cosine" else square - mean.square().mean()
 
     def after_step(self, step: Step) -> None:
         """The teacher's vectors of the global batch take the place of the oldest in the queue."""

@@ -1,11 +1,14 @@
 """Opens the frozen networks that a method reads: `--teacher`, `--tokenizer`, or the start weights of the run."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from .. import encoder, tokenizer
 from ..backbones.quantizer import Quantizer
-from ..config import Resolved
+from ..config import Resolved, Run
 from ..data.views import Sight, ViewSpec
 from ..distributed import World
 from ..encoder import Encoder
@@ -80,6 +83,16 @@ def check_unchanged(run: Resolved, networks: Mapping[str, Frozen]) -> None:
                 f"the run in {run.out} began with another {name}: {network.spec} has the fingerprint "
                 f"{network.fingerprint[:8]}, it was {known[:8]}. Put the old file back, or choose another --out"
             )
+
+
+def teacher_of(run: Run, out: Path) -> Encoder | None:
+    """The teacher that the run in the folder `out` learns from, opened with its own preprocessing, to be scored as the
+    trained encoder is. On a GPU if there is one. None without a teacher. Raises UserError where it cannot be opened."""
+    networks = manifest.read(out).get("networks")
+    if run.teacher is None or not isinstance(networks, dict) or "teacher" not in networks:
+        return None
+    opened = open_encoder(run.teacher, run.encoder).eval()
+    return opened.to("cuda") if torch.cuda.is_available() else opened
 
 
 def facts(networks: Mapping[str, Frozen]) -> dict[str, dict[str, str]]:

@@ -16,15 +16,17 @@ from ..data.loader import Share, fixed_batches, to_batch
 from ..data.source import Source
 from ..data.views import ViewSpec
 from ..distributed import World
+from ..errors import UserError
 from ..pretext import Batch, Method, Step
 from ..randomness import key
 from . import parallel
 from .guard import HELD_OUT, Guard
 from .monitor import CollapseMonitor, feature_statistics
+from .networks import teacher_of
 from .pictures import Pictures, of_first
 from .report import Report
 from .saver import Saver
-from .score import KnnScore, from_weights
+from .score import KnnScore, from_weights, share
 
 IMAGES = 256  # the first of the global batch, whose features are looked at for collapse
 
@@ -53,6 +55,7 @@ class Probes:
         self.run, self.method, self.world, self.report, self.monitor = run, method, world, report, monitor
         self.saver, self.knn, self.guard, self.held_out = saver, knn, guard, held_out
         self.specs, self.autocast = specs, autocast
+        self._teacher_top1: dict[str, float] = {}  # by group of scores
         # Micro-batches to look at for collapse: the first of this process's rows in the global batch, and images of them
         self._watched: list[tuple[int, Tensor]] = []
         self._pictures = Pictures(run, method, world, report, source, autocast, saver.sharded)
@@ -130,10 +133,25 @@ class Probes:
         if encoder is not None:
             for group, score in self.knn.items():
                 top1 = score(encoder.to(self.world.device).eval())
-                self.report.scores(group, {"top1": top1}, step)
+                self.report.scores(group, {"top1": top1, **self._beside_teacher(group, score, top1)}, step)
                 self._judge(group, top1, step)
             encoder.cpu()
         distributed.barrier()
+
+    def _beside_teacher(self, group: str, score: KnnScore, top1: float) -> dict[str, float]:
+        """The teacher's score, taken once in this process, and the share of it that the encoder reaches; nothing in a run
+        without a teacher."""
+        if group not in self._teacher_top1:
+            try:
+                teacher = teacher_of(self.run, self.run.out)
+            except UserError as problem:  # only this process scores, and the others do not fail with it
+                self.report.warn(f"the teacher could not be scored: {problem}")
+                teacher = None
+            if teacher is None:
+                return {}
+            self._teacher_top1[group] = score(teacher)
+        reference = self._teacher_top1[group]
+        return {"teacher_top1": reference, "teacher_share": share(top1, reference)}
 
     def _judge(self, group: str, score: float, step: int) -> None:
         if self.world.first:

@@ -109,6 +109,11 @@ class KnnScore:
         return (votes.argmax(1).cpu() == torch.as_tensor(labels)).numpy()
 
 
+def share(top1: float, reference: float) -> float:
+    """The share of its teacher's score that an encoder reaches; 0 where the teacher has none right."""
+    return top1 / reference if reference else 0.0
+
+
 def from_weights(run: Run) -> bool:
     """Whether the run starts from weights, with which its scores are compared."""
     return run.init_from is not None or run.init_state is not None

@@ -14,10 +14,12 @@ from ..data.source import Source
 from ..data.subset import Subset
 from ..data.training import open_training
 from ..encoder import Encoder, random_like
+from ..errors import UserError
 from ..features import extract, pixel_encoder
 from ..randomness import numpy_generator
 from .monitor import CollapseMonitor, feature_statistics
-from .score import NEIGHBOURS, KnnScore
+from .networks import teacher_of
+from .score import NEIGHBOURS, KnnScore, share
 
 CHANCE = 0.01  # a difference that chance makes less often than this is clear
 IMAGES = 1000  # whose features are looked at where there are no labels
@@ -50,7 +52,8 @@ class Comparison:
 
 
 def of_labelled(run: Run, out: Path, trained: Encoder, score: KnnScore) -> list[str]:
-    """The score of an encoder beside an untrained one and raw pixels, the verdict, and what to try."""
+    """The score of an encoder beside an untrained one and raw pixels, the share of its teacher's score, the verdict, and
+    what to try."""
     channels = trained.preprocessing.channels
     others = {
         UNTRAINED: random_like(trained, seed=run.seed),
@@ -63,11 +66,27 @@ def of_labelled(run: Run, out: Path, trained: Encoder, score: KnnScore) -> list[
         f"{100 * ours.mean():.1f} %, untrained encoder {100 * right[UNTRAINED].mean():.1f} %, raw pixels "
         f"{100 * right[PIXELS].mean():.1f} %"
     ]
+    lines += of_teacher(run, out, 100 * float(ours.mean()), score)
     found = {name: Comparison(ours, other) for name, other in right.items()}
     lines.append(f"verdict: {sentence(found)}")
     if any(each.clear <= 0 for each in found.values()):
         lines += ["to try:", *(f"  {line}" for line in remedies(run, out, found))]
     return lines
+
+
+def of_teacher(run: Run, out: Path, top1: float, score: KnnScore) -> list[str]:
+    """The share of its teacher's score that an encoder with this score (percent) reaches; no line without a teacher."""
+    try:
+        teacher = teacher_of(run, out)
+        if teacher is None:
+            return []
+        reference = score(teacher)
+    except UserError as problem:  # the run itself is done
+        return [f"the teacher could not be scored: {problem}"]
+    return [
+        f"kNN top-1 of the teacher on the same images: {reference:.1f} %; the encoder reaches "
+        f"{100 * share(top1, reference):.0f} % of it"
+    ]
 
 
 def sentence(found: Mapping[str, Comparison]) -> str:

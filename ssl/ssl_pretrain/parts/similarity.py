@@ -34,8 +34,8 @@ def relations(target: Tensor, own: Tensor, temperature: float) -> tuple[Tensor, 
     """`divergences` of the rows of the matrices of cosine similarities between the tokens of an image, (B, N, T) and
     (B, N, K): (B,) each, means over the N rows."""
     with torch.autocast(own.device.type, enabled=False):
-        logits = [x @ x.mT / temperature for x in (l2_normalize(target), l2_normalize(own))]
-        each, uniform = divergences(*logits)
+        theirs, mine = (x @ x.mT / temperature for x in (l2_normalize(target), l2_normalize(own)))
+        each, uniform = divergences(theirs, mine)
     return each.mean(1), uniform.mean(1)
 
 

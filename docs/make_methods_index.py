@@ -22,6 +22,7 @@ FAMILIES = (
     "without negatives",
     "clustering",
     "self-distillation",
+    "distillation",
     "autoregressive",
     "control",
 )

@@ -71,6 +71,7 @@ LEARNING: dict[str, dict[str, object]] = {
     "ijepa": {"batch_size": 32, "steps": 1500, "lr": 5e-4, "momentum": 0.99},
     "npid": {"batch_size": 32, "steps": 1500, "lr": 1e-4, "loss": "softmax"},
     "featmim": {"steps": 300, "patch_size": 4},
+    "distill": {"steps": 120},
     "beit": {"steps": 600, "pool": "cls"},
 }
 # Its product is the tokenizer, and not the encoder: tests/test_beit.py shows that the ids can be predicted.
@@ -98,6 +99,11 @@ def test_it_learns_on_real_images(name: str, shared_data: Path, tmp_path: Path, 
         tokens = ["--codes", 128, "--batch-size", 64, "--steps", 100, "--lr", "1e-3", "--patch-size", 8, "--workers", 0]
         pretrain("--method", "vqtok", *common, *tokens, "--codebook-decay", 0.95, "--out", tmp_path / "tokens")
         argv += ["--tokenizer", tmp_path / "tokens"]
+    if name == "distill":  # of a teacher that has learned something, from labels because that is quick
+        small_vit = ["--dim", 64, "--heads", 2, "--depth", 2, "--patch-size", 8, "--pool", "mean", "--aug", "fast"]
+        labels = ["--classes", 10, "--batch-size", 128, "--steps", 150, "--lr", "2e-3", "--workers", 0]
+        pretrain("--method", "supervised", *common, *small_vit, *labels, "--out", tmp_path / "teacher")
+        argv += ["--teacher", tmp_path / "teacher"]
     for knob, value in knobs.items():
         flag = knob.replace("_", "-")
         if isinstance(value, bool):

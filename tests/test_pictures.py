@@ -34,6 +34,7 @@ OWN = {  # what the methods themselves draw
     "beit": "view | masked",
     "data2vec2": "input | mask 1 | mask 2",
     "dinov2": "view | masked",
+    "distill": "view | mixed",
     "featmim": "view | masked",
     "ibot": "view | masked",
     "ijepa": "input | context | targets",

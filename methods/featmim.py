@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import (
     ABOVE_0_TO_1,
     AT_LEAST_1,
@@ -26,11 +23,10 @@ from ssl_pretrain.flags import (
     within,
 )
 from ssl_pretrain.frozen import NONE, Frozen
-from ssl_pretrain.parts.align import resized
+from ssl_pretrain.parts import targets
 from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed
-from ssl_pretrain.parts.hog import hog, values
 from ssl_pretrain.parts.morphing import groups
-from ssl_pretrain.parts.targets import check_block, distances, tap, transformed
+from ssl_pretrain.parts.targets import PatchTarget, distances, spread
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -95,16 +91,18 @@ class FeatMIM(Method):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("featmim", "replace")
-        self.teacher: Frozen | None = None
         self.mask_token = nn.Parameter(torch.empty(encoder.dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.cell = min(config.hog_cell, *(max(1, side // 2) for side in encoder.stride))
-        if config.target == "hog" and any(side % self.cell for side in encoder.stride):
-            raise UserError(
-                f"--hog-cell {self.cell} does not divide the patch of {encoder.stride[0]} x {encoder.stride[1]}"
-            )
+        self.target = PatchTarget(
+            config.target,
+            encoder,
+            norm=config.target_norm,
+            block=config.target_block,
+            final_norm=config.target_final_norm,
+            hog_cell=config.hog_cell,
+        )
         if config.target == "hog":
-            self._add_head(values(encoder.in_chans, encoder.stride, self.cell))
+            self._add_head(self.target.width)
 
     def _add_head(self, width: int) -> None:
         """The linear layer that predicts a target of `width` values."""
@@ -115,24 +113,18 @@ class FeatMIM(Method):
     @classmethod
     def frozen(cls, config: Any) -> tuple[str, ...]:
         """The teacher, unless the target is HOG."""
-        return () if config.target == "hog" else ("teacher",)
+        return targets.networks(config.target)
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:
         """Keep the teacher, and add the head for its width."""
-        if self.config.target == "hog":
-            return
-        self.teacher = networks["teacher"]
-        if self.config.target_block != -1 or not self.config.target_final_norm:
-            check_block(self.teacher, self.config.target_block)
-        self._add_head(self.teacher.dim)
+        self.target.prepare(networks)
+        if self.config.target == "teacher":
+            self._add_head(self.target.width)
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """One random resized crop, flipped, without colour; for a teacher also the same pixels with as many patches."""
-        image = ViewSpec(name="image", size=image_size, scale=config.crop_scale)
-        if config.target == "hog":
-            return (image,)
-        return (image, ViewSpec(name="teacher", of="image", size=image_size, network="teacher"))
+        return targets.with_teacher(config.target, ViewSpec(name="image", size=image_size, scale=config.crop_scale))
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The mean loss over the masked patches, plus `visible_weight` times that over the visible ones.
@@ -142,44 +134,27 @@ class FeatMIM(Method):
         """
         images = batch.views["image"]
         grid = self.grid(images)
-        targets = self.targets(batch, grid)
+        wanted = self.target(batch, grid)
         masked = self.masks(grid, step).to(images.device, non_blocking=True)
         predicted = self.head(encode(self.encoder, images, step, replace=(masked, self.mask_token)).patches).float()
         each = torch.zeros(masked.shape, device=images.device)
-        for weights in self.morphed(targets, step):
-            mine, theirs = (predicted, targets) if weights is None else (weights @ predicted, weights @ targets)
+        for weights in self.morphed(wanted, step):
+            mine, theirs = (predicted, wanted) if weights is None else (weights @ predicted, weights @ wanted)
             each = each + distances(mine, theirs, self.config.loss, self.config.beta) / max(1, self.config.morphings)
         weight = masked / masked.sum(1, keepdim=True)
         if self.config.visible_weight:
             weight = weight + self.config.visible_weight * ~masked / (~masked).sum(1, keepdim=True)
         per_sample = (each * weight).sum(1)
+        mean = spread(wanted, self.config.loss, self.config.beta)
         return Losses(
             total=per_sample.mean(),
-            terms={"relative": (each.detach() * masked).sum() / masked.sum() / self.spread(targets)},
+            terms={"relative": (each.detach() * masked).sum() / masked.sum() / mean},
             per_sample=per_sample.detach(),
         )
-
-    @torch.no_grad()
-    def spread(self, targets: Tensor) -> Tensor:
-        """The loss () of predicting the mean of the targets (B, N, T), for cosines the mean of the unit vectors."""
-        own = F.normalize(targets, dim=-1) if self.config.loss == "cosine" else targets
-        constant = distributed.mean(own.mean((0, 1)))
-        return distributed.mean(distances(constant.expand_as(own), own, self.config.loss, self.config.beta).mean())
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """The grid of patches of the student's images."""
         return images.shape[-2] // self.encoder.stride[0], images.shape[-1] // self.encoder.stride[1]
-
-    @torch.no_grad()
-    def targets(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
-        """The target of every patch, float32 (B, N, T)."""
-        config = self.config
-        if self.teacher is None:
-            found = hog(batch.views["image"], self.encoder.stride, self.cell)
-        else:
-            seen = tap(self.teacher, batch.views["teacher"], config.target_block, config.target_final_norm)
-            found = resized(seen.patches.float(), seen.grid, grid)
-        return transformed(found, config.target_norm)
 
     def masks(self, grid: tuple[int, int], step: Step) -> Tensor:
         """Blocks of patches, the same number in every image: bool (B, N), True for a masked patch."""

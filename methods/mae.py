@@ -10,20 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_pretrain.backbones.backbone import Backbone
-from ssl_pretrain.backbones.positions import sincos_table
-from ssl_pretrain.backbones.vit import Block
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
-from ssl_pretrain.parts import anchor, sizes
-from ssl_pretrain.parts.init import xavier_
-from ssl_pretrain.parts.masks import put, random_masking, rows
-from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
+from ssl_pretrain.parts import anchor, masked_autoencoder
+from ssl_pretrain.parts.masked_autoencoder import decoded, masking, mean_colour, painted, pixel_loss
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -36,6 +30,12 @@ class MAE(Method):
     UnsupportedByBackbone for an encoder that cannot drop tokens.
     """
 
+    grid: tuple[int, int]
+    decoder_embed: nn.Linear
+    mask_token: nn.Parameter
+    decoder_blocks: nn.ModuleList
+    decoder_norm: nn.LayerNorm
+    decoder_pred: nn.Linear
     decoder_pos_embed: Tensor
 
     recipe = Recipe(
@@ -85,28 +85,13 @@ class MAE(Method):
         super().__init__(encoder, config)
         encoder.require("mae", "keep")
         self.anchor: anchor.Anchor | None = None
-        width, heads = self.config.decoder_dim, self.config.decoder_heads
-        if width % heads or width % 4:
-            raise UserError(f"--decoder-dim {width} must be a multiple of 4 and of --decoder-heads {heads}")
-        (h, w), (p, q) = encoder.image_size, encoder.stride
-        self.grid = (h // p, w // q)
-        if self.kept(self.grid[0] * self.grid[1]) < 1:
-            raise UserError(
-                f"--mask-ratio {config.mask_ratio} leaves none of the {self.grid[0]} x {self.grid[1]} patches"
-            )
-        values = encoder.stride[0] * encoder.stride[1] * encoder.in_chans
-        self.decoder_embed = nn.Linear(encoder.dim, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(self.config.decoder_depth))
-        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder_pred = nn.Linear(width, values)
-        self.register_buffer("decoder_pos_embed", sincos_table(self.grid, width)[None], persistent=False)
-
-        xavier_(self)
-        nn.init.normal_(self.mask_token, std=0.02)
-        for name, parameter in encoder.named_parameters():
-            if name.endswith("cls_token"):
-                nn.init.normal_(parameter, std=0.02)
+        masked_autoencoder.add_decoder(
+            self,
+            width=self.config.decoder_dim,
+            depth=self.config.decoder_depth,
+            heads=self.config.decoder_heads,
+            mask_ratio=config.mask_ratio,
+        )
 
     @classmethod
     def frozen(cls, config: Any) -> tuple[str, ...]:
@@ -120,12 +105,7 @@ class MAE(Method):
     @classmethod
     def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:
         """By the rule of `parts.sizes`, from the paper's."""
-        width = config.decoder_dim or sizes.width(512, encoder.dim, multiple=32)
-        return {
-            "decoder_dim": width,
-            "decoder_depth": sizes.depth(8, encoder.depth),
-            "decoder_heads": sizes.heads(16, width, encoder.dim),
-        }
+        return masked_autoencoder.decoder_sizes(config.decoder_dim, encoder)
 
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -135,19 +115,14 @@ class MAE(Method):
 
     def kept(self, patches: int) -> int:
         """How many of `patches` patches the encoder sees: rounded down, as released."""
-        return int(patches * (1 - self.config.mask_ratio))
+        return masked_autoencoder.kept(patches, self.config.mask_ratio)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """Loss over batch.views["image"] (B, C, H, W); `per_sample` is each image's mean over its masked patches."""
         images = batch.views["image"]
         predicted, masked, _, _ = self.reconstruct(images, step)
-        target = rows(patchify(images, self.encoder.stride), masked).float()
-        if self.config.norm_pix:
-            target = normalise(target)
-        # Every image has the same number of masked patches: the mean over all is the paper's sum(loss * mask) / sum(mask).
-        predicted = predicted.float()
-        per_sample = F.mse_loss(predicted.detach(), target, reduction="none").mean(dim=(1, 2))
-        losses = Losses(total=F.mse_loss(predicted, target), per_sample=per_sample)
+        total, per_sample = pixel_loss(predicted, images, masked, self.encoder.stride, self.config.norm_pix)
+        losses = Losses(total=total, per_sample=per_sample)
         if self.anchor is not None:
             losses.terms["reconstruction"] = losses.total.detach()
             each = None
@@ -158,36 +133,15 @@ class MAE(Method):
 
     def reconstruct(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Predictions (B, M, F) for the masked patches, their indices (B, M), the kept ones' (B, K), and the grid."""
-        p, q = self.encoder.stride
-        grid = (images.shape[-2] // p, images.shape[-1] // q)
-        patches = grid[0] * grid[1]
-        keep, masked = random_masking(step.rand(patches), self.kept(patches))
+        keep, masked, grid = masking(self.encoder, images, step, self.config.mask_ratio)
         seen = encode(self.encoder, images, step, keep=keep)
-
-        positions = self.decoder_pos_embed
-        if grid != self.grid:
-            positions = sincos_table(grid, self.config.decoder_dim)[None].to(images.device)
-        # Prefix tokens take part in the decoder's attention, but have no position.
-        tokens = self.decoder_embed(seen.patches if seen.tokens is None else seen.tokens)
-        prefix, tokens = tokens.split([tokens.shape[1] - keep.shape[1], keep.shape[1]], dim=1)
-        tokens = tokens + F.embedding(keep, positions[0]).to(tokens.dtype)
-        masked_tokens = (self.mask_token + F.embedding(masked, positions[0])).to(tokens.dtype)
-        # The order does not matter, because positions are added as embeddings. Masked tokens come first, so that the
-        # last block can compute its outputs for them alone.
-        x = torch.cat([masked_tokens, prefix, tokens], dim=1)
-        *others, last = self.decoder_blocks
-        for block in others:
-            x = block(x)
-        x = last(x, first=masked.shape[1])
-        return self.decoder_pred(self.decoder_norm(x)), masked, keep, grid
+        return decoded(self, seen, keep, masked, grid), masked, keep, grid
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """With normalised pixels, the loss of painting every patch in its mean colour."""
         if not self.config.norm_pix:
             return {}
-        values = self.decoder_pred.out_features
-        name = "loss" if self.config.anchor == "none" else "reconstruction"
-        return {name: ((values - 1) / values, "every patch is reconstructed as its mean colour; nothing is learned")}
+        return {"loss" if self.config.anchor == "none" else "reconstruction": mean_colour(self)}
 
     @torch.no_grad()
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -195,15 +149,4 @@ class MAE(Method):
         targets get the true mean and variance, because the loss does not train these."""
         images = batch.views["image"]
         predicted, masked, _, grid = self.reconstruct(images, step)
-        patches = patchify(images, self.encoder.stride).float()
-        predicted = predicted.float()
-        if self.config.norm_pix:
-            mean, deviation = moments(rows(patches, masked))
-            predicted = predicted * deviation + mean
-        hidden = put(patches, masked, torch.zeros_like(predicted))
-        painted = put(patches, masked, predicted)
-        return {
-            "input": images,
-            "masked": unpatchify(hidden, self.encoder.stride, grid),
-            "reconstruction": unpatchify(painted, self.encoder.stride, grid),
-        }
+        return painted(images, predicted, masked, self.encoder.stride, grid, self.config.norm_pix)

@@ -72,6 +72,7 @@ LEARNING: dict[str, dict[str, object]] = {
     "npid": {"batch_size": 32, "steps": 1500, "lr": 1e-4, "loss": "softmax"},
     "featmim": {"steps": 300, "patch_size": 4},
     "distill": {"steps": 120},
+    "mrmae": {"steps": 200},
     "beit": {"steps": 600, "pool": "cls"},
 }
 # Its product is the tokenizer, and not the encoder: tests/test_beit.py shows that the ids can be predicted.

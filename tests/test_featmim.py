@@ -151,7 +151,7 @@ def test_loss_and_gradient_against_numpy(knobs: dict):
 
     images, again = batch.views["image"], one_step.step()
     grid = method.grid(images)
-    targets = method.targets(batch, grid)
+    targets = method.target(batch, grid)
     masked = method.masks(grid, again)
     weights = [None if w is None else w.double().numpy() for w in method.morphed(targets, again)]
     tokens = method.encoder(images, replace=(masked, method.mask_token)).patches.detach().double().numpy()
@@ -178,8 +178,8 @@ def test_targets_of_a_teacher_with_another_patch_are_those_of_the_same_pixels():
     assert batch.views["teacher"].shape[-2:] == (64, 64)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
     by_hand = (batch.views["teacher"] * std + mean - 0.5) / 0.25
-    expected = method.teacher.backbone(by_hand).patches
-    torch.testing.assert_close(method.targets(batch, (4, 4)), expected, rtol=1e-5, atol=1e-5)
+    expected = method.target.teacher.backbone(by_hand).patches
+    torch.testing.assert_close(method.target(batch, (4, 4)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_every_image_has_the_same_number_of_masked_patches():
@@ -198,7 +198,7 @@ def test_collapsed_is_what_it_states():
     with torch.no_grad():
         method.head.weight.zero_()
         batch = one_step.batch(method)
-        targets = method.targets(batch, method.grid(batch.views["image"]))
+        targets = method.target(batch, method.grid(batch.views["image"]))
         method.head.bias.copy_(torch.nn.functional.normalize(targets, dim=-1).mean((0, 1)))
     # "relative" is of the masked patches, and the stated value of all: mask nearly everything
     method.config = replace(method.config, mask_ratio=0.99)

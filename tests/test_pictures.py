@@ -39,6 +39,7 @@ OWN = {  # what the methods themselves draw
     "ibot": "view | masked",
     "ijepa": "input | context | targets",
     "mae": "input | masked | reconstruction",
+    "mrmae": "input | masked | reconstruction",
     "msn": "anchor | masked",
     "semaim": "input | order | prediction",
     "simmim": "input | masked | reconstruction",

@@ -1,22 +1,92 @@
-"""What a student predicts of a frozen network: where the network is tapped, how targets are transformed, and the losses.
+"""What a student predicts of each patch: a frozen teacher's features or HOG, how they are transformed, and the losses.
 
-Shapes: B images, L tokens, D channels of the target.
+Shapes: B images, N patches of the student, L tokens, D channels of the target.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..backbones.backbone import Features
+from .. import distributed
+from ..backbones.backbone import Backbone, Features
 from ..backbones.wrapping import INNER
+from ..data.views import ViewSpec
 from ..errors import UserError
 from ..frozen import Frozen
+from ..pretext import Batch
+from .align import resized
+from .hog import hog, values
 
+Kind = Literal["teacher", "hog"]
 Transform = Literal["none", "layer_norm", "l2"]
 Loss = Literal["cosine", "smooth_l1", "mse"]
+
+
+def networks(kind: Kind) -> tuple[str, ...]:
+    """What `Method.frozen` gives for a target of this kind: the teacher, unless it is HOG."""
+    return () if kind == "hog" else ("teacher",)
+
+
+def with_teacher(kind: Kind, image: ViewSpec) -> tuple[ViewSpec, ...]:
+    """The student's view, and for a teacher the same pixels with as many patches."""
+    if kind == "hog":
+        return (image,)
+    return image, ViewSpec(name="teacher", of=image.name, size=image.size, network="teacher")
+
+
+@final
+class PatchTarget(nn.Module):
+    """The target of every patch of the view "image": features of a frozen teacher that sees the same pixels, or HOG.
+
+    Attributes: `teacher`, None for HOG and before `prepare`; `width`, D, for a teacher after `prepare`; `cell`, pixels of a
+    side of a HOG cell. Raises UserError for HOG cells that do not divide the patch.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        encoder: Backbone,
+        *,
+        norm: Transform,
+        block: int = -1,
+        final_norm: bool = True,
+        hog_cell: int = 8,
+    ) -> None:
+        super().__init__()
+        self.kind, self.norm, self.block, self.final_norm = kind, norm, block, final_norm
+        self.patch = encoder.stride
+        self.teacher: Frozen | None = None
+        self.width = 0
+        self.cell = min(hog_cell, *(max(1, side // 2) for side in encoder.stride))
+        if kind == "hog":
+            if any(side % self.cell for side in encoder.stride):
+                raise UserError(
+                    f"--hog-cell {self.cell} does not divide the patch of {encoder.stride[0]} x {encoder.stride[1]}"
+                )
+            self.width = values(encoder.in_chans, encoder.stride, self.cell)
+
+    def prepare(self, networks: Mapping[str, Frozen]) -> None:
+        """Keep the teacher. Raises UserError for a block that it does not have."""
+        if self.kind == "hog":
+            return
+        self.teacher = networks["teacher"]
+        self.width = self.teacher.dim
+        if self.block != -1 or not self.final_norm:
+            check_block(self.teacher, self.block)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
+        """The targets of a batch, whose student's images have this grid of patches: float32 (B, N, D)."""
+        if self.teacher is None:
+            found = hog(batch.views["image"], self.patch, self.cell)
+        else:
+            seen = tap(self.teacher, batch.views["teacher"], self.block, self.final_norm)
+            found = resized(seen.patches.float(), seen.grid, grid)
+        return transformed(found, self.norm)
 
 
 def tap(network: Frozen, images: Tensor, block: int, normed: bool) -> Features:
@@ -85,3 +155,12 @@ def distances(predicted: Tensor, targets: Tensor, loss: Loss, beta: float = 1.0)
     if loss == "smooth_l1":
         return F.smooth_l1_loss(predicted, targets, reduction="none", beta=beta).mean(-1)
     return (predicted - targets).square().mean(-1)
+
+
+@torch.no_grad()
+def spread(targets: Tensor, loss: Loss, beta: float = 1.0) -> Tensor:
+    """The loss () of predicting the mean of the targets (B, N, D) of all processes, for cosines the mean of the unit
+    vectors."""
+    own = F.normalize(targets, dim=-1) if loss == "cosine" else targets
+    constant = distributed.mean(own.mean((0, 1)))
+    return distributed.mean(distances(constant.expand_as(own), own, loss, beta).mean())

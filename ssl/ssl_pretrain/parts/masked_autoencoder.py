@@ -1,0 +1,143 @@
+"""MAE's masking, decoder and target (He et al., CVPR 2022, section 3), for methods that reconstruct the pixels of masked
+patches.
+
+Shapes: B images, N patches on an (h, w) grid, K of them kept, M = N - K masked, D encoder width, E decoder width, F values
+of a patch.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbones.backbone import Backbone, Features
+from ..backbones.positions import sincos_table
+from ..backbones.vit import Block
+from ..errors import UserError
+from ..pretext import Step
+from . import sizes
+from .init import xavier_
+from .masks import put, random_masking, rows
+from .patches import moments, normalise, patchify, unpatchify
+
+
+class HasDecoder(Protocol):
+    """A method after `add_decoder`. The parts are the method's own attributes, because their names are in checkpoints."""
+
+    encoder: Backbone
+    grid: tuple[int, int]  # of images of the run's size
+    decoder_embed: nn.Linear
+    mask_token: nn.Parameter
+    decoder_blocks: nn.ModuleList
+    decoder_norm: nn.LayerNorm
+    decoder_pred: nn.Linear
+    decoder_pos_embed: Tensor
+
+
+def decoder_sizes(given_width: int | None, encoder: Backbone) -> dict[str, int]:
+    """The decoder's sizes by the rule of `parts.sizes`, from the paper's: 512 x 8 with 16 heads. given_width: None for the
+    rule's."""
+    width = given_width or sizes.width(512, encoder.dim, multiple=32)
+    return {
+        "decoder_dim": width,
+        "decoder_depth": sizes.depth(8, encoder.depth),
+        "decoder_heads": sizes.heads(16, width, encoder.dim),
+    }
+
+
+def add_decoder(method: HasDecoder, *, width: int, depth: int, heads: int, mask_ratio: float) -> None:
+    """Give a method a decoder, and initialise it and the encoder (appendix A.1). Raises UserError for sizes that do not
+    fit, and for a masking ratio that leaves no patch."""
+    encoder = method.encoder
+    if width % heads or width % 4:
+        raise UserError(f"--decoder-dim {width} must be a multiple of 4 and of --decoder-heads {heads}")
+    (h, w), (p, q) = encoder.image_size, encoder.stride
+    method.grid = (h // p, w // q)
+    if kept(method.grid[0] * method.grid[1], mask_ratio) < 1:
+        raise UserError(f"--mask-ratio {mask_ratio} leaves none of the {method.grid[0]} x {method.grid[1]} patches")
+    method.decoder_embed = nn.Linear(encoder.dim, width)
+    method.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+    method.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+    method.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+    method.decoder_pred = nn.Linear(width, p * q * encoder.in_chans)
+    assert isinstance(method, nn.Module)
+    method.register_buffer("decoder_pos_embed", sincos_table(method.grid, width)[None], persistent=False)
+
+    xavier_(method)
+    nn.init.normal_(method.mask_token, std=0.02)
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("cls_token"):
+            nn.init.normal_(parameter, std=0.02)
+
+
+def kept(patches: int, mask_ratio: float) -> int:
+    """How many of `patches` patches the encoder sees: rounded down, as released."""
+    return int(patches * (1 - mask_ratio))
+
+
+def masking(encoder: Backbone, images: Tensor, step: Step, mask_ratio: float) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Random indices of the kept patches (B, K) and of the masked ones (B, M), int64, and the grid of the images."""
+    grid = (images.shape[-2] // encoder.stride[0], images.shape[-1] // encoder.stride[1])
+    patches = grid[0] * grid[1]
+    keep, masked = random_masking(step.rand(patches), kept(patches, mask_ratio))
+    return keep, masked, grid
+
+
+def decoded(method: HasDecoder, seen: Features, keep: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The decoder's predictions (B, M, F) for the masked patches, from features of the kept ones."""
+    positions = method.decoder_pos_embed
+    if grid != method.grid:
+        positions = sincos_table(grid, method.decoder_embed.out_features)[None].to(keep.device)
+    # Prefix tokens take part in the decoder's attention, but have no position.
+    tokens = method.decoder_embed(seen.patches if seen.tokens is None else seen.tokens)
+    prefix, tokens = tokens.split([tokens.shape[1] - keep.shape[1], keep.shape[1]], dim=1)
+    tokens = tokens + F.embedding(keep, positions[0]).to(tokens.dtype)
+    masked_tokens = (method.mask_token + F.embedding(masked, positions[0])).to(tokens.dtype)
+    # The order does not matter, because positions are added as embeddings. Masked tokens come first, so that the
+    # last block can compute its outputs for them alone.
+    x = torch.cat([masked_tokens, prefix, tokens], dim=1)
+    *others, last = method.decoder_blocks
+    for block in others:
+        x = block(x)
+    x = last(x, first=masked.shape[1])
+    return method.decoder_pred(method.decoder_norm(x))
+
+
+def pixel_loss(
+    predicted: Tensor, images: Tensor, masked: Tensor, patch: tuple[int, int], norm_pix: bool
+) -> tuple[Tensor, Tensor]:
+    """The mean squared error () of predictions (B, M, F) of the masked patches, and each image's (B,), detached; float32.
+
+    norm_pix: the target is each patch normalised by its own mean and variance.
+    """
+    target = rows(patchify(images, patch), masked).float()
+    if norm_pix:
+        target = normalise(target)
+    # Every image has the same number of masked patches: the mean over all is the paper's sum(loss * mask) / sum(mask).
+    predicted = predicted.float()
+    per_sample = F.mse_loss(predicted.detach(), target, reduction="none").mean(dim=(1, 2))
+    return F.mse_loss(predicted, target), per_sample
+
+
+def mean_colour(method: HasDecoder) -> tuple[float, str]:
+    """What `pixel_loss` is with `norm_pix` if nothing is learned, and what that means."""
+    values = method.decoder_pred.out_features
+    return (values - 1) / values, "every patch is reconstructed as its mean colour; nothing is learned"
+
+
+def painted(
+    images: Tensor, predicted: Tensor, masked: Tensor, patch: tuple[int, int], grid: tuple[int, int], norm_pix: bool
+) -> dict[str, Tensor]:
+    """Input, masked input and reconstruction of the masked patches, (B, C, H, W). Reconstructions of normalised targets
+    get the true mean and variance, because the loss does not train these."""
+    patches = patchify(images, patch).float()
+    predicted = predicted.float()
+    if norm_pix:
+        mean, deviation = moments(rows(patches, masked))
+        predicted = predicted * deviation + mean
+    return {
+        "input": images,
+        "masked": unpatchify(put(patches, masked, torch.zeros_like(predicted)), patch, grid),
+        "reconstruction": unpatchify(put(patches, masked, predicted), patch, grid),
+    }

@@ -693,6 +693,32 @@ def maps_always(own: Any) -> Any:
     return lambda self, images, **options: own(self, images, **{**options, "maps": options.get("keep") is None})
 
 
+def of_attention(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A forward that changes the attention of every block."""
+
+    def wrap(own: Any) -> Any:
+        def forward(self: Any, images: Any, **options: Any) -> Any:
+            found = own(self, images, **options)
+            return dataclasses.replace(found, attention=tuple(map(change, found.attention)))
+
+        return forward
+
+    return wrap
+
+
+def attention_sorted(own: Any) -> Any:
+    return lambda self, images, attention_of=(), **options: own(
+        self, images, attention_of=tuple(sorted(i % self.depth for i in attention_of)), **options
+    )
+
+
+def attention_of_no_mask(own: Any) -> Any:
+    """The attention of a block as if nothing were masked."""
+    return lambda self, images, attention_of=(), attention="full", **options: own(
+        self, images, attention_of=attention_of, attention="full" if attention_of else attention, **options
+    )
+
+
 OF_OPTIONS = [
     ("kept_patches_are_all_that_is_seen", "keep", patched("forward", without("keep"))),
     ("kept_patches_are_all_that_is_seen", "in another order", patched("_positioned", kept_as_if_the_first)),
@@ -702,6 +728,10 @@ OF_OPTIONS = [
     ("attention_is_what_was_asked_for", "'causal' gives other", patched("_mask", causal_one_too_far)),
     ("blocks_are_those_asked_for", "0 outputs of 2", patched("forward", without("blocks"))),
     ("blocks_are_those_asked_for", "in another order", patched("forward", blocks_sorted)),
+    ("attention_maps_are_those_asked_for", "no distribution", patched("forward", of_attention(lambda x: x.mT))),
+    ("attention_maps_are_those_asked_for", "the shape", patched("forward", of_attention(lambda x: x.mean(1)))),
+    ("attention_maps_are_those_asked_for", "in another order", patched("forward", attention_sorted)),
+    ("attention_maps_are_those_asked_for", "on a later key", patched("forward", attention_of_no_mask)),
     ("layers_are_in_order", "changes the output of block 0", patched("layer_of", one_later)),
     ("drop_path_follows_its_noise", "is not refused", patched("_drop_path", lambda own: lambda *given: ([], []))),
     ("drop_path_follows_its_noise", "in eval mode drop path drops", patched("_drop_path", dropping_in_eval)),

@@ -121,11 +121,17 @@ class Encoder(nn.Module):
         """Crops (B, H, W, C) uint8, on any device, to (B, C, H, W) float32."""
         return self.preprocessing.normalise(pixels)
 
-    def forward(self, images: Tensor, *, maps: bool = False, **options: Any) -> Features:
-        """See `Backbone.forward`. With `maps`, raises UnsupportedByBackbone where the backbone has none."""
+    def forward(
+        self, images: Tensor, *, maps: bool = False, attention_of: tuple[int, ...] = (), **options: Any
+    ) -> Features:
+        """See `Backbone.forward`. With `maps` or `attention_of`, raises UnsupportedByBackbone where the backbone has
+        none."""
         if maps:
             self.backbone.require("the option maps", "maps")
             options["maps"] = True
+        if attention_of:
+            self.backbone.require("the option attention_of", "attention_maps")
+            options["attention_of"] = attention_of
         return self.backbone(images, **options)
 
     @property

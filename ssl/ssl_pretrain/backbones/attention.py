@@ -51,6 +51,20 @@ def _in_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.softmax(scores, dim=-1) @ v).unflatten(0, heads)
 
 
+def weights(q: Tensor, k: Tensor, mask: Tensor | None = None, causal: bool = False, *, logits: bool = False) -> Tensor:
+    """The weights softmax(q k^T / sqrt(d)) with which `attend` averages the values, or, with `logits`, what the softmax
+    takes, with -inf where a query may not attend. Arguments as in `attend`. Returns (B, h, L, L) in float32, or in
+    float64 for q of that dtype."""
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(dtype) @ k.to(dtype).mT) * q.shape[3] ** -0.5
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(dtype)
+        return scores if logits else scores.softmax(-1)
+
+
 # A kernel for sequences of different lengths: q, k, v (T, h, d), the bounds (sequences + 1,) int32, the list of
 # lengths.
 Ragged = Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], Tensor]

@@ -30,6 +30,9 @@ class Features:
     # A pyramid of maps (B, C_i, h_i, w_i), the finest first; their strides and channels are `Backbone.map_strides` and
     # `map_channels`. Empty unless it was asked for.
     maps: tuple[Tensor, ...] = ()
+    # (B, heads, L, L) of each requested block, float32: the weight of each key (column) for each query (row), prefix first,
+    # or its logit. Empty unless it was asked for.
+    attention: tuple[Tensor, ...] = ()
 
 
 # So that torch.export, and whatever else maps over the tensors of a result, sees the tensors in it.
@@ -41,9 +44,9 @@ class Backbone(nn.Module, ABC):
 
     Attributes every backbone sets: `config` (its frozen dataclass), `image_size` (H, W), `in_chans`, `dim` (D, width
     of every feature), `depth` (number of blocks or stages), `stride` (pixels a patch side (h, w)), `supports`
-    (frozenset of words among "keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps"). Everything
-    that a forward pass uses is in `state_dict()`. A backbone that supports "maps" also sets `map_strides` and
-    `map_channels`.
+    (frozenset of words among "keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps",
+    "attention_maps"). Everything that a forward pass uses is in `state_dict()`. A backbone that supports "maps" also
+    sets `map_strides` and `map_channels`.
     """
 
     config: Any
@@ -82,7 +85,9 @@ class Backbone(nn.Module, ABC):
         Raises UnsupportedByBackbone for an option that the backbone does not support. A backbone that supports
         "pooled_only" also takes that option: True means that only `Features.pooled` is used, and the rest may be
         missing. One that supports "maps" takes that option: True gives `Features.maps`. Maps are of whole images: with
-        `keep` they are refused (UserError).
+        `keep` they are refused (UserError). One that supports "attention_maps" takes `attention_of`, indices of the
+        blocks whose attention is in `Features.attention` (as `blocks`), and `attention_logits`: True gives the logits
+        before the softmax, -inf where a query may not attend.
         """
 
     def forward_crops(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:

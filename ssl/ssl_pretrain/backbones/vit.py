@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..flags import FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
 from . import pyramid
-from .attention import Packed, attend, attend_packed, prefix_mask
+from .attention import Packed, attend, attend_packed, prefix_mask, weights
 from .backbone import Backbone, Features
 from .drop_path import ROWS_ABOVE, Kept, drop_factors, given, kept_samples, kept_tokens
 from .positions import Offsets, resize_offsets, resize_table, rope_angles, rotate, sincos_table
@@ -34,6 +34,7 @@ SIZES = {
 NORM_EPS = 1e-6  # of every layer norm, as in nearly all published ViTs; torch's default is 1e-5
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles of rotary positions
+Map = Literal["weights", "logits"]  # of attention
 
 
 class RMSNorm(nn.RMSNorm):
@@ -103,7 +104,8 @@ class Attention(nn.Module):
         packed: Packed | None = None,
         first: int | None = None,
         offsets: Offsets | None = None,
-    ) -> Tensor:
+        attention: Map | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """See `Block.forward`."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, d)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -120,7 +122,8 @@ class Attention(nn.Module):
             x = attend_packed(q, k, v, packed, first)
         else:
             x = attend(q if first is None else q[:, :, :first], k, v, mask, causal)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        x = self.proj(x.transpose(1, 2).flatten(2))
+        return x if attention is None else (x, weights(q, k, mask, causal, logits=attention == "logits"))
 
 
 class Mlp(nn.Module):
@@ -219,7 +222,8 @@ class Block(nn.Module):
         first: int | None = None,
         offsets: Offsets | None = None,
         kept: tuple[Kept, Kept] | None = None,
-    ) -> Tensor:
+        attention: Map | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Tokens (B, L, D) to (B, L, D), or (1, T, D) to (1, T, D) of `packed` batches.
 
         mask, causal: as `attend` takes them, bool, neither with `packed` or `first`. rope: each broadcastable to (B,
@@ -227,7 +231,8 @@ class Block(nn.Module):
         path). first: number of an image's tokens to compute, L' (default: all), so the output is (B, L', D) or (1, T',
         D); the other tokens only serve as keys and values. offsets: for a block with relative positions, neither with
         `causal` nor `packed`. kept: the samples that each branch is computed for, instead of `branches`; not with both
-        `packed` and `first`.
+        `packed` and `first`. attention: return also the weights (B, heads, L, L) of the attention, or the logits before
+        the softmax (`attention.weights`); not with `packed`, `first` or `kept`.
         """
         seen, (by_attention, by_mlp) = x, kept or (None, None)
         if by_attention is not None:
@@ -235,7 +240,10 @@ class Block(nn.Module):
             mask, rope = by_attention.of_mask(mask), by_attention.of_rope(rope)
             offsets = by_attention.of_offsets(offsets)
         seen = seen if self.post_norm else self.norm1(seen)
-        y = self.ls1(self.attn(seen, mask, causal, rope, packed, first, offsets))
+        y, found = self.attn(seen, mask, causal, rope, packed, first, offsets, attention), None
+        if attention is not None:
+            y, found = y
+        y = self.ls1(y)
         if first is not None:
             if branches is not None and packed is not None:
                 branches = packed.of_each(branches, first)
@@ -250,7 +258,8 @@ class Block(nn.Module):
         if branches is not None:
             y = y * branches[..., 1:]
         x = self._joined(y, x, by_mlp)
-        return self.norm2(x) if self.post_norm else x
+        x = self.norm2(x) if self.post_norm else x
+        return x if found is None else (x, found)
 
     def _joined(self, y: Tensor, x: Tensor, kept: Kept | None) -> Tensor:
         """A branch and the shortcut."""
@@ -318,7 +327,9 @@ class ViT(Backbone):
             within(self, FROM_0_BELOW_1, "drop_path")
             within(self, FROM_0_TO_1, "shortcut_decay")
 
-    supports = frozenset({"keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps"})
+    supports = frozenset(
+        {"keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps", "attention_maps"}
+    )
 
     def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
         super().__init__()
@@ -379,13 +390,16 @@ class ViT(Backbone):
         drop: Tensor | None = None,
         pooled_only: bool = False,
         maps: bool = False,
+        attention_of: tuple[int, ...] = (),
+        attention_logits: bool = False,
     ) -> Features:
         """See `Backbone.forward`. With `keep`, masks, causality and prefix lengths refer to the kept tokens in the
         requested order; the mask of `replace` refers to all N patches. Maps are resampled from `patches` (pyramid.py).
+        The attention of blocks is computed again from their queries and keys, beside the kernel that the block uses.
 
         Raises UserError for images with another number of channels, for a size that the patch does not divide, for
-        blocks that do not exist and for maps with `keep`, ValueError for an unknown attention, RuntimeError if the noise
-        of drop path is missing.
+        blocks that do not exist, for maps with `keep` and for the attention of blocks whose drop path leaves samples out
+        (`drop_rows`), ValueError for an unknown attention, RuntimeError if the noise of drop path is missing.
         """
         if maps and keep is not None:
             raise UserError("maps are of whole images: ask for them without keep, which leaves patches out")
@@ -393,15 +407,19 @@ class ViT(Backbone):
         mask, causal = self._mask(attention, prefix_length, x.shape[1])
         factors, kept = self._drop_path([drop])
         rope = self._rope(grid, keep, x.device)
-        first = None if mask is not None or causal else self._first(pooled_only and not maps, blocks)
+        first = None if mask is not None or causal else self._first(pooled_only and not maps, blocks + attention_of)
         offsets = None
         if self.config.positions == "relative":
             offsets = Offsets.of(self.grid, grid, self.prefix_tokens, keep, x.device)
             if causal:  # the kernels take that or scores to add
                 mask, causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril(), False
         of_each = factors[0][:, None] if factors else None
-        x, outputs = self._through(x, blocks, mask, causal, rope, of_each, kept, None, first, offsets)
+        kind: Map = "logits" if attention_logits else "weights"
+        x, outputs, found = self._through(
+            x, blocks, mask, causal, rope, of_each, kept, None, first, offsets, attention_of, kind
+        )
         features = self._features(x, grid, outputs)
+        features.attention = found
         if maps:
             features.maps = pyramid.simple_pyramid(features.patches.mT.unflatten(2, grid))
         return features
@@ -443,7 +461,7 @@ class ViT(Backbone):
         # Kept samples in a packed sequence have no `first`: the last block is then computed for all tokens of fewer
         # images.
         first = None if kept else self._first(all(wanted), wanted_blocks[0])
-        x, outputs = self._through(by_token(rows), wanted_blocks[0], None, False, rope, of_each, kept, packed, first)
+        x, outputs, _ = self._through(by_token(rows), wanted_blocks[0], None, False, rope, of_each, kept, packed, first)
         shapes = packed.batches if first is None else tuple((images, 1) for images, _ in packed.batches)
         sizes = [images * length for images, length in shapes]
         parts = zip(*(whole[0].split(sizes) for whole in (x, *outputs)), shapes, grids, strict=True)
@@ -482,20 +500,30 @@ class ViT(Backbone):
         packed: Packed | None = None,
         first: int | None = None,
         offsets: Offsets | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        attention_of: tuple[int, ...] = (),
+        kind: Map = "weights",
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Tokens (B, L, D) or (1, T, D) after the blocks and the final norm (with `first` only an image's first ones),
-        and after the wanted blocks without that norm. Drop path: `factors` (B, 1, 2 n) or (1, T, 2 n) of the first n
-        blocks or None, and the samples that are `kept` by the branches of the last ones."""
-        indices = [self._block(i) for i in wanted]
+        those after the wanted blocks without that norm, and the attention of the blocks `attention_of`. Drop path:
+        `factors` (B, 1, 2 n) or (1, T, 2 n) of the first n blocks or None, and the samples that are `kept` by the
+        branches of the last ones."""
+        indices, of_attention = [self._block(i) for i in wanted], [self._block(i) for i in attention_of]
         outputs: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
         by_rows = self.depth - len(kept)  # the first block that computes kept samples only
+        if any(i >= by_rows for i in of_attention):
+            raise UserError("attention maps are of all images, and --drop-rows leaves some out: give --no-drop-rows")
         for i, block in enumerate(self.blocks):
             branches = None if factors is None or i >= by_rows else factors[..., 2 * i : 2 * i + 2]
             pair = kept[i - by_rows] if i >= by_rows else None
-            x = block(x, mask, causal, rope, branches, packed, first if i == self.depth - 1 else None, offsets, pair)
+            some = first if i == self.depth - 1 else None
+            if i in of_attention:
+                x, found[i] = block(x, mask, causal, rope, branches, packed, some, offsets, pair, kind)
+            else:
+                x = block(x, mask, causal, rope, branches, packed, some, offsets, pair)
             if i in indices:
                 outputs[i] = x
-        return self.norm(x), tuple(outputs[i] for i in indices)
+        return self.norm(x), tuple(outputs[i] for i in indices), tuple(found[i] for i in of_attention)
 
     def _first(self, pooled_only: bool, blocks: tuple[int, ...]) -> int | None:
         """Number of tokens that the last block must compute: only the class token if nothing else is used."""

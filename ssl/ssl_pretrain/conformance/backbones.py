@@ -28,7 +28,7 @@ from . import Fault
 from ._common import check_config, expect, run_flags
 
 WORDS = frozenset(
-    {"keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps"}
+    {"keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps", "attention_maps"}
 )  # of `Backbone.supports`
 SIDES = (224, 64, 32, 128, 256)  # of images to build with, until its stride is known
 BATCH = 3
@@ -69,6 +69,7 @@ def checks(name: str) -> list[Callable[[], None]]:
         one.replaced_patches_are_not_seen,
         one.attention_is_what_was_asked_for,
         one.blocks_are_those_asked_for,
+        one.attention_maps_are_those_asked_for,
         one.drop_path_follows_its_noise,
         one.pooled_only_changes_nothing_pooled,
         one.maps_are_a_pyramid,
@@ -508,6 +509,52 @@ class _Checks:
         for block in (last + 1, -last - 2):
             call = partial(self.features, self.images(), blocks=(block,))
             _refused(call, UserError, f"block {block}", str(block))
+
+    def attention_maps_are_those_asked_for(self) -> None:
+        """`attention_of`: weights of the blocks asked for, in that order, that mean what the options say; nothing else
+        changes."""
+        if not self.supports("attention_maps"):
+            return
+        images, last, plain = self.images(), self.model.depth - 1, self.plain
+        expect(plain.attention == (), "there is attention without the option attention_of")
+        prefix, count = 0 if plain.prefix is None else plain.prefix.shape[1], plain.patches.shape[1]
+        length = prefix + count
+        found = self.features(images, attention_of=(-1, 0))
+        expect(len(found.attention) == 2, f"attention of {len(found.attention)} blocks, asked for 2")
+        for weights in found.attention:
+            fits = weights.ndim == 4 and weights.shape[0] == BATCH and weights.shape[2:] == (length, length)
+            expect(fits, f"attention has the shape {tuple(weights.shape)}, not {(BATCH, 'heads', length, length)}")
+            expect(weights.dtype == torch.float32, f"attention is {weights.dtype}, not float32")
+            expect(bool((weights >= 0).all()) and _close(weights.sum(-1), torch.ones_like(weights[..., 0])),
+                   "the attention of a query (a row) is no distribution over the keys")  # fmt: skip
+        for part, one, two in _both(dataclasses.replace(found, attention=()), plain):
+            expect(torch.equal(one, two), f"asked for attention, {part} change")
+        other = self.features(images, attention_of=(0, last), attention_logits=True)
+        softmax = [logits.softmax(-1) for logits in other.attention]
+        expect(
+            _close(found.attention[0], softmax[1]) and _close(found.attention[1], softmax[0]),
+            "the attention of blocks comes in another order than asked for, -1 is not the last one, or attention_logits "
+            "are not the logits of the weights",
+        )
+        if last > 0:
+            expect(not _close(*found.attention), "the first and the last block have the same attention")
+        for block in (last + 1, -last - 2):
+            _refused(partial(self.features, images, attention_of=(block,)), UserError, f"block {block}", str(block))
+        if self.supports("attention"):
+            causal = self.features(images, attention="causal", attention_of=(0,)).attention[0]
+            seen = torch.ones(length, length, dtype=torch.bool).tril()
+            expect(bool((causal[..., ~seen] == 0).all()), "with causal attention a query has weight on a later key")
+            expect(bool((causal[..., seen] > 0).all()), "with causal attention a query has no weight on an earlier key")
+        if self.supports("keep"):
+            keep = torch.arange(count).flip(0)[: count - 1].expand(BATCH, -1)
+            kept, whole = (self.features(images, keep=k, attention_of=(0,)).attention[0] for k in (keep, None))
+            expect(kept.shape[2:] == (length - 1, length - 1), "with keep, attention is not of the kept patches")
+            # The first block: among the kept ones, the weights of all patches in their proportion.
+            rows = torch.cat([torch.arange(prefix), prefix + keep[0]])
+            among = whole[:, :, rows][..., rows]
+            expect(
+                _close(kept, among / among.sum(-1, keepdim=True)), "with keep, the first block's attention is of others"
+            )
 
     def drop_path_follows_its_noise(self) -> None:
         """Drop path: a function of the noise given, sample by sample, in training only."""

@@ -134,6 +134,28 @@ def check_block(network: Frozen, block: int) -> None:
         raise UserError(f"--target-block {block}: {network.spec} gives the features of its last block only")
 
 
+def attention_maps(
+    network: Frozen, images: Tensor, blocks: tuple[int, ...], *, keep: Tensor | None = None, logits: bool = False
+) -> tuple[Tensor, ...]:
+    """The attention (B, heads, L, L) float32 of blocks (-1: the last) for views (B, C, H, W), of the patches `keep` (B, K)
+    alone if they are given: weights, or the logits before the softmax. Without gradients. See `check_attention`."""
+    options = {} if keep is None else {"keep": keep}
+    return network(images, attention_of=blocks, attention_logits=logits, **options).attention
+
+
+def check_attention(flag: str, network: Frozen, *blocks: int) -> None:
+    """Raise UserError where the network cannot give its attention, or has not these blocks. flag: of the command, that
+    chose the blocks."""
+    backbone, depth = network.backbone, network.backbone.depth
+    if "attention_maps" not in backbone.supports:
+        raise UserError(
+            f"{flag}: {network.spec} gives no attention maps ({type(backbone).__name__}): use the export of a ViT"
+        )
+    for block in blocks:
+        if not -depth <= block < depth:
+            raise UserError(f"{flag} {block}: {network.spec} has {depth} blocks, {-depth} to {depth - 1}")
+
+
 def transformed(targets: Tensor, how: Transform) -> Tensor:
     """Targets (..., D) in float32: unchanged, with mean 0 and variance 1 over D (a layer norm without affine, eps 1e-6), or
     of length 1."""

@@ -62,6 +62,7 @@ EXPLAINED = {
     "views": "Training images as the model sees them: one column per image, one row per view.",
     "patch features (PCA)": "Patches with similar features have similar colours.",
     "similarity to the class token": "Bright patches are the most similar to the vector of the whole image.",
+    "attention of the last block": "Bright patches are those to which the class token (else: all tokens) attends most.",
     "nearest neighbours": "Left: an image. Right of it: the training images with the most similar features.",
 }
 # Settings of every run that say most about it; those of the method and the encoder come after them

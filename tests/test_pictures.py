@@ -23,12 +23,21 @@ from ssl_pretrain.data.folder import FolderSource
 from ssl_pretrain.data.source import Source
 from ssl_pretrain.distributed import World
 from ssl_pretrain.loop import drawing, pictures
-from ssl_pretrain.loop.pictures import COMPONENTS, NEAREST, SIMILARITY, VIEWS, Pictures, fixed_images, of_first
+from ssl_pretrain.loop.pictures import (
+    ATTENTION,
+    COMPONENTS,
+    NEAREST,
+    SIMILARITY,
+    VIEWS,
+    Pictures,
+    fixed_images,
+    of_first,
+)  # fmt: skip
 from ssl_pretrain.loop.report import Report
 from ssl_pretrain.pretext import Batch, Losses, Method
 
 METHODS = plugins.own("ssl_pretrain.methods")
-FEATURES = (COMPONENTS, SIMILARITY, NEAREST)
+FEATURES = (COMPONENTS, SIMILARITY, ATTENTION, NEAREST)
 OWN = {  # what the methods themselves draw
     "aim": "input | prefix | prediction",
     "beit": "view | masked",
@@ -243,7 +252,8 @@ def test_every_method_has_its_pictures(name: str, source: Source) -> None:
     assert larger or heard.pictures[VIEWS].shape[1] == 8 * (side + 2) - 2
     assert heard.pictures[VIEWS].shape[0] <= rows * (side + 2) - 2
     assert heard.pictures[NEAREST].shape == (8 * (side + 2) - 2, 7 * (side + 2) - 2 + 14, 3)
-    assert heard.pictures[COMPONENTS].shape == heard.pictures[SIMILARITY].shape == (2 * side + 2, 8 * (side + 2) - 2, 3)
+    for shown in (COMPONENTS, SIMILARITY, ATTENTION):
+        assert heard.pictures[shown].shape == (2 * side + 2, 8 * (side + 2) - 2, 3)
 
 
 def test_views_are_those_that_the_model_sees(source: Source) -> None:
@@ -313,7 +323,7 @@ def test_other_encoders_and_images(name: str, size: tuple[int, int], channels: i
     given = Batch(views={"image": torch.randn(3, channels, *size)}, index=torch.arange(3))
     heard = draw(method, Channels(channels), given)
     assert heard.warnings == []
-    assert set(heard.pictures) == {VIEWS, *FEATURES}
+    assert set(heard.pictures) == {VIEWS, *FEATURES} - ({ATTENTION} if name[:3] != "vit" else set())
     assert all(torch.equal(before[n], t) for n, t in method.state_dict().items())
     grey = (heard.pictures[VIEWS] == heard.pictures[VIEWS][..., :1]).all()
     assert grey == (channels < 3)
@@ -324,7 +334,30 @@ def test_of_one_image_there_are_no_neighbours() -> None:
     given = Batch(views={"image": torch.randn(1, 3, 16, 16)}, index=torch.arange(1))
     heard = draw(Plain(backbone, None), Channels(3, 1), given)
     assert heard.warnings == []
-    assert set(heard.pictures) == {VIEWS, COMPONENTS, SIMILARITY}
+    assert set(heard.pictures) == {VIEWS, COMPONENTS, SIMILARITY, ATTENTION}
+
+
+@pytest.mark.parametrize("cls", [True, False])
+def test_attention_is_the_mean_over_heads_of_the_last_block(cls: bool, source: Source) -> None:
+    torch.manual_seed(0)
+    backbone = backbones.build("vit_micro", image_size=SIZE, patch_size=8, depth=2, registers=3, cls=cls)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    method = Plain(backbone, None).train()
+    given = Batch(views={"image": torch.randn(3, 3, *SIZE)}, index=torch.arange(3))
+    heard = draw(method, source, given)
+    pixels = fixed_images(source, SimpleNamespace(image_size=SIZE, in_chans=3, seed=3, batch_size=BATCH))[:8]  # type: ignore[arg-type]
+    with torch.no_grad():
+        images = ((pixels.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)
+        weights = backbone.eval()(images, attention_of=(1,)).attention[0].double().numpy()
+    to_patches = weights[:, :, :, 3 + cls :].sum(1)  # queries x patches, of all heads
+    looks = to_patches[:, 0] if cls else to_patches.sum(1)
+    cells = heard.pictures[ATTENTION][98:]
+    for i in range(8):
+        cell = cells[12::24, 98 * i : 98 * i + 96][:, 12::24].reshape(-1, 3)
+        assert cell[looks[i].argmax()].tolist() == [252, 232, 64]  # yellow
+        assert cell[looks[i].argmin()].tolist() == [31, 13, 82]  # dark blue
 
 
 def test_similarity_and_neighbours_are_those_of_numpy(source: Source) -> None:
@@ -535,9 +568,10 @@ def test_a_picture_that_fails_is_said_once_and_ends_nothing(
     pretrain_here("--method", "mae", "--data", photos, *flags, "--out", tmp_path / "run")
     assert {name for name, _ in shown} == {VIEWS, COMPONENTS, NEAREST}
     said = (tmp_path / "run" / "warnings.log").read_text().splitlines()
-    assert len(said) == 2
+    assert len(said) == 3
     assert "pictures of the method: not drawn, and the run goes on: ArithmeticError: no" in said[0]
     assert f"{SIMILARITY}: not drawn" in said[1]
+    assert f"{ATTENTION}: not drawn" in said[2]
 
 
 @pytest.mark.slow

@@ -238,7 +238,8 @@ def test_controls_change_the_charts(folders: list[Path], browser: Chromium, tmp_
 
 def test_pictures_of_every_run_are_explained() -> None:
     """By what the page says below the heading of each kind that `loop/pictures.py` draws."""
-    assert set(report_page.EXPLAINED) == {pictures.VIEWS, pictures.COMPONENTS, pictures.SIMILARITY, pictures.NEAREST}
+    drawn = {pictures.VIEWS, pictures.COMPONENTS, pictures.SIMILARITY, pictures.ATTENTION, pictures.NEAREST}
+    assert set(report_page.EXPLAINED) == drawn
     png = report_pictures.Picture(5, b"", 500, 100)
     both = [report_pictures.Series(tag, [png], 1) for tag in (pictures.NEAREST, "input | masked")]
     run: Any = SimpleNamespace(name="one")

@@ -112,6 +112,16 @@ def _reference(colours: Tensor, grid: tuple[int, int]) -> Tensor:
     return x + PLACE * (float(x.std(correction=0)) or 1.0) * place.repeat(len(colours), 1)
 
 
+def attention(weights: Tensor, patches: int, *, from_first: bool) -> Tensor:
+    """How much patches are attended to, (n, N) float32: the mean over heads of attention weights (n, heads, L, L), of the
+    first token (the class token) or, if not `from_first`, of all tokens. The patches are the last N = `patches` tokens.
+    Raises ValueError for a weight that is not finite."""
+    x = weights.detach().float().cpu().mean(1)
+    if not bool(x.isfinite().all()):
+        raise ValueError("attention is not finite")
+    return (x[:, 0] if from_first else x.mean(1))[:, -patches:]
+
+
 def heat(values: Tensor) -> Tensor:
     """Values (n, N) as colours (n, N, 3) uint8, from dark blue (the lowest of each image) to yellow (its highest)."""
     x = values.detach().float().cpu()

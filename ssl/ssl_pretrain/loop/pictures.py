@@ -38,10 +38,11 @@ FEWEST, MOST = 32, 256  # images among which neighbours are looked for: twice th
 NEIGHBOURS = 6
 QUERY_GAP = 16  # white pixels between an image and its neighbours
 CHUNK = 64  # images that the encoder sees at a time, at most
-VIEWS, COMPONENTS, SIMILARITY, NEAREST = (
+VIEWS, COMPONENTS, SIMILARITY, ATTENTION, NEAREST = (
     "views",
     "patch features (PCA)",
     "similarity to the class token",
+    "attention of the last block",
     "nearest neighbours",
 )
 
@@ -93,6 +94,10 @@ class Pictures:
             if not bool(alike.isfinite().all()):
                 raise ValueError("features are not finite")
             self._report(SIMILARITY, self._below(few, drawing.heat(alike), seen.grid), step)
+        if seen.attention:
+            with self._surviving(ATTENTION):
+                looks = drawing.attention(seen.attention[0], seen.patches.shape[1], from_first=seen.cls is not None)
+                self._report(ATTENTION, self._below(few, drawing.heat(looks), seen.grid), step)
         if len(pooled) < 2:
             return
         with self._surviving(NEAREST):
@@ -118,16 +123,18 @@ class Pictures:
         return self._pixels
 
     def _encoded(self, pixels: Tensor) -> tuple[Tensor, Features]:
-        """Vectors (n, D) float32 of all images by the exported encoder, on the host, and the Features of the first."""
+        """Vectors (n, D) float32 of all images by the exported encoder, on the host, and the Features of the first, with
+        the attention of the last block where the encoder gives it."""
         run, vectors = self.run, []
         mean, std = (torch.tensor(each, device=self.world.device) for each in (run.mean, run.std))
         micro_batch = run.batch_size // (run.accumulate * self.world.size)  # fits into memory even in training
         first: Features | None = None
         with self._looking(), parallel.gathered(self.method):
             exported = self.method.exported()
+            options: dict[str, Any] = {"attention_of": (-1,)} if "attention_maps" in exported.supports else {}
             for few in (pixels[:SHOWN], *pixels[SHOWN:].split(max(1, min(CHUNK, micro_batch)))):
                 images = (few.to(self.world.device).float() / 255 - mean) / std
-                features = exported(images.permute(0, 3, 1, 2).contiguous())
+                features = exported(images.permute(0, 3, 1, 2).contiguous(), **({} if first else options))
                 first = first or features
                 vectors.append(features.pooled.float().cpu())
         assert first is not None

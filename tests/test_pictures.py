@@ -50,6 +50,7 @@ OWN = {  # what the methods themselves draw
     "mae": "input | masked | reconstruction",
     "mrmae": "input | masked | reconstruction",
     "msn": "anchor | masked",
+    "mvmr": "augmented | plain | deviation | scattering",
     "semaim": "input | order | prediction",
     "simmim": "input | masked | reconstruction",
     "vqtok": "input | reconstruction",

@@ -32,6 +32,7 @@ PAPER: dict[str, dict[str, int]] = {
     "mocov3": {"hidden_dim": 4096},
     "mrmae": {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
     "msn": {"prototypes": 1024, "hidden_dim": 2048},
+    "mvmr": {"projector_dim": 8192},
     "nnclr": {"queue": 98304, "hidden_dim": 2048, "predictor_dim": 4096},
     "npid": {"negatives": 4096},
     "semaim": {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import (
     ABOVE_0_TO_1,
     AT_LEAST_1,
     BETWEEN_0_AND_1,
+    FROM_0_BELOW_1,
     NOT_NEGATIVE,
     POSITIVE,
+    at_least,
     within,
 )
 from ssl_pretrain.frozen import NONE, Frozen
@@ -49,7 +52,7 @@ class FeatMIM(Method):
         warmup=2 / 150,
         encoder={"drop_path": 0.1},
         small={"lr": 2e-3, "steps": 250, "drop_path": 0.0, "target": "hog", "loss": "mse", "batch_size": 64},
-        tiny={"target_norm": "layer_norm"},
+        tiny={"target_norm": "layer_norm", "target_images": 32, "target_codes": 8},
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -62,12 +65,23 @@ class FeatMIM(Method):
         """Block of the teacher whose patch features are the target; negative numbers count from the end."""
         target_final_norm: bool = True
         """Take the teacher's features after its final norm."""
-        target_norm: Literal["none", "layer_norm", "l2"] = "none"
-        """Transform of each target vector: none, layer norm without affine, or length 1."""
-        loss: Literal["cosine", "smooth_l1", "mse"] = "cosine"
-        """Distance between prediction and target (EVA: cosine; DTM: smooth_l1; MaskFeat: mse)."""
+        target_norm: Literal["none", "layer_norm", "l2", "standardise", "phi_s", "kmeans"] = "none"
+        """Transform of each target vector: none, layer norm without affine, or length 1; with statistics of the data:
+        channels of mean 0 and variance 1, the same by a rotation and one scale (PHI-S), or the id of the nearest of
+        --target-codes k-means centres."""
+        target_images: int = 1024
+        """Images at the start of the run from which standardise, phi_s and kmeans are learned. The loss is 0 until then."""
+        target_codes: int = 512
+        """With kmeans: number of centres."""
+        loss: Literal["cosine", "smooth_l1", "mse", "kl", "cross_entropy"] = "cosine"
+        """Distance between prediction and target (EVA: cosine; DTM: smooth_l1; MaskFeat: mse); the divergence of their
+        softmaxes (kl); or the cross-entropy of ids (with kmeans)."""
         beta: float = 2.0
         """With smooth_l1: where the loss goes from a square to a line."""
+        temperature: float = 1.0
+        """With kl: temperature of both softmaxes."""
+        label_smoothing: float = 0.0
+        """With cross_entropy: share of the target that is spread over all ids."""
         hog_cell: int = 8
         """With HOG: side of a cell in pixels. At most half a patch is used, and it must divide the patch."""
         mask_ratio: float = 0.4
@@ -82,11 +96,21 @@ class FeatMIM(Method):
         """Smallest and largest share of the image's area that a crop covers."""
 
         def __post_init__(self) -> None:
-            within(self, AT_LEAST_1, "hog_cell", "morphing_rounds")
+            within(self, AT_LEAST_1, "hog_cell", "morphing_rounds", "target_images")
+            within(self, at_least(2), "target_codes")
             within(self, BETWEEN_0_AND_1, "mask_ratio")
+            within(self, FROM_0_BELOW_1, "label_smoothing")
             within(self, NOT_NEGATIVE, "visible_weight", "morphings")
-            within(self, POSITIVE, "beta")
+            within(self, POSITIVE, "beta", "temperature")
             within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
+            if (self.target_norm == "kmeans") != (self.loss == "cross_entropy"):
+                raise UserError(
+                    "--target-norm kmeans gives ids, and --loss cross_entropy needs them: give both or none"
+                )
+            if self.target_norm == "kmeans" and self.morphings:
+                raise UserError(
+                    "--morphings averages targets, and --target-norm kmeans gives ids: leave one of them out"
+                )
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
@@ -100,6 +124,8 @@ class FeatMIM(Method):
             block=config.target_block,
             final_norm=config.target_final_norm,
             hog_cell=config.hog_cell,
+            images=config.target_images,
+            codes=config.target_codes,
         )
         if config.target == "hog":
             self._add_head(self.target.width)
@@ -134,23 +160,35 @@ class FeatMIM(Method):
         """
         images = batch.views["image"]
         grid = self.grid(images)
-        wanted = self.target(batch, grid)
+        features = self.target.features(batch, grid)
+        wanted = self.target.transformed(features)
         masked = self.masks(grid, step).to(images.device, non_blocking=True)
         predicted = self.head(encode(self.encoder, images, step, replace=(masked, self.mask_token)).patches).float()
         each = torch.zeros(masked.shape, device=images.device)
         for weights in self.morphed(wanted, step):
             mine, theirs = (predicted, wanted) if weights is None else (weights @ predicted, weights @ wanted)
-            each = each + distances(mine, theirs, self.config.loss, self.config.beta) / max(1, self.config.morphings)
+            each = each + self.distances(mine, theirs) / max(1, self.config.morphings)
         weight = masked / masked.sum(1, keepdim=True)
         if self.config.visible_weight:
             weight = weight + self.config.visible_weight * ~masked / (~masked).sum(1, keepdim=True)
-        per_sample = (each * weight).sum(1)
-        mean = spread(wanted, self.config.loss, self.config.beta)
+        per_sample = self.target.gated((each * weight).sum(1))
+        config = self.config
+        mean = spread(wanted, config.loss, config.beta, config.temperature, config.label_smoothing, config.target_codes)
         return Losses(
             total=per_sample.mean(),
-            terms={"relative": (each.detach() * masked).sum() / masked.sum() / mean},
+            terms={"relative": self.target.relative((each.detach() * masked).sum() / masked.sum(), mean)},
             per_sample=per_sample.detach(),
+            carry=self.target.carry(features, step),
         )
+
+    def distances(self, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """The loss of each patch (B, N)."""
+        config = self.config
+        return distances(predicted, wanted, config.loss, config.beta, config.temperature, config.label_smoothing)
+
+    def after_step(self, step: Step) -> None:
+        """Learn the transform of the targets, where it needs statistics."""
+        self.target.after_step(step)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """The grid of patches of the student's images."""

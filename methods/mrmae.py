@@ -63,7 +63,13 @@ class MRMAE(Method):
             "pool": "cls",
             "target": "hog",
         },
-        tiny={"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2, "target_norm": "layer_norm"},
+        tiny={
+            "decoder_dim": 32,
+            "decoder_depth": 1,
+            "decoder_heads": 2,
+            "target_norm": "layer_norm",
+            "target_images": 32,
+        },
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -87,8 +93,11 @@ class MRMAE(Method):
         """Block of the teacher whose patch features are the target; negative numbers count from the end."""
         target_final_norm: bool = True
         """Take the teacher's features after its final norm."""
-        target_norm: Literal["none", "layer_norm", "l2"] = "none"
-        """Transform of each target vector: none, layer norm without affine, or length 1."""
+        target_norm: Literal["none", "layer_norm", "l2", "standardise", "phi_s"] = "none"
+        """Transform of each target vector: none, layer norm without affine, or length 1; with statistics of the data:
+        channels of mean 0 and variance 1, or the same by a rotation and one scale (PHI-S)."""
+        target_images: int = 1024
+        """Images at the start of the run from which standardise and phi_s are learned. The mimic loss is 0 until then."""
         loss: Literal["mse", "cosine", "smooth_l1"] = "mse"
         """Distance between prediction and target of a visible patch."""
         beta: float = 2.0
@@ -104,7 +113,7 @@ class MRMAE(Method):
 
         def __post_init__(self) -> None:
             within(self, BETWEEN_0_AND_1, "mask_ratio")
-            within(self, AT_LEAST_1, "decoder_dim", "decoder_depth", "decoder_heads", "hog_cell")
+            within(self, AT_LEAST_1, "decoder_dim", "decoder_depth", "decoder_heads", "hog_cell", "target_images")
             within(self, NOT_NEGATIVE, "mimic_weight")
             within(self, POSITIVE, "beta")
             within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
@@ -126,6 +135,7 @@ class MRMAE(Method):
             block=config.target_block,
             final_norm=config.target_final_norm,
             hog_cell=config.hog_cell,
+            images=config.target_images,
         )
 
     @classmethod
@@ -163,14 +173,13 @@ class MRMAE(Method):
         predicted = decoded(self, seen, keep, masked, grid)
         pixels, per_sample = pixel_loss(predicted, images, masked, self.encoder.stride, config.norm_pix)
 
-        wanted = self.target(batch, grid)
+        features = self.target.features(batch, grid)
+        wanted = self.target.transformed(features)
         each = distances(self.mimic(seen.patches), rows(wanted, keep), config.loss, config.beta).mean(1)
+        relative = self.target.relative(each.detach().mean(), spread(wanted, config.loss, config.beta))
+        each = self.target.gated(each)
         mimic = each.mean()
-        terms = {
-            "reconstruction": pixels.detach(),
-            "mimic": mimic.detach(),
-            "relative": mimic.detach() / spread(wanted, config.loss, config.beta),
-        }
+        terms = {"reconstruction": pixels.detach(), "mimic": mimic.detach(), "relative": relative}
         if config.gradient_norms and torch.is_grad_enabled():
             output = seen.patches if seen.tokens is None else seen.tokens
             for name, part in (("reconstruction", pixels), ("mimic", config.mimic_weight * mimic)):
@@ -180,7 +189,12 @@ class MRMAE(Method):
             total=pixels + config.mimic_weight * mimic,
             terms=terms,
             per_sample=per_sample + config.mimic_weight * each.detach(),
+            carry=self.target.carry(features, step),
         )
+
+    def after_step(self, step: Step) -> None:
+        """Learn the transform of the targets, where it needs statistics."""
+        self.target.after_step(step)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The mimic loss relative to that of the mean target; with normalised pixels, the loss of painting every patch in

@@ -17,7 +17,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.masked_autoencoder import decoded, masking
 from ssl_pretrain.pretext import Batch
 
-KERNELS = 200  # of a step: python tests/kernels.py mrmae
+KERNELS = 201  # of a step: python tests/kernels.py mrmae
 
 
 def numpy_distance(p: np.ndarray, t: np.ndarray, loss: str, beta: float) -> np.ndarray:

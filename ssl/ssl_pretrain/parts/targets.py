@@ -17,13 +17,14 @@ from ..backbones.wrapping import INNER
 from ..data.views import ViewSpec
 from ..errors import UserError
 from ..frozen import Frozen
-from ..pretext import Batch
+from ..pretext import Batch, Step
 from .align import resized
+from .fitted_targets import Clusters, Fitted, Whitener
 from .hog import hog, values
 
 Kind = Literal["teacher", "hog"]
-Transform = Literal["none", "layer_norm", "l2"]
-Loss = Literal["cosine", "smooth_l1", "mse"]
+Transform = Literal["none", "layer_norm", "l2", "standardise", "phi_s", "kmeans"]
+Loss = Literal["cosine", "smooth_l1", "mse", "kl", "cross_entropy"]
 
 
 def networks(kind: Kind) -> tuple[str, ...]:
@@ -42,8 +43,12 @@ def with_teacher(kind: Kind, image: ViewSpec) -> tuple[ViewSpec, ...]:
 class PatchTarget(nn.Module):
     """The target of every patch of the view "image": features of a frozen teacher that sees the same pixels, or HOG.
 
-    Attributes: `teacher`, None for HOG and before `prepare`; `width`, D, for a teacher after `prepare`; `cell`, pixels of a
-    side of a HOG cell. Raises UserError for HOG cells that do not divide the patch.
+    A method calls `features`, then `transformed`. For the transforms of `parts.fitted_targets` it also puts what `carry`
+    gives into `Losses.carry`, calls `after_step`, and passes its loss through `gated`.
+
+    Attributes: `teacher`, None for HOG and before `prepare`; `width`, how many values a student predicts of a patch, D or
+    the number of codes, after `prepare`; `cell`, pixels of a side of a HOG cell. Raises UserError for HOG cells that do not
+    divide the patch.
     """
 
     def __init__(
@@ -55,9 +60,14 @@ class PatchTarget(nn.Module):
         block: int = -1,
         final_norm: bool = True,
         hog_cell: int = 8,
+        images: int = 1024,
+        codes: int = 512,
     ) -> None:
+        """images: from which "standardise", "phi_s" and "kmeans" are learned. codes: number of clusters."""
         super().__init__()
         self.kind, self.norm, self.block, self.final_norm = kind, norm, block, final_norm
+        self.images, self.codes = images, codes
+        self.fitted: Fitted | None = None
         self.patch = encoder.stride
         self.teacher: Frozen | None = None
         self.width = 0
@@ -67,26 +77,60 @@ class PatchTarget(nn.Module):
                 raise UserError(
                     f"--hog-cell {self.cell} does not divide the patch of {encoder.stride[0]} x {encoder.stride[1]}"
                 )
-            self.width = values(encoder.in_chans, encoder.stride, self.cell)
+            self._set_width(values(encoder.in_chans, encoder.stride, self.cell))
+
+    def _set_width(self, features: int) -> None:
+        """Make the transform of features of that many channels."""
+        self.width = features
+        if self.norm == "kmeans":
+            self.width = self.codes
+            self.fitted = Clusters(features, self.codes, self.images)
+        elif self.norm in ("standardise", "phi_s"):
+            self.fitted = Whitener(features, self.norm, self.images)
 
     def prepare(self, networks: Mapping[str, Frozen]) -> None:
         """Keep the teacher. Raises UserError for a block that it does not have."""
         if self.kind == "hog":
             return
         self.teacher = networks["teacher"]
-        self.width = self.teacher.dim
         if self.block != -1 or not self.final_norm:
             check_block(self.teacher, self.block)
+        self._set_width(self.teacher.dim)
+
+    def forward(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
+        """The targets of a batch, whose student's images have this grid of patches."""
+        return self.transformed(self.features(batch, grid))
 
     @torch.no_grad()
-    def forward(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
-        """The targets of a batch, whose student's images have this grid of patches: float32 (B, N, D)."""
+    def features(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
+        """The features of every patch before their transform: float32 (B, N, D)."""
         if self.teacher is None:
-            found = hog(batch.views["image"], self.patch, self.cell)
-        else:
-            seen = tap(self.teacher, batch.views["teacher"], self.block, self.final_norm)
-            found = resized(seen.patches.float(), seen.grid, grid)
-        return transformed(found, self.norm)
+            return hog(batch.views["image"], self.patch, self.cell)
+        seen = tap(self.teacher, batch.views["teacher"], self.block, self.final_norm)
+        return resized(seen.patches.float(), seen.grid, grid)
+
+    @torch.no_grad()
+    def transformed(self, features: Tensor) -> Tensor:
+        """Targets of features (B, N, D): float32 (B, N, D), or ids int64 (B, N) for "kmeans"."""
+        return transformed(features, self.norm) if self.fitted is None else self.fitted(features)
+
+    def carry(self, features: Tensor, step: Step) -> dict[str, Tensor]:
+        """For `Losses.carry`: what `after_step` needs of the batch's features (B, N, D)."""
+        return {} if self.fitted is None else self.fitted.carry(features, step)
+
+    def after_step(self, step: Step) -> None:
+        """Learn the transform, in the first steps."""
+        if self.fitted is not None:
+            self.fitted.after_step(step)
+
+    def gated(self, loss: Tensor) -> Tensor:
+        """A loss, times 0 as long as the transform is being learned."""
+        return loss if self.fitted is None else loss * self.fitted.ready
+
+    def relative(self, loss: Tensor, constant: Tensor) -> Tensor:
+        """A loss () over that of a constant prediction (`spread`); 1 as long as the transform is being learned."""
+        found = loss / constant
+        return found if self.fitted is None else torch.where(self.fitted.ready, found, 1.0)
 
 
 def tap(network: Frozen, images: Tensor, block: int, normed: bool) -> Features:
@@ -158,31 +202,63 @@ def check_attention(flag: str, network: Frozen, *blocks: int) -> None:
 
 def transformed(targets: Tensor, how: Transform) -> Tensor:
     """Targets (..., D) in float32: unchanged, with mean 0 and variance 1 over D (a layer norm without affine, eps 1e-6), or
-    of length 1."""
+    of length 1. The other transforms need statistics: `parts.fitted_targets`."""
     targets = targets.float()
     if how == "layer_norm":
         return F.layer_norm(targets, targets.shape[-1:], eps=1e-6)
     return F.normalize(targets, dim=-1) if how == "l2" else targets
 
 
-def distances(predicted: Tensor, targets: Tensor, loss: Loss, beta: float = 1.0) -> Tensor:
-    """The loss of each vector: predictions and targets (..., D) give float32 (...).
+def distances(
+    predicted: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """The loss of each vector: predictions and targets (..., D) give float32 (...). For "cross_entropy" targets are ids
+    (...) int64.
 
     "cosine": 1 - cosine. "smooth_l1": the mean over D of 0.5 d^2 / beta below beta, else d - beta / 2. "mse": the mean
-    square over D.
+    square over D. "kl": the divergence of the softmax over D of predictions / temperature from that of the targets, times
+    the squared temperature, so that gradients keep their size (Hinton et al., 2015, section 2). "cross_entropy": with
+    `smoothing` of the target spread over all D ids.
     """
-    predicted, targets = predicted.float(), targets.float()
+    predicted = predicted.float()
+    if loss == "cross_entropy":
+        logits, ids = predicted.flatten(0, -2), targets.flatten()
+        return F.cross_entropy(logits, ids, reduction="none", label_smoothing=smoothing).view(targets.shape)
+    targets = targets.float()
     if loss == "cosine":
         return 1 - F.cosine_similarity(predicted, targets, dim=-1)
     if loss == "smooth_l1":
         return F.smooth_l1_loss(predicted, targets, reduction="none", beta=beta).mean(-1)
+    if loss == "kl":
+        own, other = (torch.log_softmax(each / temperature, dim=-1) for each in (predicted, targets))
+        return (other.exp() * (other - own)).sum(-1) * temperature**2
     return (predicted - targets).square().mean(-1)
 
 
 @torch.no_grad()
-def spread(targets: Tensor, loss: Loss, beta: float = 1.0) -> Tensor:
-    """The loss () of predicting the mean of the targets (B, N, D) of all processes, for cosines the mean of the unit
-    vectors."""
-    own = F.normalize(targets, dim=-1) if loss == "cosine" else targets
-    constant = distributed.mean(own.mean((0, 1)))
-    return distributed.mean(distances(constant.expand_as(own), own, loss, beta).mean())
+def spread(
+    targets: Tensor,
+    loss: Loss,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    smoothing: float = 0.0,
+    codes: int = 0,
+) -> Tensor:
+    """The loss () of predicting the same for all targets of all processes, (B, N, D) or ids (B, N) of `codes`: their mean,
+    of unit vectors for "cosine", of distributions for "kl" and "cross_entropy"."""
+    own = targets
+    if loss == "cross_entropy":
+        shares = distributed.mean(F.one_hot(targets, codes).float().mean((0, 1)))
+        smoothed = (1 - smoothing) * shares + smoothing / codes
+        return -torch.special.xlogy(smoothed, smoothed).sum()
+    if loss == "kl":
+        constant = distributed.mean(torch.softmax(own / temperature, dim=-1).mean((0, 1))).log() * temperature
+    else:
+        own = F.normalize(targets, dim=-1) if loss == "cosine" else targets
+        constant = distributed.mean(own.mean((0, 1)))
+    return distributed.mean(distances(constant.expand_as(own), own, loss, beta, temperature).mean())

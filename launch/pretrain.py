@@ -201,6 +201,11 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     name = asked or begin.settings.get("encoder") or small.get("encoder", "vit_small")
     if backbones.prefix(name) == "module" and name != encoder:  # of the weights that the run starts from
         raise UserError(_imported("encoder", name))
+    if backbones.prefix(name) == "tokens":
+        raise UserError(
+            f"--encoder {name}: an encoder with a tokenizer as its stem is exported by a run and is not trained further: "
+            f"tune it for labels with ssl-eval finetune, or begin a new run (--encoder vit_small --tokenizer RUN)"
+        )
     kinds: list[Any] = [Run, Launch, kind.Config, backbones.config_class(name)]
     sizes = backbones.defaults(name)
     below = {**sizes, **kind.recipe.encoder, **small, **begin.settings}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backbones.backbone import Backbone, Features
 from .backbones.quantizer import Quantizer
+from .backbones.token_stem import renormalisation
 from .data.views import Sight
 from .errors import UserError
 
@@ -25,7 +26,8 @@ class Frozen:
     applies its own.
 
     Attributes: `backbone`; `spec`, what the user named; `fingerprint` of its weights, architecture and preprocessing;
-    `sight`, how it sees; `dim`, D; `quantizer`, of a tokenizer, else None.
+    `sight`, how it sees; `own` and `run`, mean and std of its images and of the run's views; `dim`, D; `quantizer`, of a
+    tokenizer, else None.
     """
 
     def __init__(
@@ -43,7 +45,8 @@ class Frozen:
         self.backbone = backbone.requires_grad_(False).eval()
         self.spec, self.fingerprint, self.sight, self.dim = spec, fingerprint, sight, backbone.dim
         self.quantizer = None if quantizer is None else quantizer.requires_grad_(False).eval()
-        self._scale = None if own == run else _renormalisation(own, run)
+        self.own, self.run = own, run
+        self._scale = None if own == run else renormalisation(own, run)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, **options: Any) -> Features:
@@ -81,17 +84,6 @@ class Frozen:
                 f"--{name} {self.spec} gives {found.grid[0]} x {found.grid[1]} ids where the encoder has {grid[0]} x "
                 f"{grid[1]} patches: choose another --image-size, or a tokenizer for this grid"
             )
-
-
-def _renormalisation(
-    own: tuple[tuple[float, ...], tuple[float, ...]], run: tuple[tuple[float, ...], tuple[float, ...]]
-) -> tuple[Tensor, Tensor]:
-    """Factor and offset (C, 1, 1) float32 that turn the run's normalised pixels into the network's: (x * std_run +
-    mean_run - mean_own) / std_own."""
-    (mean, std), (run_mean, run_std) = (
-        tuple(torch.tensor(v, dtype=torch.float64)[:, None, None] for v in pair) for pair in (own, run)
-    )
-    return (run_std / std).float(), ((run_mean - mean) / std).float()
 
 
 NONE: Mapping[str, Frozen] = MappingProxyType({})  # of a method that reads no frozen network

@@ -8,9 +8,10 @@ Other packages add encoders with entry points of the group `ssl_pretrain.backbon
 An entry point refers to a module as above, or to a Backbone whose module may have `SIZES`. It is imported when the name
 is used.
 
-Two names have a prefix: `timm:NAME` is a model of timm (timm_model.py), `module:PACKAGE:FUNCTION` a module of the user's
-own code (module_encoder.py). `build` imports what such a name says. A name that was read from a file must be checked
-before (`encoder.load` does).
+Some names have a prefix: `timm:NAME` is a model of timm (timm_model.py), `module:PACKAGE:FUNCTION` a module of the user's
+own code (module_encoder.py), `tokens:NAME` a ViT behind a tokenizer (token_stem.py), which exports have and no run is told
+to train. `build` imports what such a name says. A name that was read from a file must be checked before (`encoder.load`
+does).
 """
 
 import ast
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
 GROUP = "ssl_pretrain.backbones"  # the entry points of other packages
 # File of the architecture of a name with a prefix, the option that holds the rest of the name, and what the name may have
 # after a comma.
-WRAPPED = {"timm": ("timm_model", "timm_model", ("checkpoint",)), "module": ("module_encoder", "function", ())}
+WRAPPED = {
+    "timm": ("timm_model", "timm_model", ("checkpoint",)),
+    "module": ("module_encoder", "function", ()),
+    "tokens": ("token_stem", "encoder", ()),
+}
 
 
 def own() -> list[str]:
@@ -54,8 +59,8 @@ def known(name: str) -> bool:
 
 
 def prefix(name: str) -> str | None:
-    """ "timm" or "module" of a name with such a prefix. None for another name, and for one that an installed package
-    declares as an entry point."""
+    """ "timm", "module" or "tokens" of a name with such a prefix. None for another name, and for one that an installed
+    package declares as an entry point."""
     kind, colon, _ = name.partition(":")
     return kind if colon and kind in WRAPPED and name not in plugins.installed(GROUP) else None
 
@@ -112,7 +117,9 @@ def build(name: str, *, image_size: tuple[int, int], in_chans: int = 3, **option
         raise UserError(
             f"the encoder {name} is not the {option.replace('_', ' ')} {given[option]!r}: leave that option out"
         )
-    return architecture(image_size, in_chans, architecture.Config(**defaults(name) | given))
+    made = architecture(image_size, in_chans, architecture.Config(**defaults(name) | given))
+    made.name = plain_name(name)
+    return made
 
 
 def _file(name: str) -> Path | None:

@@ -50,6 +50,7 @@ class Backbone(nn.Module, ABC):
     """
 
     config: Any
+    name: str = ""  # by which `backbones.build` makes this architecture; empty for one that it did not make
     image_size: tuple[int, int]
     in_chans: int
     dim: int

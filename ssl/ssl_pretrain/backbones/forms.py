@@ -17,6 +17,7 @@ from torch import Tensor
 from .backbone import Backbone
 from .convnext import ConvNeXt
 from .resnet import ResNet
+from .token_stem import TokenStem
 from .vit import NORM_EPS, ViT
 
 Rules = tuple[tuple[str, str], ...]  # pairs of patterns and replacements for `re.sub`, in this order
@@ -118,6 +119,8 @@ def timm_form(backbone: Backbone, *, exact: bool = True) -> Form | str:
         arguments = {"layers": list(backbone.config.depths), "in_chans": backbone.in_chans, "global_pool": "avg"}
         name = "resnet50" if backbone.config.bottleneck else "resnet18"
         return Form("timm", name, arguments, "fc", "conv1")
+    if isinstance(backbone, TokenStem):
+        return "no model of timm begins with a tokenizer"
     return f"{type(backbone).__name__} is a backbone of another package"
 
 
@@ -140,6 +143,8 @@ def transformers_form(backbone: Backbone) -> Form | str:
         return Form("transformers", "ConvNextModel", arguments, to_theirs=_TO_CONVNEXT, to_ours=_FROM_CONVNEXT)
     if isinstance(backbone, ViT):
         return "transformers' ViTs hold queries, keys and values apart"
+    if isinstance(backbone, TokenStem):
+        return "none of its models begins with a tokenizer"
     return f"transformers' classes have other names for the weights of {type(backbone).__name__}"
 
 

@@ -66,7 +66,9 @@ class Quantizer(nn.Module):
             codes = (self.vectors() if vectors is None else vectors).to(z.dtype)
             half = -0.5 * codes.square().sum(1)
             rows = z.reshape(-1, self.width)
-            found = [torch.addmm(half, each, codes.T).argmax(1) for each in rows.split(CHUNK)]
+            # The number of chunks would fix the number of images in a program that is made of this.
+            chunks = [rows] if torch.compiler.is_exporting() else rows.split(CHUNK)
+            found = [torch.addmm(half, each, codes.T).argmax(1) for each in chunks]
         return torch.cat(found).reshape(z.shape[:-1])
 
     def lookup(self, ids: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from .. import backbones, checkpoint, encoder, flags, pretext
 from ..backbones.backbone import Backbone
 from ..config import Run
 from ..data.views import ViewSpec
+from ..encoder import Encoder, Preprocessing
 from ..errors import UserError
 from ..parts.sizes import IMAGENET
 from ..pretext import Losses, Method, WholeBatchMethod
@@ -35,6 +36,7 @@ from ._common import own_folder, with_cache
 from .one_step import (
     BATCH,
     ENCODER,
+    OWN,
     SIZE,
     STEP,
     Views,
@@ -74,6 +76,7 @@ def checks(name: str) -> list[Callable[[], None]]:
         method.collapsed_names_logged_terms,
         method.losses_take_float32_under_autocast,
         method.pictures_have_the_shape_of_images,
+        method.export_gives_the_methods_features,
         method.two_micro_batches_equal_one,
         method.two_processes_equal_one,
         *with_cache(lambda: own_folder(method), [method.resumed_run_is_bit_identical_and_exports]),
@@ -333,6 +336,17 @@ class _Checks:
                 raise Fault(f"the picture {name!r} is not floating point and finite ({images.dtype})")
         if changed := _changed(before, _state(method)):
             raise Fault(f"pictures() changes {_some(changed)}")
+
+    def export_gives_the_methods_features(self) -> None:
+        method = build(self.name).eval()
+        exported = method.exported().eval()
+        how = Preprocessing.for_size(exported.image_size, *OWN)
+        images = torch.randn(2, 3, *exported.image_size, generator=torch.Generator().manual_seed(0))
+        with tempfile.TemporaryDirectory(prefix="conformance-") as folder, torch.no_grad():
+            encoder.save(Path(folder), Encoder(exported, exported.name, how, {}))
+            read = encoder.load(folder)
+            if not torch.equal(read(images).pooled, exported(images).pooled):
+                raise Fault("the encoder that is read from an export gives other features than exported()")
 
     def two_micro_batches_equal_one(self) -> None:
         self._compare(one_step(self.name, 2), "two micro-batches")

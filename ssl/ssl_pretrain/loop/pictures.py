@@ -133,8 +133,10 @@ class Pictures:
             exported = self.method.exported()
             options: dict[str, Any] = {"attention_of": (-1,)} if "attention_maps" in exported.supports else {}
             for few in (pixels[:SHOWN], *pixels[SHOWN:].split(max(1, min(CHUNK, micro_batch)))):
-                images = (few.to(self.world.device).float() / 255 - mean) / std
-                features = exported(images.permute(0, 3, 1, 2).contiguous(), **({} if first else options))
+                images = ((few.to(self.world.device).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+                if exported.image_size != run.image_size:  # a tokenizer whose patches have another size
+                    images = F.interpolate(images, exported.image_size, mode="bicubic", antialias=True)
+                features = exported(images, **({} if first else options))
                 first = first or features
                 vectors.append(features.pooled.float().cpu())
         assert first is not None

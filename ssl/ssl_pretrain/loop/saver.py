@@ -43,11 +43,13 @@ class Saver:
         self.saved_step = start
         self.seconds_blocked = 0.0  # that training waited for saving, since the last log; the log sets it back
         self._writer = checkpoint.Writer(folder(run), sharded=parallel.is_sharded(method))
-        self._preprocessing = Preprocessing.for_size(run.image_size, run.mean, run.std)
+        exported = method.exported()
+        self._name = exported.name or backbones.plain_name(run.encoder)
+        self._preprocessing = Preprocessing.for_size(exported.image_size, run.mean, run.std)
         self._writing = self._exporting = (
             False  # a checkpoint, or an export from one, is on its way; same on all processes
         )
-        self._prefix = parallel.name_of(method.exported(), method)  # of the exported encoder's names in the checkpoint
+        self._prefix = parallel.name_of(exported, method)  # of the exported encoder's names in the checkpoint
         self._export_from_files = False  # the export of the checkpoint that is on its way is read from its files
         self._sources = model_card.with_origins(lineage, run.init_from)
         self._lineage = {**self._sources}
@@ -168,15 +170,14 @@ class Saver:
         return twin
 
     def _as_export(self) -> Encoder:
-        return Encoder(self.method.exported(), backbones.plain_name(self.run.encoder), self._preprocessing, {})
+        return Encoder(self.method.exported(), self._name, self._preprocessing, {})
 
     def _host_encoder(self) -> Encoder | None:
         """Memory of the first process for a whole copy of the encoder; made once."""
         if self.world.first and self._copy is None:
-            name = backbones.plain_name(self.run.encoder)
-            twin = encoder.another(name, self.method.exported())
+            twin = encoder.another(self._name, self.method.exported())
             updates.add(self.run, twin)
-            self._copy = Encoder(twin, name, self._preprocessing, {})
+            self._copy = Encoder(twin, self._name, self._preprocessing, {})
         return self._copy
 
     def _export_published(self) -> None:

@@ -1,0 +1,215 @@
+"""An encoder whose stem is a tokenizer: a frozen tokenizer turns images into ids, and a ViT reads vectors of these ids.
+
+Methods that train on ids (MAGE, iGPT) export it, so that their encoder takes images as any other. Its weights include the
+tokenizer's, as buffers: nothing trains them. Its name is "tokens:NAME", where NAME is the ViT's.
+
+Shapes: B images, C channels, H x W pixels, N ids on an (h, w) grid, K codes, D width of the ViT.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from . import build, prefix
+from .backbone import Backbone, Features
+from .quantizer import Quantizer
+from .vit import ViT
+
+MOST = 2**28  # numbers in a codebook that a description may ask for
+Scale = tuple[Sequence[float], Sequence[float]]  # mean and std of normalised images, each C numbers
+
+
+class IdEmbed(nn.Module):
+    """A vector for each id, in the place of a ViT's patch embedding. They start normal with deviation 0.02."""
+
+    def __init__(self, codes: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Embedding(codes, dim)
+        nn.init.normal_(self.proj.weight, std=0.02)
+
+    def forward(self, ids: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Ids (B, 1, h, w) int64 to (B, N, D), or to those of the places `keep` (B, n)."""
+        ids = ids.flatten(1)
+        return self.proj(ids if keep is None else ids.gather(1, keep))
+
+
+def read_ids(vit: ViT, codes: int) -> None:
+    """From now on the ViT takes maps (B, 1, h, w) int64 of ids below `codes` instead of images, with all options of its
+    forward: its patch embedding becomes an `IdEmbed`. `image_size` and `stride` stay those of the images."""
+    vit.patch_embed = IdEmbed(codes, vit.dim)  # type: ignore[assignment]
+    vit.config, vit.in_chans = replace(vit.config, patch_size=1), 1
+
+
+@final
+class TokenStem(Backbone):
+    """A tokenizer and a ViT. Images are normalised as `config.tokenizer` says; their ids are computed in the precision of
+    the weights, also under autocast. All options of forward are about the ids.
+
+    Raises UserError for a tokenizer that is made by the user's own code, and for sizes that do not fit.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """The encoder (a ViT on the ids of a tokenizer)."""
+
+        encoder: str
+        """Name of the ViT."""
+        options: dict
+        """Options of the ViT."""
+        tokenizer: dict
+        """The tokenizer: "backbone" (name, image_size, in_chans, options), "quantizer" (its arguments), and mean and std
+        of the images that it was trained with ("own") and of those that this encoder gets ("given")."""
+
+    supports = frozenset({"keep", "replace", "attention", "blocks", "pooled_only"})
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        in_chans: int,
+        config: Config,
+        *,
+        vit: ViT | None = None,
+        tokenizer: "FrozenTokenizer | None" = None,
+    ) -> None:
+        """vit, tokenizer: existing modules to use, of this description (default: new ones). Such a ViT reads ids."""
+        super().__init__()
+        self.config, self.image_size, self.in_chans = config, image_size, in_chans
+        self.tokenizer = _tokenizer(config.tokenizer) if tokenizer is None else tokenizer
+        self.stride = self.tokenizer.encoder.stride
+        if self.tokenizer.encoder.in_chans != in_chans:
+            raise UserError(f"the tokenizer takes images of {self.tokenizer.encoder.in_chans} channels, not {in_chans}")
+        if any(side % step or side < step for side, step in zip(image_size, self.stride, strict=True)):
+            raise UserError(
+                f"images of {image_size[0]} x {image_size[1]} pixels do not divide into the tokenizer's patches of "
+                f"{self.stride[0]} x {self.stride[1]}"
+            )
+        self.vit = self._new_vit() if vit is None else vit
+        self.dim, self.depth = self.vit.dim, self.vit.depth
+        self.name = f"tokens:{config.encoder}"
+
+    def _new_vit(self) -> ViT:
+        grid = (self.image_size[0] // self.stride[0], self.image_size[1] // self.stride[1])
+        self.check_name(self.config.encoder)
+        vit = build(self.config.encoder, image_size=grid, in_chans=1, **self.config.options)
+        if not isinstance(vit, ViT):
+            raise UserError(f"tokens:{self.config.encoder}: the encoder behind a tokenizer is a ViT of this package")
+        read_ids(vit, self.tokenizer.quantizer.size)
+        return vit
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        keep: Tensor | None = None,
+        replace: tuple[Tensor, Tensor] | None = None,
+        attention: str | Tensor = "full",
+        prefix_length: Tensor | None = None,
+        blocks: tuple[int, ...] = (),
+        drop: Tensor | None = None,
+        pooled_only: bool = False,
+    ) -> Features:
+        """See `Backbone.forward`. `patches` are the ids' places. Raises UserError for images with another number of
+        channels, or of a size that the tokenizer does not take."""
+        if images.shape[1] != self.in_chans:
+            raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
+        return self.vit(
+            self.tokenizer(images)[:, None],
+            keep=keep,
+            replace=replace,
+            attention=attention,
+            prefix_length=prefix_length,
+            blocks=blocks,
+            drop=drop,
+            pooled_only=pooled_only,
+        )
+
+    def train(self, mode: bool = True) -> "TokenStem":
+        """As `nn.Module.train`; the tokenizer stays in evaluation mode."""
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    @property
+    def norm(self) -> nn.Module:
+        """The norm after the last block."""
+        return self.vit.norm
+
+    def layer_of(self, parameter: str) -> int:
+        """See `Backbone.layer_of`. Raises KeyError for an unknown parameter."""
+        part, _, rest = parameter.partition(".")
+        return {"vit": self.vit.layer_of}[part](rest)
+
+    def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """See `Backbone.adapt`: the ViT's tables of positions are resized to this grid of ids."""
+        grid = (image_size[0] // self.stride[0], image_size[1] // self.stride[1])
+        own = {name.removeprefix("vit."): value for name, value in weights.items() if name.startswith("vit.")}
+        return weights | {f"vit.{name}": value for name, value in self.vit.adapt(own, grid).items()}
+
+    @staticmethod
+    def check_name(name: str) -> None:
+        """Raise UserError unless the name is that of an encoder of this package. Imports nothing."""
+        if prefix(name) is not None:
+            raise UserError(f"tokens:{name}: the encoder behind a tokenizer is a ViT of this package")
+
+
+@final
+class FrozenTokenizer(nn.Module):
+    """Images to ids: an encoder and its quantizer, for images in the normalisation `given` (its own is `own`)."""
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, encoder: Backbone, quantizer: Quantizer, own: Scale, given: Scale) -> None:
+        super().__init__()
+        self.encoder, self.quantizer = encoder, quantizer
+        factor, offset = renormalisation(own, given)
+        self.register_buffer("factor", factor, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
+        self._same = _plain(own) == _plain(given)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Ids (B, h, w) int64 of images (B, C, H, W)."""
+        with torch.autocast(images.device.type, enabled=False):
+            if not self._same:
+                images = torch.addcmul(self.offset.to(images), images, self.factor.to(images))
+            seen = self.encoder(images)
+            return self.quantizer.ids(seen.patches, seen.grid)
+
+
+def renormalisation(own: Scale, given: Scale) -> tuple[Tensor, Tensor]:
+    """Factor and offset (C, 1, 1) float32 that turn images of the mean and std `given` into those of `own`: (x * std_given
+    + mean_given - mean_own) / std_own."""
+    (mean, std), (given_mean, given_std) = (
+        tuple(torch.tensor(v, dtype=torch.float64)[:, None, None] for v in pair) for pair in (own, given)
+    )
+    return (given_std / std).float(), ((given_mean - mean) / std).float()
+
+
+def _plain(scale: Scale) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(each) for each in scale)
+
+
+def _tokenizer(described: Mapping[str, Any]) -> FrozenTokenizer:
+    """A tokenizer of this description, whose weights are buffers."""
+    inner, wanted = described["backbone"], described["quantizer"]
+    if prefix(inner["name"]) not in (None, "timm"):
+        raise UserError(
+            f"the stem is a tokenizer on the encoder {inner['name']!r}, and nothing is imported because a file names it"
+        )
+    height, width = inner["image_size"]
+    encoder = build(inner["name"], image_size=(height, width), in_chans=inner["in_chans"], **inner["options"])
+    if not 0 < wanted["size"] * wanted["width"] <= MOST:
+        raise UserError(f"the tokenizer has {wanted['size']} codes of {wanted['width']} channels: that is too much")
+    quantizer = Quantizer(encoder.dim, wanted["size"], wanted["width"], unit=wanted["unit"])
+    made = FrozenTokenizer(encoder, quantizer, described["own"], described["given"])
+    for part in made.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            del part._parameters[name]
+            part.register_buffer(name, parameter.detach())
+    return made

@@ -1,0 +1,62 @@
+"""An encoder that reads a frozen tokenizer's ids, while it is trained and as it is exported.
+
+In training the encoder is the ViT alone, and the tokenizer is a `Frozen`: in no checkpoint, optimiser or gradient bucket.
+The export holds both (`backbones.token_stem`), so that it takes images.
+"""
+
+import json
+from typing import Any
+
+from ..backbones.backbone import Backbone, UnsupportedByBackbone
+from ..backbones.token_stem import FrozenTokenizer, TokenStem, read_ids
+from ..backbones.vit import ViT
+from ..errors import UserError
+from ..frozen import Frozen
+
+
+def vit_of(encoder: Backbone, method: str) -> ViT:
+    """The encoder, which must be a ViT. method: for the message. Raises UnsupportedByBackbone."""
+    if not isinstance(encoder, ViT):
+        raise UnsupportedByBackbone(
+            f"{method} needs an encoder that supports ids in the place of patches, and {type(encoder).__name__} does not: "
+            f"use a ViT (--encoder vit_small)"
+        )
+    return encoder
+
+
+def begin_with(encoder: Backbone, tokenizer: Frozen, method: str) -> ViT:
+    """The encoder, which from now on takes maps (B, 1, h, w) of the tokenizer's ids (`backbones.token_stem.read_ids`).
+    Raises UserError for one that is no ViT, and for a tokenizer that no export may name."""
+    assert tokenizer.quantizer is not None
+    vit = vit_of(encoder, method)
+    if tokenizer.backbone.name.startswith("module:"):
+        raise UserError(
+            f"--tokenizer {tokenizer.spec} is made by your own code ({tokenizer.backbone.name}), which the export of "
+            f"{method} would have to import: use a tokenizer with an encoder of this package"
+        )
+    read_ids(vit, tokenizer.quantizer.size)
+    return vit
+
+
+def with_tokenizer(vit: ViT, tokenizer: Frozen, **options: Any) -> TokenStem:
+    """What a method exports: the tokenizer and the ViT after it, both as they are now. options: of `TokenStem.Config`."""
+    quantizer, inner = tokenizer.quantizer, tokenizer.backbone
+    assert quantizer is not None
+    described = {
+        "backbone": {
+            "name": inner.name,
+            "image_size": inner.image_size,
+            "in_chans": inner.in_chans,
+            "options": inner.describe(),
+        },
+        "quantizer": quantizer.describe(),
+        "own": tokenizer.own,
+        "given": tokenizer.run,
+    }
+    without = {"drop_path": 0.0, "drop_path_uniform": False, "drop_rows": False}  # of training only
+    # Plain data, as config.json will have it.
+    plain = json.loads(json.dumps({"options": vit.describe() | without, "tokenizer": described}))
+    config = TokenStem.Config(encoder=vit.name, **plain, **options)
+    rows, columns = (side * step for side, step in zip(vit.grid, inner.stride, strict=True))
+    frozen = FrozenTokenizer(inner, quantizer, tokenizer.own, tokenizer.run)
+    return TokenStem((rows, columns), inner.in_chans, config, vit=vit, tokenizer=frozen)

@@ -30,6 +30,7 @@ PAPER: dict[str, dict[str, int]] = {
     "lejepa": {"hidden_dim": 2048},
     "mae": {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
     "mocov3": {"hidden_dim": 4096},
+    "maelite": {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
     "mrmae": {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
     "msn": {"prototypes": 1024, "hidden_dim": 2048},
     "mvmr": {"projector_dim": 8192},
@@ -42,7 +43,16 @@ PAPER: dict[str, dict[str, int]] = {
     "vicreg": {"projector_dim": 8192},
     "vqtok": {"codes": 8192, "decoder_dim": 768, "decoder_heads": 12},
 }
-TRANSFORMERS = {"aim", "data2vec2", "ijepa", "mae", "mrmae", "semaim", "vqtok"}  # of which no paper has a convnet
+TRANSFORMERS = {
+    "aim",
+    "data2vec2",
+    "ijepa",
+    "mae",
+    "maelite",
+    "mrmae",
+    "semaim",
+    "vqtok",
+}  # of which no paper has a convnet
 WITH_VIT_SMALL = {"dino", "ibot", "msn", "mocov3"}  # whose papers train a ViT-S with these sizes
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ssl_pretrain import encoder as exported
 from ssl_pretrain import optim
 from ssl_pretrain.backbones import adapters
-from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.backbones.backbone import Backbone, Features
 from ssl_pretrain.data import mix, randaugment
 from ssl_pretrain.data.loader import Failure, RawBatch, Share, to_batch
 from ssl_pretrain.data.subset import Subset
@@ -37,6 +37,7 @@ from ssl_pretrain.optim import schedules
 from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.randomness import key, numpy_generator
 
+from ._attention_transfer import AttentionTransfer, Mode
 from ._results import Outcome, classification
 from ._task import Images, Side, Task
 from .linear import hold_out
@@ -111,6 +112,15 @@ class Config:
     """Share of the training images of each class that is held out to select the learning rate."""
     curve: int = 0
     """Number of evenly spaced points of a curve of test accuracy during training (0: none); it selects nothing."""
+    attention_from: str | None = None
+    """Attention transfer: an encoder (as --encoder) whose attention the first blocks get (Li et al., NeurIPS 2024)."""
+    attention_mode: Mode = "distil"
+    """With --attention-from: distil (an extra loss trains the attention) or copy (the blocks use that of the other
+    encoder, which then also runs in the test)."""
+    attention_blocks: int | None = field(default=None, metadata={"default": "three quarters of the blocks"})
+    """With --attention-from: number of blocks, counted from the first."""
+    attention_weight: float = 3.0
+    """With --attention-mode distil: weight of the attention loss; the cross-entropy of the labels has 1."""
     save: bool = False
     """Write the fine-tuned encoder and its classifier to encoder/ next to results.json."""
 
@@ -128,6 +138,12 @@ def evaluate(task: Task, config: Config) -> Outcome:
     single training image but several learning rates are given, if training diverges, and as `Task.single`.
     """
     _check(task, config)
+    transfer = None
+    if config.attention_from is not None:
+        transfer = AttentionTransfer(
+            config.attention_from, task.encoder, config.attention_mode, config.attention_blocks, config.attention_weight,
+            task.device,
+        )  # fmt: skip
     tried: list[dict[str, Any]] = []
     if len(config.lrs) > 1:
         fit, held_out = hold_out(task.data.train.labels, config.held_out, task.seed)
@@ -136,7 +152,8 @@ def evaluate(task: Task, config: Config) -> Outcome:
         for lr in config.lrs:
             tried.append({"lr": lr, "top1": None, "loss": None})
             with contextlib.suppress(NotFinite):
-                ranked, loss, side = _test(task, config, _train(task, config, fit, lr, f"lr {lr:g}"), selection_images)
+                found = _train(task, config, fit, lr, f"lr {lr:g}", transfer=transfer)
+                ranked, loss, side = _test(task, config, found, selection_images)
                 tried[-1] |= {"top1": 100 * float((ranked[:, 0] == side.labels).mean()), "loss": loss}
     whole = [one for one in tried if one["top1"] is not None]
     if tried and not whole:
@@ -146,7 +163,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
 
     rows = np.arange(len(task.data.train.labels))
     curve: list[dict[str, float]] = []
-    tuned = _train(task, config, rows, lr, "all training images" if tried else "training", curve)
+    tuned = _train(task, config, rows, lr, "all training images" if tried else "training", curve, transfer)
     try:
         ranked, _, test = _test(task, config, tuned, task.data.test)
     except NotFinite:
@@ -157,10 +174,12 @@ def evaluate(task: Task, config: Config) -> Outcome:
         {**classification(ranked, test.labels, task.data.classes), **({"curve": curve} if curve else {})},
         {
             "headline": f"scope {config.scope}, {config.epochs:g} epochs, lr {lr:g}"
+            + (f", attention by {config.attention_mode}" if transfer else "")
             + (" (at the edge of the grid)" if tried and lr in (min(config.lrs), max(config.lrs)) else ""),
             "features": [config.feature],
             "scope": config.scope,
             "trained_parameters": tuned.trained,
+            **({"attention_from": transfer.facts()} if transfer else {}),
             **(
                 {
                     "selected": next(one for one in tried if one["lr"] == lr),
@@ -207,7 +226,7 @@ def _check(task: Task, config: Config) -> None:
         )
     if config.curve < 0:
         raise UserError(f"--curve is {config.curve}; it must not be negative")
-    for name in ("weight_decay", "mixup", "cutmix"):
+    for name in ("weight_decay", "mixup", "cutmix", "attention_weight"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative")
     if config.lora_rank < 1:
@@ -216,6 +235,10 @@ def _check(task: Task, config: Config) -> None:
         raise UserError(f"{task.encoder.name} has no weights: there is nothing to fine-tune")
     if config.save and isinstance(task.encoder.backbone, Foreign):
         raise UserError("--save writes encoders of this package only, and this one is another library's")
+    if config.save and config.attention_from is not None and config.attention_mode == "copy":
+        raise UserError(
+            "--save: an encoder with copied attention needs the other one in each forward; use --attention-mode distil"
+        )
     trained(task.encoder.backbone, config.scope)
 
 
@@ -298,12 +321,16 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Logits (B, C) of images (B, channels, H, W). The noise of drop path is drawn from `generator`."""
-        options = {}
+        return self.both(images, generator)[0]
+
+    def both(self, images: Tensor, generator: torch.Generator, **options: Any) -> tuple[Tensor, Features]:
+        """The result of `forward`, and the encoder's features with these options."""
         if self.encoder.training and "drop_path" in self.encoder.supports:
             shape = len(images), 2 * self.encoder.depth
             options["drop"] = torch.rand(shape, generator=generator, device=images.device)
         features = self.encoder(images, **options)
-        return self.head(features.patches.mean(1) if self.feature == "mean" else getattr(features, self.feature))
+        x = features.patches.mean(1) if self.feature == "mean" else getattr(features, self.feature)
+        return self.head(x), features
 
     def train(self, mode: bool = True) -> "Classifier":
         """As `nn.Module.train`, with two exceptions. Batch norms whose gain is not trained keep their statistics.
@@ -331,7 +358,13 @@ class _Tuned:
 
 
 def _train(
-    task: Task, config: Config, rows: np.ndarray, lr: float, what: str, curve: list[dict[str, float]] | None = None
+    task: Task,
+    config: Config,
+    rows: np.ndarray,
+    lr: float,
+    what: str,
+    curve: list[dict[str, float]] | None = None,
+    transfer: AttentionTransfer | None = None,
 ) -> _Tuned:
     """Fine-tune a copy of the encoder on the training images `rows`; the weights are not finite if training diverges.
     curve: the points that `config.curve` requests are added to it."""
@@ -342,6 +375,9 @@ def _train(
     own = copy.deepcopy(task.encoder.backbone)
     generator = torch.Generator().manual_seed(key(task.seed, "finetune", config.scope))
     prepare(own, config, generator)
+    if transfer is not None and transfer.mode == "copy":
+        transfer.attach(own)
+    distils = transfer if transfer is not None and transfer.mode == "distil" else None
     model = Classifier(own, width, len(task.data.classes), config.feature, generator).to(device).train()
     average = ema_copy(model) if config.ema else None
     groups = optim.parameter_groups(model, model.encoder, rule="no_1d_tokens", layer_decay=config.layer_decay)
@@ -360,8 +396,10 @@ def _train(
             images, targets = _augment(task, config, raw, share, spec, labels)
             noise = torch.Generator(device).manual_seed(key(task.seed, "drop path", raw.step, raw.micro))
             with torch.autocast(device.type, torch.bfloat16, enabled=task.precision == "bf16"):
-                logits = model(images, noise)
+                logits, features = model.both(images, noise, **({} if distils is None else distils.options))
+                extra = None if distils is None else distils.loss(features, images)
             loss = mix.soft_cross_entropy(logits, targets)
+            loss = loss if extra is None else loss + extra
             (loss / share.accumulate).backward()
             if raw.micro + 1 < share.accumulate:
                 continue

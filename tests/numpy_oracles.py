@@ -3,6 +3,7 @@ compare with them."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,19 @@ def numpy_normalize(x: np.ndarray) -> np.ndarray:
 def numpy_softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
+
+
+def numpy_attention(block: Any, entering: np.ndarray, moved: np.ndarray | None = None) -> np.ndarray:
+    """The attention weights (B, heads, L, L) of a pre-norm block of a ViT without rotary or relative positions, for the
+    tokens (B, L, D) that enter it. moved: is added to the bias of the queries, keys and values."""
+    scale, shift = (value.detach().double().numpy() for value in (block.norm1.weight, block.norm1.bias))
+    x = entering - entering.mean(-1, keepdims=True)
+    x = x / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + shift
+    weight, bias = (value.detach().double().numpy() for value in (block.attn.qkv.weight, block.attn.qkv.bias))
+    q, k, _ = np.split(x @ weight.T + bias + (0 if moved is None else moved), 3, axis=-1)
+    heads = zip(*(np.split(part, block.attn.heads, axis=-1) for part in (q, k)), strict=True)
+    scores = [a @ b.swapaxes(1, 2) / np.sqrt(a.shape[-1]) for a, b in heads]
+    return numpy_softmax(np.stack(scores, axis=1))
 
 
 # ---- Heads

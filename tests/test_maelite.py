@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY
 from method_helpers import check_stated, losses_of, make_zero_, tiny_flags
-from numpy_oracles import numpy_patches
+from numpy_oracles import numpy_attention, numpy_patches
 from ssl_pretrain.methods.maelite import MAELite
 
 from ssl_pretrain import backbones, checkpoint, encoder
@@ -22,26 +22,6 @@ from ssl_pretrain.parts.masked_autoencoder import decoded, masking
 from ssl_pretrain.pretext import Batch
 
 KERNELS = 209  # of a step: python tests/kernels.py maelite
-
-
-def numpy_attention(block: Any, entering: np.ndarray, moved: np.ndarray | None = None) -> np.ndarray:
-    """The attention weights (B, heads, L, L) of a pre-norm block for the tokens (B, L, D) that enter it, float64. moved: is
-    added to the bias of the queries, keys and values."""
-    scale, shift = (value.detach().double().numpy() for value in (block.norm1.weight, block.norm1.bias))
-    x = entering - entering.mean(-1, keepdims=True)
-    x = x / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + shift
-    weight, bias = (value.detach().double().numpy() for value in (block.attn.qkv.weight, block.attn.qkv.bias))
-    q, k, _ = np.split(x @ weight.T + bias + (0 if moved is None else moved), 3, axis=-1)
-    heads, width = block.attn.heads, q.shape[-1] // block.attn.heads
-    scores = np.stack(
-        [
-            q[..., i * width : (i + 1) * width] @ k[..., i * width : (i + 1) * width].swapaxes(1, 2)
-            for i in range(heads)
-        ],
-        1,
-    ) / np.sqrt(width)
-    scores = np.exp(scores - scores.max(-1, keepdims=True))
-    return scores / scores.sum(-1, keepdims=True)
 
 
 def parts(method: MAELite, batch: Batch) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
 from ssl_pretrain.randomness import key, numpy_generator
 
 from ._attention_transfer import AttentionTransfer, Mode
+from ._label_teacher import Kind, LabelTeacher
 from ._results import Outcome, classification
 from ._task import Images, Side, Task
 from .linear import hold_out
@@ -112,6 +113,13 @@ class Config:
     """Share of the training images of each class that is held out to select the learning rate."""
     curve: int = 0
     """Number of evenly spaced points of a curve of test accuracy during training (0: none); it selects nothing."""
+    teacher: str | None = None
+    """Distil labels: the folder of a fine-tuned encoder (`ssl-eval finetune --save`) of the same classes, whose
+    predictions train a second classifier (DeiT; G2SD's specific stage)."""
+    teacher_loss: Kind = "hard"
+    """With --teacher: hard (the teacher's class) or soft (its probabilities)."""
+    teacher_temperature: float = 1.0
+    """With --teacher-loss soft: temperature of both probabilities."""
     attention_from: str | None = None
     """Attention transfer: an encoder (as --encoder) whose attention the first blocks get (Li et al., NeurIPS 2024)."""
     attention_mode: Mode = "distil"
@@ -144,6 +152,16 @@ def evaluate(task: Task, config: Config) -> Outcome:
             config.attention_from, task.encoder, config.attention_mode, config.attention_blocks, config.attention_weight,
             task.device,
         )  # fmt: skip
+    labeller = None
+    if config.teacher is not None:
+        labeller = LabelTeacher(
+            config.teacher,
+            task.encoder,
+            task.data.classes,
+            config.teacher_loss,
+            config.teacher_temperature,
+            task.device,
+        )
     tried: list[dict[str, Any]] = []
     if len(config.lrs) > 1:
         fit, held_out = hold_out(task.data.train.labels, config.held_out, task.seed)
@@ -152,7 +170,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
         for lr in config.lrs:
             tried.append({"lr": lr, "top1": None, "loss": None})
             with contextlib.suppress(NotFinite):
-                found = _train(task, config, fit, lr, f"lr {lr:g}", transfer=transfer)
+                found = _train(task, config, fit, lr, f"lr {lr:g}", transfer=transfer, labeller=labeller)
                 ranked, loss, side = _test(task, config, found, selection_images)
                 tried[-1] |= {"top1": 100 * float((ranked[:, 0] == side.labels).mean()), "loss": loss}
     whole = [one for one in tried if one["top1"] is not None]
@@ -163,7 +181,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
 
     rows = np.arange(len(task.data.train.labels))
     curve: list[dict[str, float]] = []
-    tuned = _train(task, config, rows, lr, "all training images" if tried else "training", curve, transfer)
+    tuned = _train(task, config, rows, lr, "all training images" if tried else "training", curve, transfer, labeller)
     try:
         ranked, _, test = _test(task, config, tuned, task.data.test)
     except NotFinite:
@@ -175,11 +193,13 @@ def evaluate(task: Task, config: Config) -> Outcome:
         {
             "headline": f"scope {config.scope}, {config.epochs:g} epochs, lr {lr:g}"
             + (f", attention by {config.attention_mode}" if transfer else "")
+            + (f", {config.teacher_loss} labels of a teacher" if labeller else "")
             + (" (at the edge of the grid)" if tried and lr in (min(config.lrs), max(config.lrs)) else ""),
             "features": [config.feature],
             "scope": config.scope,
             "trained_parameters": tuned.trained,
             **({"attention_from": transfer.facts()} if transfer else {}),
+            **({"teacher": labeller.facts()} if labeller else {}),
             **(
                 {
                     "selected": next(one for one in tried if one["lr"] == lr),
@@ -229,6 +249,8 @@ def _check(task: Task, config: Config) -> None:
     for name in ("weight_decay", "mixup", "cutmix", "attention_weight"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative")
+    if not config.teacher_temperature > 0:
+        raise UserError(f"--teacher-temperature is {config.teacher_temperature}; it must be above 0")
     if config.lora_rank < 1:
         raise UserError(f"--lora-rank is {config.lora_rank}; it must be at least 1")
     if next(task.encoder.parameters(), None) is None:
@@ -310,27 +332,50 @@ def prepare(backbone: Backbone, config: Config, generator: torch.Generator) -> N
 
 @final
 class Classifier(nn.Module):
-    """An encoder with a linear classifier, whose initial weights are nearly zero (truncated normal, 2e-5; MAE)."""
+    """An encoder with a linear classifier, whose initial weights are nearly zero (truncated normal, 2e-5; MAE).
 
-    def __init__(self, encoder: Backbone, width: int, classes: int, feature: str, generator: torch.Generator) -> None:
+    `second` is another classifier of the same feature, which a teacher trains; the classifier is then the mean of both.
+    """
+
+    def __init__(
+        self,
+        encoder: Backbone,
+        width: int,
+        classes: int,
+        feature: str,
+        generator: torch.Generator,
+        *,
+        second: bool = False,
+    ) -> None:
         super().__init__()
         self.encoder, self.feature = encoder, feature
         self.head = nn.utils.skip_init(nn.Linear, width, classes)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD, generator=generator)
         nn.init.zeros_(self.head.bias)
+        self.second = copy.deepcopy(self.head) if second else None
+
+    def merged(self) -> nn.Linear:
+        """The classifier (D -> C), the mean of both if there are two."""
+        head = copy.deepcopy(self.head)
+        if self.second is not None:
+            with torch.no_grad():
+                for mine, other in zip(head.parameters(), self.second.parameters(), strict=True):
+                    mine.add_(other).mul_(0.5)
+        return head
 
     def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Logits (B, C) of images (B, channels, H, W). The noise of drop path is drawn from `generator`."""
-        return self.both(images, generator)[0]
+        x, _ = self.embed(images, generator)
+        return self.head(x) if self.second is None else (self.head(x) + self.second(x)) / 2
 
-    def both(self, images: Tensor, generator: torch.Generator, **options: Any) -> tuple[Tensor, Features]:
-        """The result of `forward`, and the encoder's features with these options."""
+    def embed(self, images: Tensor, generator: torch.Generator, **options: Any) -> tuple[Tensor, Features]:
+        """The classifier's input (B, D), and the encoder's features with these options."""
         if self.encoder.training and "drop_path" in self.encoder.supports:
             shape = len(images), 2 * self.encoder.depth
             options["drop"] = torch.rand(shape, generator=generator, device=images.device)
         features = self.encoder(images, **options)
         x = features.patches.mean(1) if self.feature == "mean" else getattr(features, self.feature)
-        return self.head(x), features
+        return x, features
 
     def train(self, mode: bool = True) -> "Classifier":
         """As `nn.Module.train`, with two exceptions. Batch norms whose gain is not trained keep their statistics.
@@ -365,6 +410,7 @@ def _train(
     what: str,
     curve: list[dict[str, float]] | None = None,
     transfer: AttentionTransfer | None = None,
+    labeller: LabelTeacher | None = None,
 ) -> _Tuned:
     """Fine-tune a copy of the encoder on the training images `rows`; the weights are not finite if training diverges.
     curve: the points that `config.curve` requests are added to it."""
@@ -378,7 +424,8 @@ def _train(
     if transfer is not None and transfer.mode == "copy":
         transfer.attach(own)
     distils = transfer if transfer is not None and transfer.mode == "distil" else None
-    model = Classifier(own, width, len(task.data.classes), config.feature, generator).to(device).train()
+    classes, second = len(task.data.classes), labeller is not None
+    model = Classifier(own, width, classes, config.feature, generator, second=second).to(device).train()
     average = ema_copy(model) if config.ema else None
     groups = optim.parameter_groups(model, model.encoder, rule="no_1d_tokens", layer_decay=config.layer_decay)
     optimizer = optim.build("adamw", groups, BETAS)
@@ -396,9 +443,12 @@ def _train(
             images, targets = _augment(task, config, raw, share, spec, labels)
             noise = torch.Generator(device).manual_seed(key(task.seed, "drop path", raw.step, raw.micro))
             with torch.autocast(device.type, torch.bfloat16, enabled=task.precision == "bf16"):
-                logits, features = model.both(images, noise, **({} if distils is None else distils.options))
+                x, features = model.embed(images, noise, **({} if distils is None else distils.options))
+                logits = model.head(x)
                 extra = None if distils is None else distils.loss(features, images)
+                taught = None if labeller is None or model.second is None else labeller.loss(model.second(x), images)
             loss = mix.soft_cross_entropy(logits, targets)
+            loss = loss if taught is None else (loss + taught) / 2
             loss = loss if extra is None else loss + extra
             (loss / share.accumulate).backward()
             if raw.micro + 1 < share.accumulate:
@@ -431,7 +481,7 @@ def _train(
     adapters.merge(best.encoder)
     best.encoder.config = task.encoder.backbone.config  # the original drop path
     best.eval().requires_grad_(True)
-    return _Tuned(Encoder(best.encoder, task.encoder.name, how, task.encoder.lineage), best.head, number, failures)
+    return _Tuned(Encoder(best.encoder, task.encoder.name, how, task.encoder.lineage), best.merged(), number, failures)
 
 
 def _augment(

@@ -15,10 +15,10 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.distributed.batch_norm import BatchNorm1d
-from ssl_pretrain.flags import ABOVE_0_TO_1, NOT_NEGATIVE, POSITIVE, at_least, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, FROM_0_BELOW_1, NOT_NEGATIVE, POSITIVE, at_least, within
 from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import mlp
-from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
+from ssl_pretrain.parts.views import asymmetric_views, encode_pooled, require_token_drop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -70,8 +70,11 @@ class BarlowTwins(WholeBatchMethod):
         """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 1.0
         """Factor on the blur probabilities (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+        token_drop: float = 0.0
+        """Share of the patches that the encoder does not see (FLIP), drawn for each view; 0 in the last 5 % of a run."""
 
         def __post_init__(self) -> None:
+            within(self, FROM_0_BELOW_1, "token_drop")
             within(self, at_least(2), "projector_dim")
             within(self, POSITIVE, "loss_scale")
             within(self, NOT_NEGATIVE, "redundancy_weight", "blur")
@@ -79,6 +82,7 @@ class BarlowTwins(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
+        require_token_drop(encoder, "barlow", config.token_drop)
         width = self.config.projector_dim
         self.projector = mlp((encoder.dim, width, width, width), last_bias=False)
         self.norm = BatchNorm1d(width, affine=False)
@@ -96,7 +100,7 @@ class BarlowTwins(WholeBatchMethod):
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of the two views: "first" and "second", each (B, D)."""
         names = ("first", "second")
-        seen = encode_pooled(self.encoder, [batch.views[name] for name in names], step)
+        seen = encode_pooled(self.encoder, [batch.views[name] for name in names], step, self.config.token_drop)
         return dict(zip(names, seen, strict=True))
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone, Features
 from ssl_pretrain.backbones.vit import Block
 from ssl_pretrain.data.views import Jitter, ViewSpec
@@ -23,6 +22,7 @@ from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed
 from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.patches import without
+from ssl_pretrain.parts.token_prediction import compared
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -113,9 +113,7 @@ class BEiT(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The mean cross-entropy over the masked patches, whose number is the same in every image.
 
-        Terms: "accuracy", the share of masked patches whose id is predicted; "majority", what always predicting their most
-        frequent id would give; "gain", how much lower the cross-entropy is than the entropy of their ids, as a share of
-        it, at least 0. The last two are of all processes' images (with gradient accumulation: of a micro-batch).
+        Terms: "accuracy", "majority" and "gain" of `parts.token_prediction`.
         """
         images = batch.views["image"]
         grid = (images.shape[-2] // self.encoder.stride[0], images.shape[-1] // self.encoder.stride[1])
@@ -135,7 +133,7 @@ class BEiT(Method):
         per_sample = found.mean(1)
         return Losses(
             total=per_sample.mean(),
-            terms={**self.compared(logits.detach(), ids, each.detach()), **terms},
+            terms={**compared(logits.detach(), ids, each.detach()), **terms},
             per_sample=per_sample.detach(),
         )
 
@@ -148,17 +146,6 @@ class BEiT(Method):
             x = block(x)
         norm: nn.Module = self.encoder.norm  # type: ignore[assignment]
         return norm(x)[:, 1:]
-
-    @torch.no_grad()
-    def compared(self, logits: Tensor, ids: Tensor, each: Tensor) -> dict[str, Tensor]:
-        """The terms, of logits (B, M, K), ids (B, M) and cross-entropies (B, M)."""
-        counts = logits.new_zeros(logits.shape[-1]).scatter_add_(0, ids.flatten(), torch.ones_like(each).flatten())
-        share = distributed.mean(counts)
-        share = share / share.sum()
-        entropy = -torch.special.xlogy(share, share).sum()
-        gain = 1 - distributed.mean(each.mean()) / entropy.clamp_min(1e-6)
-        accuracy = (logits.argmax(-1) == ids).float().mean()
-        return {"accuracy": accuracy, "majority": share.max(), "gain": gain.clamp_min(0)}
 
     def masked(self, grid: tuple[int, int]) -> int:
         """How many patches of a grid are masked: rounded down, at least one, and not all."""

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import l2_normalize, mlp
-from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
+from ssl_pretrain.parts.views import asymmetric_views, encode_pooled, require_token_drop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -68,8 +68,11 @@ class BYOL(WholeBatchMethod):
         """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 1.0
         """Factor on the blur probabilities (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+        token_drop: float = 0.0
+        """Share of the patches that the student does not see (FLIP), drawn for each view; 0 in the last 5 % of a run."""
 
         def __post_init__(self) -> None:
+            within(self, FROM_0_BELOW_1, "token_drop")
             within(self, FROM_0_TO_1, "momentum")
             within(self, AT_LEAST_1, "hidden_dim", "embedding_dim")
             within(self, NOT_NEGATIVE, "blur")
@@ -77,6 +80,7 @@ class BYOL(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
+        require_token_drop(encoder, "byol", config.token_drop)
         # Unlike SimCLR's, the outputs are not normalised (section 3.3); their linear layers have no bias, as released.
         self.projector = mlp((encoder.dim, self.config.hidden_dim, config.embedding_dim), last_bias=False)
         self.predictor = mlp((config.embedding_dim, self.config.hidden_dim, config.embedding_dim), last_bias=False)
@@ -99,7 +103,7 @@ class BYOL(WholeBatchMethod):
         """Both views' vectors (B, 2, D) by the online encoder, "online", and by the target's, "target"."""
         # Two batches: if the encoder has batch norm, its statistics are those of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
-        online = encode_pooled(self.encoder, views, step)
+        online = encode_pooled(self.encoder, views, step, self.config.token_drop)
         with torch.no_grad():  # stop-gradient: nothing flows into the target
             target = encode_pooled(self.teacher.backbone, views, step)
         return {"online": torch.stack(online, dim=1), "target": torch.stack(target, dim=1)}

@@ -16,6 +16,7 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import (
     ABOVE_0_TO_1,
     AT_LEAST_1,
@@ -31,7 +32,7 @@ from ssl_pretrain.parts import anchor, sizes
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import PrototypeHead
 from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs, update_centering_, warmed_up
-from ssl_pretrain.parts.views import encode_crops, encode_pooled, multi_crop
+from ssl_pretrain.parts.views import encode_crops, encode_pooled, multi_crop, require_token_drop
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
 
@@ -115,8 +116,11 @@ class DINO(Method):
         """Weight of the anchor's loss."""
         anchor_zoom: float = 1.0
         """Side of the images that the anchor's frozen network sees, over that of the crops (DINOv3's Gram teacher: 2)."""
+        token_drop: float = 0.0
+        """Share of the patches that the student does not see (FLIP), drawn for each view; 0 in the last 5 % of a run."""
 
         def __post_init__(self) -> None:
+            within(self, FROM_0_BELOW_1, "token_drop")
             within(self, at_least(2), "prototypes")
             within(self, AT_LEAST_1, "hidden_dim", "bottleneck_dim")
             within(self, FROM_0_BELOW_1, "momentum")
@@ -131,6 +135,11 @@ class DINO(Method):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
+        if config.token_drop > 0 and config.anchor in ("gram", "features"):
+            raise UserError(
+                f"--anchor {config.anchor} compares all patches of the student, and --token-drop hides some: leave one out"
+            )
+        require_token_drop(encoder, "dino", config.token_drop)
         self.head = PrototypeHead(encoder.dim, self.config.hidden_dim, config.bottleneck_dim, self.config.prototypes)
         self.register_buffer("centre", torch.zeros(self.config.prototypes))
 
@@ -176,7 +185,7 @@ class DINO(Method):
             twins = torch.stack([batch.views["global1_anchor"], batch.views["global2_anchor"]])
             anchored = self.anchor(seen[0], twins).unflatten(0, (2, -1)).mean(0)
         else:
-            vectors = torch.cat(encode_pooled(self.encoder, crops, step))
+            vectors = torch.cat(encode_pooled(self.encoder, crops, step, self.config.token_drop))
         student = self.head(vectors, frozen=step.progress < self.config.freeze_prototypes)
         with torch.no_grad():
             (vectors,) = encode_pooled(self.teacher.backbone, [views], step)

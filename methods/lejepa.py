@@ -14,11 +14,20 @@ from torch import Tensor
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.flags import (
+    ABOVE_0_TO_1,
+    AT_LEAST_1,
+    BETWEEN_0_AND_1,
+    FROM_0_BELOW_1,
+    FROM_0_TO_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    within,
+)
 from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.sigreg import sigreg, sigreg_of_a_point
-from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled
+from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled, require_token_drop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -74,8 +83,11 @@ class LeJEPA(WholeBatchMethod):
         """Width of the embeddings."""
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
+        token_drop: float = 0.0
+        """Share of the patches that the encoder does not see (FLIP), drawn for each view; 0 in the last 5 % of a run."""
 
         def __post_init__(self) -> None:
+            within(self, FROM_0_BELOW_1, "token_drop")
             within(self, BETWEEN_0_AND_1, "sigreg_weight")
             within(self, AT_LEAST_1, "slices", "global_views", "hidden_dim", "embedding_dim")
             within(self, NOT_NEGATIVE, "local_views")
@@ -85,6 +97,7 @@ class LeJEPA(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
+        require_token_drop(encoder, "lejepa", config.token_drop)
         if config.global_views < 1 or config.global_views + config.local_views < 2:
             raise UserError("--global-views must be at least 1, and --global-views plus --local-views at least 2")
         hidden = self.config.hidden_dim
@@ -108,7 +121,9 @@ class LeJEPA(WholeBatchMethod):
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of all views: "pooled" (B, V, D), global ones first."""
         counts = {"global": self.config.global_views, "local": self.config.local_views}
-        seen = encode_pooled(self.encoder, [batch.views[name] for name, count in counts.items() if count], step)
+        seen = encode_pooled(
+            self.encoder, [batch.views[name] for name, count in counts.items() if count], step, self.config.token_drop
+        )
         each = [by_image(pooled, count) for pooled, count in zip(seen, filter(None, counts.values()), strict=True)]
         return {"pooled": torch.cat(each, dim=1)}
 

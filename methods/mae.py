@@ -92,6 +92,7 @@ class MAE(Method):
             heads=self.config.decoder_heads,
             mask_ratio=config.mask_ratio,
         )
+        masked_autoencoder.initialise(self)
 
     @classmethod
     def frozen(cls, config: Any) -> tuple[str, ...]:

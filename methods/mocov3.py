@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.ema_teacher import EncoderWithHeads, cosine_momentum, ema_copy, ema_update_
 from ssl_pretrain.parts.heads import l2_normalize, mlp
 from ssl_pretrain.parts.init import xavier_
-from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
+from ssl_pretrain.parts.views import asymmetric_views, encode_pooled, require_token_drop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -81,8 +81,11 @@ class MoCoV3(WholeBatchMethod):
         """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 1.0
         """Factor on the blur probabilities (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+        token_drop: float = 0.0
+        """Share of the patches that the student does not see (FLIP), drawn for each view; 0 in the last 5 % of a run."""
 
         def __post_init__(self) -> None:
+            within(self, FROM_0_BELOW_1, "token_drop")
             within(self, POSITIVE, "temperature")
             within(self, FROM_0_TO_1, "momentum")
             within(self, AT_LEAST_1, "hidden_dim", "embedding_dim")
@@ -91,6 +94,7 @@ class MoCoV3(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
+        require_token_drop(encoder, "mocov3", config.token_drop)
         hidden, width = self.config.hidden_dim, config.embedding_dim
         self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="plain")
         self.predictor = mlp((width, hidden, width), last_norm="plain")
@@ -119,7 +123,7 @@ class MoCoV3(WholeBatchMethod):
         """Both views' vectors (B, 2, D) by the query encoder, "query", and by the momentum encoder, "key"."""
         # Two batches: if the encoder has batch norm, its statistics are those of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
-        query = encode_pooled(self.encoder, views, step)
+        query = encode_pooled(self.encoder, views, step, self.config.token_drop)
         with torch.no_grad():
             key = encode_pooled(self.teacher.backbone, views, step)
         return {"query": torch.stack(query, dim=1), "key": torch.stack(key, dim=1)}

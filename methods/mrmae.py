@@ -128,6 +128,7 @@ class MRMAE(Method):
             heads=self.config.decoder_heads,
             mask_ratio=config.mask_ratio,
         )
+        masked_autoencoder.initialise(self)
         self.target = PatchTarget(
             config.target,
             encoder,

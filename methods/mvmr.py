@@ -18,13 +18,13 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, at_least, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, at_least, within
 from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts import distance_correlation, sizes
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.hog import hog
 from ssl_pretrain.parts.scattering import scattering
-from ssl_pretrain.parts.views import encode_pooled, jitter
+from ssl_pretrain.parts.views import encode_pooled, jitter, require_token_drop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 EPSILON = 1e-4  # under the root of the standard deviation, as of VICReg
@@ -100,8 +100,11 @@ class MVMR(WholeBatchMethod):
         """Strength of the augmented view's colour jitter."""
         blur: float = 0.5
         """Probability of blur in the augmented view; 0 is usual for images of 32 pixels."""
+        token_drop: float = 0.0
+        """Share of the patches that the encoder does not see (FLIP), drawn for each view; 0 in the last 5 % of a run."""
 
         def __post_init__(self) -> None:
+            within(self, FROM_0_BELOW_1, "token_drop")
             within(self, at_least(2), "projector_dim")
             within(self, NOT_NEGATIVE, "invariance_weight", "variance_weight", "views_weight", "colour")
             within(self, NOT_NEGATIVE, "pixels_weight", "hog_weight", "std_weight", "scattering_weight")
@@ -113,6 +116,7 @@ class MVMR(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
+        require_token_drop(encoder, "mvmr", config.token_drop)
         width = self.config.projector_dim
         self.projector = mlp((encoder.dim, width, width, width), last_bias=False)
         self.teacher: Frozen | None = None
@@ -161,7 +165,7 @@ class MVMR(WholeBatchMethod):
         """The encoder's vectors of the two views, "augmented" and "plain" (B, D), and each representation, "of_NAME" (B,
         F), without gradients."""
         names = ("augmented", "plain")
-        seen = encode_pooled(self.encoder, [batch.views[name] for name in names], step)
+        seen = encode_pooled(self.encoder, [batch.views[name] for name in names], step, self.config.token_drop)
         fixed = {f"of_{name}": self.representation(name, batch) for name in self.weights}
         return dict(zip(names, seen, strict=True)) | fixed
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.feature_queue import Queue
 from ssl_pretrain.parts.heads import l2_normalize, mlp
-from ssl_pretrain.parts.views import asymmetric_views, encode_pooled
+from ssl_pretrain.parts.views import asymmetric_views, encode_pooled, require_token_drop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -78,8 +78,11 @@ class NNCLR(WholeBatchMethod):
         """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 1.0
         """Factor on the blur probabilities (1 and 0.1 for the two views); 0 is usual for images of 32 pixels."""
+        token_drop: float = 0.0
+        """Share of the patches that the encoder does not see (FLIP), drawn for each view; 0 in the last 5 % of a run."""
 
         def __post_init__(self) -> None:
+            within(self, FROM_0_BELOW_1, "token_drop")
             within(self, POSITIVE, "temperature")
             within(self, AT_LEAST_1, "queue", "hidden_dim", "predictor_dim", "embedding_dim")
             within(self, NOT_NEGATIVE, "blur")
@@ -87,6 +90,7 @@ class NNCLR(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
+        require_token_drop(encoder, "nnclr", config.token_drop)
         hidden, width = self.config.hidden_dim, config.embedding_dim
         self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="affine")
         self.predictor = mlp((width, self.config.predictor_dim, width))
@@ -110,7 +114,7 @@ class NNCLR(WholeBatchMethod):
         """The encoder's vectors of both views: "pooled" (B, 2, D)."""
         # Two batches: if the encoder has batch norm, its statistics are those of one view, as in the paper.
         views = [batch.views["view1"], batch.views["view2"]]
-        return {"pooled": torch.stack(encode_pooled(self.encoder, views, step), dim=1)}
+        return {"pooled": torch.stack(encode_pooled(self.encoder, views, step, self.config.token_drop), dim=1)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """InfoNCE of each view's neighbours with the other's predictions, the mean of both directions (eq. 3)."""

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import mlp
 from ssl_pretrain.parts.nt_xent import contrast
-from ssl_pretrain.parts.views import by_image, encode_pooled, jitter
+from ssl_pretrain.parts.views import by_image, encode_pooled, jitter, require_token_drop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -69,8 +69,11 @@ class SimCLR(WholeBatchMethod):
         """Strength of the colour jitter."""
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
+        token_drop: float = 0.0
+        """Share of the patches that the encoder does not see (FLIP), drawn for each view; 0 in the last 5 % of a run."""
 
         def __post_init__(self) -> None:
+            within(self, FROM_0_BELOW_1, "token_drop")
             within(self, POSITIVE, "temperature")
             within(self, AT_LEAST_1, "hidden_dim", "embedding_dim")
             within(self, NOT_NEGATIVE, "colour")
@@ -79,6 +82,7 @@ class SimCLR(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
+        require_token_drop(encoder, "simclr", config.token_drop)
         self.projector = mlp((encoder.dim, self.config.hidden_dim, config.embedding_dim), last_norm="plain")
 
     @classmethod
@@ -103,7 +107,7 @@ class SimCLR(WholeBatchMethod):
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of both views: "pooled" (B, 2, D)."""
-        (pooled,) = encode_pooled(self.encoder, [batch.views["view"]], step)
+        (pooled,) = encode_pooled(self.encoder, [batch.views["view"]], step, self.config.token_drop)
         return {"pooled": by_image(pooled, 2)}
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, within
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1, within
 from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import l2_normalize, mlp
-from ssl_pretrain.parts.views import encode_pooled, jitter
+from ssl_pretrain.parts.views import encode_pooled, jitter, require_token_drop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -65,14 +65,18 @@ class SimSiam(WholeBatchMethod):
         """Smallest and largest share of the image's area that a crop covers."""
         blur: float = 0.5
         """Probability of blur; 0 is usual for images of 32 pixels."""
+        token_drop: float = 0.0
+        """Share of the patches that the encoder does not see (FLIP), drawn for each view; 0 in the last 5 % of a run."""
 
         def __post_init__(self) -> None:
+            within(self, FROM_0_BELOW_1, "token_drop")
             within(self, AT_LEAST_1, "hidden_dim", "embedding_dim", "bottleneck_dim")
             within(self, FROM_0_TO_1, "blur")
             within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
+        require_token_drop(encoder, "simsiam", config.token_drop)
         hidden, width = self.config.hidden_dim, self.config.embedding_dim
         # The last norm is without gain and shift, as released; the predictor's output has no norm (section 4.4).
         self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="plain")
@@ -106,7 +110,11 @@ class SimSiam(WholeBatchMethod):
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of both views: "pooled" (B, 2, D)."""
         # Two batches: if the encoder has batch norm, its statistics are those of one view, as in the paper.
-        return {"pooled": torch.stack(encode_pooled(self.encoder, batch.views["view"].unbind(0), step), dim=1)}
+        return {
+            "pooled": torch.stack(
+                encode_pooled(self.encoder, batch.views["view"].unbind(0), step, self.config.token_drop), dim=1
+            )
+        }
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """The negative cosine similarity of prediction and stopped projection, the mean of both directions (eq. 4)."""

@@ -16,12 +16,21 @@ from torch import Tensor
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, at_least, within
+from ssl_pretrain.flags import (
+    ABOVE_0_TO_1,
+    AT_LEAST_1,
+    FROM_0_BELOW_1,
+    FROM_0_TO_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    at_least,
+    within,
+)
 from ssl_pretrain.parts import sizes
 from ssl_pretrain.parts.heads import Prototypes, l2_normalize, mlp
 from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs
 from ssl_pretrain.parts.sinkhorn import sinkhorn
-from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled, jitter
+from ssl_pretrain.parts.views import by_image, crop_size, encode_pooled, jitter, require_token_drop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 
@@ -104,8 +113,11 @@ class SwAV(WholeBatchMethod):
         """Probability of blur; 0 is usual for images of 32 pixels."""
         interpolation: Literal["bicubic", "bilinear"] = "bicubic"
         """How crops are resized."""
+        token_drop: float = 0.0
+        """Share of the patches that the encoder does not see (FLIP), drawn for each view; 0 in the last 5 % of a run."""
 
         def __post_init__(self) -> None:
+            within(self, FROM_0_BELOW_1, "token_drop")
             within(self, at_least(2), "prototypes")
             within(self, AT_LEAST_1, "hidden_dim", "embedding_dim", "sinkhorn_iterations")
             within(self, POSITIVE, "temperature", "epsilon", "local_ratio")
@@ -115,6 +127,7 @@ class SwAV(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
+        require_token_drop(encoder, "swav", config.token_drop)
         self.projector = mlp((encoder.dim, self.config.hidden_dim, config.embedding_dim))
         self.prototypes = Prototypes(config.embedding_dim, self.config.prototypes)
         with torch.no_grad():  # unit length, so that AdamW does not turn them faster than the projector's rows
@@ -145,7 +158,7 @@ class SwAV(WholeBatchMethod):
         """The encoder's vectors of all views: "pooled" (B, V, D), global ones first."""
         count = self.config.local_views
         crops = [batch.views[name] for name in (("global", "local") if count else ("global",))]
-        seen = encode_pooled(self.encoder, crops, step)
+        seen = encode_pooled(self.encoder, crops, step, self.config.token_drop)
         each = [by_image(pooled, views) for pooled, views in zip(seen, (2, count), strict=False)]
         return {"pooled": torch.cat(each, dim=1)}
 

@@ -46,8 +46,10 @@ def decoder_sizes(given_width: int | None, encoder: Backbone) -> dict[str, int]:
     }
 
 
-def add_decoder(method: HasDecoder, *, width: int, depth: int, heads: int, mask_ratio: float) -> None:
-    """Give a method a decoder, and initialise it and the encoder (appendix A.1). Raises UserError for sizes that do not
+def add_decoder(
+    method: HasDecoder, *, width: int, depth: int, heads: int, mask_ratio: float, values: int | None = None
+) -> None:
+    """Give a method a decoder of that many `values` a patch (None: its pixels, F). Raises UserError for sizes that do not
     fit, and for a masking ratio that leaves no patch."""
     encoder = method.encoder
     if width % heads or width % 4:
@@ -60,15 +62,26 @@ def add_decoder(method: HasDecoder, *, width: int, depth: int, heads: int, mask_
     method.mask_token = nn.Parameter(torch.zeros(1, 1, width))
     method.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
     method.decoder_norm = nn.LayerNorm(width, eps=1e-6)
-    method.decoder_pred = nn.Linear(width, p * q * encoder.in_chans)
+    method.decoder_pred = nn.Linear(width, p * q * encoder.in_chans if values is None else values)
     assert isinstance(method, nn.Module)
     method.register_buffer("decoder_pos_embed", sincos_table(method.grid, width)[None], persistent=False)
 
+
+def initialise(method: HasDecoder) -> None:
+    """Initialise the decoder and the encoder as MAE (appendix A.1)."""
+    assert isinstance(method, nn.Module)
     xavier_(method)
     nn.init.normal_(method.mask_token, std=0.02)
-    for name, parameter in encoder.named_parameters():
+    for name, parameter in method.encoder.named_parameters():
         if name.endswith("cls_token"):
             nn.init.normal_(parameter, std=0.02)
+
+
+def initialise_decoder(method: HasDecoder) -> None:
+    """Initialise the decoder alone as MAE's."""
+    for part in (method.decoder_embed, method.decoder_blocks, method.decoder_pred):
+        xavier_(part)
+    nn.init.normal_(method.mask_token, std=0.02)
 
 
 def kept(patches: int, mask_ratio: float) -> int:

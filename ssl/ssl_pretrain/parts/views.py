@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..backbones.backbone import Backbone, Features
 from ..data.views import Jitter, ViewSpec
 from ..pretext import Step
+
+WHOLE_AFTER = 0.95  # share of the run after which no tokens are dropped, so that the encoder gets used to whole images
 
 
 def encode(encoder: Backbone, views: Tensor, step: Step, **options: Any) -> Features:
@@ -25,12 +28,38 @@ def encode_crops(encoder: Backbone, crops: Sequence[Tensor], step: Step, **optio
     return encoder.forward_crops([_rows(encoder, views, step, {} if i else options) for i, views in enumerate(crops)])
 
 
-def encode_pooled(encoder: Backbone, crops: Sequence[Tensor], step: Step, **options: Any) -> list[Tensor]:
+def encode_pooled(
+    encoder: Backbone, crops: Sequence[Tensor], step: Step, token_drop: float = 0.0, /, **options: Any
+) -> list[Tensor]:
     """Only the pooled vectors of `encode_crops`, each (V * B, D). An encoder that supports it does not compute what
-    only the other features need."""
+    only the other features need.
+
+    token_drop: share of the patches of each view that a student does not see in training (FLIP; Li et al., CVPR 2023). They
+    are drawn for each view by itself, from the step's noise. See `require_token_drop`.
+    """
     less = {"pooled_only": True} if "pooled_only" in encoder.supports else {}
-    batches = [_rows(encoder, views, step, less if i else less | options) for i, views in enumerate(crops)]
+    batches = []
+    for i, views in enumerate(crops):
+        seen = dropped(encoder, views, step, token_drop)
+        batches.append(_rows(encoder, views, step, less | seen if i else less | seen | options))
     return [features.pooled for features in encoder.forward_crops(batches)]
+
+
+def dropped(encoder: Backbone, views: Tensor, step: Step, share: float) -> dict[str, Tensor]:
+    """The option "keep" of a student's forward on views (V, B, C, H, W) or (B, C, H, W): random patches (V * B, K) of each,
+    K = int(N * (1 - share)) of N, at least 1. Nothing in evaluation, after 95 % of the run, and for a share of 0."""
+    if share == 0 or not encoder.training or step.progress > WHOLE_AFTER:
+        return {}
+    patches = (views.shape[-2] // encoder.stride[0]) * (views.shape[-1] // encoder.stride[1])
+    noise = step.rand(views.shape[0] if views.ndim == 5 else 1, patches)  # (B, V, N)
+    order = torch.argsort(noise.transpose(0, 1).flatten(0, 1), dim=1)
+    return {"keep": order[:, : max(1, int(patches * (1 - share)))]}
+
+
+def require_token_drop(encoder: Backbone, method: str, share: float) -> None:
+    """Raise UnsupportedByBackbone where a student shall drop tokens and the encoder cannot."""
+    if share > 0:
+        encoder.require(f"{method} --token-drop", "keep")
 
 
 def _rows(encoder: Backbone, views: Tensor, step: Step, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

@@ -97,7 +97,7 @@ def test_mim_adds_the_cross_entropy_of_masked_ids(ratio: tuple[float, float]) ->
     each = -np.take_along_axis(log_p, ids[..., None], axis=-1)[..., 0]
     assert losses.terms["tokens"].item() == pytest.approx(each.mean(), rel=1e-5)
     assert losses.terms["token_accuracy"].item() == pytest.approx((logits.argmax(-1) == ids).mean())
-    np.testing.assert_allclose(losses.per_sample, alone.per_sample + 0.7 * each.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(losses.per_sample, alone.per_sample.numpy() + 0.7 * each.mean(1), rtol=1e-5)
     assert losses.total.item() == pytest.approx(alone.total.item() + 0.7 * each.mean(), rel=1e-5)
     expected = 0.7 * (np.exp(log_p) - np.eye(8)[ids]).sum((0, 1)) / ids.size
     np.testing.assert_allclose(method.decoder_pred.bias.grad, expected, rtol=1e-3, atol=1e-6)

@@ -115,7 +115,8 @@ class MAELite(Method):
                 f"--teacher {self.teacher.spec}: {type(self.teacher.backbone).__name__} cannot leave patches out, and the "
                 f"teacher sees those that the encoder sees: use the export of a ViT"
             )
-        self.adapter = nn.Linear(*self._heads(), bias=False)
+        own, theirs = self._heads()
+        self.adapter = nn.Linear(own, theirs, bias=False)
 
     @torch.no_grad()
     def _heads(self) -> tuple[int, int]:

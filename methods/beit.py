@@ -20,9 +20,9 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts.block_masks import ATTEMPTS, block_masks, completed, listed
+from ssl_pretrain.parts.id_prediction import NO_BETTER, compared
 from ssl_pretrain.parts.masks import rows
 from ssl_pretrain.parts.patches import without
-from ssl_pretrain.parts.token_prediction import compared
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -113,7 +113,7 @@ class BEiT(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The mean cross-entropy over the masked patches, whose number is the same in every image.
 
-        Terms: "accuracy", "majority" and "gain" of `parts.token_prediction`.
+        Terms: "accuracy", "majority" and "gain" of `parts.id_prediction`.
         """
         images = batch.views["image"]
         grid = (images.shape[-2] // self.encoder.stride[0], images.shape[-1] // self.encoder.stride[1])
@@ -164,9 +164,7 @@ class BEiT(Method):
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """The codes' frequencies, predicted of every patch."""
-        return {
-            "gain": (0.0, "ids are predicted no better than by their frequencies; nothing is learned of the images")
-        }
+        return {"gain": (0.0, NO_BETTER)}
 
     @torch.no_grad()
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts import masked_autoencoder
 from ssl_pretrain.parts.masked_autoencoder import decoded
 from ssl_pretrain.parts.masks import random_masking
-from ssl_pretrain.parts.token_prediction import compared
+from ssl_pretrain.parts.id_prediction import compared
 from ssl_pretrain.parts.views import encode, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -126,7 +126,7 @@ class Supervised(Method):
         """The mean cross-entropy over the images; term "accuracy" is the share of correct predictions in percent.
 
         With `mim` also "classification", the labels' loss alone, "tokens", the ids', and "token_accuracy",
-        "token_majority" and "token_gain" of `parts.token_prediction`.
+        "token_majority" and "token_gain" of `parts.id_prediction`.
         """
         labels = batch.labels
         if labels is None:

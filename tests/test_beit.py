@@ -14,7 +14,7 @@ from torch import nn
 from ssl_pretrain import encoder, tokenizer
 from ssl_pretrain.backbones.quantizer import Quantizer
 from ssl_pretrain.conformance import one_step
-from ssl_pretrain.parts.token_prediction import compared
+from ssl_pretrain.parts.id_prediction import compared
 from ssl_pretrain.pretext import Losses
 
 KERNELS = 2143  # of a step: python tests/kernels.py beit

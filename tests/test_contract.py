@@ -75,6 +75,7 @@ LEARNING: dict[str, dict[str, object]] = {
     "mrmae": {"steps": 200},
     "maelite": {"steps": 200},
     "beit": {"steps": 600, "pool": "cls"},
+    "mage": {"steps": 600},
 }
 # Its product is the tokenizer, and not the encoder: tests/test_beit.py shows that the ids can be predicted.
 TOKENIZERS = {"vqtok"}
@@ -97,7 +98,7 @@ def test_it_learns_on_real_images(name: str, shared_data: Path, tmp_path: Path, 
     }
     common = ["--data", shared_data / "cifar10_lossless5k", "--no-score", "--encoder", "vit_micro", "--image-size", 32]
     argv = ["--method", name, *common, "--out", tmp_path / "run"]
-    if name == "beit":  # of a tokenizer that has learned something
+    if name in ("beit", "mage"):  # of a tokenizer that has learned something
         tokens = ["--codes", 128, "--batch-size", 64, "--steps", 100, "--lr", "1e-3", "--patch-size", 8, "--workers", 0]
         pretrain("--method", "vqtok", *common, *tokens, "--codebook-decay", 0.95, "--out", tmp_path / "tokens")
         argv += ["--tokenizer", tmp_path / "tokens"]

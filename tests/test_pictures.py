@@ -48,6 +48,7 @@ OWN = {  # what the methods themselves draw
     "ibot": "view | masked",
     "ijepa": "input | context | targets",
     "mae": "input | masked | reconstruction",
+    "mage": "view | masked",
     "maelite": "input | masked | reconstruction",
     "mrmae": "input | masked | reconstruction",
     "msn": "anchor | masked",

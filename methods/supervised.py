@@ -20,9 +20,9 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, at_least, within
 from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts import masked_autoencoder
+from ssl_pretrain.parts.id_prediction import compared
 from ssl_pretrain.parts.masked_autoencoder import decoded
 from ssl_pretrain.parts.masks import random_masking
-from ssl_pretrain.parts.id_prediction import compared
 from ssl_pretrain.parts.views import encode, encode_pooled
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 

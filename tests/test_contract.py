@@ -76,6 +76,7 @@ LEARNING: dict[str, dict[str, object]] = {
     "maelite": {"steps": 200},
     "beit": {"steps": 600, "pool": "cls"},
     "mage": {"steps": 600},
+    "igpt": {"steps": 300, "patch_size": 4},
 }
 # Its product is the tokenizer, and not the encoder: tests/test_beit.py shows that the ids can be predicted.
 TOKENIZERS = {"vqtok"}

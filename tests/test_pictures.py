@@ -46,6 +46,7 @@ OWN = {  # what the methods themselves draw
     "distill": "view | mixed",
     "featmim": "view | masked",
     "ibot": "view | masked",
+    "igpt": "input | palette | prediction",
     "ijepa": "input | context | targets",
     "mae": "input | masked | reconstruction",
     "mage": "view | masked",

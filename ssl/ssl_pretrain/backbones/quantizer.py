@@ -62,14 +62,7 @@ class Quantizer(nn.Module):
     def nearest(self, z: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Ids of the nearest codes by Euclidean distance: (..., d) to (...) int64. Of equal distances the first one.
         vectors: other codes (K, d) than its own."""
-        with torch.autocast(z.device.type, enabled=False):
-            codes = (self.vectors() if vectors is None else vectors).to(z.dtype)
-            half = -0.5 * codes.square().sum(1)
-            rows = z.reshape(-1, self.width)
-            # The number of chunks would fix the number of images in a program that is made of this.
-            chunks = [rows] if torch.compiler.is_exporting() else rows.split(CHUNK)
-            found = [torch.addmm(half, each, codes.T).argmax(1) for each in chunks]
-        return torch.cat(found).reshape(z.shape[:-1])
+        return nearest(z, (self.vectors() if vectors is None else vectors).to(z.dtype))
 
     def lookup(self, ids: Tensor) -> Tensor:
         """The codes of ids: (...) int64 to (..., d)."""
@@ -89,3 +82,15 @@ class Quantizer(nn.Module):
             "codes_used": int((counts > 0).sum()),
             "perplexity": float(entropy.exp()) if int(counts.sum()) else 0.0,
         }
+
+
+@torch.no_grad()
+def nearest(vectors: Tensor, codes: Tensor) -> Tensor:
+    """Ids of the nearest codes (K, d) by Euclidean distance: (..., d) to (...) int64. Of equal distances the first one."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        half = -0.5 * codes.square().sum(1)
+        rows = vectors.reshape(-1, codes.shape[1])
+        # The number of chunks would fix the number of images in a program that is made of this.
+        chunks = [rows] if torch.compiler.is_exporting() else rows.split(CHUNK)
+        found = [torch.addmm(half, each, codes.T).argmax(1) for each in chunks]
+    return torch.cat(found).reshape(vectors.shape[:-1])

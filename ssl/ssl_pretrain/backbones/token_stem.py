@@ -1,4 +1,5 @@
-"""An encoder whose stem is a tokenizer: a frozen tokenizer turns images into ids, and a ViT reads vectors of these ids.
+"""An encoder whose stem is a tokenizer: a frozen tokenizer, or a palette of colours, turns images into ids, and a ViT reads
+vectors of these ids.
 
 Methods that train on ids (MAGE, iGPT) export it, so that their encoder takes images as any other. Its weights include the
 tokenizer's, as buffers: nothing trains them. Its name is "tokens:NAME", where NAME is the ViT's.
@@ -6,17 +7,23 @@ tokenizer's, as buffers: nothing trains them. Its name is "tokens:NAME", where N
 Shapes: B images, C channels, H x W pixels, N ids on an (h, w) grid, K codes, D width of the ViT.
 """
 
+import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Literal, final
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.sampler import permute
 from ..errors import UserError
+from ..randomness import key
 from . import build, prefix
 from .backbone import Backbone, Features
-from .quantizer import Quantizer
+from .quantizer import Quantizer, nearest
 from .vit import ViT
 
 MOST = 2**28  # numbers in a codebook that a description may ask for
@@ -44,6 +51,26 @@ def read_ids(vit: ViT, codes: int) -> None:
     vit.config, vit.in_chans = replace(vit.config, patch_size=1), 1
 
 
+def first_blocks(vit: ViT, count: int) -> ViT:
+    """The ViT without the blocks after its first `count`, with the same weights. Its last norm is the first one of the
+    block that would follow (iGPT's features), or its own if there is none. Raises UserError for a number of blocks that it
+    does not have."""
+    if not 1 <= count <= vit.depth:
+        raise UserError(f"the encoder has {vit.depth} blocks: features are taken after 1 to {vit.depth}, not {count}")
+    part = copy.copy(vit)
+    part._modules = dict(vit._modules)
+    if count < vit.depth:
+        part.norm = vit.blocks[count].norm1  # type: ignore[assignment]
+    part.blocks = vit.blocks[:count]
+    part.depth = count
+    return part
+
+
+def shuffled(places: int) -> Tensor:
+    """Fixed random order of N places of a grid, (N,) int64: the same in every run, on every device."""
+    return torch.from_numpy(permute(np.arange(places), places, key("order of ids", places)))
+
+
 @final
 class TokenStem(Backbone):
     """A tokenizer and a ViT. Images are normalised as `config.tokenizer` says; their ids are computed in the precision of
@@ -62,7 +89,15 @@ class TokenStem(Backbone):
         """Options of the ViT."""
         tokenizer: dict
         """The tokenizer: "backbone" (name, image_size, in_chans, options), "quantizer" (its arguments), and mean and std
-        of the images that it was trained with ("own") and of those that this encoder gets ("given")."""
+        of the images that it was trained with ("own") and of those that this encoder gets ("given"). Or a palette:
+        "palette" (the arguments of `Palette`)."""
+        feature_block: int | None = None
+        """Number of the ViT's blocks that are used and exported (none: all). The features are those of the last of them,
+        after the norm that follows it."""
+        attention: Literal["full", "causal"] = "full"
+        """Attention of forward, unless it is told otherwise: full, or causal in the order of the ids."""
+        order: Literal["raster", "random"] = "raster"
+        """Order of the ids for causal attention: by rows, or a fixed random order."""
 
     supports = frozenset({"keep", "replace", "attention", "blocks", "pooled_only"})
 
@@ -73,21 +108,23 @@ class TokenStem(Backbone):
         config: Config,
         *,
         vit: ViT | None = None,
-        tokenizer: "FrozenTokenizer | None" = None,
+        tokenizer: "FrozenTokenizer | Palette | None" = None,
     ) -> None:
-        """vit, tokenizer: existing modules to use, of this description (default: new ones). Such a ViT reads ids."""
+        """vit, tokenizer: existing modules to use, of this description (default: new ones). Such a ViT reads ids, and has
+        all its blocks."""
         super().__init__()
         self.config, self.image_size, self.in_chans = config, image_size, in_chans
         self.tokenizer = _tokenizer(config.tokenizer) if tokenizer is None else tokenizer
-        self.stride = self.tokenizer.encoder.stride
-        if self.tokenizer.encoder.in_chans != in_chans:
-            raise UserError(f"the tokenizer takes images of {self.tokenizer.encoder.in_chans} channels, not {in_chans}")
+        self.stride = self.tokenizer.stride
+        if self.tokenizer.in_chans != in_chans:
+            raise UserError(f"the tokenizer takes images of {self.tokenizer.in_chans} channels, not {in_chans}")
         if any(side % step or side < step for side, step in zip(image_size, self.stride, strict=True)):
             raise UserError(
                 f"images of {image_size[0]} x {image_size[1]} pixels do not divide into the tokenizer's patches of "
                 f"{self.stride[0]} x {self.stride[1]}"
             )
-        self.vit = self._new_vit() if vit is None else vit
+        whole = self._new_vit() if vit is None else vit
+        self.vit = whole if config.feature_block is None else first_blocks(whole, config.feature_block)
         self.dim, self.depth = self.vit.dim, self.vit.depth
         self.name = f"tokens:{config.encoder}"
 
@@ -97,7 +134,7 @@ class TokenStem(Backbone):
         vit = build(self.config.encoder, image_size=grid, in_chans=1, **self.config.options)
         if not isinstance(vit, ViT):
             raise UserError(f"tokens:{self.config.encoder}: the encoder behind a tokenizer is a ViT of this package")
-        read_ids(vit, self.tokenizer.quantizer.size)
+        read_ids(vit, self.tokenizer.codes)
         return vit
 
     def forward(
@@ -116,8 +153,11 @@ class TokenStem(Backbone):
         channels, or of a size that the tokenizer does not take."""
         if images.shape[1] != self.in_chans:
             raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
+        ids = self.tokenizer(images)[:, None]
+        if isinstance(attention, str) and attention == "full" and keep is None and self.config.attention == "causal":
+            return in_order(self.vit, ids, self.config.order, replace=replace, blocks=blocks, drop=drop)
         return self.vit(
-            self.tokenizer(images)[:, None],
+            ids,
             keep=keep,
             replace=replace,
             attention=attention,
@@ -156,6 +196,56 @@ class TokenStem(Backbone):
             raise UserError(f"tokens:{name}: the encoder behind a tokenizer is a ViT of this package")
 
 
+def in_order(vit: ViT, ids: Tensor, order: str, **options: Any) -> Features:
+    """Features of ids (B, 1, h, w) with causal attention in an order (`TokenStem.Config.order`); their places are in raster
+    order again."""
+    if order == "raster":
+        return vit(ids, attention="causal", **options)
+    sequence = shuffled(ids.shape[2] * ids.shape[3]).to(ids.device)
+    seen = vit(ids, keep=sequence.expand(len(ids), -1), attention="causal", **options)
+    back = torch.argsort(sequence)
+
+    def sorted_(tokens: Tensor) -> Tensor:
+        prefix = tokens.shape[1] - len(back)
+        return torch.cat([tokens[:, :prefix], tokens[:, prefix:].index_select(1, back)], dim=1)
+
+    tokens = None if seen.tokens is None else sorted_(seen.tokens)
+    return dataclasses.replace(
+        seen, patches=sorted_(seen.patches), tokens=tokens, blocks=tuple(sorted_(each) for each in seen.blocks)
+    )
+
+
+@final
+class Palette(nn.Module):
+    """Images to ids of the nearest colours: a patch's colour is the mean of its pixels.
+
+    Attributes: `colours` (K, C) of normalised images; `stride`, the pixels of a patch (height, width); `in_chans`, C.
+    """
+
+    colours: Tensor
+
+    def __init__(self, stride: Sequence[int], codes: int, in_chans: int) -> None:
+        super().__init__()
+        self.stride, self.codes, self.in_chans = (stride[0], stride[1]), codes, in_chans
+        self.register_buffer("colours", torch.randn(codes, in_chans))
+
+    def describe(self) -> dict[str, Any]:
+        """Its arguments."""
+        return {"stride": list(self.stride), "codes": self.codes, "in_chans": self.in_chans}
+
+    @torch.no_grad()
+    def colours_of(self, images: Tensor) -> Tensor:
+        """The colours (B, N, C) float32 of the patches of images (B, C, H, W)."""
+        with torch.autocast(images.device.type, enabled=False):
+            return F.avg_pool2d(images.float(), self.stride).flatten(2).mT
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Ids (B, h, w) int64 of images (B, C, H, W); of equally near colours the first one."""
+        grid = (images.shape[2] // self.stride[0], images.shape[3] // self.stride[1])
+        return nearest(self.colours_of(images), self.colours.float()).unflatten(1, grid)
+
+
 @final
 class FrozenTokenizer(nn.Module):
     """Images to ids: an encoder and its quantizer, for images in the normalisation `given` (its own is `own`)."""
@@ -170,6 +260,7 @@ class FrozenTokenizer(nn.Module):
         self.register_buffer("factor", factor, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
         self._same = _plain(own) == _plain(given)
+        self.stride, self.in_chans, self.codes = encoder.stride, encoder.in_chans, quantizer.size
         self.eval()
 
     @torch.no_grad()
@@ -195,8 +286,11 @@ def _plain(scale: Scale) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(each) for each in scale)
 
 
-def _tokenizer(described: Mapping[str, Any]) -> FrozenTokenizer:
+def _tokenizer(described: Mapping[str, Any]) -> FrozenTokenizer | Palette:
     """A tokenizer of this description, whose weights are buffers."""
+    if "palette" in described:
+        _check_size(described["palette"]["codes"], described["palette"]["in_chans"])
+        return Palette(**described["palette"])
     inner, wanted = described["backbone"], described["quantizer"]
     if prefix(inner["name"]) not in (None, "timm"):
         raise UserError(
@@ -204,8 +298,7 @@ def _tokenizer(described: Mapping[str, Any]) -> FrozenTokenizer:
         )
     height, width = inner["image_size"]
     encoder = build(inner["name"], image_size=(height, width), in_chans=inner["in_chans"], **inner["options"])
-    if not 0 < wanted["size"] * wanted["width"] <= MOST:
-        raise UserError(f"the tokenizer has {wanted['size']} codes of {wanted['width']} channels: that is too much")
+    _check_size(wanted["size"], wanted["width"])
     quantizer = Quantizer(encoder.dim, wanted["size"], wanted["width"], unit=wanted["unit"])
     made = FrozenTokenizer(encoder, quantizer, described["own"], described["given"])
     for part in made.modules():
@@ -213,3 +306,9 @@ def _tokenizer(described: Mapping[str, Any]) -> FrozenTokenizer:
             del part._parameters[name]
             part.register_buffer(name, parameter.detach())
     return made
+
+
+def _check_size(codes: int, width: int) -> None:
+    """Raise UserError for a codebook that nobody has."""
+    if not 0 < codes * width <= MOST:
+        raise UserError(f"the tokenizer has {codes} codes of {width} channels: that is too much")

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from ..backbones.backbone import Backbone, UnsupportedByBackbone
-from ..backbones.token_stem import FrozenTokenizer, TokenStem, read_ids
+from ..backbones.token_stem import FrozenTokenizer, Palette, TokenStem, read_ids
 from ..backbones.vit import ViT
 from ..errors import UserError
 from ..frozen import Frozen
@@ -24,11 +24,14 @@ def vit_of(encoder: Backbone, method: str) -> ViT:
     return encoder
 
 
-def begin_with(encoder: Backbone, tokenizer: Frozen, method: str) -> ViT:
+def begin_with(encoder: Backbone, tokenizer: Frozen | Palette, method: str) -> ViT:
     """The encoder, which from now on takes maps (B, 1, h, w) of the tokenizer's ids (`backbones.token_stem.read_ids`).
     Raises UserError for one that is no ViT, and for a tokenizer that no export may name."""
-    assert tokenizer.quantizer is not None
     vit = vit_of(encoder, method)
+    if isinstance(tokenizer, Palette):
+        read_ids(vit, tokenizer.codes)
+        return vit
+    assert tokenizer.quantizer is not None
     if tokenizer.backbone.name.startswith("module:"):
         raise UserError(
             f"--tokenizer {tokenizer.spec} is made by your own code ({tokenizer.backbone.name}), which the export of "
@@ -38,25 +41,31 @@ def begin_with(encoder: Backbone, tokenizer: Frozen, method: str) -> ViT:
     return vit
 
 
-def with_tokenizer(vit: ViT, tokenizer: Frozen, **options: Any) -> TokenStem:
+def with_tokenizer(vit: ViT, tokenizer: Frozen | Palette, **options: Any) -> TokenStem:
     """What a method exports: the tokenizer and the ViT after it, both as they are now. options: of `TokenStem.Config`."""
-    quantizer, inner = tokenizer.quantizer, tokenizer.backbone
+    without = {"drop_path": 0.0, "drop_path_uniform": False, "drop_rows": False}  # of training only
+    described = {"palette": tokenizer.describe()} if isinstance(tokenizer, Palette) else _described(tokenizer)
+    # Plain data, as config.json will have it.
+    plain = json.loads(json.dumps({"options": vit.describe() | without, "tokenizer": described}))
+    config = TokenStem.Config(encoder=vit.name, **plain, **options)
+    frozen: FrozenTokenizer | Palette
+    if isinstance(tokenizer, Palette):
+        frozen = tokenizer
+    else:
+        assert tokenizer.quantizer is not None
+        frozen = FrozenTokenizer(tokenizer.backbone, tokenizer.quantizer, tokenizer.own, tokenizer.run)
+    rows, columns = (side * step for side, step in zip(vit.grid, frozen.stride, strict=True))
+    return TokenStem((rows, columns), frozen.in_chans, config, vit=vit, tokenizer=frozen)
+
+
+def _described(tokenizer: Frozen) -> dict[str, Any]:
+    """A tokenizer as `TokenStem.Config.tokenizer`."""
+    inner, quantizer = tokenizer.backbone, tokenizer.quantizer
     assert quantizer is not None
-    described = {
-        "backbone": {
-            "name": inner.name,
-            "image_size": inner.image_size,
-            "in_chans": inner.in_chans,
-            "options": inner.describe(),
-        },
+    backbone = {"name": inner.name, "image_size": inner.image_size, "in_chans": inner.in_chans}
+    return {
+        "backbone": {**backbone, "options": inner.describe()},
         "quantizer": quantizer.describe(),
         "own": tokenizer.own,
         "given": tokenizer.run,
     }
-    without = {"drop_path": 0.0, "drop_path_uniform": False, "drop_rows": False}  # of training only
-    # Plain data, as config.json will have it.
-    plain = json.loads(json.dumps({"options": vit.describe() | without, "tokenizer": described}))
-    config = TokenStem.Config(encoder=vit.name, **plain, **options)
-    rows, columns = (side * step for side, step in zip(vit.grid, inner.stride, strict=True))
-    frozen = FrozenTokenizer(inner, quantizer, tokenizer.own, tokenizer.run)
-    return TokenStem((rows, columns), inner.in_chans, config, vit=vit, tokenizer=frozen)

@@ -1,0 +1,193 @@
+"""iGPT: loss and gradient against NumPy in float64, causality, orders, the palette, features of a middle block, runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from method_helpers import check_stated
+from ssl_pretrain.methods.igpt import IGPT
+from torch import nn
+
+from ssl_pretrain import backbones, encoder, tokenizer
+from ssl_pretrain.backbones.token_stem import Palette, shuffled
+from ssl_pretrain.conformance import one_step
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.pretext import Losses
+
+KERNELS = 210  # of a step: python tests/kernels.py igpt
+ON_THE_HOST = ["_local_scalar_dense"]
+SMALL = [
+    *["--encoder", "vit_micro", "--depth", "2", "--dim", "64", "--heads", "2", "--image-size", "32", "--no-score"],
+    *["--workers", "0", "--batch-size", "32", "--lr", "2e-3", "--log-every", "5", "--patch-size", "4"],
+]
+CHOICES = [{}, {"order": "random"}, {"ids": "tokenizer"}, {"ids": "tokenizer", "order": "random"}]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_loss_terms_and_gradient_against_numpy(choice: dict):
+    method = one_step.build("igpt", **choice).eval()
+    batch = one_step.batch(method)
+    losses = method(batch, one_step.step())
+    losses.total.backward()
+    maps = method.maps(batch.views["image"])
+    order = shuffled(16).numpy() if "order" in choice else np.arange(16)
+    t = maps.flatten(1).numpy()[:, order]
+    keep = torch.from_numpy(order).expand(len(t), -1)
+    with torch.no_grad():  # the class token and all ids but the last one, in their order
+        seen = method.encoder(maps[:, None], keep=keep, attention="causal")
+    x = np.concatenate([seen.cls[:, None].double().numpy(), seen.patches[:, :-1].double().numpy()], 1)
+    w = method.head.weight.detach().double().numpy()
+    logits = x @ w.T
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    each = -np.take_along_axis(logp, t[..., None], -1)[..., 0]
+    assert float(losses.total.detach()) == pytest.approx(each.mean(), rel=1e-5)
+    assert float(losses.terms["bits"]) == pytest.approx(each.mean() / np.log(2), rel=1e-5)
+    np.testing.assert_allclose(losses.per_sample, each.mean(1), rtol=1e-4)
+    wrong = np.exp(logp) - np.eye(len(w))[t]
+    np.testing.assert_allclose(method.head.weight.grad, np.einsum("bnk,bnd->kd", wrong, x) / t.size, atol=1e-5)
+    share = np.bincount(t.ravel(), minlength=len(w)) / t.size
+    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
+    assert float(losses.terms["accuracy"]) == pytest.approx((logp.argmax(-1) == t).mean())
+    assert float(losses.terms["majority"]) == pytest.approx(share.max())
+    assert float(losses.terms["gain"]) == pytest.approx(max(0, 1 - each.mean() / entropy), abs=1e-5)
+
+
+@pytest.mark.parametrize("order", ["raster", "random"])
+def test_an_id_changes_only_the_predictions_of_later_ones(order: str):
+    method = one_step.build("igpt", order=order).eval()
+    maps = torch.randint(0, 16, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    places = shuffled(16) if order == "random" else torch.arange(16)
+    if order == "random":
+        assert not torch.equal(places, torch.arange(16))
+        assert torch.equal(places.sort().values, torch.arange(16))
+    for position in (0, 6, 15):
+        other = maps.flatten(1).clone()
+        other[:, places[position]] = (other[:, places[position]] + 5) % 16
+        with torch.no_grad():
+            before = method.predict(maps, one_step.step())[1]
+            after = method.predict(other.view(2, 4, 4), one_step.step())[1]
+        changed = (before - after).abs().amax((0, 2)) > 1e-6
+        assert changed.nonzero().flatten().tolist() == list(range(position + 1, 16))
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_features_are_those_of_the_middle_block_and_recorded(choice: dict):
+    method = one_step.build("igpt", feature_depth=0.5, **choice).eval()
+    exported = method.exported().eval()
+    assert exported.depth == 1
+    assert exported.describe()["feature_block"] == 1
+    assert exported.describe()["options"]["depth"] == 2
+    images = torch.randn(2, 3, *exported.image_size)
+    order = shuffled(16) if "order" in choice else torch.arange(16)
+    with torch.no_grad():
+        whole = method.encoder
+        keep = order.expand(2, -1)
+        (middle,) = whole(method.maps(images)[:, None], keep=keep, attention="causal", blocks=(0,)).blocks
+        expected = whole.blocks[1].norm1(middle[:, 1:])
+        found = exported(images, blocks=(-1,))
+    torch.testing.assert_close(found.patches[:, order], expected)
+    torch.testing.assert_close(found.pooled, expected.mean(1))
+    torch.testing.assert_close(exported.norm(found.blocks[0])[:, 1:], found.patches)
+    last = one_step.build("igpt", feature_depth=1.0, **choice).eval().exported()
+    assert last.depth == 2
+    assert torch.equal(last.norm.weight, one_step.build("igpt", **choice).encoder.norm.weight)
+
+
+def test_the_palette_is_k_means_of_the_first_batch():
+    method = one_step.build("igpt", colours=16)
+    batch, step = one_step.batch(method), one_step.step()
+    before = method.tokenizer.colours.clone()
+    step.carried = method(batch, step).carry
+    # The mean colours of patches of 8 x 8 pixels, by hand
+    images = batch.views["image"].double().numpy().reshape(16, 3, 4, 8, 4, 8).mean((3, 5)).transpose(0, 2, 3, 1)
+    given = step.carried["colours"].flatten(0, 1).double().numpy()
+    np.testing.assert_allclose(np.sort(given, 0), np.sort(images.reshape(-1, 3), 0), atol=1e-5)
+    method.after_step(step)
+    made = method.tokenizer.colours.double().numpy()
+    assert not np.allclose(made, before)
+    ids = ((given[:, None] - made) ** 2).sum(-1).argmin(1)
+
+    def error(colours: np.ndarray) -> float:
+        return ((given[:, None] - colours) ** 2).sum(-1).min(1).mean()
+
+    assert error(made) < 0.6 * error(given[:16])
+    for colour in set(ids):  # Lloyd's iterations have nearly come to rest
+        assert np.abs(given[ids == colour].mean(0) - made[colour]).max() < 0.1
+    np.testing.assert_array_equal(
+        method.maps(batch.views["image"]).flatten(), ((images.reshape(-1, 1, 3) - made) ** 2).sum(-1).argmin(1)
+    )
+    fixed = method.tokenizer.colours.clone()
+    again = one_step.step(number=4)
+    again.carried = method(batch, again).carry
+    method.after_step(again)
+    assert torch.equal(method.tokenizer.colours, fixed)
+
+
+def test_a_palette_of_no_rgb_images():
+    palette = Palette((2, 4), 3, 1)
+    palette.colours.copy_(torch.tensor([[0.0], [1.0], [1.0]]))
+    images = torch.tensor([[[[0.0, 0.2, 0.1, 0.1, 1, 1, 1, 1], [0, 0, 0, 0, 2, 1, 1, 0]]]])
+    assert palette(images).tolist() == [[[0, 1]]]
+
+
+def test_collapsed_is_what_it_states():
+    uniform = one_step.build("igpt")
+    ids = uniform.maps(one_step.batch(uniform).views["image"])
+    share = np.bincount(ids.flatten(), minlength=16) / ids.numel()
+    with torch.no_grad():  # the norm's output is constant, so that the head's weights are the logits
+        uniform.encoder.norm.weight.zero_()
+    uniform.head = nn.Linear(128, 16)
+    nn.init.zeros_(uniform.head.weight)
+    with torch.no_grad():
+        uniform.head.bias.copy_(torch.from_numpy(np.log(share + 1e-9)))
+    single = one_step.build("igpt")
+    single.tokenizer.colours[1:] = 1e3
+    losses = [method(one_step.batch(method), one_step.step()) for method in (uniform, single)]
+    check_stated(
+        uniform,
+        {name: Losses(total=x.total, terms=x.terms) for name, x in zip(("gain", "majority"), losses, strict=True)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cls": False}, "give --cls"),
+        ({"pool": "cls"}, "give --pool mean"),
+        ({"norms": "post"}, "leave it out"),
+    ],
+)
+def test_wrong_encoders_are_refused(options: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        IGPT(backbones.build("vit_micro", image_size=(32, 32), patch_size=8, depth=2, **options), IGPT.Config())
+
+
+@pytest.mark.parametrize("ids", ["colours", "tokenizer"])
+def test_a_run_on_built_in_images(ids: str, pretrain, tmp_path: Path):
+    """Ids are predicted better than by the most frequent one; the export has what it needs and names the block."""
+    run, tokens = tmp_path / "run", tmp_path / "tokens"
+    more = ["--ids", ids, "--steps", "120", "--colours", "32"]
+    if ids == "tokenizer":
+        argv = ["--codes", "32", "--codebook-decay", "0.9", "--steps", "60", "--out", tokens]
+        pretrain("--method", "vqtok", *SMALL, *argv)
+        more += ["--tokenizer", tokens]
+    pretrain("--method", "igpt", *SMALL, *more, "--out", run)
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in logged if "accuracy" in line][-6:]
+    accuracy, majority, gain = (np.mean([line[name] for line in last]) for name in ("accuracy", "majority", "gain"))
+    print(f"accuracy {accuracy:.3f}, majority {majority:.3f}, gain {gain:.3f}")
+    assert accuracy > majority + 0.02
+    assert gain > 0.02
+    exported = encoder.load(run)
+    assert exported.backbone.config.feature_block == 1
+    assert exported.backbone.config.attention == "causal"
+    images = torch.randn(2, 3, 32, 32)
+    assert exported(images).pooled.shape == (2, 64)
+    if ids == "tokenizer":
+        assert torch.equal(exported.backbone.tokenizer(images), tokenizer.load(tokens).ids(images))
+        assert exported.lineage["tokenizer"]["fingerprint"] == tokenizer.load(tokens).fingerprint
+    else:
+        ids_of = exported.backbone.tokenizer(images)
+        assert len(ids_of.unique()) > 8

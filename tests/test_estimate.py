@@ -12,7 +12,8 @@ import pytest
 import torch
 from ssl_pretrain.launch.pretrain import main
 
-from ssl_pretrain import checkpoint
+from ssl_pretrain import checkpoint, pretext
+from ssl_pretrain.conformance.one_step import network_flags
 from ssl_pretrain.loop import estimate
 from ssl_pretrain.loop.estimate import Estimate, Speed, in_words
 from ssl_pretrain.loop.signals import StopRequest
@@ -90,6 +91,17 @@ def test_flags_that_make_a_long_run_short(
         "--image-size 32 --epochs 4   (3 minutes)",
         "--encoder vit_micro --image-size 32 --patch-size 8 --batch-size 128 --lr 0.002 --epochs 4   (3 minutes)",
     ]
+
+
+def test_a_run_with_a_frozen_network_is_measured_and_no_other(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(estimate, "LONG_STEP", 0.0)
+    monkeypatch.setattr(estimate, "HOUR", 1e-3)
+    words = ["--method", "beit", *VIT, *RUN, "--image-size", "64", "--steps", "1", "--out", str(tmp_path / "run")]
+    words += network_flags(pretext.load("beit"), {}, tmp_path)
+    assert main([*words, "--data", str(photos)]) == 0
+    assert "estimated from" in capsys.readouterr().err
 
 
 def test_a_slice_that_fails_ends_no_run(

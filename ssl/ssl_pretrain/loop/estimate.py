@@ -120,7 +120,9 @@ class Estimate:
             f"{in_words(left)} for {run.steps - start:,} steps"
             + (f", about {speed.gibibytes:.1f} GiB of memory" if speed.gibibytes else "")
         )
-        if self.world.device.type == "cpu" and left > 1.2 * HOUR:
+        # Frozen networks belong to the run's own views and encoder: no other run is measured with them.
+        frozen = type(self.method).frozen(self.method.config)
+        if self.world.device.type == "cpu" and left > 1.2 * HOUR and not frozen:
             for line in self._shorter(specs, speed, start, autocast):
                 self.report.say(line)
 

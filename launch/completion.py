@@ -18,7 +18,7 @@ from .export import VERBS
 from .export_to import FORMATS
 
 COMMANDS = ("ssl-pretrain", "ssl-eval", "ssl-data", "ssl-export", "ssl-report")
-WORDS_OF = {"ssl-data": ("check", "stats", "bench", "pack"), "ssl-export": VERBS}
+WORDS_OF = {"ssl-data": ("check", "stats", "bench", "pack", "cache-teacher"), "ssl-export": VERBS}
 CLASSES = ("Config", "Options", "Common", "Bench", "Pack", "Suite", "Run", "Launch")
 SCRIPTS = {
     "bash": """\

@@ -1,4 +1,5 @@
-"""The command `ssl-data`: checks images, measures their channels and the speed of the loader, and packs pixels.
+"""The command `ssl-data`: checks images, measures their channels and the speed of the loader, packs pixels, and stores the
+outputs of frozen networks.
 
 Shapes: H x W pixels, C channels.
 """
@@ -24,6 +25,7 @@ VERBS = {
     "stats": "mean and standard deviation of the channels, for --mean and --std; number of images of each class",
     "bench": "images/s on one core for each step of the loader, and the slowest step",
     "pack": "decode all images once into one file of raw pixels, which --data reads without decoding",
+    "cache-teacher": "store the outputs of a run's frozen network once; takes the flags of the run (docs/targets.md)",
 }
 EPILOG = "Exit codes: 0 done (check: no fault found), 1 check found a fault, or any other error, 2 wrong flags or data."
 SHOWN = 10  # bad or doubled images that are printed
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"usage: {PROG} VERB DATA [flags]", "", *(f"  {verb:<8}{what}" for verb, what in VERBS.items())]
+        lines = [f"usage: {PROG} VERB DATA [flags]", "", *(f"  {verb:<14}{what}" for verb, what in VERBS.items())]
         print("\n".join([*lines, "", f"{PROG} VERB --help shows all flags. {EPILOG}"]),
               file=sys.stdout if argv else sys.stderr)  # fmt: skip
         return 0 if argv else 2
@@ -87,6 +89,10 @@ def _main(argv: list[str]) -> int:
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
     words = argv[1:]
+    if verb == "cache-teacher":
+        from .teacher_cache import cache_teacher
+
+        return cache_teacher(words)
     if (not words or words[0].startswith("-")) and not {"-h", "--help"} & set(words):
         raise UserError(f"the data comes behind the verb: {PROG} {verb} photos/")
     data = "" if words[0].startswith("-") else words.pop(0)

@@ -159,6 +159,11 @@ def read_command(argv: list[str]) -> tuple[Run, Any, Any]:
     return run, knobs, options
 
 
+def read_launch(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
+    """`read_command`, with the flags of the launcher too."""
+    return _read(argv)
+
+
 def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
     """The settings of a command line.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain.backbones.backbone import Backbone, Features
 from ssl_pretrain.backbones.vit import Block
-from ssl_pretrain.data.views import Jitter, ViewSpec
+from ssl_pretrain.data.views import Jitter, Reads, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
@@ -107,7 +107,7 @@ class BEiT(Method):
         jitter = Jitter(brightness=strength, contrast=strength, saturation=strength, hue=0.0, p=1.0)
         return (
             ViewSpec(name="image", size=image_size, scale=config.crop_scale, jitter=jitter if strength else None),
-            ViewSpec(name="tokens", of="image", size=image_size, network="tokenizer"),
+            ViewSpec(name="tokens", of="image", size=image_size, network="tokenizer", reads=Reads(outputs=("ids",))),
         )
 
     def forward(self, batch: Batch, step: Step) -> Losses:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.backbones.backbone import Backbone
-from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.data.views import Reads, ViewSpec
 from ssl_pretrain.flags import (
     ABOVE_0_TO_1,
     AT_LEAST_1,
@@ -159,7 +159,8 @@ class MRMAE(Method):
     @classmethod
     def views(cls, config: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
         """One random resized crop, flipped, without colour; for a teacher also the same pixels with as many patches."""
-        return targets.with_teacher(config.target, ViewSpec(name="image", size=image_size, scale=config.crop_scale))
+        image = ViewSpec(name="image", size=image_size, scale=config.crop_scale)
+        return targets.with_teacher(config.target, image, Reads(config.target_block, config.target_final_norm))
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The reconstruction of the masked patches plus `mimic_weight` times the mimic loss of the visible ones.

@@ -23,7 +23,7 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.backbones.positions import sincos_table
 from ssl_pretrain.backbones.quantizer import USAGE, Quantizer
 from ssl_pretrain.backbones.vit import Block
-from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.data.views import Reads, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
@@ -198,7 +198,7 @@ class VQTok(Method):
         image = ViewSpec(name="image", size=image_size, scale=config.crop_scale)
         if not cls.frozen(config):
             return (image,)
-        return (image, ViewSpec(name="teacher", of="image", size=image_size, network="teacher"))
+        return (image, ViewSpec(name="teacher", of="image", size=image_size, network="teacher", reads=Reads()))
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The mean over patches of the decoder's loss and of the distance between vectors and codes.

@@ -59,6 +59,11 @@ class Run:
     """Frozen network that the method reads: an export, a run, or timm: hf: torch: module: (docs/running.md)."""
     tokenizer: str | None = None
     """Frozen tokenizer whose ids the method predicts: a run of a tokenizer (vqtok), or the tokenizer/ in one."""
+    teacher_cache: Path | None = None
+    """Folder with stored outputs of the teacher, read in place of running it; ssl-data cache-teacher writes it with the
+    flags of the run (docs/targets.md)."""
+    tokenizer_cache: Path | None = None
+    """The same for the ids of the tokenizer."""
 
     encoder: str = "vit_small"
     """Backbone to train (fractals: vit_micro)."""
@@ -239,9 +244,9 @@ class Resolved(Run):
 
 # Flags that may change when a run resumes: where and how fast it runs, and what is logged; never what is computed.
 CHANGEABLE = frozenset(
-    "out config data workers preflight stall_after nproc accumulate compile parallel shard_size recompute cpu_offload "
-    "checkpoint_every keep_last keep_every log_every loggers monitor_every picture_every val_every knn_every knn_data "
-    "knn_original knn_drop keep_best score bad_steps extend".split()
+    "out config data teacher_cache tokenizer_cache workers preflight stall_after nproc accumulate compile parallel "
+    "shard_size recompute cpu_offload checkpoint_every keep_last keep_every log_every loggers monitor_every picture_every "
+    "val_every knn_every knn_data knn_original knn_drop keep_best score bad_steps extend".split()
 )
 LENGTH_KEYS = frozenset({"steps", "epochs", "images", "warmup_steps", "cooldown_steps"})
 

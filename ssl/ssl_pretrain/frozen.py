@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backbones.backbone import Backbone, Features
 from .backbones.quantizer import Quantizer
+from .backbones.stored import StoredCodes, StoredOutputs
 from .backbones.token_stem import renormalisation
 from .data.views import Sight
 from .errors import UserError
@@ -23,7 +24,8 @@ class Frozen:
 
     It is no module, so it is in no checkpoint, optimiser, EMA teacher or gradient bucket of the method that holds it. It
     stays in eval mode and never gets gradients. Call it with a view of the run: it undoes the run's normalisation and
-    applies its own.
+    applies its own. A run may read its outputs from a cache: then the batch has these in place of the view, `backbone` is
+    `StoredOutputs`, and nothing else changes.
 
     Attributes: `backbone`; `spec`, what the user named; `fingerprint` of its weights, architecture and preprocessing;
     `sight`, how it sees; `own` and `run`, mean and std of its images and of the run's views; `dim`, D; `quantizer`, of a
@@ -39,7 +41,7 @@ class Frozen:
         sight: Sight,
         own: tuple[tuple[float, ...], tuple[float, ...]],
         run: tuple[tuple[float, ...], tuple[float, ...]],
-        quantizer: Quantizer | None = None,
+        quantizer: Quantizer | StoredCodes | None = None,
     ) -> None:
         """own and run: mean and std, each C numbers, of the network's images and of the run's views."""
         self.backbone = backbone.requires_grad_(False).eval()
@@ -47,6 +49,11 @@ class Frozen:
         self.quantizer = None if quantizer is None else quantizer.requires_grad_(False).eval()
         self.own, self.run = own, run
         self._scale = None if own == run else renormalisation(own, run)
+
+    @property
+    def cached(self) -> bool:
+        """Whether its outputs are read from a cache."""
+        return isinstance(self.backbone, StoredOutputs)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, **options: Any) -> Features:

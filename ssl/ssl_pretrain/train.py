@@ -24,7 +24,18 @@ from .distributed import World
 from .distributed.batch_norm import couples_samples
 from .errors import UserError
 from .frozen import NONE, Frozen
-from .loop import grad_cache, manifest, parallel, preflight, sizes, stages, start_state, start_weights, updates
+from .loop import (
+    grad_cache,
+    manifest,
+    parallel,
+    preflight,
+    sizes,
+    stages,
+    start_state,
+    start_weights,
+    teacher_cache,
+    updates,
+)
 from .loop import start as run_start
 from .loop.estimate import Estimate
 from .loop.log import Log
@@ -97,6 +108,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
 
     # ---- Model, parallelism and compilation. The optimiser sees the part of the parameters that this process holds.
     method, plan, notes = _build_method(run, method_class, knobs, options, len(source), start, world, networks)
+    plan = distributed.on_all(lambda: teacher_cache.use(run, plan, networks, source))  # read in place of networks
     whole_batch = isinstance(method, WholeBatchMethod) and accumulate > 1
     wrapped = parallel.wrap(method, run, world)
     shards = parallel.Shards(method, world.device)

@@ -95,7 +95,7 @@ class RawBatch:
     labels: np.ndarray | None  # (B,) int64, of the same; None where the data has none
     views: dict[
         str, Tensor
-    ]  # by spec name, uint8 (B, H, W, C), or (count, B, H, W, C) where the spec's count is above 1
+    ]  # by spec name, uint8 (B, H, W, C), or (count, B, H, W, C) where the spec's count is above 1; or its stored rows
     geometry: dict[str, np.ndarray]  # float32 (B, 6) or (count, B, 6), see `batch.Batch`
     colour: dict[str, np.ndarray]  # float32 (B, P) or (count, B, P)
     failures: list[Failure] = field(default_factory=list)
@@ -165,6 +165,9 @@ def to_batch(
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     def seen(spec: ViewSpec) -> Tensor:
+        if spec.stored is not None:
+            rows = raw.views[spec.name].to(device, non_blocking=True)
+            return rows.float() if rows.is_floating_point() else rows.long()
         composes = spec.fast and len(mean) == 3 and colour.coloured(spec)
         pixels = raw.views[spec.name].to(device, non_blocking=True)
         return (composed if composes else colour).finish(pixels, raw.colour[spec.name], spec, mean, std)
@@ -232,22 +235,28 @@ class _Maker(Dataset, ABC):
 
     def _make(self, step: int, micro: int) -> RawBatch:
         size, specs = self.share.micro_size, self.specs
-        views = {s.name: torch.empty(s.count, size, *s.size, self.channels, dtype=torch.uint8) for s in specs}
+        rendered = [spec for spec in specs if spec.stored is None]
+        views = {s.name: torch.empty(s.count, size, *s.size, self.channels, dtype=torch.uint8) for s in rendered}
         targets = {name: view.permute(0, 1, 4, 2, 3) for name, view in views.items()}
         geometry = {s.name: np.empty((s.count, size, GEOMETRY_PARAMS), dtype=np.float32) for s in specs}
         colour = {s.name: np.empty((s.count, size, COLOUR_PARAMS), dtype=np.float32) for s in specs}
         index = np.empty(size, dtype=np.int64)
         failures: list[Failure] = []
-        wanted = self._wanted(step * self.share.batch_size + self.share.rows(micro).start)
+        position = step * self.share.batch_size + self.share.rows(micro).start
+        wanted = self._wanted(position)
         for row, (epoch, sample, place) in enumerate(wanted):
             index[row], draws, (top, left, by), pixels = self._usable(epoch, sample, place, failures)
             for spec, copy, drawn in draws:
-                y, x, height, width = drawn.box if by == 1 else shrink(drawn.box, by)
-                crop = pixels[y - top : y - top + height, x - left : x - left + width]
-                render(crop, spec, drawn, targets[spec.name][copy, row : row + 1])
+                if spec.stored is None:
+                    y, x, height, width = drawn.box if by == 1 else shrink(drawn.box, by)
+                    crop = pixels[y - top : y - top + height, x - left : x - left + width]
+                    render(crop, spec, drawn, targets[spec.name][copy, row : row + 1])
                 geometry[spec.name][copy, row] = drawn.geometry
                 colour[spec.name][copy, row] = drawn.colour
         for spec in specs:
+            if spec.stored is not None:  # (B, count, L, D), where the batch has (count, B, 1, L, D)
+                rows = spec.stored.rows.read(spec.stored.field, position, index)
+                views[spec.name] = rows.transpose(0, 1).unsqueeze(2).contiguous()
             if spec.count == 1:
                 name = spec.name
                 views[name], geometry[name], colour[name] = views[name][0], geometry[name][0], colour[name][0]
@@ -363,8 +372,7 @@ def _made(maker: _Maker, numbers: range, workers: int, pin: bool, rows: int) -> 
             raw = _or_raise(maker[number])
             yield raw.pin_memory() if pin else raw
         return
-    pixels = sum(spec.count * spec.size[0] * spec.size[1] for spec in maker.specs)
-    _check_shared_memory(rows * pixels * maker.channels, workers)
+    _check_shared_memory(rows * sum(_bytes(spec, maker.channels) for spec in maker.specs), workers)
     with _quiet_start():
         loader = DataLoader(
             maker,
@@ -388,6 +396,13 @@ def _made(maker: _Maker, numbers: range, workers: int, pin: bool, rows: int) -> 
                 raise UserError(_SHARED_MEMORY_FULL) from error
             raise
         yield _or_raise(prepared)
+
+
+def _bytes(spec: ViewSpec, channels: int) -> int:
+    """Of a view of one image in a micro-batch."""
+    if spec.stored is not None:
+        return spec.stored.rows.row_bytes(spec.stored.field)
+    return spec.count * spec.size[0] * spec.size[1] * channels
 
 
 def _or_raise(prepared: RawBatch | _Mistake) -> RawBatch:

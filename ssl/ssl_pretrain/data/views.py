@@ -6,12 +6,15 @@ Shapes: H x W pixels of the whole image, h x w of the view, C channels.
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,24 @@ class Jitter:
     saturation: float = 0.2
     hue: float = 0.1
     p: float = 0.8
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a method reads of a frozen network that sees a view, so that it can be stored (`ssl-data cache-teacher`)."""
+
+    block: int = -1  # negative numbers count from the end
+    normed: bool = True  # after the final norm
+    # of its features, in this order; "ids", alone, of a tokenizer
+    outputs: tuple[Literal["pooled", "cls", "patches", "ids"], ...] = ("patches",)
+
+
+@dataclass(frozen=True)
+class StoredView:
+    """Stored outputs of the frozen network that would see a view: the loader gives them in place of pixels."""
+
+    rows: "Rows"
+    field: int  # of the rows' records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +89,11 @@ class ViewSpec:
     # Of a view for a network: `size` is in pixels of the network, whatever the encoder's patches. It is brought to the
     # nearest multiple of the network's stride.
     network_pixels: bool = False
+    # What is read of that network, where it sees these pixels and no others; None: its outputs cannot be stored.
+    reads: Reads | None = field(default=None, compare=False)
+    # Set by the loop for a run that reads stored outputs: the batch then holds (B, 1, L, D) float32, or (B, 1, h, w) int64
+    # for ids, in place of the pixels (B, C, H, W).
+    stored: StoredView | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 
 from .. import encoder, tokenizer
 from ..backbones.quantizer import Quantizer
+from ..backbones.stored import StoredOutputs
 from ..config import Resolved, Run
 from ..data.views import Sight, ViewSpec
 from ..distributed import World
@@ -17,7 +18,7 @@ from ..foreign import libraries
 from ..foreign.specs import Spec
 from ..frozen import Frozen
 from ..pretext import Method
-from . import manifest, start_weights
+from . import manifest, start_weights, teacher_cache
 
 
 def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World) -> dict[str, Frozen]:
@@ -34,9 +35,13 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
     if run.tokenizer is not None and "tokenizer" not in wanted:
         raise UserError(f"--tokenizer is given, and --method {run.method} with these flags reads none: leave it out")
     specs["tokenizer"] = run.tokenizer
+    teacher_cache.check_read(run, method, knobs)
     found = {}
     for name in wanted:
         spec = specs[name]
+        if (folder := teacher_cache.folder(run, name)) is not None:
+            found[name] = teacher_cache.opened(run, name, folder, spec)
+            continue
         if spec is None:
             flags = "--init-from (or --teacher)" if name == "anchor" else f"--{name}"
             if name == "anchor" and run.init_state:  # which --init-from would contradict
@@ -64,7 +69,7 @@ def open_encoder(spec: str, own: str) -> Encoder:
 def check_sizes(networks: Mapping[str, Frozen], specs: tuple[ViewSpec, ...], teacher: str | None) -> None:
     """Raise UserError for a view that its network cannot see. teacher: what --teacher names."""
     for spec in specs:
-        if spec.network is not None:
+        if spec.network is not None and not networks[spec.network].cached:
             network = networks[spec.network]
             anchored = "teacher" if network.spec == teacher else "init-from"
             network.check(anchored if spec.network == "anchor" else spec.network, spec.size, spec.network_pixels)
@@ -76,8 +81,14 @@ def check_unchanged(run: Resolved, networks: Mapping[str, Frozen]) -> None:
     if not isinstance(before, dict):
         return
     for name, network in networks.items():
-        known = before.get(name)
-        known = known.get("fingerprint") if isinstance(known, dict) else None
+        entry = before.get(name)
+        entry = entry if isinstance(entry, dict) else {}
+        known, kind = entry.get("fingerprint"), entry.get("rounded")
+        if known == network.fingerprint and kind != _rounded(network):
+            raise UserError(
+                f"the run in {run.out} began with outputs of the {name} in {kind or 'float32'}, and now they are in "
+                f"{_rounded(network) or 'float32'}: use the cache that it began with, or choose another --out"
+            )
         if known not in (None, network.fingerprint):
             raise UserError(
                 f"the run in {run.out} began with another {name}: {network.spec} has the fingerprint "
@@ -97,7 +108,17 @@ def teacher_of(run: Run, out: Path) -> Encoder | None:
 
 def facts(networks: Mapping[str, Frozen]) -> dict[str, dict[str, str]]:
     """What the manifest and the lineage say of the networks."""
-    return {name: {"spec": each.spec, "fingerprint": each.fingerprint} for name, each in networks.items()}
+    found = {name: {"spec": each.spec, "fingerprint": each.fingerprint} for name, each in networks.items()}
+    for name, network in networks.items():
+        if (kind := _rounded(network)) is not None:
+            found[name]["rounded"] = kind
+    return found
+
+
+def _rounded(network: Frozen) -> str | None:
+    """The type of number that its outputs were rounded to for a cache; None where they are those of the network."""
+    kind = network.backbone.kind if isinstance(network.backbone, StoredOutputs) else None
+    return kind if kind in ("float16", "bfloat16") else None
 
 
 def _frozen(

@@ -144,7 +144,7 @@ class Pictures:
 
     def _views(self, batch: Batch, specs: tuple[ViewSpec, ...]) -> np.ndarray:
         """One column an image, one row a view, in the order of their declaration; small views stay smaller."""
-        crops = [batch.views[s.name] for s in specs]
+        crops = [batch.views[s.name] for s in specs if s.stored is None]
         return self._rows([row for each in crops for row in (each if each.ndim == 5 else [each])])
 
     def _rows(self, images: list[Tensor]) -> np.ndarray:

@@ -24,7 +24,7 @@ def decide(run: Run, method_class: type[Method], knobs: Any, options: Any, image
     """
     if all(getattr(knobs, field.name) is not None for field in dataclasses.fields(knobs)):
         return knobs
-    encoder = _outline(run, options)
+    encoder = outline(run, options)
     left_open = [name for name in method_class.sizes(knobs, encoder, images) if getattr(knobs, name) is None]
     found = distributed.on_all(lambda: _recorded(knobs, left_open, config.folder(run)) if world.first else {})
     return method_class.sized(dataclasses.replace(knobs, **distributed.from_first(found)), encoder, images)
@@ -36,10 +36,10 @@ def sized(run: Run, method_class: type[Method], knobs: Any, options: Any, images
 
     Raises UserError for options that do not fit.
     """
-    return method_class.sized(knobs, _outline(run, options), images)
+    return method_class.sized(knobs, outline(run, options), images)
 
 
-def _outline(run: Run, options: Any) -> Backbone:
+def outline(run: Run, options: Any) -> Backbone:
     """The encoder, without weights."""
     size = (run.image_size[0], run.image_size[-1])
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

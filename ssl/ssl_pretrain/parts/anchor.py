@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backbones.adapters import NAMES
 from ..backbones.backbone import Backbone, Features
-from ..data.views import ViewSpec
+from ..data.views import Reads, ViewSpec
 from ..errors import UserError
 from ..frozen import Frozen
 from ..pretext import Losses
@@ -41,6 +41,7 @@ def twins(kind: Kind, specs: Sequence[ViewSpec], zoom: float) -> tuple[ViewSpec,
             of=spec.name,
             clean=True,
             network=NETWORK,
+            reads=Reads(outputs=("cls", "patches") if kind == "features" else ("patches",)),
             size=(round(spec.size[0] * zoom), round(spec.size[1] * zoom)),
         )
         for spec in specs

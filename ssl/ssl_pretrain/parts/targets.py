@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..backbones.backbone import Backbone, Features
 from ..backbones.wrapping import INNER
-from ..data.views import ViewSpec
+from ..data.views import Reads, ViewSpec
 from ..errors import UserError
 from ..frozen import Frozen
 from ..pretext import Batch, Step
@@ -32,11 +32,11 @@ def networks(kind: Kind) -> tuple[str, ...]:
     return () if kind == "hog" else ("teacher",)
 
 
-def with_teacher(kind: Kind, image: ViewSpec) -> tuple[ViewSpec, ...]:
-    """The student's view, and for a teacher the same pixels with as many patches."""
+def with_teacher(kind: Kind, image: ViewSpec, reads: Reads) -> tuple[ViewSpec, ...]:
+    """The student's view, and for a teacher the same pixels with as many patches, of which it gives `reads`."""
     if kind == "hog":
         return (image,)
-    return image, ViewSpec(name="teacher", of=image.name, size=image.size, network="teacher")
+    return image, ViewSpec(name="teacher", of=image.name, size=image.size, network="teacher", reads=reads)
 
 
 @final

@@ -43,9 +43,11 @@ from .one_step import (
     after_step,
     batch,
     build,
+    build_reading,
     network_flags,
     one_step,
     step,
+    stored,
     tiny_knobs,
     two_processes,
 )
@@ -77,6 +79,7 @@ def checks(name: str) -> list[Callable[[], None]]:
         method.losses_take_float32_under_autocast,
         method.pictures_have_the_shape_of_images,
         method.export_gives_the_methods_features,
+        method.stored_outputs_give_the_same_loss,
         method.two_micro_batches_equal_one,
         method.two_processes_equal_one,
         *with_cache(lambda: own_folder(method), [method.resumed_run_is_bit_identical_and_exports]),
@@ -347,6 +350,27 @@ class _Checks:
             read = encoder.load(folder)
             if not torch.equal(read(images).pooled, exported(images).pooled):
                 raise Fault("the encoder that is read from an export gives other features than exported()")
+
+    def stored_outputs_give_the_same_loss(self) -> None:
+        for how, knobs, method in self.choices:
+            found = stored(method, batch(method))
+            if found is None:
+                continue
+            cached = build_reading(self.name, found[0], knobs)
+            with torch.no_grad():
+                expected = float(method.eval()(batch(method), step()).total)
+                try:
+                    loss = float(cached.eval()(found[1], step()).total)
+                except Exception as problem:
+                    raise Fault(
+                        f"with stored outputs of its frozen networks, forward fails{how}: {problem}"
+                    ) from problem
+            method.train()
+            if not math.isclose(loss, expected, rel_tol=1e-5):
+                raise Fault(
+                    f"with stored outputs of its frozen networks the loss is {loss:.6g}, else {expected:.6g}{how}: say in "
+                    f"ViewSpec.reads what forward reads, or leave `reads` out"
+                )
 
     def two_micro_batches_equal_one(self) -> None:
         self._compare(one_step(self.name, 2), "two micro-batches")

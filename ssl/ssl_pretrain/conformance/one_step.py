@@ -4,6 +4,7 @@ python -m ssl_pretrain.conformance.one_step        (what TwoProcesses starts)
 """
 
 import atexit
+import dataclasses
 import json
 import os
 import selectors
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -25,11 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import backbones, distributed, encoder, pretext, tokenizer
 from ..backbones.backbone import Backbone
 from ..backbones.quantizer import Quantizer
+from ..backbones.stored import StoredCodes, StoredOutputs
 from ..data.loader import Share
 from ..data.views import Sight, fitted
 from ..encoder import Encoder, Preprocessing
 from ..frozen import Frozen
 from ..loop import grad_cache
+from ..loop.teacher_cache import outputs_of
 from ..pretext import Batch, Method, Step, WholeBatchMethod
 from ..randomness import key
 from ..tokenizer import Tokenizer
@@ -53,14 +56,19 @@ def build(name: str, **knobs: Any) -> Method:
 
     knobs: over `tiny_knobs`.
     """
+    return build_reading(name, None, knobs)
+
+
+def build_reading(name: str, opened: Mapping[str, Frozen] | None, knobs: Mapping[str, Any]) -> Method:
+    """`build` with these frozen networks (None: `networks`)."""
     method_class = pretext.load(name)
     options = {**backbones.defaults("vit_micro"), **ENCODER, **method_class.recipe.encoder}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key("one step", name))
         encoder = backbones.build("vit_micro", image_size=SIZE, **options)
-        config = method_class.Config(**tiny_knobs(method_class) | knobs)
+        config = method_class.Config(**{**tiny_knobs(method_class), **knobs})
         method = method_class(encoder, config)
-        method.prepare(BATCH, networks(method_class.frozen(config)))
+        method.prepare(BATCH, networks(method_class.frozen(config)) if opened is None else opened)
     return method
 
 
@@ -75,6 +83,36 @@ def networks(names: Sequence[str]) -> dict[str, Frozen]:
             backbone, spec=name, fingerprint=name, sight=sight, own=scales[0], run=scales[1], quantizer=quantizer
         )
     return found
+
+
+def stored(method: Method, given: Batch) -> tuple[dict[str, Frozen], Batch] | None:
+    """What stands in for the frozen networks of a method whose outputs can be stored, and the batch with these outputs in
+    place of their views; None for a method without such networks."""
+    kind, opened = type(method), networks(type(method).frozen(method.config))
+    sights = {name: network.sight for name, network in opened.items()}
+    specs = [s for s in fitted(kind.views(method.config, SIZE), SIZE, method.encoder.stride, sights) if s.network]
+    if not specs or any(spec.reads is None for spec in specs):
+        return None
+    views, stand_ins = Views({**given.views}), dict(opened)
+    for name, network in opened.items():
+        seen = [spec for spec in specs if spec.network == name]
+        grids = {}
+        for spec in seen:
+            found, outputs, grid = outputs_of(network, spec, given.views[spec.name])
+            rows = found.transpose(0, 1).unsqueeze(2)
+            views[spec.name] = rows if spec.count > 1 else rows[0]
+            grids[grid[0] * grid[1]] = grid
+        if not seen or seen[0].reads is None:
+            continue
+        backbone = StoredOutputs(
+            dim=network.dim, depth=network.backbone.depth, stride=network.sight.stride, image_size=SIZE, in_chans=3,
+            block=seen[0].reads.block % network.backbone.depth, outputs=outputs, kind="float32", grids=grids,
+        )  # fmt: skip
+        codes = None if network.quantizer is None else StoredCodes(network.quantizer.vectors())
+        stand_ins[name] = Frozen(
+            backbone, spec=name, fingerprint=name, sight=network.sight, own=OWN, run=OWN, quantizer=codes
+        )
+    return stand_ins, dataclasses.replace(given, views=views)
 
 
 def network_flags(method_class: type[Method], knobs: dict[str, Any], folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -104,6 +105,8 @@ class Rows:
         missing or damaged.
         """
         _, kind, shape = self.layout.fields[field]
+        if not 0 <= start <= self.layout.count - len(index):
+            raise UserError(f"{self.folder} has {self.layout.count:,} rows, and more are needed: {self.remedy}")
         out, done = np.empty((len(index), *shape), self.layout.record[f"f{field}"].base), 0
         while done < len(index):
             part, row = divmod(start + done, self.layout.part)
@@ -127,8 +130,6 @@ class Rows:
 
     def _part(self, part: int) -> np.ndarray:
         if self._open is None or self._open[0] != part:
-            if not 0 <= part < self.layout.parts:
-                raise UserError(f"{self.folder} has {self.layout.count:,} rows, and more are needed: {self.remedy}")
             path, header = part_path(self.folder, part), self.layout.header(part)
             try:
                 with open(path, "rb") as file:
@@ -239,14 +240,20 @@ def read_head(folder: Path, kind: str) -> tuple[Layout, dict[str, Any]]:
         stored = facts["layout"]
         fields = tuple((str(name), _kind(word), tuple(map(_count, shape))) for name, word, shape in stored["fields"])
         layout = Layout(fields, _count(stored["count"]), _count(stored["part"]))
-        sizes = [np.prod([4, *shape], dtype=object) for _, _, shape in fields]
-        if not 0 < len(fields) <= 64 or sum(sizes) > _MOST_ROW_BYTES or layout.count > 1 << 48:
+        if not 0 < len(fields) <= 64 or layout.count > 1 << 48:
             raise ValueError("its sizes are impossible")
+        bounded(*(shape for _, _, shape in fields))
     except OSError as problem:
         raise UserError(f"{folder} holds no {kind} ({path.name}: {problem.strerror})") from None
     except (ValueError, KeyError, TypeError, RecursionError) as problem:
         raise UserError(f"{path} is damaged ({problem!r}): write the {kind} again in another folder") from None
     return layout, facts
+
+
+def bounded(*shapes: tuple[int, ...]) -> None:
+    """Raise ValueError for the shapes of a record's fields that no record can have."""
+    if any(side < 1 for shape in shapes for side in shape) or sum(4 * math.prod(s) for s in shapes) > _MOST_ROW_BYTES:
+        raise ValueError("its sizes are impossible")
 
 
 def _count(value: Any) -> int:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .. import config, distributed, files, pretext
 from ..backbones.quantizer import Quantizer
@@ -28,12 +27,11 @@ from ..distributed import World
 from ..errors import UserError
 from ..foreign.specs import Spec
 from ..frozen import Frozen
-from ..parts.targets import tap
 from ..randomness import numpy_generator
 from . import sizes, stages, teacher_cache
 from . import start as run_start
 from .networks import check_sizes, open_networks
-from .teacher_cache import CODES, COMMAND, FORMAT, KIND
+from .teacher_cache import CODES, COMMAND, FORMAT, KIND, outputs_of
 
 Store = Literal["float32", "float16", "bfloat16"]
 PATIENCE = 5.0  # seconds to wait for another writer
@@ -177,7 +175,7 @@ def _described(work: _Work, store: Store) -> tuple[Layout, dict[str, Any]]:
     for spec in views:
         with torch.no_grad():
             blank = torch.zeros(spec.count, 1, run.in_chans, *spec.size, device=work.world.device)
-            found, outputs, grid = _outputs(network, spec, blank if spec.count > 1 else blank[0])
+            found, outputs, grid = outputs_of(network, spec, blank if spec.count > 1 else blank[0])
         kind: Kind = store
         if outputs == ("ids",):
             assert network.quantizer is not None
@@ -216,26 +214,6 @@ def _described(work: _Work, store: Store) -> tuple[Layout, dict[str, Any]]:
     return Layout(tuple(fields), run.steps * run.batch_size, part), facts
 
 
-def _outputs(network: Frozen, spec: ViewSpec, view: Tensor) -> tuple[Tensor, tuple[str, ...], tuple[int, int]]:
-    """What a network gives for a view (B, C, H, W) or (count, B, C, H, W), as it is stored: (B, count, L, D), or (B, count,
-    h, w) of ids; which outputs these are; and the grid."""
-    reads = spec.reads
-    assert reads is not None
-    images = view.flatten(0, 1) if spec.count > 1 else view
-    if reads.outputs == ("ids",):
-        found = network.ids(images)
-        outputs: tuple[str, ...] = reads.outputs
-        grid = (found.shape[1], found.shape[2])
-    else:
-        seen = tap(network, images, reads.block, reads.normed)
-        there = {"pooled": seen.pooled[:, None], "patches": seen.patches}
-        if seen.cls is not None:
-            there["cls"] = seen.cls[:, None]
-        outputs = tuple(word for word in ("pooled", "cls", "patches") if word in reads.outputs and word in there)
-        found, grid = torch.cat([there[word].float() for word in outputs], dim=1), seen.grid
-    return found.unflatten(0, (spec.count, -1)).transpose(0, 1), outputs, grid
-
-
 def _records(work: _Work, layout: Layout, first: int, last: int) -> Iterator[np.ndarray]:
     """The records of the steps first, ..., last - 1, one micro-batch after another."""
     run, device = work.run, work.world.device
@@ -251,7 +229,7 @@ def _records(work: _Work, layout: Layout, first: int, last: int) -> Iterator[np.
             record["index"] = raw.index
             for number, spec in enumerate(work.views):
                 with torch.no_grad(), autocast:
-                    found, _, _ = _outputs(work.network, spec, batch.views[spec.name])
+                    found, _, _ = outputs_of(work.network, spec, batch.views[spec.name])
                 kind = layout.fields[number][1]
                 try:
                     record[f"f{number}"] = rows.as_array(found, kind)

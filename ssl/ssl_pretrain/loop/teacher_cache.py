@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .. import encoder
 from ..backbones.stored import StoredCodes, StoredOutputs
 from ..config import Resolved
 from ..data.loader import Share, batches
-from ..data.rows import Layout, Rows, missing, read_head
+from ..data.rows import Layout, Rows, bounded, missing, read_head
 from ..data.source import Source
 from ..data.subset import Subset
 from ..data.views import Sight, StoredView, ViewSpec
@@ -31,6 +33,7 @@ from ..errors import UserError
 from ..files import export_folder
 from ..foreign.specs import Spec
 from ..frozen import Frozen
+from ..parts.targets import tap
 from ..pretext import Method
 from .stages import Stage
 
@@ -110,6 +113,7 @@ def opened(run: Resolved, name: str, place: Path, given: str | None) -> Frozen:
         if sight.interpolation not in ("bicubic", "bilinear") or facts["name"] not in FLAG or facts["format"] > FORMAT:
             raise ValueError("values that are not known")
         codes = None if shape is None else (int(shape[0]), int(shape[1]))
+        bounded((stands_in.dim,), (stands_in.depth,), stands_in.stride, *([] if codes is None else [codes]))
     except (KeyError, TypeError, ValueError, IndexError, StopIteration) as problem:
         raise UserError(f"{place} is no whole {KIND} ({problem!r}): write it again with {COMMAND}") from None
     if FLAG[facts["name"]] != FLAG[name]:
@@ -190,6 +194,26 @@ def _field(place: Path, layout: Layout, facts: Mapping[str, Any], spec: ViewSpec
     raise UserError(
         f"{place} has no outputs of the right shape for the view {spec.name}: write it again with {COMMAND}"
     )
+
+
+def outputs_of(network: Frozen, spec: ViewSpec, view: Tensor) -> tuple[Tensor, tuple[str, ...], tuple[int, int]]:
+    """What a network gives for a view (B, C, H, W) or (count, B, C, H, W), as it is stored: (B, count, L, D), or (B, count,
+    h, w) of ids; which outputs these are; and the grid."""
+    reads = spec.reads
+    assert reads is not None
+    images = view.flatten(0, 1) if spec.count > 1 else view
+    if reads.outputs == ("ids",):
+        found = network.ids(images)
+        outputs: tuple[str, ...] = reads.outputs
+        grid = (found.shape[1], found.shape[2])
+    else:
+        seen = tap(network, images, reads.block, reads.normed)
+        there = {"pooled": seen.pooled[:, None], "patches": seen.patches}
+        if seen.cls is not None:
+            there["cls"] = seen.cls[:, None]
+        outputs = tuple(word for word in ("pooled", "cls", "patches") if word in reads.outputs and word in there)
+        found, grid = torch.cat([there[word].float() for word in outputs], dim=1), seen.grid
+    return found.unflatten(0, (spec.count, -1)).transpose(0, 1), outputs, grid
 
 
 def seen_by(name: str, specs: Iterable[ViewSpec], run: Resolved) -> list[ViewSpec]:

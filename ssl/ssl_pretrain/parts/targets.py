@@ -32,8 +32,9 @@ def networks(kind: Kind) -> tuple[str, ...]:
     return () if kind == "hog" else ("teacher",)
 
 
-def with_teacher(kind: Kind, image: ViewSpec, reads: Reads) -> tuple[ViewSpec, ...]:
-    """The student's view, and for a teacher the same pixels with as many patches, of which it gives `reads`."""
+def with_teacher(kind: Kind, image: ViewSpec, reads: Reads | None = None) -> tuple[ViewSpec, ...]:
+    """The student's view, and for a teacher the same pixels with as many patches. reads: what is read of the teacher, if
+    that can be stored."""
     if kind == "hog":
         return (image,)
     return image, ViewSpec(name="teacher", of=image.name, size=image.size, network="teacher", reads=reads)

@@ -18,8 +18,8 @@ from .export import VERBS
 from .export_to import FORMATS
 
 COMMANDS = ("ssl-pretrain", "ssl-eval", "ssl-data", "ssl-export", "ssl-report")
-WORDS_OF = {"ssl-data": ("check", "stats", "bench", "pack", "cache-teacher"), "ssl-export": VERBS}
-CLASSES = ("Config", "Options", "Common", "Bench", "Pack", "Suite", "Run", "Launch")
+WORDS_OF = {"ssl-data": ("check", "stats", "bench", "pack", "tokenize", "cache-teacher"), "ssl-export": VERBS}
+CLASSES = ("Config", "Options", "Common", "Bench", "Tokens", "Pack", "Suite", "Run", "Launch")
 SCRIPTS = {
     "bash": """\
 _ssl_pretrain() {

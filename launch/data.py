@@ -25,6 +25,7 @@ VERBS = {
     "stats": "mean and standard deviation of the channels, for --mean and --std; number of images of each class",
     "bench": "images/s on one core for each step of the loader, and the slowest step",
     "pack": "decode all images once into one file of raw pixels, which --data reads without decoding",
+    "tokenize": "store a tokenizer's ids of every image, as a token data set",
     "cache-teacher": "store the outputs of a run's frozen network once; takes the flags of the run (docs/targets.md)",
 }
 EPILOG = "Exit codes: 0 done (check: no fault found), 1 check found a fault, or any other error, 2 wrong flags or data."
@@ -49,7 +50,7 @@ class Common:
     seed: int = 0
     """Seed of the random choice of images."""
     out: Path | None = None
-    """check, stats: also write the results to this JSON file; pack: the folder to create."""
+    """check, stats: also write the results to this JSON file; pack, tokenize: the folder to create."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,30 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The tokens."""
+
+    tokenizer: str
+    """Run of a tokenizer (vqtok), or the tokenizer/ in one."""
+    crops: int = 1
+    """Number of crops of each image: the one that evaluators see, then random resized crops, drawn by the seed."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest share of the image that a random crop covers."""
+
+    def __post_init__(self) -> None:
+        flags.within(self, flags.AT_LEAST_1, "crops")
+        flags.within(self, flags.ABOVE_0_TO_1, "crop_scale", ascending=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pack:
     """The packing."""
 
     side: int | None = None
     """Shrink images whose shorter side is longer to this many pixels (default: keep every image's size)."""
+
+
+KINDS: dict[str, type] = {"bench": Bench, "tokenize": Tokens, "pack": Pack}  # flags beside Common's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +116,7 @@ def _main(argv: list[str]) -> int:
     if (not words or words[0].startswith("-")) and not {"-h", "--help"} & set(words):
         raise UserError(f"the data comes behind the verb: {PROG} {verb} photos/")
     data = "" if words[0].startswith("-") else words.pop(0)
-    kinds: list[type] = [Common, *([Bench] if verb == "bench" else [Pack] if verb == "pack" else [])]
+    kinds: list[type] = [Common, *[kind for name, kind in KINDS.items() if name == verb]]
     options = flags.parse(kinds, words, {}, prog=f"{PROG} {verb}", description=VERBS[verb], epilog=EPILOG)
     common: Common = options[0]
     if (common.images is not None and common.images < 1) or common.workers < 0 or common.channels < 1:
@@ -113,6 +133,8 @@ def _main(argv: list[str]) -> int:
             return _stats(data, common)
         case "bench":
             return _bench(data, common, options[1])
+        case "tokenize":
+            return _tokenize(data, common, options[1])
         case _:
             return _pack(data, common, options[1])
 
@@ -472,6 +494,45 @@ def _pack(data: str, common: Common, pack: Pack) -> int:
     for one in bad[:SHOWN]:
         print(f"  {one['name']}: {one['reason']}")
     print(f"written: {common.out}; now --data {common.out}")
+    return 0
+
+
+def _tokenize(data: str, common: Common, tokens: Tokens) -> int:
+    import numpy as np
+    import torch
+
+    from ssl_pretrain import tokenizer
+    from ssl_pretrain.data.source import open_source
+    from ssl_pretrain.data.subset import Subset
+    from ssl_pretrain.tokenizer import token_data
+
+    if common.out is None:
+        raise UserError("--out is needed: the folder to make")
+    if common.images is not None:
+        raise UserError("--images is not for tokenize: it takes all")
+    source = open_source(data, common.split)
+    print(source.description, flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    opened = tokenizer.load(tokens.tokenizer, device)
+    common = replace(common, channels=opened.preprocessing.channels)
+
+    def read(numbers: range) -> Iterator[tuple[int, Any]]:
+        for index, pixels, _, _ in _read(Subset(source, np.arange(numbers.start, numbers.stop)), common):
+            yield numbers.start + index, pixels
+
+    made = token_data.write(
+        common.out, opened, source, read, crops=tokens.crops, scale=tokens.crop_scale, seed=common.seed, device=device,
+        say=lambda text: print(text, flush=True), progress=_watch,
+    )  # fmt: skip
+    if len(made) < len(source):
+        print(f"{len(source) - len(made):,} images could not be read: {PROG} check {data} lists them")
+    used = made.ids(range(min(len(made), 1000))).flatten().bincount(minlength=len(made.codes))
+    share = used / used.sum().clamp_min(1)
+    perplexity = float(torch.special.entr(share).sum().exp())
+    print(
+        f"codes used in {int(used.sum()):,} tokens: {int((used > 0).sum()):,} of {len(used):,}, perplexity {perplexity:.1f}"
+    )
+    print(f"written: {common.out}")
     return 0
 
 

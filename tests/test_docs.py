@@ -76,8 +76,10 @@ def run(line: str, desk: Path) -> None:
     line = re.sub(r"--knn-every \d+", "--knn-every 1", line)  # what is shrunk ends before
     words = shlex.split(line.replace("...", "").split("#")[0])
     program = {"ssl-pretrain": "pretrain", "ssl-eval": "evaluate"}.get(words[0])
-    if program == "pretrain":
-        argv = [sys.executable, "-m", "ssl_pretrain.launch.pretrain", *words[1:], *SHRINK[program]]
+    stores = words[:2] == ["ssl-data", "cache-teacher"]  # takes the flags of the run
+    if program == "pretrain" or stores:
+        module = "data" if stores else "pretrain"
+        argv = [sys.executable, "-m", f"ssl_pretrain.launch.{module}", *words[1:], *SHRINK["pretrain"]]
         argv += ["--out", str(desk / "run" / str(abs(hash(line))))] if "--out" not in words else []
         if "--help" not in words and "--data" in words:
             argv += small(words)

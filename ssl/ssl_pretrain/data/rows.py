@@ -122,11 +122,9 @@ class Rows:
             done += len(records)
         return as_tensor(out, kind)
 
-    def index(self, start: int, stop: int) -> np.ndarray:
-        """The images (n,) int64 that records start, ..., stop - 1 are of."""
-        found = [self._part(part)["index"] for part in range(start // self.layout.part, -(-stop // self.layout.part))]
-        first = start // self.layout.part * self.layout.part
-        return np.concatenate(found)[start - first : stop - first]
+    def index(self) -> np.ndarray:
+        """The images (count,) int64 that the records are of. Reads all parts."""
+        return np.concatenate([self._part(part)["index"] for part in range(self.layout.parts)])
 
     def _part(self, part: int) -> np.ndarray:
         if self._open is None or self._open[0] != part:
@@ -194,6 +192,24 @@ def write_part(folder: Path, layout: Layout, part: int, records: Iterable[np.nda
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def write_array(folder: Path, values: np.ndarray) -> None:
+    """Write an array, float32 or int32, into a folder of its own, as the only record. Raises OSError."""
+    layout = _alone("float32" if values.dtype == np.float32 else "int32", values.shape)
+    record = np.zeros(1, layout.record)
+    record["f0"] = values
+    folder.mkdir(exist_ok=True)
+    write_part(folder, layout, 0, [record])
+
+
+def read_array(folder: Path, kind: Kind, shape: tuple[int, ...], remedy: str) -> Tensor:
+    """An array that `write_array` wrote. Raises UserError where it is missing, damaged, or of another type or shape."""
+    return Rows(folder, _alone(kind, shape), remedy).read(0, 0, np.zeros(1, np.int64))[0]
+
+
+def _alone(kind: Kind, shape: tuple[int, ...]) -> Layout:
+    return Layout((("values", kind, shape),), 1, 1)
 
 
 def clear(folder: Path) -> None:

@@ -123,12 +123,7 @@ def _write(
     rows.write_head(place, layout, facts)
     if (quantizer := work.network.quantizer) is not None:
         assert isinstance(quantizer, Quantizer)
-        codes = quantizer.vectors().detach().float().cpu()
-        only = Layout(((CODES, "float32", tuple(codes.shape)),), 1, 1)
-        (place / CODES).mkdir(exist_ok=True)
-        record = np.zeros(1, only.record)
-        record["f0"] = codes.numpy()
-        rows.write_part(place / CODES, only, 0, [record])
+        rows.write_array(place / CODES, quantizer.vectors().detach().float().cpu().numpy())
     steps = layout.part // run.batch_size
     for part in progress(iter(absent), len(absent)):
         first = part * steps

@@ -25,7 +25,7 @@ from .. import encoder
 from ..backbones.stored import StoredCodes, StoredOutputs
 from ..config import Resolved
 from ..data.loader import Share, batches
-from ..data.rows import Layout, Rows, bounded, missing, read_head
+from ..data.rows import Layout, Rows, bounded, missing, read_array, read_head
 from ..data.source import Source
 from ..data.subset import Subset
 from ..data.views import Sight, StoredView, ViewSpec
@@ -122,9 +122,7 @@ def opened(run: Resolved, name: str, place: Path, given: str | None) -> Frozen:
         raise UserError(f"{flag(name)} {place} holds outputs of {spec} ({fingerprint[:8]}), and this run names {found}")
     quantizer = None
     if codes is not None:
-        only = Layout(((CODES, "float32", codes),), 1, 1)
-        stored = Rows(place / CODES, only, f"write the cache again with {COMMAND}")
-        quantizer = StoredCodes(stored.read(0, 0, np.zeros(1, np.int64))[0])
+        quantizer = StoredCodes(read_array(place / CODES, "float32", codes, f"write the cache again with {COMMAND}"))
     same = run.mean, run.std
     return Frozen(stands_in, spec=spec, fingerprint=fingerprint, sight=sight, own=same, run=same, quantizer=quantizer)
 

@@ -31,6 +31,7 @@ SCALE = ((0.5,) * 3, (0.25,) * 3)
 
 
 def main() -> None:
+    """Time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="vit_base")
     parser.add_argument("--student", default="vit_micro")

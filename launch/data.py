@@ -514,14 +514,14 @@ def _tokenize(data: str, common: Common, tokens: Tokens) -> int:
     print(source.description, flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = tokenizer.load(tokens.tokenizer, device)
-    common = replace(common, channels=opened.preprocessing.channels)
+    out, common = common.out, replace(common, channels=opened.preprocessing.channels)
 
     def read(numbers: range) -> Iterator[tuple[int, Any]]:
         for index, pixels, _, _ in _read(Subset(source, np.arange(numbers.start, numbers.stop)), common):
             yield numbers.start + index, pixels
 
     made = token_data.write(
-        common.out, opened, source, read, crops=tokens.crops, scale=tokens.crop_scale, seed=common.seed, device=device,
+        out, opened, source, read, crops=tokens.crops, scale=tokens.crop_scale, seed=common.seed, device=device,
         say=lambda text: print(text, flush=True), progress=_watch,
     )  # fmt: skip
     if len(made) < len(source):
@@ -532,7 +532,7 @@ def _tokenize(data: str, common: Common, tokens: Tokens) -> int:
     print(
         f"codes used in {int(used.sum()):,} tokens: {int((used > 0).sum()):,} of {len(used):,}, perplexity {perplexity:.1f}"
     )
-    print(f"written: {common.out}")
+    print(f"written: {out}")
     return 0
 
 

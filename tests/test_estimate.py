@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ssl_pretrain.launch.pretrain import main
+from test_frozen import export
 
 from ssl_pretrain import checkpoint, pretext
 from ssl_pretrain.conformance.one_step import network_flags
@@ -64,6 +65,20 @@ def test_the_estimate_changes_no_bit(
         said,
     )
     assert "to be done within an hour" in said
+
+
+def test_a_long_run_with_a_teacher_is_estimated(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shorter runs with other views would need views of the teacher, which only the run itself has."""
+    words = ["--method", "featmim", "--encoder", "vit_micro", "--patch-size", "8", "--depth", "1"]
+    words += ["--teacher", str(export(tmp_path / "teacher"))]
+    monkeypatch.setattr(estimate, "LONG_STEP", 0.0)
+    monkeypatch.setattr(estimate, "HOUR", 1e-3)
+    monkeypatch.setattr(estimate, "SMALL", {**estimate.SMALL, "image-size": 16, "encoder": "vit_tiny"})
+    monkeypatch.setattr(estimate, "_half", lambda side, stride: side // 2)
+    trained(tmp_path / "run", photos, *words)
+    assert "to be done within an hour" in capsys.readouterr().err
 
 
 def test_flags_that_make_a_long_run_short(

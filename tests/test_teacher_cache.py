@@ -34,7 +34,7 @@ from ssl_pretrain.distributed import World
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.frozen import Frozen
-from ssl_pretrain.loop import networks, stages, teacher_cache
+from ssl_pretrain.loop import estimate, networks, stages, teacher_cache
 from ssl_pretrain.tokenizer import Tokenizer
 
 STEPS, BATCH = 6, 16
@@ -96,7 +96,8 @@ def test_a_run_with_a_cache_ends_with_the_same_bits(folder: Path, tmp_path: Path
         aside.rename(folder / "teacher")
     assert weights(tmp_path / "c") == weights(folder / "run")
     known = json.loads((tmp_path / "c" / "manifest.json").read_text())["networks"]["teacher"]
-    assert known == {"spec": str(folder / "teacher"), "fingerprint": encoder.load(folder / "teacher").fingerprint}
+    wanted = {"spec": str(folder / "teacher"), "fingerprint": encoder.load(folder / "teacher").fingerprint}
+    assert known.items() >= wanted.items()
 
 
 def test_rows_are_the_teachers_features_of_the_runs_crops(folder: Path):
@@ -138,6 +139,13 @@ def test_it_resumes_at_any_step_with_or_without_the_cache(folder: Path, tmp_path
         starts = [each["step"] for each in json.loads((tmp_path / name / "manifest.json").read_text())["launches"]]
         assert starts == [0, 3]
         assert weights(tmp_path / name) == weights(folder / "run")
+
+
+def test_the_estimate_of_a_long_run_reads_the_cache(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "LONG_STEP", 0.0)
+    call(main, *flags(folder), "--teacher-cache", folder / "cache", "--out", tmp_path / "run")
+    assert "estimated from" in capsys.readouterr().err
+    assert weights(tmp_path / "run") == weights(folder / "run")
 
 
 def test_micro_batches_and_another_batch(folder: Path, tmp_path: Path):
@@ -255,7 +263,7 @@ def test_the_teacher_adds_its_forward_and_nothing_else(folder: Path):
     with_teacher = kernels(one)
     method.teacher, batch.views["teacher"] = cached, seen.patches[:, None].clone()
     without = kernels(one)
-    assert sum(alone.values()) > 50
+    assert sum(alone.values()) > 30
     added = {
         name: count - without.get(name, 0) for name, count in with_teacher.items() if count != without.get(name, 0)
     }
@@ -464,6 +472,7 @@ HOSTILE = [
     lambda facts: edited(facts, "views", "teacher", "grid", value=[1]),
     lambda facts: edited(facts, "views", value={}),
     lambda facts: edited(facts, "depends", value=7),
+    lambda facts: edited(facts, "network", "origin", value=7),
     lambda facts: edited(facts, "codes", value=[1 << 50, 4]),
     lambda facts: edited(facts, "kind", value="token data set"),
     lambda facts: {"kind": "teacher cache"},

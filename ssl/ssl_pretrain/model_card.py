@@ -78,10 +78,10 @@ Other loaders:
 
 def with_origins(networks: Mapping[str, Any], init_from: str | Path | None) -> dict[str, Any]:
     """What the lineage of a run says of other networks: source and licence of each, as far as they are known. networks:
-    facts of the frozen ones, each with its `spec`."""
-    found = {name: {**facts, **_origin(facts["spec"])} for name, facts in networks.items()}
+    facts of the frozen ones, each with its `spec`; where they have source and licence, these count."""
+    found = {name: {**facts, **origin(facts["spec"]), **facts} for name, facts in networks.items()}
     if init_from is not None:
-        found["init_from"] = {"spec": str(init_from), **_origin(str(init_from))}
+        found["init_from"] = {"spec": str(init_from), **origin(str(init_from))}
     return found
 
 
@@ -103,7 +103,7 @@ def scores_below(folder: Path, fingerprint: str) -> list[Score]:
     return found
 
 
-def _origin(spec: str) -> dict[str, Any]:
+def origin(spec: str) -> dict[str, Any]:
     """Source and licence of the network that a spec names, and the networks that it comes from itself."""
     for file in (Path(spec) / "config.json", Path(spec) / "encoder" / "config.json"):
         try:

@@ -34,12 +34,15 @@ class StoredOutputs(Backbone):
         outputs: tuple[str, ...],
         kind: str,
         grids: Mapping[int, tuple[int, int]],
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         """The network's numbers; block: that was stored, from 0; outputs: "pooled", "cls" and "patches", in this order;
-        kind: the type of number that they are stored in; grids: by number of patches."""
+        kind: the type of number that they are stored in; grids: by number of patches; origin: source and licence of the
+        network, for lineages."""
         super().__init__()
         self.dim, self.depth, self.stride, self.image_size, self.in_chans = dim, depth, stride, image_size, in_chans
         self.block, self.outputs, self.kind, self.grids = block, outputs, kind, dict(grids)
+        self.origin = dict(origin or {})
         self.supports = frozenset({"blocks"})
         self.norm = nn.Identity()
 

@@ -222,10 +222,14 @@ def check_room(folder: Path, layout: Layout, smaller: str) -> int:
     """The bytes that are still to be written. Raises UserError where the disk has less room. smaller: what needs less, for
     the message."""
     need = sum(layout.size(part) for part in missing(folder, layout))
-    free = shutil.disk_usage(folder).free
-    if need > 0.98 * free:
-        raise UserError(f"{in_units(need)} are needed and {folder} has {in_units(free)} free: {smaller}")
+    if need > 0.98 * free(folder):
+        raise UserError(f"{in_units(need)} are needed and {folder} has {in_units(free(folder))} free: {smaller}")
     return need
+
+
+def free(folder: Path) -> int:
+    """Free bytes on the disk of a folder."""
+    return shutil.disk_usage(folder).free
 
 
 def in_units(size: float) -> str:

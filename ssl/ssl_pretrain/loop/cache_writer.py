@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .. import config, distributed, files, pretext
+from .. import config, distributed, files, model_card, pretext
 from ..backbones.quantizer import Quantizer
 from ..config import Resolved, Run
 from ..data import rows
@@ -118,7 +118,7 @@ def _write(
         ", or --store float16 for half of it" if kind == "float32" else ""
     )
     need = rows.check_room(place, layout, smaller)
-    free = rows.in_units(rows.shutil.disk_usage(place).free)
+    free = rows.in_units(rows.free(place))
     say(f"{place}: outputs of {work.network.spec}, {said}; {rows.in_units(need)} to write, {free} free")
     rows.write_head(place, layout, facts)
     if (quantizer := work.network.quantizer) is not None:
@@ -127,7 +127,8 @@ def _write(
     steps = layout.part // run.batch_size
     for part in progress(iter(absent), len(absent)):
         first = part * steps
-        rows.write_part(place, layout, part, _records(work, layout, first, min(run.steps, first + steps)))
+        last = first + len(layout.rows(part)) // run.batch_size
+        rows.write_part(place, layout, part, _records(work, layout, first, last))
     return layout
 
 
@@ -144,23 +145,22 @@ def _prepared(work: _Work, store: Store) -> tuple[Layout, dict[str, Any]]:
         return now, facts
     before, known = rows.read_head(place, KIND)
     teacher_cache.check_depends(place, known, facts["depends"])
-    for words, value in (
-        ("views", facts["views"]),
-        ("micro-batch", facts["micro-batch"]),
-        ("versions", facts["versions"]),
-    ):
+    for words in ("batch", "views", "versions"):
+        value = facts[words]
         if known.get(words) != value:
             raise UserError(
                 f"{place} was begun with other {words} ({known.get(words)}, now {value}): choose another folder, or remove "
                 f"this one"
             )
-    if known.get("pixels") != facts["pixels"] or before.fields != now.fields or before.part != now.part:
+    if known.get("pixels") != facts["pixels"] or before.fields != now.fields:
         stored = before.fields[0][1]
         raise UserError(
             f"{place} was begun with other images, or as {stored} instead of {now.fields[0][1]}: repeat --store {stored}, "
             f"or choose another folder"
         )
-    return (now, facts) if now.count > before.count else (before, known)
+    if before.part % run.batch_size:
+        raise UserError(f"{place} has parts of {before.part:,} images, which are no whole steps: choose another folder")
+    return Layout(now.fields, max(before.count, now.count), before.part), facts
 
 
 def _described(work: _Work, store: Store) -> tuple[Layout, dict[str, Any]]:
@@ -197,12 +197,13 @@ def _described(work: _Work, store: Store) -> tuple[Layout, dict[str, Any]]:
             "stride": list(network.sight.stride),
             "interpolation": network.sight.interpolation,
             "block": reads.block % depth,
+            "origin": model_card.origin(network.spec),
         },
         "codes": None if network.quantizer is None else [network.quantizer.size, network.quantizer.width],
         "views": described,
         "depends": teacher_cache.depends(run, work.specs, views, work.source, network.fingerprint, depth),
         "pixels": teacher_cache.pixels(run, work.specs, views, work.source),
-        "micro-batch": work.share.micro_size,
+        "batch": {"--batch-size": run.batch_size, "micro-batch": work.share.micro_size},
         "versions": teacher_cache.versions(),
         "data": run.data,
     }

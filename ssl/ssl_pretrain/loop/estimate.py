@@ -193,7 +193,8 @@ class Estimate:
         run, kind, stride = self.run, type(self.method), self.method.encoder.stride
         timed: list[tuple[dict[str, Any], Speed]] = [({}, speed)]
         half = (_half(run.image_size[0], stride[0]), _half(run.image_size[1], stride[1]))
-        if half != run.image_size and not run.stages:
+        seen_by_networks = any(spec.network is not None for spec in specs)  # whose views need their sizes
+        if half != run.image_size and not run.stages and not seen_by_networks:
             found = self._measure(
                 self.method, fitted(kind.views(self.method.config, half), half, stride), start, autocast
             )
@@ -215,6 +216,8 @@ class Estimate:
         """The flags of a first look and its speed; nothing where the run is as small, or the method cannot be so."""
         kind, size = type(self.method), (SMALL["image-size"], SMALL["image-size"])
         if self.run.encoder == SMALL["encoder"] or min(self.run.image_size) <= size[0]:
+            return []
+        if kind.frozen(kind.Config()):  # networks that the method cannot do without
             return []
         options = {**backbones.defaults("vit_micro"), **kind.recipe.encoder, "patch_size": SMALL["patch-size"]}
         try:

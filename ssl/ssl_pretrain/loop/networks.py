@@ -106,10 +106,13 @@ def teacher_of(run: Run, out: Path) -> Encoder | None:
     return opened.to("cuda") if torch.cuda.is_available() else opened
 
 
-def facts(networks: Mapping[str, Frozen]) -> dict[str, dict[str, str]]:
+def facts(networks: Mapping[str, Frozen]) -> dict[str, dict[str, Any]]:
     """What the manifest and the lineage say of the networks."""
-    found = {name: {"spec": each.spec, "fingerprint": each.fingerprint} for name, each in networks.items()}
+    found: dict[str, dict[str, Any]] = {}
     for name, network in networks.items():
+        found[name] = {"spec": network.spec, "fingerprint": network.fingerprint}
+        if isinstance(network.backbone, StoredOutputs):  # the network itself may be gone
+            found[name] |= network.backbone.origin
         if (kind := _rounded(network)) is not None:
             found[name]["rounded"] = kind
     return found

@@ -104,6 +104,7 @@ def opened(run: Resolved, name: str, place: Path, given: str | None) -> Frozen:
             block=int(network["block"]),
             outputs=tuple(map(str, outputs)),
             kind=layout.fields[0][1],
+            origin=dict(network["origin"]),
             grids={
                 int(each["patches"]): (int(each["grid"][0]), int(each["grid"][1])) for each in facts["views"].values()
             },

@@ -2,8 +2,8 @@
 
 `ssl-data tokenize` writes one and `open_tokens` reads it. It is a folder of rows (`data.rows`), one for each image: ids of
 `crops` crops on an (h, w) grid, two bytes each. Crop 0 is what evaluators see of the image. The others are random resized
-crops, flipped or not, which are functions of (seed, crop, image): an augmentation of pixels is lost in ids, so several crops
-are stored. Beside them are the codebook, the labels, and the tokenizer's fingerprint: ids have a meaning under that alone.
+crops, flipped or not, which are functions of (seed, crop, image): ids cannot be cropped as pixels can, so several crops are
+stored. Beside them are the codebook, the labels, and the tokenizer's fingerprint: ids have a meaning under that alone.
 
 Shapes: N images, K codes of d channels.
 """
@@ -42,8 +42,8 @@ Images = Iterable[tuple[int, np.ndarray | str]]
 class TokenData:
     """The ids of a data set. Picklable, and safe to fork.
 
-    Attributes: `crops` of each image; `grid` (h, w) of a crop; `codes` (K, d) float32, the codebook; `labels` (N,) int64 (-1
-    where unknown) or None; `classes` by label, or None; `numbers` (N,) int64, of the images in the data they come from;
+    Attributes: `crops` of each image; `grid` (h, w) of a crop; `codes` (K, d) float32, the codebook; `labels` (N,) int64
+    (-1 where unknown) or None; `classes` by label, or None; `numbers` (N,) int64, of the images in the data they come from;
     `tokenizer`, the fingerprint of the tokenizer; `fingerprint` of the data set; `description`, a line for people.
     """
 
@@ -198,7 +198,9 @@ def _check_folder(folder: Path, layout: Layout, depends: dict[str, Any]) -> None
     known, facts = rows.read_head(folder, KIND)
     before = facts.get("depends")
     before = before if isinstance(before, dict) else {}
-    unlike = [f"{name}: {before.get(name)}, now {depends[name]}" for name in depends if before.get(name) != depends[name]]
+    unlike = [
+        f"{name}: {before.get(name)}, now {depends[name]}" for name in depends if before.get(name) != depends[name]
+    ]
     if unlike or known != layout:
         raise UserError(f"{folder} holds other ids ({'; '.join(unlike) or 'another layout'}): choose another --out")
 
@@ -246,4 +248,3 @@ def _tokenized(
         stored = rows.as_array(ids, layout.fields[0][1])
         records["f0"][records["index"] >= 0] = stored.reshape(len(seen), *layout.fields[0][2])
     return records
-

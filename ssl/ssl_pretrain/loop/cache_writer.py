@@ -158,7 +158,7 @@ def _prepared(work: _Work, store: Store) -> tuple[Layout, dict[str, Any]]:
             f"{place} was begun with other images, or as {stored} instead of {now.fields[0][1]}: repeat --store {stored}, "
             f"or choose another folder"
         )
-    if before.part % run.batch_size:
+    if before.part % work.run.batch_size:
         raise UserError(f"{place} has parts of {before.part:,} images, which are no whole steps: choose another folder")
     return Layout(now.fields, max(before.count, now.count), before.part), facts
 

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from ..backbones.backbone import Backbone, UnsupportedByBackbone
+from ..backbones.quantizer import Quantizer
 from ..backbones.token_stem import FrozenTokenizer, Palette, TokenStem, read_ids
 from ..backbones.vit import ViT
 from ..errors import UserError
@@ -52,7 +53,7 @@ def with_tokenizer(vit: ViT, tokenizer: Frozen | Palette, **options: Any) -> Tok
     if isinstance(tokenizer, Palette):
         frozen = tokenizer
     else:
-        assert tokenizer.quantizer is not None
+        assert isinstance(tokenizer.quantizer, Quantizer)  # a view without `reads` has no stored ids
         frozen = FrozenTokenizer(tokenizer.backbone, tokenizer.quantizer, tokenizer.own, tokenizer.run)
     rows, columns = (side * step for side, step in zip(vit.grid, frozen.stride, strict=True))
     return TokenStem((rows, columns), frozen.in_chans, config, vit=vit, tokenizer=frozen)
@@ -61,7 +62,7 @@ def with_tokenizer(vit: ViT, tokenizer: Frozen | Palette, **options: Any) -> Tok
 def _described(tokenizer: Frozen) -> dict[str, Any]:
     """A tokenizer as `TokenStem.Config.tokenizer`."""
     inner, quantizer = tokenizer.backbone, tokenizer.quantizer
-    assert quantizer is not None
+    assert isinstance(quantizer, Quantizer)
     backbone = {"name": inner.name, "image_size": inner.image_size, "in_chans": inner.in_chans}
     return {
         "backbone": {**backbone, "options": inner.describe()},

@@ -25,7 +25,7 @@ from ssl_pretrain.frozen import Frozen
 from ssl_pretrain.parts.mixup import check_pairs, mixed
 from ssl_pretrain.parts.query_projector import QueryProjector
 from ssl_pretrain.parts.similarity import FilledQueue, divergences, relations
-from ssl_pretrain.parts.targets import last_blocks, tap
+from ssl_pretrain.parts.targets import final_norm, last_blocks, tap
 from ssl_pretrain.pretext import Step
 
 KERNELS = 306  # of a step: python tests/kernels.py distill
@@ -307,18 +307,19 @@ def test_last_blocks_side_by_side() -> None:
         assert torch.equal(losses_of(method).terms[name], losses_of(alone).terms[name])
 
 
-def test_blocks_of_a_teacher_of_timm_are_normed() -> None:
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_wee_patch16_reg1_gap_256"])
+def test_blocks_of_a_teacher_of_timm_are_normed(name: str) -> None:
+    """By its final norm, which the second one has behind the pooling."""
     import_timm()
-    for name in ("vit_tiny_patch16_224", "deit3_small_patch16_224"):
-        backbone = backbones.build(f"timm:{name}", image_size=(32, 32))
-        teacher = Frozen(backbone, spec="t", fingerprint="t", sight=Sight(backbone.stride), own=OWN, run=OWN)
-        images = torch.randn(1, 3, 32, 32)
-        raw = tap(teacher, images, -1, False).patches
-        assert not torch.allclose(raw, teacher(images).patches, atol=1e-3)
-        with torch.no_grad():
-            torch.testing.assert_close(backbone.model.norm(raw), teacher(images).patches)
-        before = tap(teacher, images, -2, True).patches
-        torch.testing.assert_close(last_blocks(teacher, images, 2).patches[..., : backbone.dim], before)
+    backbone = backbones.build(f"timm:{name}", image_size=(32, 32))
+    teacher = Frozen(backbone, spec="t", fingerprint="t", sight=Sight(backbone.stride), own=OWN, run=OWN)
+    images = torch.randn(1, 3, 32, 32)
+    raw, patches = tap(teacher, images, -1, False).patches, teacher(images).patches
+    assert not torch.allclose(raw, patches, atol=1e-3)
+    torch.testing.assert_close(final_norm(teacher, raw), patches)
+    before = tap(teacher, images, -2, True).patches
+    torch.testing.assert_close(before.mean(-1), torch.zeros(before.shape[:-1]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(last_blocks(teacher, images, 2).patches[..., : backbone.dim], before)
 
 
 # ---- Mixup

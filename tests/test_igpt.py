@@ -13,6 +13,7 @@ from torch import nn
 from ssl_pretrain import backbones, encoder, tokenizer
 from ssl_pretrain.backbones.token_stem import Palette, shuffled
 from ssl_pretrain.conformance import one_step
+from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Losses
 
@@ -73,7 +74,7 @@ def test_an_id_changes_only_the_predictions_of_later_ones(order: str):
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_features_are_those_of_the_middle_block_and_recorded(choice: dict):
+def test_features_are_those_of_the_middle_block_and_recorded(choice: dict, tmp_path: Path):
     method = one_step.build("igpt", feature_depth=0.5, **choice).eval()
     exported = method.exported().eval()
     assert exported.depth == 1
@@ -90,6 +91,10 @@ def test_features_are_those_of_the_middle_block_and_recorded(choice: dict):
     torch.testing.assert_close(found.patches[:, order], expected)
     torch.testing.assert_close(found.pooled, expected.mean(1))
     torch.testing.assert_close(exported.norm(found.blocks[0])[:, 1:], found.patches)
+    how = Preprocessing.for_size(exported.image_size, (0.5,) * 3, (0.25,) * 3)
+    encoder.save(tmp_path, Encoder(exported, exported.name, how, {}))
+    with torch.no_grad():
+        assert torch.equal(encoder.load(tmp_path)(images).patches, found.patches)
     last = one_step.build("igpt", feature_depth=1.0, **choice).eval().exported()
     assert last.depth == 2
     assert torch.equal(last.norm.weight, one_step.build("igpt", **choice).encoder.norm.weight)

@@ -120,7 +120,7 @@ def timm_form(backbone: Backbone, *, exact: bool = True) -> Form | str:
         name = "resnet50" if backbone.config.bottleneck else "resnet18"
         return Form("timm", name, arguments, "fc", "conv1")
     if isinstance(backbone, TokenStem):
-        return "no model of timm begins with a tokenizer"
+        return "timm has no model that begins with a tokenizer"
     return f"{type(backbone).__name__} is a backbone of another package"
 
 
@@ -144,7 +144,7 @@ def transformers_form(backbone: Backbone) -> Form | str:
     if isinstance(backbone, ViT):
         return "transformers' ViTs hold queries, keys and values apart"
     if isinstance(backbone, TokenStem):
-        return "none of its models begins with a tokenizer"
+        return "transformers has no model that begins with a tokenizer"
     return f"transformers' classes have other names for the weights of {type(backbone).__name__}"
 
 

@@ -280,6 +280,20 @@ MUTATIONS = [
         "test_loader.py::test_however_it_is_shared_the_global_batch_is_the_same",
     ),
     _core(
+        "stored outputs of other images are taken",
+        "data/rows.py",
+        "if not np.array_equal(records[\"index\"], wanted):",
+        "if False:",
+        "test_teacher_cache.py::test_rows_across_parts_and_of_other_images",
+    ),
+    _core(
+        "the stored class token is taken for a patch",
+        "backbones/stored.py",
+        "patches = tokens if cls is None else tokens[:, 1:]",
+        "patches = tokens",
+        "test_teacher_cache.py::test_an_anchor_reads_a_cache",
+    ),
+    _core(
         "the seam of two epochs one sample late",
         "data/sampler.py",
         "stop = min(count, (epoch + 1) * size - position)",

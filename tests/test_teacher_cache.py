@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,12 @@ from test_frozen import export
 from ssl_pretrain import backbones, config, encoder, tokenizer
 from ssl_pretrain.backbones.quantizer import Quantizer
 from ssl_pretrain.backbones.stored import StoredOutputs
-from ssl_pretrain.conformance import one_step
+from ssl_pretrain.conformance import Fault, methods, one_step
 from ssl_pretrain.data import rows
 from ssl_pretrain.data.loader import Share, batches
 from ssl_pretrain.data.rows import Layout, Rows
 from ssl_pretrain.data.source import open_source
-from ssl_pretrain.data.views import Sight, fitted
+from ssl_pretrain.data.views import Reads, Sight, fitted
 from ssl_pretrain.distributed import World
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
@@ -286,6 +287,19 @@ def test_nothing_of_the_teacher_is_in_the_checkpoint(folder: Path, tmp_path: Pat
     assert 4 * numbers > 200_000
     assert abs(sizes[0] - 12 * count) < 100_000
     assert abs(sizes[0] - sizes[1]) < 200  # the path of the cache
+
+
+def test_conformance_finds_outputs_that_are_not_what_is_read(monkeypatch):
+    plain = FeatMIM.views
+
+    def wrong(cls, config, size):
+        return tuple(replace(spec, reads=Reads(block=0)) if spec.network else spec for spec in plain(config, size))
+
+    checks = methods._Checks("featmim")
+    checks.stored_outputs_give_the_same_loss()
+    monkeypatch.setattr(FeatMIM, "views", classmethod(wrong))
+    with pytest.raises(Fault, match=r"the loss is .*say in ViewSpec\.reads what forward reads"):
+        methods._Checks("featmim").stored_outputs_give_the_same_loss()
 
 
 # ---- Writing

@@ -7,7 +7,6 @@ methods call the network as usual and do not notice. Shapes: B images, L vectors
 from collections.abc import Mapping
 from typing import Any, final
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from .backbone import Backbone, Features
 class StoredOutputs(Backbone):
     """Rows (B, 1, L, D) float32 become Features, rows (B, 1, h, w) int64 a tokenizer's ids as `patches` (B, h * w, 1).
 
-    What was not stored is unusable: `pooled` is NaN, `patches` are none, `cls` is None. `norm` is the identity, because the
+    What was not stored is unusable: `pooled` is (B, 0), `patches` are none, `cls` is None. `norm` is the identity, because the
     final norm has been applied where it is asked for.
     """
 
@@ -54,7 +53,7 @@ class StoredOutputs(Backbone):
         if images.ndim != 4 or images.shape[1] != 1:
             raise ValueError(f"stored outputs are read, not pixels of the shape {tuple(images.shape)}")
         rows = images[:, 0]
-        nothing = torch.full((1, 1), torch.nan, device=rows.device).expand(len(rows), self.dim)
+        nothing = rows.flatten(1)[:, :0]
         if not rows.is_floating_point():
             return Features(
                 cls=None, patches=rows.flatten(1)[..., None], grid=(rows.shape[1], rows.shape[2]), pooled=nothing

@@ -282,7 +282,7 @@ MUTATIONS = [
     _core(
         "stored outputs of other images are taken",
         "data/rows.py",
-        "if not np.array_equal(records[\"index\"], wanted):",
+        'if not np.array_equal(records["index"], wanted):',
         "if False:",
         "test_teacher_cache.py::test_rows_across_parts_and_of_other_images",
     ),

@@ -183,7 +183,7 @@ def edited(folder: Path, change) -> Path:
         (lambda o: o.update(encoder="resnet18", options={}), "is a ViT of this package"),
         (lambda o: o.update(encoder="tokens:vit_micro"), "is a ViT of this package"),
     ],
-    ids=str,
+    ids=["code", "too large", "another shape", "incomplete", "no ViT", "two stems"],
 )
 def test_a_wrong_description_is_refused_in_words(change, message: str, tmp_path: Path):
     with pytest.raises(UserError, match=message):

@@ -17,8 +17,8 @@ from .backbone import Backbone, Features
 class StoredOutputs(Backbone):
     """Rows (B, 1, L, D) float32 become Features, rows (B, 1, h, w) int64 a tokenizer's ids as `patches` (B, h * w, 1).
 
-    What was not stored is unusable: `pooled` is (B, 0), `patches` are none, `cls` is None. `norm` is the identity, because the
-    final norm has been applied where it is asked for.
+    What was not stored is unusable: `pooled` is (B, 0), `patches` are none, `cls` is None. `norm` is the identity, because
+    the final norm has been applied where it is asked for.
     """
 
     def __init__(

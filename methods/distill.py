@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone, Features
-from ssl_pretrain.data.views import Jitter, ViewSpec
+from ssl_pretrain.data.views import Jitter, Reads, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import (
     ABOVE_0_TO_1,
@@ -165,7 +165,9 @@ class Distill(WholeBatchMethod):
         size = _teacher_size(config, image_size)
         return (
             ViewSpec(name="image", size=image_size, scale=config.crop_scale, jitter=jitter, grayscale=0.2),
-            ViewSpec(name="teacher", of="image", size=size, network="teacher", network_pixels=True),
+            ViewSpec(
+                name="teacher", of="image", size=size, network="teacher", network_pixels=True, reads=_reads(config)
+            ),
         )
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -319,6 +321,15 @@ def _teacher_size(config: Any, size: tuple[int, int]) -> tuple[int, int]:
         return size
     zoom = config.teacher_size / min(size)
     return round(size[0] * zoom), round(size[1] * zoom)
+
+
+def _reads(config: Any) -> Reads | None:
+    """What is read of the teacher's last block; None where its outputs cannot be stored (mixed pixels, more blocks)."""
+    if config.mixup or (config.dense_weight and config.dense_blocks > 1):
+        return None
+    if not (config.relations_weight or config.dense_weight):
+        return Reads(outputs=("pooled",))
+    return Reads(outputs=("pooled", "patches") if config.pooled_weight else ("patches",))
 
 
 def _check_blocks(teacher: Frozen, count: int) -> None:

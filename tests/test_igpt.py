@@ -85,10 +85,12 @@ def test_features_are_those_of_the_middle_block_and_recorded(choice: dict, tmp_p
     with torch.no_grad():
         whole = method.encoder
         keep = order.expand(2, -1)
-        (middle,) = whole(method.maps(images)[:, None], keep=keep, attention="causal", blocks=(0,)).blocks
-        expected = whole.blocks[1].norm1(middle[:, 1:])
-        found = exported(images, blocks=(-1,))
+        seen = whole(method.maps(images)[:, None], keep=keep, attention="causal", blocks=(0,), attention_of=(0,))
+        expected = whole.blocks[1].norm1(seen.blocks[0][:, 1:])
+        found = exported(images, blocks=(-1,), attention_of=(-1,))
     torch.testing.assert_close(found.patches[:, order], expected)
+    in_places = found.attention[0][:, :, 1:, 1:][:, :, order][..., order]
+    torch.testing.assert_close(in_places, seen.attention[0][:, :, 1:, 1:])
     torch.testing.assert_close(found.pooled, expected.mean(1))
     torch.testing.assert_close(exported.norm(found.blocks[0])[:, 1:], found.patches)
     how = Preprocessing.for_size(exported.image_size, (0.5,) * 3, (0.25,) * 3)

@@ -67,11 +67,18 @@ def test_its_features_are_those_of_vectors_of_the_ids(positions: str):
     keep = torch.tensor([[5, 2, 9]] * 3)
     masked = torch.zeros(3, 16, dtype=torch.bool)
     masked[:, [2, 3]] = True
-    options = {"keep": keep, "replace": (masked, torch.ones(64)), "attention": "causal", "blocks": (0, -1)}
+    options = {
+        "keep": keep,
+        "replace": (masked, torch.ones(64)),
+        "attention": "causal",
+        "blocks": (0, -1),
+        "attention_of": (1,),
+    }
     with torch.no_grad():
         expected, found = plain(one_hot, **options), made(images, **options)
     torch.testing.assert_close(found.patches, expected.patches)
     torch.testing.assert_close(found.blocks, expected.blocks)
+    torch.testing.assert_close(found.attention, expected.attention)
 
 
 def test_in_training_the_tokenizer_is_no_part_of_it():

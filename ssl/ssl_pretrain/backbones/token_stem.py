@@ -99,7 +99,7 @@ class TokenStem(Backbone):
         order: Literal["raster", "random"] = "raster"
         """Order of the ids for causal attention: by rows, or a fixed random order."""
 
-    supports = frozenset({"keep", "replace", "attention", "blocks", "pooled_only"})
+    supports = frozenset({"keep", "replace", "attention", "blocks", "pooled_only", "attention_maps"})
 
     def __init__(
         self,
@@ -148,6 +148,8 @@ class TokenStem(Backbone):
         blocks: tuple[int, ...] = (),
         drop: Tensor | None = None,
         pooled_only: bool = False,
+        attention_of: tuple[int, ...] = (),
+        attention_logits: bool = False,
     ) -> Features:
         """See `Backbone.forward`. `patches` are the ids' places. Raises UserError for images with another number of
         channels, or of a size that the tokenizer does not take."""
@@ -155,7 +157,16 @@ class TokenStem(Backbone):
             raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
         ids = self.tokenizer(images)[:, None]
         if isinstance(attention, str) and attention == "full" and keep is None and self.config.attention == "causal":
-            return in_order(self.vit, ids, self.config.order, replace=replace, blocks=blocks, drop=drop)
+            return in_order(
+                self.vit,
+                ids,
+                self.config.order,
+                replace=replace,
+                blocks=blocks,
+                drop=drop,
+                attention_of=attention_of,
+                attention_logits=attention_logits,
+            )
         return self.vit(
             ids,
             keep=keep,
@@ -165,6 +176,8 @@ class TokenStem(Backbone):
             blocks=blocks,
             drop=drop,
             pooled_only=pooled_only,
+            attention_of=attention_of,
+            attention_logits=attention_logits,
         )
 
     def train(self, mode: bool = True) -> "TokenStem":
@@ -205,13 +218,16 @@ def in_order(vit: ViT, ids: Tensor, order: str, **options: Any) -> Features:
     seen = vit(ids, keep=sequence.expand(len(ids), -1), attention="causal", **options)
     back = torch.argsort(sequence)
 
-    def sorted_(tokens: Tensor) -> Tensor:
-        prefix = tokens.shape[1] - len(back)
-        return torch.cat([tokens[:, :prefix], tokens[:, prefix:].index_select(1, back)], dim=1)
+    def sorted_(values: Tensor, dim: int = 1) -> Tensor:
+        prefix, places = values.split([values.shape[dim] - len(back), len(back)], dim=dim)
+        return torch.cat([prefix, places.index_select(dim, back)], dim=dim)
 
-    tokens = None if seen.tokens is None else sorted_(seen.tokens)
     return dataclasses.replace(
-        seen, patches=sorted_(seen.patches), tokens=tokens, blocks=tuple(sorted_(each) for each in seen.blocks)
+        seen,
+        patches=sorted_(seen.patches),
+        tokens=None if seen.tokens is None else sorted_(seen.tokens),
+        blocks=tuple(sorted_(each) for each in seen.blocks),
+        attention=tuple(sorted_(sorted_(each, 2), 3) for each in seen.attention),
     )
 
 

@@ -238,7 +238,7 @@ def test_every_method_has_its_pictures(name: str, source: Source) -> None:
     method = build(name).train()
     before = {n: t.clone() for n, t in method.state_dict().items()}
     random = torch.get_rng_state()
-    heard = draw(method, source, batch(method))
+    heard = draw(method, source, batch(method), image_size=SIZE)
     assert heard.warnings == []
     own = set(heard.pictures) - {VIEWS, *FEATURES}
     assert {VIEWS, *FEATURES} <= set(heard.pictures)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
-from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.data.views import Reads, ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, at_least, within
 from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts import distance_correlation, sizes
@@ -159,7 +159,8 @@ class MVMR(WholeBatchMethod):
         plain = ViewSpec(name="plain", size=image_size, scale=(1.0, 1.0), ratio=(shape, shape), hflip=0.0)
         if config.teacher_weight == 0:
             return augmented, plain
-        return augmented, plain, ViewSpec(name="teacher", of="plain", size=image_size, network="teacher")
+        reads = Reads(outputs=("pooled",))
+        return augmented, plain, ViewSpec(name="teacher", of="plain", size=image_size, network="teacher", reads=reads)
 
     def embed(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The encoder's vectors of the two views, "augmented" and "plain" (B, D), and each representation, "of_NAME" (B,

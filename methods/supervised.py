@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_pretrain.backbones.backbone import Backbone
-from ssl_pretrain.data.views import ViewSpec
+from ssl_pretrain.data.views import Reads, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, FROM_0_TO_1, NOT_NEGATIVE, at_least, within
 from ssl_pretrain.frozen import NONE, Frozen
@@ -120,7 +120,8 @@ class Supervised(Method):
         image = ViewSpec(name="image", size=image_size, scale=config.crop_scale)
         if not config.mim:
             return (image,)
-        return image, ViewSpec(name="tokens", of="image", size=image_size, network="tokenizer")
+        reads = Reads(outputs=("ids",))
+        return image, ViewSpec(name="tokens", of="image", size=image_size, network="tokenizer", reads=reads)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The mean cross-entropy over the images; term "accuracy" is the share of correct predictions in percent.

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import losses, picture
 from kernels import Counted
+from method_helpers import tiny_flags
 from ssl_pretrain.launch.data import main as data
 from ssl_pretrain.launch.pretrain import main, read_command
 from ssl_pretrain.methods.featmim import FeatMIM
@@ -184,6 +185,18 @@ def test_an_anchor_reads_a_cache(kind: str, folder: Path, tmp_path: Path):
     call(data, "cache-teacher", *own, "--teacher-cache", tmp_path / "cache")
     call(main, *own, "--teacher-cache", tmp_path / "cache", "--out", tmp_path / "b")
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_pooled_vectors_under_gradcache(folder: Path, tmp_path: Path):
+    """4 bytes for each of the teacher's channels, once an image."""
+    more = ["--teacher-weight", "1", "--accumulate", "2", *tiny_flags("mvmr")]
+    own = flags(folder, *more, method="mvmr", steps=2)
+    call(main, *own, "--out", tmp_path / "a")
+    call(data, "cache-teacher", *own, "--teacher-cache", tmp_path / "cache")
+    call(main, *own, "--teacher-cache", tmp_path / "cache", "--out", tmp_path / "b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    layout, _ = rows.read_head(tmp_path / "cache", "teacher cache")
+    assert layout.record.itemsize == 8 + 4 * 192
 
 
 def test_a_block_before_the_norm_and_bfloat16(folder: Path, tmp_path: Path):

@@ -101,7 +101,7 @@ def stored(method: Method, given: Batch) -> tuple[dict[str, Frozen], Batch] | No
             found, outputs, grid = outputs_of(network, spec, given.views[spec.name])
             rows = found.transpose(0, 1).unsqueeze(2)
             views[spec.name] = rows if spec.count > 1 else rows[0]
-            grids[grid[0] * grid[1]] = grid
+            grids[grid[0] * grid[1] if "patches" in outputs else 0] = grid
         if not seen or seen[0].reads is None:
             continue
         backbone = StoredOutputs(

@@ -32,6 +32,7 @@ Kind = Literal["float32", "float16", "bfloat16", "uint16", "int32"]
 HEAD = "rows.json"
 MOST_HEAD_BYTES = 1 << 20
 PART_BYTES = 1 << 26  # of a part, about
+MOST_PARTS = 1_000_000
 _STORED = {
     "float32": "<f4",
     "float16": "<f2",
@@ -64,7 +65,7 @@ class Layout:
     @property
     def total(self) -> int:
         """Size of all parts on the disk."""
-        return sum(len(self.header(part)) for part in range(self.parts)) + self.count * self.record.itemsize
+        return (self.parts - 1) * self.size(0) + self.size(self.parts - 1)
 
     def rows(self, part: int) -> range:
         """The records of a part."""
@@ -165,14 +166,11 @@ def part_path(folder: Path, part: int) -> Path:
 
 def missing(folder: Path, layout: Layout) -> list[int]:
     """The parts that are not there, or not of their size."""
-    return [part for part in range(layout.parts) if _size(part_path(folder, part)) != layout.size(part)]
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+    with os.scandir(folder) as entries:
+        there = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    whole, last = layout.size(0), layout.parts - 1
+    wanted = ((part, whole if part < last else layout.size(last)) for part in range(layout.parts))
+    return [part for part, size in wanted if there.get(part_path(folder, part).name) != size]
 
 
 def write_part(folder: Path, layout: Layout, part: int, records: Iterable[np.ndarray]) -> None:
@@ -221,7 +219,9 @@ def clear(folder: Path) -> None:
 def check_room(folder: Path, layout: Layout, smaller: str) -> int:
     """The bytes that are still to be written. Raises UserError where the disk has less room. smaller: what needs less, for
     the message."""
-    need = sum(layout.size(part) for part in missing(folder, layout))
+    absent = missing(folder, layout)
+    last = layout.parts - 1
+    need = len(absent) * layout.size(0) - (layout.size(0) - layout.size(last)) * (last in absent[-1:])
     if need > 0.98 * free(folder):
         raise UserError(f"{in_units(need)} are needed and {folder} has {in_units(free(folder))} free: {smaller}")
     return need
@@ -260,7 +260,7 @@ def read_head(folder: Path, kind: str) -> tuple[Layout, dict[str, Any]]:
         stored = facts["layout"]
         fields = tuple((str(name), _kind(word), tuple(map(_count, shape))) for name, word, shape in stored["fields"])
         layout = Layout(fields, _count(stored["count"]), _count(stored["part"]))
-        if not 0 < len(fields) <= 64 or layout.count > 1 << 48:
+        if not 0 < len(fields) <= 64 or layout.parts > MOST_PARTS:
             raise ValueError("its sizes are impossible")
         bounded(*(shape for _, _, shape in fields))
     except OSError as problem:

@@ -1,17 +1,18 @@
 """Transforms of targets with statistics of the data, and their losses, against float64 NumPy; on any split of a batch."""
 
 import math
-import shutil
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import metrics
 from method_helpers import check_stated
 
-from ssl_pretrain import checkpoint
 from ssl_pretrain.conformance import one_step
 from ssl_pretrain.conformance.one_step import BATCH, after_step
 from ssl_pretrain.errors import UserError
@@ -44,11 +45,20 @@ def some_features(width: int) -> np.ndarray:
     return mixed * np.logspace(-1, 1, width) + 100 * rng.normal(size=width)
 
 
-def learned(fitted: Fitted, features: np.ndarray, micro_batches: int = 1, skipped: int = -1) -> Fitted:
-    """After a step of each batch, in so many parts; the losses of one step may not have been finite."""
-    for number, batch in enumerate(features):
-        parts = torch.tensor(batch, dtype=torch.float32).chunk(micro_batches)
-        rows = torch.arange(BATCH).chunk(micro_batches)
+def learned(
+    fitted: Fitted,
+    features: np.ndarray,
+    micro_batches: int = 1,
+    skipped: int = -1,
+    first: int = 0,
+    rank: int | None = None,
+) -> Fitted:
+    """After a step of each batch from `first` on, in so many parts; the losses of one step may not have been finite. rank:
+    with this half of each batch, as one of two processes."""
+    own = torch.arange(BATCH) if rank is None else torch.arange(BATCH).chunk(2)[rank]
+    for number, batch in enumerate(features[first:], start=first):
+        parts = torch.tensor(batch, dtype=torch.float32)[own].chunk(micro_batches)
+        rows = own.chunk(micro_batches)
         steps = [one_step.step(slice(int(r[0]), int(r[-1]) + 1), number=number, noise=number) for r in rows]
         carried = [fitted.carry(part, step) for part, step in zip(parts, steps, strict=True)]
         steps[-1].carried = {name: torch.cat([each[name] for each in carried]) for name in carried[0]}
@@ -140,6 +150,68 @@ def test_clusters_do_not_depend_on_the_split() -> None:
     one, four = (learned(Clusters(3, 5, BATCH * STEPS), features, parts) for parts in (1, 4))
     torch.testing.assert_close(one.centres, four.centres)
     assert torch.equal(one.counts, four.counts)
+
+
+KINDS = ("standardise", "phi_s", "kmeans")
+RANK = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_fitted_targets import KINDS, learned, new, some_features
+from ssl_pretrain import distributed
+import torch
+with distributed.world() as world:
+    found = {{kind: learned(new(kind), some_features(12), 2, rank=world.rank).state_dict() for kind in KINDS}}
+    torch.save(found, sys.argv[1] + str(world.rank))
+"""
+
+
+def new(kind: str) -> Fitted:
+    images = BATCH * STEPS
+    return Clusters(12, 5, images) if kind == "kmeans" else Whitener(12, kind, images)  # type: ignore[arg-type]
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    place = {"SSL_PRETRAIN_RENDEZVOUS": (tmp_path / "meet").as_uri(), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, tmp_path / "rank"],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    found = [torch.load(tmp_path / f"rank{rank}") for rank in (0, 1)]
+    features = some_features(12)
+    given = torch.tensor(features[0]).float()
+    for kind in KINDS:
+        assert all(torch.equal(found[0][kind][name], value) for name, value in found[1][kind].items())
+        one, two = learned(new(kind), features), new(kind)
+        two.load_state_dict(found[0][kind])
+        assert bool(two.ready)
+        if kind == "kmeans":
+            assert (one(given) == two(given)).float().mean() > 0.99
+        elif kind == "standardise":
+            torch.testing.assert_close(two(given), one(given), rtol=1e-3, atol=1e-3)
+        else:  # eigenvectors have no sign of their own: distances do not depend on it
+            a, b = (torch.cdist(each(given)[0], each(given)[0]) for each in (one, two))
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_learns_the_same_bits(kind: str) -> None:
+    features = some_features(12)
+    whole, before = learned(new(kind), features), learned(new(kind), features[:2])
+    after = new(kind)
+    after.load_state_dict({name: value.clone() for name, value in before.state_dict().items()})
+    learned(after, features, first=2)
+    assert bool(after.ready)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(after.state_dict()[name], value), name
+    # And a run that is resumed later learns nothing more.
+    last = new(kind)
+    last.load_state_dict(whole.state_dict())
+    learned(last, features)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in last.state_dict().items())
 
 
 # ---- Losses
@@ -235,32 +307,3 @@ def test_mrmae_trains_by_pixels_until_the_transform_is_known() -> None:
 def test_knobs_that_cannot_be(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         one_step.build("featmim", **knobs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("norm", ["phi_s", "kmeans"])
-def test_two_processes_and_a_resumed_run_give_the_losses_of_one(norm, photos_in_classes, tmp_path, pretrain) -> None:
-    """Statistics are of the first six of eight steps; the run is resumed after the fourth."""
-    loss = "cross_entropy" if norm == "kmeans" else "mse"
-    command = ["--method", "featmim", "--target", "hog", "--target-norm", norm, "--loss", loss, "--target-images", 48]
-    command += ["--target-codes", 6, "--data", photos_in_classes, "--image-size", 32, "--encoder", "vit_micro"]
-    command += ["--depth", 1, "--patch-size", 8, "--batch-size", 8, "--lr", "1e-3", "--workers", 0, "--no-score"]
-    command += ["--log-every", 1, "--checkpoint-every", 4, "--precision", "fp32", "--warmup-steps", 1, "--steps", 8]
-
-    def losses(name: str) -> list[float]:
-        return [line["loss"] for line in metrics(tmp_path / name) if "loss" in line]
-
-    pretrain(*command, "--out", tmp_path / "one")
-    pretrain(*command, "--out", tmp_path / "two", "--nproc", 2)
-    whole = losses("one")
-    assert whole[:6] == [0.0] * 6
-    assert min(whole[6:]) > 0.05
-    np.testing.assert_allclose(losses("two"), whole, rtol=1e-4)
-    last = checkpoint.load(tmp_path / "one" / "checkpoints", 8)["method"]
-    last = {name: value.clone() for name, value in last.items()}
-    shutil.rmtree(tmp_path / "one" / "checkpoints" / "step-00000008")
-    pretrain(*command, "--out", tmp_path / "one")
-    assert losses("one") == whole
-    again = checkpoint.load(tmp_path / "one" / "checkpoints", 8)["method"]
-    assert all(torch.equal(again[name], value) for name, value in last.items())
-    assert bool(again["target.fitted.ready"])

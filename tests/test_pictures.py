@@ -34,6 +34,7 @@ from ssl_pretrain.loop.pictures import (
     of_first,
 )  # fmt: skip
 from ssl_pretrain.loop.report import Report
+from ssl_pretrain.parts import masked_autoencoder
 from ssl_pretrain.pretext import Batch, Losses, Method
 
 METHODS = plugins.own("ssl_pretrain.methods")
@@ -451,7 +452,7 @@ def test_a_run_of_mae_shows_the_masks_of_its_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[Tensor] = []
-    random_masking = mae.random_masking
+    random_masking = masked_autoencoder.random_masking
 
     def recorded(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
         keep, masked = random_masking(noise, kept)
@@ -459,7 +460,7 @@ def test_a_run_of_mae_shows_the_masks_of_its_loss(
             drawn.append(masked[:8])
         return keep, masked
 
-    monkeypatch.setattr(mae, "random_masking", recorded)
+    monkeypatch.setattr(masked_autoencoder, "random_masking", recorded)
     flags = [*SEEN, "--monitor-every", 0, "--picture-every", 2, "--steps", 3, "--accumulate", accumulate]
     pretrain_here("--method", "mae", "--data", photos, *flags, "--out", tmp_path / "run")
     assert sorted({at for _, at in shown}) == [0, 2, 3]

@@ -137,8 +137,9 @@ OF_ENCODERS = [(name, backbones.config_class(name), backbones.defaults(name)) fo
         pytest.param(kind, given, field, bad, id=f"{name}-{field}")
         for name, kind, given in [*RUN, *OF_METHODS, *OF_ENCODERS]
         for field, bad in _numbers(kind)
-        # any number is a seed; a block is compared with those of the teacher (tests/test_featmim.py)
-        if field not in ("seed", "target_block")
+        # any number is a seed; a block is compared with those of the teacher and the encoder (tests/test_featmim.py,
+        # tests/test_maelite.py)
+        if field not in ("seed", "target_block", "teacher_block", "student_block")
     ],
 )
 def test_every_number_has_its_range(kind: type, given: dict[str, Any], field: str, bad: Any) -> None:

@@ -25,6 +25,7 @@ PAPER: dict[str, dict[str, int]] = {
     "data2vec2": {"decoder_depth": 6},
     "dino": {"prototypes": 65536, "hidden_dim": 2048},
     "dinov2": {"prototypes": 65536, "hidden_dim": 2048},
+    "distill": {"queue": 8192},
     "ibot": {"prototypes": 8192, "hidden_dim": 2048},
     "ijepa": {"predictor_dim": 384, "predictor_depth": 12, "predictor_heads": 12},
     "lejepa": {"hidden_dim": 2048},

@@ -253,7 +253,7 @@ def test_the_teacher_adds_its_forward_and_nothing_else(folder: Path):
     """Kernels of a step with the teacher are those of a step that reads stored outputs, and of the teacher alone."""
     method = one_step.build("featmim")
     batch, step = one_step.batch(method), one_step.step()
-    teacher = method.teacher
+    teacher = method.target.teacher
     assert teacher is not None
     with torch.no_grad():
         seen = teacher(batch.views["teacher"])
@@ -275,7 +275,7 @@ def test_the_teacher_adds_its_forward_and_nothing_else(folder: Path):
 
     alone = kernels(lambda: teacher(batch.views["teacher"]))
     with_teacher = kernels(one)
-    method.teacher, batch.views["teacher"] = cached, seen.patches[:, None].clone()
+    method.target.teacher, batch.views["teacher"] = cached, seen.patches[:, None].clone()
     without = kernels(one)
     assert sum(alone.values()) > 30
     added = {

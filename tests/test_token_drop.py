@@ -43,7 +43,7 @@ def step(progress: float = 0.3, rows: slice = slice(0, BATCH)) -> Step:
 
 
 def test_the_methods_that_can() -> None:
-    listed = [*TAUGHT, "barlow", "lejepa", "mvmr", "nnclr", "simclr", "simsiam", "swav", "vicreg"]
+    listed = [*TAUGHT, "barlow", "distill", "lejepa", "mvmr", "nnclr", "simclr", "simsiam", "swav", "vicreg"]
     assert sorted(listed) == METHODS, "tests/test_token_drop.py lists them"
 
 

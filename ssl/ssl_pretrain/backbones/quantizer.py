@@ -3,6 +3,7 @@
 Shapes: B images, N patches on an (h, w) grid, D channels of the encoder, K codes of d channels.
 """
 
+import contextlib
 from typing import Any, final
 
 import torch
@@ -49,7 +50,7 @@ class Quantizer(nn.Module):
 
     def embed(self, patches: Tensor) -> Tensor:
         """Patch features (..., D) as unit vectors (..., d), float32 (or wider), also under autocast."""
-        with torch.autocast(patches.device.type, enabled=False):
+        with without_autocast(patches.device):
             wide = torch.promote_types(patches.dtype, torch.float32)
             weight, bias = self.project.weight.to(wide), self.project.bias.to(wide)
             return F.normalize(F.linear(patches.to(wide), weight, bias), dim=-1)
@@ -87,10 +88,18 @@ class Quantizer(nn.Module):
 @torch.no_grad()
 def nearest(vectors: Tensor, codes: Tensor) -> Tensor:
     """Ids of the nearest codes (K, d) by Euclidean distance: (..., d) to (...) int64. Of equal distances the first one."""
-    with torch.autocast(vectors.device.type, enabled=False):
+    with without_autocast(vectors.device):
         half = -0.5 * codes.square().sum(1)
         rows = vectors.reshape(-1, codes.shape[1])
         # The number of chunks would fix the number of images in a program that is made of this.
         chunks = [rows] if torch.compiler.is_exporting() else rows.split(CHUNK)
         found = [torch.addmm(half, each, codes.T).argmax(1) for each in chunks]
     return torch.cat(found).reshape(vectors.shape[:-1])
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it, products have the precision of their factors. Nothing in a program that is being exported, which has one
+    precision and could not be read with such a part in it."""
+    if torch.compiler.is_exporting():
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

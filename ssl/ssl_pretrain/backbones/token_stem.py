@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..randomness import key
 from . import build, prefix
 from .backbone import Backbone, Features
-from .quantizer import Quantizer, nearest
+from .quantizer import Quantizer, nearest, without_autocast
 from .vit import ViT
 
 MOST = 2**28  # numbers in a codebook that a description may ask for
@@ -252,7 +252,7 @@ class Palette(nn.Module):
     @torch.no_grad()
     def colours_of(self, images: Tensor) -> Tensor:
         """The colours (B, N, C) float32 of the patches of images (B, C, H, W)."""
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             return F.avg_pool2d(images.float(), self.stride).flatten(2).mT
 
     @torch.no_grad()
@@ -282,7 +282,7 @@ class FrozenTokenizer(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Ids (B, h, w) int64 of images (B, C, H, W)."""
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             if not self._same:
                 images = torch.addcmul(self.offset.to(images), images, self.factor.to(images))
             seen = self.encoder(images)

@@ -74,7 +74,13 @@ class AttentionTransfer:
             raise UserError(f"--attention-blocks {count}: {student.name} has {backbone.depth} blocks")
         self.mode, self.blocks, self.weight = mode, tuple(range(count)), weight
         self.teacher = _opened(spec, student, device)
-        check_attention("--attention-from", self.teacher, *self.blocks)
+        check_attention("--attention-from", self.teacher)
+        depth = self.teacher.backbone.depth
+        if depth < count:
+            raise UserError(
+                f"--attention-from {spec} has {depth} blocks, and {count} of {student.name} are to get their attention: "
+                f"give --attention-blocks {depth} or fewer"
+            )
         self.check(backbone.to(device))
 
     @torch.no_grad()

@@ -199,7 +199,7 @@ def test_teachers_that_do_not_fit_are_named(tmp_path: Path) -> None:
         (small_encoder(heads=4), student, None, "has 4 attention heads and the encoder 2"),
         (small_encoder(registers=1), student, None, "has 2 x 2 patches and 2 other tokens where the encoder has 2 x 2 "
          "patches and 1 other tokens"),
-        (small_encoder(depth=1), student, 2, "--attention-from 1: .* has 1 blocks"),
+        (small_encoder(depth=1), student, 2, "has 1 blocks, and 2 of vit_micro are to get their attention"),
         (small_encoder(in_chans=1), student, None, "takes images of 1 channels, and the encoder of 3"),
         (student, student, 4, "--attention-blocks 4: vit_micro has 3 blocks"),
     ]  # fmt: skip

@@ -1,5 +1,6 @@
 """MAE-Lite: both losses and their gradients against NumPy, the teacher's pixels and patches, teachers that do not fit."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from conftest import TINY
 from method_helpers import check_stated, losses_of, make_zero_, tiny_flags
 from numpy_oracles import numpy_attention, numpy_patches
+from ssl_pretrain.launch.pretrain import main
 from ssl_pretrain.methods.maelite import MAELite
 
 from ssl_pretrain import backbones, checkpoint, encoder
@@ -214,8 +216,10 @@ def test_knobs_that_cannot_be(knobs: dict[str, Any]) -> None:
         one_step.build("maelite", **knobs)
 
 
-def test_a_run_follows_a_teacher_of_another_patch_and_refuses_another_file(pretrain, photos, tmp_path) -> None:
-    def export(name: str, seed: int, **options: Any) -> Any:
+def test_a_run_follows_a_teacher_of_another_patch_and_refuses_another_file(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def export(name: str, seed: int, **options: Any) -> Path:
         torch.manual_seed(seed)
         options = {"patch_size": 16, "dim": 96, "heads": 3, **options}
         made = backbones.build("vit_micro", image_size=(32, 32), **options)
@@ -223,15 +227,20 @@ def test_a_run_follows_a_teacher_of_another_patch_and_refuses_another_file(pretr
         encoder.save(tmp_path / name, Encoder(made, "vit_micro", how, {}))
         return tmp_path / name
 
-    flags = ["--method", "maelite", "--data", photos, *TINY, *tiny_flags("maelite"), "--no-score", "--steps", 2]
-    pretrain(*flags, "--teacher", export("a", 0), "--out", tmp_path / "run")
+    flags = ["--method", "maelite", "--data", photos, *TINY, *tiny_flags("maelite"), "--no-score", "--workers", 0]
+
+    def run(*words: object) -> tuple[int, str]:
+        return main([str(word) for word in (*flags, *words)]), capsys.readouterr().err
+
+    assert run("--teacher", export("a", 0), "--steps", 2, "--out", tmp_path / "run")[0] == 0
     state = checkpoint.load(tmp_path / "run" / "checkpoints", 2)["method"]
     assert state["adapter.weight"].shape[0] == 3
     assert not [name for name in state if "teacher" in name]
-    changed = export("a", 1)
-    said = pretrain(*flags[:-1], 3, "--extend", "--teacher", changed, "--out", tmp_path / "run", code=2).stderr
+    code, said = run("--teacher", export("a", 1), "--steps", 3, "--extend", "--out", tmp_path / "run")
+    assert code == 2
     assert "began with another teacher" in said
     registers = export("b", 0, registers=2)
-    said = pretrain(*flags, "--teacher", registers, "--out", tmp_path / "other", code=2).stderr
+    code, said = run("--teacher", registers, "--steps", 2, "--out", tmp_path / "other")
+    assert code == 2
     assert f"--teacher {registers} has 3 tokens before the patches" in said
     assert len([line for line in said.splitlines() if "ssl-pretrain:" in line]) == 1

@@ -13,6 +13,7 @@ from ssl_pretrain.launch.pretrain import main, read_command
 
 from ssl_pretrain import backbones, checkpoint, encoder, optim, plugins, pretext, rates
 from ssl_pretrain.backbones import adapters
+from ssl_pretrain.backbones.token_stem import TokenStem
 from ssl_pretrain.conformance.one_step import network_flags, tiny_knobs
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.loop import updates
@@ -82,10 +83,17 @@ def test_every_method_trains_updates_and_exports_a_plain_encoder(
     networks = network_flags(kind, tiny_knobs(kind), tmp_path)
     state = trained(tmp_path / "run", start, method, "--data", str(photos_in_classes), *networks)
     before, after = (encoder.load(path).backbone for path in (start, tmp_path / "run"))
-    assert {name for name, value in before.describe().items() if after.describe()[name] != value} <= OF_TRAINING
-    one, two = before.state_dict(), after.state_dict()
-    assert one.keys() == two.keys()
-    assert sorted(name for name in one if not torch.equal(one[name], two[name])) == MATRICES
+    one = before.state_dict()
+    if isinstance(
+        after, TokenStem
+    ):  # the ViT behind a tokenizer: its table of ids is new, and igpt exports its first half
+        two = after.vit.state_dict()
+        one = {name: one[name] for name in two if not name.startswith("patch_embed.")}
+    else:
+        two = after.state_dict()
+        assert {name for name, value in before.describe().items() if after.describe()[name] != value} <= OF_TRAINING
+        assert one.keys() == two.keys()
+    assert sorted(name for name in one if not torch.equal(one[name], two[name])) == [m for m in MATRICES if m in one]
     # The encoder's own weights are as before, and the optimiser knows nothing of them.
     own = {n.removeprefix("encoder."): v for n, v in state["method"].items() if n.startswith("encoder.")}
     for name, value in one.items():

@@ -155,12 +155,14 @@ def test_clusters_do_not_depend_on_the_split() -> None:
 KINDS = ("standardise", "phi_s", "kmeans")
 RANK = f"""
 import sys
+from importlib import import_module
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_fitted_targets import KINDS, learned, new, some_features
+here = import_module({Path(__file__).stem!r})
 from ssl_pretrain import distributed
 import torch
 with distributed.world() as world:
-    found = {{kind: learned(new(kind), some_features(12), 2, rank=world.rank).state_dict() for kind in KINDS}}
+    features = here.some_features(12)
+    found = {{k: here.learned(here.new(k), features, 2, rank=world.rank).state_dict() for k in here.KINDS}}
     torch.save(found, sys.argv[1] + str(world.rank))
 """
 

@@ -44,7 +44,7 @@ def test_curves_scores_flags_and_pictures_are_in_the_database_and_a_continued_ru
     flags = dict(rows(out, "select key, value from params"))
     assert (flags["method"], flags["steps"], flags["mask_ratio"]) == ("mae", "6", "0.75")
     pictures = list((out / "mlflow").rglob("*.png"))
-    assert len(pictures) == 3 * 5  # of steps 0, 4 and 6; 5 kinds
+    assert len(pictures) == 3 * 6  # of steps 0, 4 and 6; 6 kinds
     (own,) = (path for path in pictures if path.name.startswith("input") and "step+4+" in path.name)
     with Image.open(own) as picture:
         assert picture.size == (8 * 96 + 7 * 2, 3 * 96 + 2 * 2)

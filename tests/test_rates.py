@@ -118,7 +118,7 @@ def test_recipes_of_continued_pretraining_fit_every_encoder(recipe: Path, encode
 
 
 def test_no_drop_path_is_true_of_an_encoder_that_has_none(tmp_path: Path):
-    words = ["--config", "continue_dino", "--encoder", "resnet18", "--out", str(tmp_path / "run")]
+    words = ["--config", "continue_dino", "--data", "fractals", "--encoder", "resnet18", "--out", str(tmp_path / "run")]
     run, knobs, options = read_command(words)
     assert (run.encoder, knobs.anchor) == ("resnet18", "gram")
     assert not hasattr(options, "drop_path")

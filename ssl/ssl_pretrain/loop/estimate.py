@@ -120,9 +120,7 @@ class Estimate:
             f"{in_words(left)} for {run.steps - start:,} steps"
             + (f", about {speed.gibibytes:.1f} GiB of memory" if speed.gibibytes else "")
         )
-        # Frozen networks belong to the run's own views and encoder: no other run is measured with them.
-        frozen = type(self.method).frozen(self.method.config)
-        if self.world.device.type == "cpu" and left > 1.2 * HOUR and not frozen:
+        if self.world.device.type == "cpu" and left > 1.2 * HOUR:
             for line in self._shorter(specs, speed, start, autocast):
                 self.report.say(line)
 

@@ -1,12 +1,13 @@
 """Small untrained encoders, as an export holds them, for the tests of exports, features and evaluators."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ssl_pretrain import backbones
-from ssl_pretrain.encoder import Encoder, Preprocessing, random_like
+from ssl_pretrain.encoder import Encoder, Preprocessing, random_like, save
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -57,3 +58,11 @@ class ImageCounter:
 
     def __call__(self, _: nn.Module, inputs: tuple) -> None:
         self.images += len(inputs[0])
+
+
+def export(path: Path, *, seed: int = 1, patch: int = 8, size: int = 32, mean=(0.5,) * 3, std=(0.25,) * 3, **options):
+    """An export with random weights in the folder `path`, which is returned."""
+    torch.manual_seed(seed)
+    backbone = backbones.build("vit_micro", image_size=(size, size), patch_size=patch, **{"depth": 2, **options})
+    save(path, Encoder(backbone, "vit_micro", Preprocessing.for_size((size, size), mean, std), {}))
+    return path

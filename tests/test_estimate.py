@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from small_encoders import export
 from ssl_pretrain.launch.pretrain import main
-from test_frozen import export
 
 from ssl_pretrain import checkpoint, pretext
 from ssl_pretrain.conformance.one_step import network_flags

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from small_encoders import export
 from ssl_pretrain.methods.dino import DINO
 from ssl_pretrain.methods.dinov2 import DINOv2
 from ssl_pretrain.methods.mae import MAE
@@ -23,14 +24,6 @@ from ssl_pretrain.parts.anchor import Anchor
 
 RUN = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 SHORT = ["--batch-size", "16", "--no-score", "--image-size", "32", "--patch-size", "8", "--encoder", "vit_micro"]
-
-
-def export(path: Path, *, seed: int = 1, patch: int = 8, size: int = 32, mean=(0.5,) * 3, std=(0.25,) * 3, **options):
-    """An export with random weights."""
-    torch.manual_seed(seed)
-    backbone = backbones.build("vit_micro", image_size=(size, size), patch_size=patch, **{"depth": 2, **options})
-    encoder.save(path, Encoder(backbone, "vit_micro", Preprocessing.for_size((size, size), mean, std), {}))
-    return path
 
 
 def frozen(path: Path, run=RUN) -> Frozen:

@@ -18,10 +18,10 @@ import torch
 from conftest import losses, picture
 from kernels import Counted
 from method_helpers import tiny_flags
+from small_encoders import export
 from ssl_pretrain.launch.data import main as data
 from ssl_pretrain.launch.pretrain import main, read_command
 from ssl_pretrain.methods.featmim import FeatMIM
-from test_frozen import export
 
 from ssl_pretrain import backbones, config, encoder, tokenizer
 from ssl_pretrain.backbones.quantizer import Quantizer

@@ -56,7 +56,8 @@ class Run:
     """With start weights that do not fit everywhere: load those that fit, and list the others."""
 
     teacher: str | None = None
-    """Frozen network that the method reads: an export, a run, or timm: hf: torch: module: (docs/running.md)."""
+    """Frozen network that the method reads: an export, a run, or timm: hf: torch: module:. With a method that reads the
+    decoder (g2sd): a run with its checkpoints, RUN or RUN@STEP (docs/running.md)."""
     tokenizer: str | None = None
     """Frozen tokenizer whose ids the method predicts: a run of a tokenizer (vqtok), or the tokenizer/ in one."""
     teacher_cache: Path | None = None

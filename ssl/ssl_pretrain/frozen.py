@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backbones.backbone import Backbone, Features
 from .backbones.quantizer import Quantizer
@@ -29,7 +29,8 @@ class Frozen:
 
     Attributes: `backbone`; `spec`, what the user named; `fingerprint` of its weights, architecture and preprocessing;
     `sight`, how it sees; `own` and `run`, mean and std of its images and of the run's views; `dim`, D; `quantizer`, of a
-    tokenizer, else None.
+    tokenizer, else None; `method`, which has a decoder and whose encoder is `backbone`, of a run that is the teacher, else
+    None.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class Frozen:
         own: tuple[tuple[float, ...], tuple[float, ...]],
         run: tuple[tuple[float, ...], tuple[float, ...]],
         quantizer: Quantizer | StoredCodes | None = None,
+        method: nn.Module | None = None,
     ) -> None:
         """own and run: mean and std, each C numbers, of the network's images and of the run's views."""
         self.backbone = backbone.requires_grad_(False).eval()
         self.spec, self.fingerprint, self.sight, self.dim = spec, fingerprint, sight, backbone.dim
         self.quantizer = None if quantizer is None else quantizer.requires_grad_(False).eval()
+        self.method = None if method is None else method.requires_grad_(False).eval()
         self.own, self.run = own, run
         self._scale = None if own == run else renormalisation(own, run)
 

@@ -180,9 +180,9 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def frozen(cls, config: Any) -> tuple[str, ...]:
-        """The frozen networks that the method reads with these knobs: "teacher" (--teacher), "tokenizer" (--tokenizer), or
-        "anchor" (--teacher, else the start weights of --init-from). A view for one of them names it in
-        `ViewSpec.network`."""
+        """The frozen networks that the method reads with these knobs: "teacher" (--teacher), "teacher_run" (--teacher RUN,
+        with the whole method of that run: `Frozen.method`), "tokenizer" (--tokenizer), or "anchor" (--teacher, else the
+        start weights of --init-from). A view for one of them names it in `ViewSpec.network`."""
         return ()
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import yaml
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import backbones, distributed, encoder, pretext, tokenizer
+from .. import backbones, checkpoint, distributed, encoder, pretext, tokenizer
 from ..backbones.backbone import Backbone
 from ..backbones.quantizer import Quantizer
 from ..backbones.stored import StoredCodes, StoredOutputs
@@ -76,11 +77,19 @@ def networks(names: Sequence[str]) -> dict[str, Frozen]:
     """Small frozen networks of these names, with patches, width and normalisation that are not the encoder's."""
     found = {}
     for name in names:
-        backbone, quantizer = _network(name)
+        teacher = _teacher_run() if name == "teacher_run" else None
+        backbone, quantizer = _network(name) if teacher is None else (teacher.encoder, None)
         scales = OWN, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
         sight = Sight(backbone.stride)
         found[name] = Frozen(
-            backbone, spec=name, fingerprint=name, sight=sight, own=scales[0], run=scales[1], quantizer=quantizer
+            backbone,
+            spec=name,
+            fingerprint=name,
+            sight=sight,
+            own=scales[0],
+            run=scales[1],
+            quantizer=quantizer,
+            method=teacher,
         )
     return found
 
@@ -117,9 +126,13 @@ def stored(method: Method, given: Batch) -> tuple[dict[str, Frozen], Batch] | No
 
 def network_flags(method_class: type[Method], knobs: dict[str, Any], folder: Path) -> list[str]:
     """The flags of a run that name the frozen networks of the method with these knobs: those of `networks`, exported below
-    the folder."""
+    the folder, or as a run with a checkpoint."""
     flags = []
     for name in method_class.frozen(method_class.Config(**knobs)):
+        if name == "teacher_run":
+            _save_run(folder / name, _teacher_run())
+            flags += ["--teacher", str(folder / name)]
+            continue
         backbone, quantizer = _network(name)
         exported = Encoder(backbone, "vit_micro", Preprocessing.for_size(SIZE, *OWN), {})
         if quantizer is None:
@@ -136,6 +149,29 @@ def _network(name: str) -> tuple[Backbone, Quantizer | None]:
         torch.manual_seed(key("network", name))
         backbone = backbones.build("vit_micro", image_size=SIZE, patch_size=16, depth=2, dim=96, heads=3)
         return backbone, Quantizer(backbone.dim, 8, 4) if name == "tokenizer" else None
+
+
+def _teacher_run() -> Method:
+    """A small `mae` with random weights, as the method of a run that is a teacher. It is not prepared."""
+    method_class = pretext.load("mae")
+    knobs = {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 3}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key("network", "teacher_run"))
+        encoder = backbones.build(
+            "vit_micro", image_size=SIZE, patch_size=16, depth=2, dim=96, heads=3, positions="sincos"
+        )
+        return method_class(encoder, method_class.Config(**knobs))
+
+
+def _save_run(folder: Path, method: Method) -> None:
+    """Write what a run with this method leaves and `--teacher RUN` reads: config.yaml and a checkpoint."""
+    images = {"image_size": SIZE, "in_chans": 3, "mean": OWN[0], "std": OWN[1]}
+    settings = {"method": "mae", "encoder": "vit_micro", **images, **method.encoder.describe()}
+    settings |= dataclasses.asdict(method.config)
+    folder.mkdir(parents=True)
+    plain = json.loads(json.dumps(settings))  # lists for tuples
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+    checkpoint.save(folder / "checkpoints", 1, {"method": method.state_dict()})
 
 
 class Views(dict[str, Tensor]):

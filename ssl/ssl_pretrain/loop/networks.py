@@ -1,4 +1,8 @@
-"""Opens the frozen networks that a method reads: `--teacher`, `--tokenizer`, or the start weights of the run."""
+"""Opens the frozen networks that a method reads: `--teacher`, `--tokenizer`, or the start weights of the run.
+
+Their names are those of `Method.frozen`. "teacher_run" is the network of --teacher where the method of a run is read, and
+files and messages call it "teacher", too (`word`).
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import encoder, tokenizer
+from .. import encoder, model_card, tokenizer
 from ..backbones.quantizer import Quantizer
 from ..backbones.stored import StoredOutputs
 from ..config import Resolved, Run
@@ -18,7 +22,7 @@ from ..foreign import libraries
 from ..foreign.specs import Spec
 from ..frozen import Frozen
 from ..pretext import Method
-from . import manifest, start_weights, teacher_cache
+from . import manifest, start_state, start_weights, teacher_cache, teacher_run
 
 
 def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World) -> dict[str, Frozen]:
@@ -28,7 +32,8 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
     """
     wanted = method.frozen(knobs)
     specs = {"teacher": run.teacher, "anchor": run.teacher or (str(run.init_from) if run.init_from else None)}
-    if run.teacher is not None and not {"teacher", "anchor"} & set(wanted):
+    specs["teacher_run"] = run.teacher
+    if run.teacher is not None and not {"teacher", "anchor", "teacher_run"} & set(wanted):
         raise UserError(
             f"--teacher is given, and --method {run.method} with these flags reads no teacher: leave it out"
         )
@@ -43,10 +48,16 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
             found[name] = teacher_cache.opened(run, name, folder, spec)
             continue
         if spec is None:
-            flags = "--init-from (or --teacher)" if name == "anchor" else f"--{name}"
+            flags = "--init-from (or --teacher)" if name == "anchor" else f"--{word(name)}"
             if name == "anchor" and run.init_state:  # which --init-from would contradict
                 flags = f"--teacher, for example --teacher {run.init_state.partition('@')[0]}"
+            if name == "teacher_run":
+                flags += f" ({teacher_run.GIVE})"
             raise UserError(f"--method {run.method} with these flags reads a frozen network: name it with {flags}")
+        if name == "teacher_run":
+            theirs = teacher_run.open_run(spec, run.method, run.encoder)
+            found[name] = _frozen(theirs.encoder, theirs.fingerprint, spec, run, world, method=theirs.method)
+            continue
         if name == "tokenizer":
             tokens = tokenizer.load(spec)
             found[name] = _frozen(tokens.encoder, tokens.fingerprint, spec, run, world, tokens.quantizer)
@@ -58,6 +69,11 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
         )
         found[name] = _frozen(opened, opened.fingerprint, spec, run, world)
     return found
+
+
+def word(name: str) -> str:
+    """What files and messages call the network of that name."""
+    return "teacher" if name == "teacher_run" else name
 
 
 def open_encoder(spec: str, own: str) -> Encoder:
@@ -72,7 +88,7 @@ def check_sizes(networks: Mapping[str, Frozen], specs: tuple[ViewSpec, ...], tea
         if spec.network is not None and not networks[spec.network].cached:
             network = networks[spec.network]
             anchored = "teacher" if network.spec == teacher else "init-from"
-            network.check(anchored if spec.network == "anchor" else spec.network, spec.size, spec.network_pixels)
+            network.check(anchored if spec.network == "anchor" else word(spec.network), spec.size, spec.network_pixels)
 
 
 def check_unchanged(run: Resolved, networks: Mapping[str, Frozen]) -> None:
@@ -81,6 +97,7 @@ def check_unchanged(run: Resolved, networks: Mapping[str, Frozen]) -> None:
     if not isinstance(before, dict):
         return
     for name, network in networks.items():
+        name = word(name)
         entry = before.get(name)
         entry = entry if isinstance(entry, dict) else {}
         known, kind = entry.get("fingerprint"), entry.get("rounded")
@@ -102,7 +119,10 @@ def teacher_of(run: Run, out: Path) -> Encoder | None:
     networks = manifest.read(out).get("networks")
     if run.teacher is None or not isinstance(networks, dict) or "teacher" not in networks:
         return None
-    opened = open_encoder(run.teacher, run.encoder).eval()
+    if networks["teacher"].get("part") == "method":
+        opened = teacher_run.open_run(run.teacher, run.method, run.encoder).encoder.eval()
+    else:
+        opened = open_encoder(run.teacher, run.encoder).eval()
     return opened.to("cuda") if torch.cuda.is_available() else opened
 
 
@@ -110,7 +130,10 @@ def facts(networks: Mapping[str, Frozen]) -> dict[str, dict[str, Any]]:
     """What the manifest and the lineage say of the networks."""
     found: dict[str, dict[str, Any]] = {}
     for name, network in networks.items():
+        name = word(name)
         found[name] = {"spec": network.spec, "fingerprint": network.fingerprint}
+        if network.method is not None:  # read whole; what its run says of source and licence
+            found[name] |= {"part": "method", **model_card.origin(str(start_state.folder_of(network.spec)))}
         if isinstance(network.backbone, StoredOutputs):  # the network itself may be gone
             found[name] |= network.backbone.origin
         if (kind := _rounded(network)) is not None:
@@ -125,7 +148,13 @@ def _rounded(network: Frozen) -> str | None:
 
 
 def _frozen(
-    opened: Encoder, fingerprint: str, spec: str, run: Resolved, world: World, quantizer: Quantizer | None = None
+    opened: Encoder,
+    fingerprint: str,
+    spec: str,
+    run: Resolved,
+    world: World,
+    quantizer: Quantizer | None = None,
+    method: Method | None = None,
 ) -> Frozen:
     how = opened.preprocessing
     if how.channels != run.in_chans:
@@ -141,4 +170,5 @@ def _frozen(
         own=(how.mean, how.std),
         run=(run.mean, run.std),
         quantizer=None if quantizer is None else quantizer.to(world.device),
+        method=None if method is None else method.to(world.device),
     )

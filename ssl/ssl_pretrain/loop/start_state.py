@@ -33,24 +33,30 @@ def settings(text: str, out: Path, method: str, *, partial: bool = False) -> dic
             f"encoder alone with --init-from {run}, or add --partial to load what has the same name and shape"
         )
     fixed = start_weights.of_recorded(theirs, run)
-    return {**_some(theirs, knobs), **fixed, "init_fingerprint": _fingerprint(run, step)}
+    return {**_some(theirs, knobs), **fixed, "init_fingerprint": fingerprint(run, step)}
 
 
-def place(text: str) -> tuple[Path, int]:
-    """The run folder and the step of RUN@STEP (RUN: its newest checkpoint). Raises UserError if there is no such
-    checkpoint, or if it is damaged."""
+def place(text: str, flag: str = "--init-state") -> tuple[Path, int]:
+    """The run folder and the step of RUN@STEP (RUN: its newest checkpoint). flag: that gives it, for messages. Raises
+    UserError if there is no such checkpoint."""
     found = FORM.fullmatch(text)
-    run, step = (Path(found["run"]), found["step"]) if found else (Path(text), None)
+    run, step = folder_of(text), found["step"] if found else None
     if not (run / "config.yaml").is_file():
-        raise UserError(f"--init-state {text}: {run} is no run folder: give RUN@STEP")
+        raise UserError(f"{flag} {text}: {run} is no run folder: give RUN@STEP")
     there = checkpoint.steps(run / "checkpoints")
     if not there:
-        raise UserError(f"--init-state {text}: {run} has no checkpoint")
+        raise UserError(f"{flag} {text}: {run} has no checkpoint")
     chosen = there[-1] if step is None else int(step)
     if chosen not in there:
         kept = ", ".join(map(str, there))
-        raise UserError(f"--init-state {text}: {run} has no checkpoint of step {chosen}; it has those of {kept}")
+        raise UserError(f"{flag} {text}: {run} has no checkpoint of step {chosen}; it has those of {kept}")
     return run, chosen
+
+
+def folder_of(text: str) -> Path:
+    """The run folder of RUN@STEP or RUN. It need not exist."""
+    found = FORM.fullmatch(text)
+    return Path(found["run"] if found else text)
 
 
 def load(run: config.Resolved, method: nn.Module) -> list[str]:
@@ -123,14 +129,21 @@ def branched(run: config.Resolved, start: int) -> str:
 
 def _reader(run: config.Resolved, path: Path, step: int) -> checkpoint.Reader:
     """Raises UserError for a damaged checkpoint, or one of another fingerprint."""
+    what = f"--init-state {run.init_state}"
+    reader = undamaged(what, path, step)
+    start_weights.check_fingerprint(run, what, fingerprint(path, step))
+    return reader
+
+
+def undamaged(what: str, path: Path, step: int) -> checkpoint.Reader:
+    """A checkpoint of the run in `path`. what: names it in messages. Raises UserError if it is damaged."""
     folder = path / "checkpoints"
     if problem := checkpoint.damage(folder / f"step-{step:08d}"):
-        raise UserError(f"--init-state {run.init_state}: the checkpoint of step {step} is damaged ({problem})")
-    start_weights.check_fingerprint(run, f"--init-state {run.init_state}", _fingerprint(path, step))
+        raise UserError(f"{what}: the checkpoint of step {step} is damaged ({problem})")
     return checkpoint.Reader(folder, step)
 
 
-def _fingerprint(run: Path, step: int) -> str:
+def fingerprint(run: Path, step: int) -> str:
     """Hex hash of a checkpoint's description, which has the checksums of its files."""
     text = (run / "checkpoints" / f"step-{step:08d}" / "checkpoint.json").read_bytes()
     return hashlib.blake2b(text, digest_size=16).hexdigest()

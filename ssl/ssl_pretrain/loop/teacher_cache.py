@@ -40,7 +40,10 @@ from .stages import Stage
 KIND = "teacher cache"
 FORMAT = 1
 CODES = "codes"  # the subfolder with a tokenizer's codebook
-FLAG = {"teacher": "teacher_cache", "anchor": "teacher_cache", "tokenizer": "tokenizer_cache"}  # by the network's name
+FLAG = {  # by the network's name
+    **dict.fromkeys(("teacher", "teacher_run", "anchor"), "teacher_cache"),
+    "tokenizer": "tokenizer_cache",
+}
 COMMAND = "ssl-data cache-teacher"
 COMPARED = 4  # images whose views must still be those that the network saw
 LIBRARIES = ("ssl-pretrain", "torch", "numpy", "pillow", "simplejpeg")  # that make views
@@ -220,8 +223,9 @@ def seen_by(name: str, specs: Iterable[ViewSpec], run: Resolved) -> list[ViewSpe
     views = [spec for spec in specs if spec.network == name]
     if not views or any(spec.reads is None for spec in views) or len({spec.reads for spec in views}) > 1:
         raise UserError(
-            f"{flag(name)}: the outputs of the {name} cannot be stored for --method {run.method} with these flags, which "
-            f"reads more than features of fixed views (weights, or pixels that are mixed on the device): leave it out"
+            f"{flag(name)}: the outputs of the {name.removesuffix('_run')} cannot be stored for --method {run.method} with "
+            f"these flags, which reads more than features of fixed views (weights, or pixels that are mixed on the "
+            f"device): leave it out"
         )
     return views
 

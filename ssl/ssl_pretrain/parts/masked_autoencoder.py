@@ -2,10 +2,10 @@
 patches.
 
 Shapes: B images, N patches on an (h, w) grid, K of them kept, M = N - K masked, D encoder width, E decoder width, F values
-of a patch.
+of a patch, P prefix tokens of the encoder.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from .masks import put, random_masking, rows
 from .patches import moments, normalise, patchify, unpatchify
 
 
+@runtime_checkable
 class HasDecoder(Protocol):
-    """A method after `add_decoder`. The parts are the method's own attributes, because their names are in checkpoints."""
+    """A method after `add_blocks`. The parts are the method's own attributes, because their names are in checkpoints."""
 
     encoder: Backbone
     grid: tuple[int, int]  # of images of the run's size
@@ -31,8 +32,13 @@ class HasDecoder(Protocol):
     mask_token: nn.Parameter
     decoder_blocks: nn.ModuleList
     decoder_norm: nn.LayerNorm
-    decoder_pred: nn.Linear
     decoder_pos_embed: Tensor
+
+
+class Predicts(HasDecoder, Protocol):
+    """A method after `add_decoder`."""
+
+    decoder_pred: nn.Linear
 
 
 def decoder_sizes(given_width: int | None, encoder: Backbone) -> dict[str, int]:
@@ -47,10 +53,19 @@ def decoder_sizes(given_width: int | None, encoder: Backbone) -> dict[str, int]:
 
 
 def add_decoder(
-    method: HasDecoder, *, width: int, depth: int, heads: int, mask_ratio: float, values: int | None = None
+    method: Predicts, *, width: int, depth: int, heads: int, mask_ratio: float, values: int | None = None
 ) -> None:
     """Give a method a decoder of that many `values` a patch (None: its pixels, F). Raises UserError for sizes that do not
     fit, and for a masking ratio that leaves no patch."""
+    add_blocks(method, width=width, depth=depth, heads=heads, mask_ratio=mask_ratio)
+    encoder = method.encoder
+    p, q = encoder.stride
+    method.decoder_pred = nn.Linear(width, p * q * encoder.in_chans if values is None else values)
+
+
+def add_blocks(method: HasDecoder, *, width: int, depth: int, heads: int, mask_ratio: float) -> None:
+    """Give a method a decoder without the layer that predicts. Raises UserError for sizes that do not fit, and for a
+    masking ratio that leaves no patch."""
     encoder = method.encoder
     if width % heads or width % 4:
         raise UserError(f"--decoder-dim {width} must be a multiple of 4 and of --decoder-heads {heads}")
@@ -62,7 +77,6 @@ def add_decoder(
     method.mask_token = nn.Parameter(torch.zeros(1, 1, width))
     method.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
     method.decoder_norm = nn.LayerNorm(width, eps=1e-6)
-    method.decoder_pred = nn.Linear(width, p * q * encoder.in_chans if values is None else values)
     assert isinstance(method, nn.Module)
     method.register_buffer("decoder_pos_embed", sincos_table(method.grid, width)[None], persistent=False)
 
@@ -77,7 +91,7 @@ def initialise(method: HasDecoder) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
-def initialise_decoder(method: HasDecoder) -> None:
+def initialise_decoder(method: Predicts) -> None:
     """Initialise the decoder alone as MAE's."""
     for part in (method.decoder_embed, method.decoder_blocks, method.decoder_pred):
         xavier_(part)
@@ -97,8 +111,29 @@ def masking(encoder: Backbone, images: Tensor, step: Step, mask_ratio: float) ->
     return keep, masked, grid
 
 
-def decoded(method: HasDecoder, seen: Features, keep: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
+def decoded(method: Predicts, seen: Features, keep: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
     """The decoder's predictions (B, M, F) for the masked patches, from features of the kept ones."""
+    *others, last = method.decoder_blocks
+    x = _entering(method, seen, keep, masked, grid)
+    for block in others:
+        x = block(x)
+    x = last(x, first=masked.shape[1])
+    return method.decoder_pred(method.decoder_norm(x))
+
+
+def decoder_tokens(
+    method: HasDecoder, seen: Features, keep: Tensor, masked: Tensor, grid: tuple[int, int], block: int
+) -> Tensor:
+    """The output (B, M + P + K, E) of a decoder's block, without the norm at its end, for all tokens in the order masked,
+    prefix, kept."""
+    x = _entering(method, seen, keep, masked, grid)
+    for each in list(method.decoder_blocks)[: block + 1]:
+        x = each(x)
+    return x
+
+
+def _entering(method: HasDecoder, seen: Features, keep: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The tokens (B, M + P + K, E) that enter a decoder's first block, in the order masked, prefix, kept."""
     positions = method.decoder_pos_embed
     if grid != method.grid:
         positions = sincos_table(grid, method.decoder_embed.out_features)[None].to(keep.device)
@@ -109,12 +144,7 @@ def decoded(method: HasDecoder, seen: Features, keep: Tensor, masked: Tensor, gr
     masked_tokens = (method.mask_token + F.embedding(masked, positions[0])).to(tokens.dtype)
     # The order does not matter, because positions are added as embeddings. Masked tokens come first, so that the
     # last block can compute its outputs for them alone.
-    x = torch.cat([masked_tokens, prefix, tokens], dim=1)
-    *others, last = method.decoder_blocks
-    for block in others:
-        x = block(x)
-    x = last(x, first=masked.shape[1])
-    return method.decoder_pred(method.decoder_norm(x))
+    return torch.cat([masked_tokens, prefix, tokens], dim=1)
 
 
 def pixel_loss(
@@ -133,7 +163,7 @@ def pixel_loss(
     return F.mse_loss(predicted, target), per_sample
 
 
-def mean_colour(method: HasDecoder) -> tuple[float, str]:
+def mean_colour(method: Predicts) -> tuple[float, str]:
     """What `pixel_loss` is with `norm_pix` if nothing is learned, and what that means."""
     values = method.decoder_pred.out_features
     return (values - 1) / values, "every patch is reconstructed as its mean colour; nothing is learned"

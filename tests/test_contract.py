@@ -74,6 +74,7 @@ LEARNING: dict[str, dict[str, object]] = {
     "distill": {"steps": 120},
     "mrmae": {"steps": 200},
     "maelite": {"steps": 200},
+    "g2sd": {"steps": 200},
     "beit": {"steps": 600, "pool": "cls"},
     "mage": {"steps": 600},
     "igpt": {"steps": 300, "patch_size": 4},
@@ -108,7 +109,7 @@ def test_it_learns_on_real_images(name: str, shared_data: Path, tmp_path: Path, 
         labels = ["--classes", 10, "--batch-size", 128, "--steps", 150, "--lr", "2e-3", "--workers", 0]
         pretrain("--method", "supervised", *common, *small_vit, *labels, "--out", tmp_path / "teacher")
         argv += ["--teacher", tmp_path / "teacher"]
-    if name == "maelite":  # a wider encoder, trained for as long
+    if name in ("maelite", "g2sd"):  # a wider encoder, trained for as long
         wider = ["--dim", 128, "--heads", 4, "--depth", 2, "--batch-size", 128, "--steps", 150, "--lr", "2e-3"]
         small = ["--patch-size", 8, "--decoder-dim", 64, "--decoder-depth", 1, "--decoder-heads", 2, "--workers", 0]
         pretrain("--method", "mae", *common, *wider, *small, "--aug", "fast", "--out", tmp_path / "teacher")

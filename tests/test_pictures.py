@@ -46,6 +46,7 @@ OWN = {  # what the methods themselves draw
     "dinov2": "view | masked",
     "distill": "view | mixed",
     "featmim": "view | masked",
+    "g2sd": "view | masked",
     "ibot": "view | masked",
     "igpt": "input | palette | prediction",
     "ijepa": "input | context | targets",

@@ -26,6 +26,7 @@ PAPER: dict[str, dict[str, int]] = {
     "dino": {"prototypes": 65536, "hidden_dim": 2048},
     "dinov2": {"prototypes": 65536, "hidden_dim": 2048},
     "distill": {"queue": 8192},
+    "g2sd": {"decoder_dim": 512, "decoder_depth": 4, "decoder_heads": 16},
     "ibot": {"prototypes": 8192, "hidden_dim": 2048},
     "ijepa": {"predictor_dim": 384, "predictor_depth": 12, "predictor_heads": 12},
     "lejepa": {"hidden_dim": 2048},
@@ -48,6 +49,7 @@ PAPER: dict[str, dict[str, int]] = {
 TRANSFORMERS = {
     "aim",
     "data2vec2",
+    "g2sd",
     "ijepa",
     "mae",
     "maelite",
@@ -103,6 +105,12 @@ def test_sizes_beside_small_encoders() -> None:
     assert (micro["decoder_dim"], micro["decoder_depth"], micro["decoder_heads"]) == (96, 2, 3)
     small = by_rule("mae", "vit_small", 2000)
     assert (small["decoder_dim"], small["decoder_depth"], small["decoder_heads"]) == (256, 8, 8)
+    g2sd = [by_rule("g2sd", f"vit_{size}", 2000) for size in ("small", "tiny", "micro")]
+    assert [tuple(each[f"decoder_{part}"] for part in ("dim", "depth", "heads")) for each in g2sd] == [
+        (256, 4, 8),  # the paper's width and depth for a ViT-S, and of the next for a ViT-Ti
+        (128, 4, 4),
+        (96, 1, 3),
+    ]
     given = by_rule("mae", "vit_micro", 2000, decoder_dim=40)
     assert given["decoder_heads"] == 1  # 40 // 32
     ijepa = by_rule("ijepa", "vit_tiny", 2000)

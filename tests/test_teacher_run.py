@@ -1,5 +1,6 @@
 """A run as teacher: its method is read from a checkpoint, whole and frozen; what has no decoder is refused in one line."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_files_name_it_as_the_teacher_and_a_changed_one_is_refused(teacher: Path
     assert list(facts) == ["teacher"]
     assert facts["teacher"]["part"] == "method"
     assert facts["teacher"]["method"] == "mae"  # from the lineage of the run's export
-    (tmp_path / "manifest.json").write_text(yaml.safe_dump({"networks": facts}, default_flow_style=True, width=10**6))
+    (tmp_path / "manifest.json").write_text(json.dumps({"networks": facts}))
     flags, _, _ = read_command(["--method", "mae", "--image-size", "32", "--out", str(tmp_path)])
     run = config.resolve(flags, MAE.recipe, 96, "fp32")
     networks.check_unchanged(run, {"teacher_run": opened(f"{teacher}@2")})
@@ -91,7 +92,7 @@ def copied(teacher: Path, to: Path, settings: Mapping[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "dino"}, "is a run of dino, which has no decoder of masked patches, and --method mae reads"),
+        ({"method": "dino", "prototypes": 16, "hidden_dim": 16}, "is a run of dino, which has no decoder of masked patches, and --method mae reads"),
         ({"method": "nothing"}, "cannot be built .unknown method 'nothing'"),
         ({"encoder": "vit_none"}, "names the encoder 'vit_none', which is not known"),
         ({"encoder": "module:evil:make"}, "is your own code, which no file may name"),

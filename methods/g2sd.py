@@ -6,14 +6,14 @@ grid, K of them kept, M = N - K masked, P prefix tokens, L = M + P + K tokens of
 width, T width of the teacher's decoder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.backbones.backbone import Backbone, Features
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, POSITIVE, within
@@ -138,24 +138,24 @@ class G2SD(Method):
     @torch.no_grad()
     def _check_tokens(self) -> None:
         """Raise UserError where the tokens of teacher and encoder are not of the same parts of an image."""
-        found = []
-        for network, backbone, stride in (
-            (self.encoder, self.encoder, self.encoder.stride),
-            (self.teacher, self.teacher.backbone, self.teacher.sight.stride),
-        ):
-            training, device = backbone.training, next(backbone.parameters()).device
-            size = [side * step for side, step in zip(self.grid, stride, strict=True)]
-            backbone.eval()
-            found.append(network(torch.zeros(1, backbone.in_chans, *size, device=device)))
-            backbone.train(training)
-        own, theirs = found
+        own = self._blank(self.encoder, self.encoder, self.encoder.stride)
+        theirs = self._blank(self.teacher, self.teacher.backbone, self.teacher.sight.stride)
         self._check_grid(own.grid, theirs.grid)
-        before = [0 if seen.tokens is None else seen.tokens.shape[1] - seen.patches.shape[1] for seen in found]
+        before = [0 if seen.tokens is None else seen.tokens.shape[1] - seen.patches.shape[1] for seen in (own, theirs)]
         if self.config.supervise == "all" and before[0] != before[1]:
             raise UserError(
                 f"--teacher {self.teacher.spec} has {before[1]} tokens before the patches (class token, registers) and the "
                 f"encoder {before[0]}: give the encoder as many with --cls, --no-cls or --registers, or --supervise masked"
             )
+
+    def _blank(self, network: Callable[..., Features], backbone: Backbone, stride: tuple[int, int]) -> Features:
+        """What a network with this backbone gives for a blank image, on its own device, in eval mode."""
+        training, device = backbone.training, next(backbone.parameters()).device
+        size = [side * step for side, step in zip(self.grid, stride, strict=True)]
+        backbone.eval()
+        seen = network(torch.zeros(1, backbone.in_chans, *size, device=device))
+        backbone.train(training)
+        return seen
 
     def _check_grid(self, own: tuple[int, int], theirs: tuple[int, int]) -> None:
         """Raise UserError where the teacher's patches are not those of the encoder."""

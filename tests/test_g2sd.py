@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY
-from method_helpers import check_stated, losses_of, make_zero_, tiny_flags
+from method_helpers import check_stated, losses_of, make_zero_, step, tiny_flags
 from numpy_oracles import numpy_attention
 from ssl_pretrain.methods.g2sd import G2SD
 from ssl_pretrain.methods.mae import MAE
@@ -183,7 +183,7 @@ def test_collapsed_is_what_it_states() -> None:
     method = one_step.build("g2sd")
     make_zero_(method.predictor[2])
     batch = one_step.batch(method)
-    keep, masked, grid = masking(method.encoder, batch.views["image"], one_step.step(), method.config.mask_ratio)
+    keep, masked, grid = masking(method.encoder, batch.views["image"], step(), method.config.mask_ratio)
     with torch.no_grad():
         method.predictor[2].bias.copy_(method.targets(batch.views["teacher"], keep, masked, grid).mean((0, 1)))
     check_stated(method, {"relative": losses_of(method)})

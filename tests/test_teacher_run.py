@@ -97,7 +97,7 @@ def copied(teacher: Path, to: Path, settings: Mapping[str, Any]) -> str:
         ({"encoder": "vit_none"}, "names the encoder 'vit_none', which is not known"),
         ({"encoder": "module:evil:make"}, "is your own code, which no file may name"),
         ({"decoder_dim": "wide"}, "cannot be built .decoder_dim: 'wide' is not"),
-        ({"decoder_dim": 64}, r"checkpoint of step 4 has not the weights .*decoder_embed.bias \(32,\) instead of \(64,\)"),
+        ({"decoder_dim": 64}, r"checkpoint of step 4 has not the weights .*attn.proj.bias \(32,\) instead of \(64,\)"),
         ({"decoder_depth": 2}, "13 missing: decoder_blocks.1.attn.proj.bias|missing: decoder_blocks.1"),
         ({"image_size": "x"}, "cannot be built .image_size: 'x' is not"),
         ({"image_size": None}, "cannot be built .*image-size is needed"),

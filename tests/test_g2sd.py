@@ -263,7 +263,8 @@ def test_a_network_without_a_decoder_or_an_encoder_that_cannot_drop_tokens_is_re
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"beta": 0.0}, {"mask_ratio": 0.99}, {"decoder_heads": 5}, {"predictor_dim": 0}, {"crop_scale": (1.0, 0.2)}]
+    "knobs",
+    [{"beta": 0.0}, {"mask_ratio": 0.99}, {"decoder_heads": 5}, {"predictor_dim": 0}, {"crop_scale": (1.0, 0.2)}],
 )
 def test_knobs_that_cannot_be(knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="--"):
@@ -289,7 +290,20 @@ def test_a_run_follows_a_run_and_refuses_an_export_and_a_changed_teacher(pretrai
     assert len([line for line in said.splitlines() if "ssl-pretrain:" in line]) == 1
     assert not (tmp_path / "other").exists()
 
-    longer = ["--method", "mae", *short, "--dim", 192, "--heads", 6, "--steps", 3, "--extend", "--out", tmp_path / "mae"]
+    longer = [
+        "--method",
+        "mae",
+        *short,
+        "--dim",
+        192,
+        "--heads",
+        6,
+        "--steps",
+        3,
+        "--extend",
+        "--out",
+        tmp_path / "mae",
+    ]
     pretrain(*longer)  # its newest checkpoint is now another one
     more = [*flags[:-1], 3, "--extend", "--teacher", tmp_path / "mae", "--out", tmp_path / "run"]
     assert "began with another teacher" in pretrain(*more, code=2).stderr

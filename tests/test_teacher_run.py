@@ -92,7 +92,10 @@ def copied(teacher: Path, to: Path, settings: Mapping[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "dino", "prototypes": 16, "hidden_dim": 16}, "is a run of dino, which has no decoder of masked patches, and --method mae reads"),
+        (
+            {"method": "dino", "prototypes": 16, "hidden_dim": 16},
+            "is a run of dino, which has no decoder of masked patches",
+        ),
         ({"method": "nothing"}, "cannot be built .unknown method 'nothing'"),
         ({"encoder": "vit_none"}, "names the encoder 'vit_none', which is not known"),
         ({"encoder": "module:evil:make"}, "is your own code, which no file may name"),

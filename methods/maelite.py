@@ -99,6 +99,7 @@ class MAELite(Method):
             heads=self.config.decoder_heads,
             mask_ratio=config.mask_ratio,
         )
+        masked_autoencoder.initialise(self)
 
     @classmethod
     def frozen(cls, config: Any) -> tuple[str, ...]:
@@ -130,6 +131,7 @@ class MAELite(Method):
         blank = torch.zeros(1, encoder.in_chans, *own_size, device=device)
         own = encoder.eval()(blank, attention_of=(self.config.student_block,))
         encoder.train(training)
+        device = next(teacher.backbone.parameters()).device  # the encoder is moved there later
         blank = torch.zeros(1, encoder.in_chans, *their_size, device=device)
         theirs = teacher(blank, attention_of=(self.config.teacher_block,))
         self._check_grid(own.grid, theirs.grid)

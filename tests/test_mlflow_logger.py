@@ -58,7 +58,7 @@ def test_curves_scores_flags_and_pictures_are_in_the_database_and_a_continued_ru
     assert [step for step, _ in curve(out, "train/loss")] == [2, 4, 6, 8]
     assert [step for step, _ in curve(out, "val/loss")] == [3, 6, 8]
     assert rows(out, "select status from runs") == [("FINISHED",)]
-    assert len([*(out / "mlflow").rglob("*.png")]) == 4 * 5  # of step 8, too
+    assert len([*(out / "mlflow").rglob("*.png")]) == 4 * 6  # of step 8, too
 
     for path in out.rglob("*"):
         if path.is_file():

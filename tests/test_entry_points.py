@@ -180,7 +180,7 @@ def test_a_logger_of_another_package(packages: dict, photos: Path, tmp_path: Pat
     for file in sorted((tmp_path / "plain" / weights).glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "told" / weights / file.name).read_bytes()
     entries = diary(tmp_path / "told")
-    drawn = ["picture"] * 5
+    drawn = ["picture"] * 6
     assert [entry[0] for entry in entries if entry[0] != "warning"] == [
         "begin", *drawn, "metrics", "scores", "scores", "metrics", *drawn, "metrics", "scores", *drawn, "scores", "end",
     ]  # fmt: skip
@@ -188,7 +188,7 @@ def test_a_logger_of_another_package(packages: dict, photos: Path, tmp_path: Pat
     assert [entry[1] for entry in entries if entry[0] == "metrics"] == [line for line in told if "loss" in line]
     assert [entry[1] for entry in entries if entry[0] == "scores"] == ["features", "val", "features", "val"]
     shown = [entry for entry in entries if entry[0] == "picture"]
-    assert [entry[3] for entry in shown] == [0] * 5 + [4] * 5 + [6] * 5
+    assert [entry[3] for entry in shown] == [0] * 6 + [4] * 6 + [6] * 6
     assert next(entry for entry in shown if entry[1] == "views")[2] == ["uint8", 96, 8 * (96 + 2) - 2, 3]
     assert entries[-1] == ["end", "finished"]
     assert (tmp_path / "told" / "tensorboard").is_dir()

@@ -75,7 +75,7 @@ class BEiT(Method):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("beit", "replace")
-        self.mask_token = nn.Parameter(torch.empty(encoder.dim))
+        self.mask_token = nn.Parameter(torch.empty(encoder.token_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         if config.aggregate_cls:
             encoder.require("beit --aggregate-cls", "blocks")

@@ -183,7 +183,7 @@ class DINOv2(WholeBatchMethod):
         self.heads = nn.ModuleDict({"class": PrototypeHead(*head)})
         if not config.shared_head:
             self.heads["patch"] = PrototypeHead(*head)
-        self.mask_token = nn.Parameter(torch.zeros(encoder.dim))
+        self.mask_token = nn.Parameter(torch.zeros(encoder.token_dim))
         if config.centering == "centre":
             self.register_buffer("class_centre", torch.zeros(self.config.prototypes))
             self.register_buffer("patch_centre", torch.zeros(self.config.prototypes))

@@ -115,7 +115,7 @@ class FeatMIM(Method):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("featmim", "replace")
-        self.mask_token = nn.Parameter(torch.empty(encoder.dim))
+        self.mask_token = nn.Parameter(torch.empty(encoder.token_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.target = PatchTarget(
             config.target,

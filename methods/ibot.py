@@ -158,7 +158,7 @@ class IBOT(Method):
             self.config.prototypes,
             gain=not config.norm_last_layer,
         )
-        self.mask_token = nn.Parameter(torch.zeros(encoder.dim))
+        self.mask_token = nn.Parameter(torch.zeros(encoder.token_dim))
         self.register_buffer("class_centre", torch.zeros(self.config.prototypes))
         self.register_buffer("patch_centre", torch.zeros(self.config.prototypes))
 

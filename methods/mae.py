@@ -1,6 +1,7 @@
 """Masked autoencoders (He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022).
 
 Most patches are masked. The encoder sees only the others. A small decoder reconstructs the masked ones from its output.
+Whole mask units of the encoder are masked; on a ViT a unit is a patch.
 Shapes: B images, C channels, N patches on an (h, w) grid, K of them kept, M = N - K masked, p patch side, D encoder
 width, E decoder width, F = p * p * C values a patch.
 """
@@ -17,7 +18,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
 from ssl_pretrain.parts import anchor, masked_autoencoder
-from ssl_pretrain.parts.masked_autoencoder import decoded, masking, mean_colour, painted, pixel_loss
+from ssl_pretrain.parts.masked_autoencoder import decoded, masking_of_units, mean_colour, painted, pixel_loss
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -83,7 +84,7 @@ class MAE(Method):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        encoder.require("mae", "keep")
+        encoder.require("mae", "keep", units=True)
         self.anchor: anchor.Anchor | None = None
         masked_autoencoder.add_decoder(
             self,
@@ -115,7 +116,7 @@ class MAE(Method):
         return (image, *anchor.twins(config.anchor, [image], config.anchor_zoom))
 
     def kept(self, patches: int) -> int:
-        """How many of `patches` patches the encoder sees: rounded down, as released."""
+        """How many of `patches` patches (mask units) the encoder sees: rounded down, as released."""
         return masked_autoencoder.kept(patches, self.config.mask_ratio)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
@@ -134,9 +135,9 @@ class MAE(Method):
 
     def reconstruct(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Predictions (B, M, F) for the masked patches, their indices (B, M), the kept ones' (B, K), and the grid."""
-        keep, masked, grid = masking(self.encoder, images, step, self.config.mask_ratio)
-        seen = encode(self.encoder, images, step, keep=keep)
-        return decoded(self, seen, keep, masked, grid), masked, keep, grid
+        drawn = masking_of_units(self.encoder, images, step, self.config.mask_ratio)
+        seen = encode(self.encoder, images, step, keep=drawn.units)
+        return decoded(self, seen, drawn.keep, drawn.masked, drawn.grid), drawn.masked, drawn.keep, drawn.grid
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """With normalised pixels, the loss of painting every patch in its mean colour."""

@@ -2,7 +2,7 @@
 
 Large squares of an image are masked. The encoder sees the whole grid, with a mask token in the masked places, and one
 linear layer reconstructs their pixels. Shapes: B images, N of the global batch, P patches on an (h, w) grid, p patch
-side, D encoder width, F = p * p * C values a patch.
+side, D encoder width, F = p * p * C values a patch, U mask units of the encoder (on a ViT a unit is a patch).
 """
 
 import math
@@ -16,6 +16,7 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, within
 from ssl_pretrain.parts.patches import patchify, unpatchify
+from ssl_pretrain.parts.units import mask_of_patches, patches_a_unit, unit_grid
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
 
@@ -46,7 +47,7 @@ class SimMIM(Method):
 
         mask_unit: int = 32
         """Side in pixels of the squares that are masked as a whole. At most a sixth of the image's shorter side is
-        used, rounded to the nearest multiple of the patch."""
+        used, rounded to the nearest multiple of the patch (of the encoder's mask unit, where that is larger)."""
         mask_ratio: float = 0.6
         """Masking ratio: share of the squares that are masked; their number is rounded up."""
         crop_scale: tuple[float, float] = (0.67, 1.0)
@@ -61,8 +62,8 @@ class SimMIM(Method):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        encoder.require("simmim", "replace")
-        self.mask_token = nn.Parameter(torch.empty(encoder.dim))
+        encoder.require("simmim", "replace", units=True)
+        self.mask_token = nn.Parameter(torch.empty(encoder.token_dim))
         self.head = nn.Linear(encoder.dim, encoder.stride[0] * encoder.stride[1] * encoder.in_chans)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -77,41 +78,48 @@ class SimMIM(Method):
         """Loss over batch.views["image"] (B, C, H, W): the mean over all masked pixels of the global batch. The mean of
         `per_sample` (B,) is the loss."""
         images = batch.views["image"]
-        masked, counted = self.mask(images, step)
-        painted = self.paint(images, masked, step)
+        units, counted = self.mask(images, step)
+        masked = self.masked_patches(images, units)
+        painted = self.paint(images, units, step)
         errors = (painted.float() - patchify(images, self.encoder.stride).float()).abs().mean(-1)  # (B, P)
         per_sample = (errors * masked).sum(1) / counted
         return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
 
     def mask(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """The mask, bool (B, P), True for masked patches; and the mean number of masked patches of an image over the
-        global batch, ().
+        """The mask of the encoder's units, bool (B, U), True where masked; and the mean number of masked patches of an
+        image over the global batch, ().
 
         If the squares do not divide the grid, those at the right and the bottom are cut off by its edge. Then images
         differ in their number of masked patches.
         """
         height, width = images.shape[-2:]
-        grid = (height // self.encoder.stride[0], width // self.encoder.stride[1])
+        grid = unit_grid(self.encoder, (height, width))
         pixels = min(self.config.mask_unit, min(height, width) / UNITS)
-        unit = [max(1, math.floor(pixels / side + 0.5)) for side in self.encoder.stride]  # patches
+        unit = [max(1, math.floor(pixels / side + 0.5)) for side in self.encoder.unit]  # the encoder's units
         squares = [math.ceil(side / taken) for side, taken in zip(grid, unit, strict=True)]
         count = math.ceil(squares[0] * squares[1] * self.config.mask_ratio)
         noise = step.shared_rand(step.batch_size, squares[0] * squares[1])
         chosen = torch.zeros_like(noise, dtype=torch.bool).scatter(1, noise.argsort(1)[:, :count], True)
         chosen = chosen.unflatten(1, squares).repeat_interleave(unit[0], 1).repeat_interleave(unit[1], 2)
-        masked = chosen[:, : grid[0], : grid[1]].flatten(1)  # (N, P)
-        return masked[step.rows], masked.sum(1).float().mean()
+        units = chosen[:, : grid[0], : grid[1]].flatten(1)  # (N, U)
+        down, right = patches_a_unit(self.encoder)
+        return units[step.rows], units.sum(1).float().mean() * (down * right)
 
-    def paint(self, images: Tensor, masked: Tensor, step: Step) -> Tensor:
-        """All patches (B, P, F) as reconstructed from the images without those `masked` (B, P)."""
-        return self.head(encode(self.encoder, images, step, replace=(masked, self.mask_token)).patches)
+    def masked_patches(self, images: Tensor, units: Tensor) -> Tensor:
+        """The mask of patches (B, P) that a mask of the encoder's units (B, U) is."""
+        return mask_of_patches(units, self.encoder, unit_grid(self.encoder, (images.shape[-2], images.shape[-1])))
+
+    def paint(self, images: Tensor, units: Tensor, step: Step) -> Tensor:
+        """All patches (B, P, F) as reconstructed from the images without the units (B, U)."""
+        return self.head(encode(self.encoder, images, step, replace=(units, self.mask_token)).patches)
 
     @torch.no_grad()
     def pictures(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Input, masked input and reconstruction (n, C, H, W); masked patches repainted."""
         images = batch.views["image"]
-        masked, _ = self.mask(images, step)
-        painted = self.paint(images, masked, step).float()
+        units, _ = self.mask(images, step)
+        masked = self.masked_patches(images, units)
+        painted = self.paint(images, units, step).float()
         patches = patchify(images, self.encoder.stride).float()
         grid = tuple(size // side for size, side in zip(images.shape[-2:], self.encoder.stride, strict=True))
         hidden = patches.masked_fill(masked[:, :, None], 0.0)

@@ -50,6 +50,90 @@ class Acme(Backbone):
         return {"embed": 0, "layers": 1}[parameter.split(".")[0]]
 '''
 
+UNITS = '''
+"""Patches of which 2 x 2 make a mask unit: patches see their unit, units see each other."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import nn
+
+from ssl_pretrain.backbones.backbone import Backbone, Features
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.units import mask_of_patches, patches_of
+
+SIZES = {"cells_small": {"width": 24}}
+
+
+@final
+class Cells(Backbone):
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """The encoder (Cells)."""
+
+        width: int
+        """Channels of a feature."""
+        inner: int = 12
+        """Channels of a patch embedding."""
+        side: int = 4
+        """Side of a patch, pixels."""
+
+    supports = frozenset({"keep", "replace", "visible", "maps"})
+
+    def __init__(self, image_size, in_chans, config):
+        super().__init__()
+        self.config, self.image_size, self.in_chans = config, image_size, in_chans
+        self.dim, self.depth, self.stride = config.width, 1, (config.side, config.side)
+        self.map_strides, self.map_channels = ((config.side, config.side),), (config.width,)
+        self.embed = nn.Conv2d(in_chans, config.inner, config.side, config.side)
+        self.within = nn.Linear(2 * config.inner, config.width)
+        self.across = nn.Linear(config.width, config.width)
+
+    @property
+    def unit(self):
+        return 2 * self.stride[0], 2 * self.stride[1]
+
+    @property
+    def token_dim(self):
+        return self.config.inner
+
+    def forward(self, images, *, keep=None, replace=None, attention="full", prefix_length=None, blocks=(), drop=None,
+                visible=None, maps=False):
+        self.refuse_options(keep, replace, attention, prefix_length, blocks)
+        if images.shape[1] != self.in_chans:
+            raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
+        if images.shape[2] % self.unit[0] or images.shape[3] % self.unit[1]:
+            raise UserError(f"images of {tuple(images.shape[2:])} pixels are no multiple of {self.unit}")
+        x = self.embed(images)
+        h, w = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)
+        grid = (h // 2, w // 2)
+        if replace is not None:
+            mask, token = replace
+            x = torch.where(mask_of_patches(mask, self, grid)[..., None], token, x)
+        every = torch.arange(h * w // 4, device=x.device).expand(len(x), -1)
+        units = every if keep is None else keep
+        index = patches_of(units, self, grid)
+        x = torch.gather(x, 1, index[..., None].expand(-1, -1, x.shape[2])).unflatten(1, (-1, 4))
+        there = x.new_ones(x.shape[:2]) if visible is None else visible.to(x.dtype)
+        x = torch.cat([x, x.mean(2, keepdim=True).expand_as(x)], 3)
+        x = self.within(x) * there[:, :, None, None]
+        seen = x.sum((1, 2), keepdim=True) / (4 * there.sum(1)[:, None, None, None])
+        x = (x + self.across(seen).tanh()) * there[:, :, None, None]
+        x = x.flatten(1, 2).to(self.embed.weight.dtype)
+        pooled = x.sum(1) / (4 * there.sum(1, keepdim=True))
+        if keep is None:
+            x = torch.gather(x, 1, index.argsort(1)[..., None].expand_as(x))
+            pyramid = x.transpose(1, 2).unflatten(2, (h, w))
+        else:
+            pyramid = x.transpose(1, 2).unflatten(2, (-1, 2))
+        return Features(cls=None, patches=x, grid=(h, w), pooled=pooled, maps=(pyramid,) if maps else ())
+
+    def layer_of(self, parameter):
+        return {"embed": 0, "within": 1, "across": 1}[parameter.split(".")[0]]
+'''
+
 SOURCE = '''
 """Grey steps in bands, made and not read."""
 

@@ -68,6 +68,7 @@ def small(name: str) -> Any:
 
 KINDS = {
     "backbones": ("backbones", acme.BACKBONE, "acme_small", "{}:Acme"),
+    "units": ("backbones", acme.UNITS, "cells_small", "{}:Cells"),
     "evaluators": ("eval", acme.EVALUATOR, "means", "{}"),
     "sources": ("sources", acme.SOURCE, "bands", "{}:Bands"),
     "loggers": ("loggers", acme.LOGGER, "diary", "{}:Diary"),
@@ -88,7 +89,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         install(site, module, text, {f"ssl_pretrain.{group}": {name: what.format(module)}})
         monkeypatch.syspath_prepend(str(site))
         monkeypatch.delitem(sys.modules, module, raising=False)
-        return checks(kind, name)
+        return checks("backbones" if kind == "units" else kind, name)
 
     return make
 
@@ -282,6 +283,61 @@ FAULTS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
             ("        self.layers =", "        self.factor = torch.rand(())\n        self.layers ="),
             ("pooled=patches.mean(1)", "pooled=patches.mean(1) * self.factor"),
         ],
+    ),
+    # ---- Backbones whose mask units are several patches.
+    (
+        "units",
+        "attributes_are_set",
+        "no whole number of patches",
+        [("2 * self.stride[0], 2 *", "3 * self.stride[0] // 2, 2 *")],
+    ),
+    ("units", "attributes_are_set", "token_dim is", [("return self.config.inner", "return None")]),
+    (
+        "units",
+        "kept_patches_are_all_that_is_seen",
+        "patches with keep of 3 units are",
+        [
+            (
+                "index = patches_of(units, self, grid)",
+                "index = patches_of(units, self, grid)[:, : -4 if keep is not None and keep.shape[1] < 6 else None]",
+            )
+        ],
+    ),
+    (
+        "units",
+        "kept_patches_are_all_that_is_seen",
+        "gives other patches",
+        [("units = every if keep is None else keep", "units = every if keep is None else keep.sort(1).values")],
+    ),
+    (
+        "units",
+        "replaced_patches_are_not_seen",
+        "depend on pixels of masked patches",
+        [("mask_of_patches(mask, self, grid)", "mask_of_patches(mask.roll(1, 1), self, grid)")],
+    ),
+    (
+        "units",
+        "invisible_units_have_no_influence",
+        "with every unit visible",
+        [("visible.to(x.dtype)", "visible.to(x.dtype) / 2")],
+    ),
+    (
+        "units",
+        "invisible_units_have_no_influence",
+        "depend on pixels of units that are not visible",
+        [("x = self.within(x) * there[:, :, None, None]", "x = self.within(x)")],
+    ),
+    (
+        "units",
+        "invisible_units_have_no_influence",
+        "are not 0",
+        [("self.across(seen).tanh()) * there[:, :, None, None]", "self.across(seen).tanh())")],
+    ),
+    (
+        "units",
+        "maps_are_a_pyramid",
+        "with keep a map has the shape",
+        [("unflatten(2, (-1, 2))", "unflatten(2, (2, -1))")],
     ),
     # ---- Evaluators.
     (

@@ -1,5 +1,6 @@
 """The contract of an encoder: images in, Features out. Shapes: B images, C channels, H x W pixels, N patches on a
-(h, w) grid, D channels of the encoder, P prefix tokens (CLS and registers), L = P + N."""
+(h, w) grid, D channels of the encoder, P prefix tokens (CLS and registers), L = P + N, U mask units on a grid of their
+own (a unit is one patch or several), E channels of the patch embeddings."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
+MASKS = frozenset({"keep", "replace", "visible"})  # words of `Backbone.supports` for what is taken out of an image
+
 
 class UnsupportedByBackbone(UserError):
     """A method needs something that this backbone does not support; the message names both."""
@@ -21,7 +24,9 @@ class Features:
     """The output of an encoder for a batch of images. After the final norm, except `blocks`."""
 
     cls: Tensor | None  # (B, D), or None if the encoder has no CLS token
-    patches: Tensor  # (B, N, D); with `keep`, only the kept ones in the requested order
+    # (B, N, D); with `keep`, only those of the kept units: unit after unit in the requested order, in raster order within
+    # a unit; with `visible`, 0 in the units that do not exist.
+    patches: Tensor
     grid: tuple[int, int]  # (h, w) of the whole image, also when patches were dropped
     pooled: Tensor  # (B, D): one vector per image, as the encoder's config defines it
     prefix: Tensor | None = None  # (B, P, D): CLS first if there is one, then registers; None without prefix tokens
@@ -44,9 +49,9 @@ class Backbone(nn.Module, ABC):
 
     Attributes every backbone sets: `config` (its frozen dataclass), `image_size` (H, W), `in_chans`, `dim` (D, width
     of every feature), `depth` (number of blocks or stages), `stride` (pixels a patch side (h, w)), `supports`
-    (frozenset of words among "keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps",
+    (frozenset of words among "keep", "replace", "visible", "attention", "blocks", "drop_path", "pooled_only", "maps",
     "attention_maps"). Everything that a forward pass uses is in `state_dict()`. A backbone that supports "maps" also
-    sets `map_strides` and `map_channels`.
+    sets `map_strides` and `map_channels`. A hierarchical one may set `unit` and `token_dim`.
     """
 
     config: Any
@@ -59,6 +64,17 @@ class Backbone(nn.Module, ABC):
     supports: frozenset[str]
     map_strides: tuple[tuple[float, float], ...] = ()  # pixels a position (down, right) of each of `Features.maps`
     map_channels: tuple[int, ...] = ()  # their channels
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Pixels a side (h, w) of a mask unit: the smallest area that `keep`, `replace` and `visible` can take out of an
+        image. A whole number of patches; by default one."""
+        return self.stride
+
+    @property
+    def token_dim(self) -> int:
+        """Channels E of the patch embeddings, which `replace` replaces. By default D."""
+        return self.dim
 
     @abstractmethod
     def forward(
@@ -74,21 +90,26 @@ class Backbone(nn.Module, ABC):
     ) -> Features:
         """Encode images (B, C, H, W) float, normalised as the run says; H, W any multiple of `stride`.
 
-        keep: (B, K) int64 patch indices in raster order of the grid; only these enter the encoder.
-        replace: (mask (B, N) bool, token (D,)); masked patches' embeddings are replaced by the token before positions
-            are added.
+        keep: (B, K) int64 indices of mask units in raster order of their grid; only these enter the encoder.
+        replace: (mask (B, U) bool, token (E,)); the embeddings of the patches in masked units are replaced by the token
+            before positions are added. Pixels of masked units have no influence.
         attention: "full", "causal" (a token attends to itself and earlier ones; prefix tokens come first), "prefix" (as
             causal, but the first `prefix_length` (B,) patches and all prefix tokens attend to each other fully), or a
             bool mask (B or 1, L, L), True if query row may attend to key column.
         blocks: indices of the blocks whose outputs are in `Features.blocks`; negative counts from the end.
         drop: (B, 2 * depth) uniform noise for drop path, drawn by the method from `Step.rand`; needed in training when
             the drop-path rate is above 0.
-        Raises UnsupportedByBackbone for an option that the backbone does not support. A backbone that supports
-        "pooled_only" also takes that option: True means that only `Features.pooled` is used, and the rest may be
-        missing. One that supports "maps" takes that option: True gives `Features.maps`. Maps are of whole images: with
-        `keep` they are refused (UserError). One that supports "attention_maps" takes `attention_of`, indices of the
-        blocks whose attention is in `Features.attention` (as `blocks`), and `attention_logits`: True gives the logits
-        before the softmax, -inf where a query may not attend.
+        Raises UnsupportedByBackbone for an option that the backbone does not support.
+
+        A backbone that supports one of these words takes more options:
+        "pooled_only": `pooled_only`; True means that only `Features.pooled` is used, and the rest may be missing.
+        "maps": `maps`; True gives `Features.maps`. They are of whole images: with `keep` they are refused (UserError), or
+            are those of the kept units below each other, (B, C_i, K * a_i, b_i) of units of a_i x b_i positions.
+        "visible": `visible` (B, U) bool, the mask units that exist. Pixels of the others have no influence on anything,
+            also not on the statistics of a batch norm; their positions are 0 in `Features.patches` and `maps`, and
+            `pooled` is made from visible positions.
+        "attention_maps": `attention_of`, indices of the blocks whose attention is in `Features.attention` (as `blocks`),
+            and `attention_logits`: True gives the logits before the softmax, -inf where a query may not attend.
         """
 
     def forward_crops(self, batches: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Features]:
@@ -102,9 +123,20 @@ class Backbone(nn.Module, ABC):
         """Depth of a parameter for layer-wise learning-rate decay: 0 for the stem (patch embedding, tokens, positions),
         i + 1 for block i, depth + 1 for what follows the blocks."""
 
-    def require(self, method: str, *wishes: str) -> None:
-        """Raise UnsupportedByBackbone unless the backbone supports every word; called in a method's constructor."""
+    def require(self, method: str, *wishes: str, units: bool = False) -> None:
+        """Raise UnsupportedByBackbone unless the backbone supports every word; called in a method's constructor.
+
+        units: the method masks whole units, also where a unit is several patches (`parts.units`). Without it, "keep",
+        "replace" and "visible" also need a backbone whose units are patches.
+        """
+        coarse = not units and self.unit != self.stride
         for wish in wishes:
+            if coarse and wish in MASKS and wish in self.supports:
+                raise UnsupportedByBackbone(
+                    f"{method} masks single patches, of {self.stride[0]} x {self.stride[1]} pixels here, and "
+                    f"{type(self).__name__} masks only whole units of {self.unit[0]} x {self.unit[1]}; a ViT "
+                    f"(--encoder vit_small) masks patches"
+                )
             if wish not in self.supports:
                 raise UnsupportedByBackbone(
                     f"{method} needs an encoder that supports {wish!r}, and {type(self).__name__} does not "

@@ -1,6 +1,7 @@
 """What every encoder keeps to (`backbones.backbone.Backbone`). It is built small: `depth` at most 2, `depths` of 1.
 
-Shapes: B images, N patches on an (h, w) grid, P prefix tokens, L = P + N, D width.
+Shapes: B images, N patches on an (h, w) grid, P prefix tokens, L = P + N, D width, U mask units, E width of the patch
+embeddings.
 """
 
 import copy
@@ -28,7 +29,7 @@ from . import Fault
 from ._common import check_config, expect, run_flags
 
 WORDS = frozenset(
-    {"keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps", "attention_maps"}
+    {"keep", "replace", "visible", "attention", "blocks", "drop_path", "pooled_only", "maps", "attention_maps"}
 )  # of `Backbone.supports`
 SIDES = (224, 64, 32, 128, 256)  # of images to build with, until its stride is known
 BATCH = 3
@@ -67,6 +68,7 @@ def checks(name: str) -> list[Callable[[], None]]:
         one.unsupported_options_are_refused,
         one.kept_patches_are_all_that_is_seen,
         one.replaced_patches_are_not_seen,
+        one.invisible_units_have_no_influence,
         one.attention_is_what_was_asked_for,
         one.blocks_are_those_asked_for,
         one.attention_maps_are_those_asked_for,
@@ -107,7 +109,7 @@ class _Checks:
         return small
 
     def build(self, size: tuple[int, int] | None = None, *, seed: int = 0, chans: int = 3, **options: Any) -> Any:
-        """The small encoder in eval mode, of images of `size` (by default 2 x 3 patches)."""
+        """The small encoder in eval mode, of images of `size` (by default 2 x 3 mask units)."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             built = backbones.build(
@@ -117,18 +119,18 @@ class _Checks:
 
     @cached_property
     def stride(self) -> tuple[int, int]:
-        """Pixels a patch side (h, w)."""
+        """Pixels a side (h, w) of a mask unit: one patch or several."""
         problems = []
         for side in SIDES:
             try:
-                return self.build((side, side)).stride
+                return self.build((side, side)).unit
             except UserError as problem:
                 problems.append(str(problem))
         raise Fault(f"it takes square images of none of the sides {SIDES}: {problems[0]}")
 
     @property
     def size(self) -> tuple[int, int]:
-        """Pixels (H, W) of 2 x 3 patches."""
+        """Pixels (H, W) of 2 x 3 mask units."""
         return 2 * self.stride[0], 3 * self.stride[1]
 
     @cached_property
@@ -150,11 +152,26 @@ class _Checks:
         """Images (count, 3, H, W) of normal noise."""
         return torch.randn(count, 3, *(size or self.size), generator=torch.Generator().manual_seed(seed))
 
-    def repainted(self, images: Tensor, patches: Tensor) -> Tensor:
-        """The images with other pixels in the patches that a mask (B, N) says."""
+    def units(self, images: Tensor) -> int:
+        """Mask units of an image."""
+        return (images.shape[2] // self.stride[0]) * (images.shape[3] // self.stride[1])
+
+    def patches_in(self, units: Tensor, images: Tensor) -> Tensor:
+        """Indices (B, n) of the patches in units (B, K), unit after unit, in raster order within a unit. Written without
+        the package's own function, which methods use."""
+        down, right = (unit // side for unit, side in zip(self.model.unit, self.model.stride, strict=True))
+        columns = images.shape[3] // self.model.stride[1]
+        across = images.shape[3] // self.model.unit[1]
+        rows = [
+            [(int(u) // across * down + i) * columns + int(u) % across * right + j for u in row
+             for i in range(down) for j in range(right)] for row in units]  # fmt: skip
+        return torch.tensor(rows)
+
+    def repainted(self, images: Tensor, units: Tensor) -> Tensor:
+        """The images with other pixels in the mask units that a mask (B, U) says."""
         height, width = self.stride
         grid = images.shape[2] // height, images.shape[3] // width
-        pixels = patches.unflatten(1, grid).repeat_interleave(height, 1).repeat_interleave(width, 2)
+        pixels = units.unflatten(1, grid).repeat_interleave(height, 1).repeat_interleave(width, 2)
         return torch.where(pixels[:, None], -2 * images + 1, images)
 
     @cached_property
@@ -213,6 +230,9 @@ class _Checks:
             isinstance(model.supports, frozenset) and model.supports <= WORDS,
             f"supports is {model.supports!r}; its words must be among {', '.join(sorted(WORDS))}",
         )
+        whole = all(unit > 0 and unit % side == 0 for unit, side in zip(model.unit, model.stride, strict=True))
+        expect(whole, f"a mask unit of {model.unit} pixels is no whole number of patches of {model.stride}")
+        expect(isinstance(model.token_dim, int) and model.token_dim > 0, f"token_dim is {model.token_dim!r}")
         expect(isinstance(model.config, self.kind.Config), "config is not the Config that it was built with")
         described = json.loads(json.dumps(model.describe()))
         again = backbones.build(self.name, image_size=self.size, in_chans=3, **described)
@@ -382,10 +402,10 @@ class _Checks:
 
     def unsupported_options_are_refused(self) -> None:
         """What is not in `supports` is refused with a message that names the option and the encoder."""
-        mask = torch.zeros(BATCH, self.plain.patches.shape[1], dtype=torch.bool)
+        mask = torch.zeros(BATCH, self.units(self.images()), dtype=torch.bool)
         unsupported: dict[str, dict[str, Any]] = {
             "keep": {"keep": torch.zeros(BATCH, 1, dtype=torch.int64)},
-            "replace": {"replace": (mask, torch.zeros(self.model.dim))},
+            "replace": {"replace": (mask, torch.zeros(self.model.token_dim))},
             "attention": {"attention": "causal"},
             "blocks": {"blocks": (0,)},
         }
@@ -401,37 +421,40 @@ class _Checks:
             _refused(call, UnsupportedByBackbone, what, word, self.kind.__name__, "a method")
 
     def kept_patches_are_all_that_is_seen(self) -> None:
-        """`keep`: all patches are as without it, in the order asked for; those left out do not matter."""
+        """`keep`: all units' patches are as without it, in the order asked for; those left out do not matter."""
         if not self.supports("keep"):
             return
-        count = self.plain.patches.shape[1]
+        images = self.images()
+        count = self.units(images)
         every = torch.arange(count).expand(BATCH, -1)
         order = torch.stack([torch.randperm(count, generator=torch.Generator().manual_seed(i)) for i in range(BATCH)])
-        for what, keep in (("all patches in order", every), ("all patches in another order", order)):
-            found = self.features(self.images(), keep=keep)
-            expected = torch.gather(self.plain.patches, 1, keep[:, :, None].expand_as(found.patches))
+        for what, keep in (("all units in order", every), ("all units in another order", order)):
+            found = self.features(images, keep=keep)
+            index = self.patches_in(keep, images)[:, :, None].expand(-1, -1, self.model.dim)
+            expected = torch.gather(self.plain.patches, 1, index)
             expect(_close(found.patches, expected), f"keep of {what} gives other patches than without keep")
             expect(_close(found.pooled, self.plain.pooled), f"keep of {what} gives other pooled features than without")
         keep = order[:, : count // 2]
-        found = self.features(self.images(), keep=keep)
+        found = self.features(images, keep=keep)
+        wanted = (BATCH, self.patches_in(keep, images).shape[1], self.model.dim)
         expect(
-            found.patches.shape == (BATCH, count // 2, self.model.dim),
-            f"patches with keep of {count // 2} are {tuple(found.patches.shape)}",
+            tuple(found.patches.shape) == wanted,
+            f"patches with keep of {count // 2} units are {tuple(found.patches.shape)}, not {wanted}",
         )
         expect(tuple(found.grid) == tuple(self.plain.grid), "with keep the grid must be that of the whole image")
         gone = torch.ones(BATCH, count, dtype=torch.bool).scatter(1, keep, False)
-        other = self.features(self.repainted(self.images(), gone), keep=keep)
+        other = self.features(self.repainted(images, gone), keep=keep)
         for part, one, two in _both(found, other):
             expect(_close(one, two), f"with keep {part} depend on pixels of patches that were left out")
-        other = self.features(self.repainted(self.images(), ~gone), keep=keep)
+        other = self.features(self.repainted(images, ~gone), keep=keep)
         expect(not _close(found.patches, other.patches), "with keep the pixels of kept patches do not matter")
 
     def replaced_patches_are_not_seen(self) -> None:
-        """`replace`: masked patches are the token, and where nothing is masked nothing changes."""
+        """`replace`: masked units are the token, and where nothing is masked nothing changes."""
         if not self.supports("replace"):
             return
-        count = self.plain.patches.shape[1]
-        token = torch.randn(self.model.dim, generator=torch.Generator().manual_seed(2))
+        count = self.units(self.images())
+        token = torch.randn(self.model.token_dim, generator=torch.Generator().manual_seed(2))
         nothing = torch.zeros(BATCH, count, dtype=torch.bool)
         found = self.features(self.images(), replace=(nothing, token))
         for part, one, two in _both(found, self.plain):
@@ -453,8 +476,51 @@ class _Checks:
             found, other = (self.features(self.images(), keep=keep, replace=(mask, token)) for mask in (some, nothing))
             expect(
                 not _close(found.patches, other.patches),
-                "with keep, the mask of replace (of all N patches) is not used",
+                "with keep, the mask of replace (of all units) is not used",
             )
+
+    def invisible_units_have_no_influence(self) -> None:
+        """`visible`: pixels of the units that do not exist change nothing, exactly; with all visible, nothing changes.
+        Also in training, where a batch norm computes statistics."""
+        if not self.supports("visible"):
+            return
+        images = self.images()
+        count = self.units(images)
+        every = torch.ones(BATCH, count, dtype=torch.bool)
+        found = self.features(images, visible=every)
+        for part, one, two in _both(found, self.plain):
+            expect(_close(one, two), f"with every unit visible {part} change")
+        visible = every.clone()
+        visible[0, 0] = visible[1, 1:3] = visible[2, ::2] = False
+        maps = {"maps": True} if self.supports("maps") else {}
+        for training in (False, True):
+            model = self.moved(self.build()).train(training)
+            noise = self._noise(model) if training else {}
+            results, states = [], []
+            for seen in (images, self.repainted(images, ~visible)):
+                each = copy.deepcopy(model)
+                with torch.no_grad():
+                    results.append(each(seen, visible=visible, **noise, **maps))
+                states.append(each.state_dict())
+            what = "in training" if training else "in eval mode"
+            for part, one, two in _both(*results):
+                expect(torch.equal(one, two), f"{what} {part} depend on pixels of units that are not visible")
+            for one, two in zip(results[0].maps, results[1].maps, strict=True):
+                expect(torch.equal(one, two), f"{what} maps depend on pixels of units that are not visible")
+            changed = [key for key, value in states[0].items() if not torch.equal(value, states[1][key])]
+            expect(not changed, f"{what} {', '.join(changed[:3])} depend on pixels of units that are not visible")
+        found = self.features(images, visible=visible)
+        for row in range(BATCH):
+            away = self.patches_in((~visible[row]).nonzero().T, images)[0]
+            expect(bool((found.patches[row, away] == 0).all()), "patches of units that are not visible are not 0")
+        pixels = images.clone().requires_grad_()
+        self._weighed(self.model(pixels, visible=visible).patches).backward()
+        assert pixels.grad is not None
+        outside = self.repainted(torch.ones_like(images), visible) == 1  # the pixels of invisible units
+        expect(bool((pixels.grad[outside] == 0).all()), "a gradient reaches pixels of units that are not visible")
+        expect(bool((pixels.grad[~outside] != 0).any()), "no gradient reaches pixels of visible units")
+        other = self.features(self.repainted(images, visible), visible=visible)
+        expect(not _close(found.patches, other.patches), "the pixels of visible units do not matter")
 
     def attention_is_what_was_asked_for(self) -> None:
         """`attention`: each word is what the mask says that it stands for, and a mask hides."""
@@ -476,7 +542,7 @@ class _Checks:
             found, other = self.features(images, **options), self.features(images, attention=mask)
             for part, one, two in _both(found, other):
                 expect(_close(one, two), f"attention={word!r} gives other {part} than the mask that it stands for")
-        last = torch.zeros(BATCH, count, dtype=torch.bool)
+        last = torch.zeros(BATCH, self.units(images), dtype=torch.bool)
         last[:, -1] = True
         found, other = (self.features(each, attention="causal") for each in (images, self.repainted(images, last)))
         expect(_close(found.patches[:, :-1], other.patches[:, :-1]), "with causal attention a patch sees a later one")
@@ -618,7 +684,7 @@ class _Checks:
         with torch.autocast("cpu", torch.bfloat16):
             self._check_maps(self.features(self.images(), maps=True).maps, self.size)
         # Rows go down and columns to the right: the top left corner changes with the first patch.
-        first = torch.zeros(BATCH, self.plain.patches.shape[1], dtype=torch.bool)
+        first = torch.zeros(BATCH, self.units(self.images()), dtype=torch.bool)
         first[:, 0] = True
         pairs = [self.features(each, maps=True).maps for each in (self.images(), self.repainted(self.images(), first))]
         for one, two, stride in zip(*pairs, strides, strict=True):
@@ -626,11 +692,23 @@ class _Checks:
             corner = change[: max(1, change.shape[0] // 2), : max(1, change.shape[1] // 3)]
             expect(bool(corner.mean() >= change.mean()), f"the map of stride {stride} changes elsewhere than the image")
         if self.supports("keep"):
-            keep = torch.zeros(BATCH, 1, dtype=torch.int64)
-            call = partial(self.features, self.images(), keep=keep, maps=True)
-            _refused(call, UserError, "maps with keep", "keep", "maps")
+            self._check_maps_of_kept()
         if self.supports("pooled_only"):
             self._check_maps(self.features(self.images(), maps=True, pooled_only=True).maps, self.size)
+
+    def _check_maps_of_kept(self) -> None:
+        """Maps with `keep`: refused in words, or those of the kept units below each other."""
+        keep = torch.tensor([[3, 0]] * BATCH)
+        call = partial(self.features, self.images(), keep=keep, maps=True)
+        try:
+            maps = call().maps
+        except UserError:
+            _refused(call, UserError, "maps with keep", "keep", "maps")
+            return
+        for x, stride, width in zip(maps, self.model.map_strides, self.model.map_channels, strict=True):
+            down, right = (int(unit // each) for unit, each in zip(self.model.unit, stride, strict=True))
+            shape = (BATCH, width, 2 * down, right)
+            expect(tuple(x.shape) == shape, f"with keep a map has the shape {tuple(x.shape)}, not {shape}")
 
     def _check_maps(self, maps: tuple[Tensor, ...], size: tuple[int, int]) -> None:
         strides, channels = self.model.map_strides, self.model.map_channels

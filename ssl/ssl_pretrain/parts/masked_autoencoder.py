@@ -2,9 +2,10 @@
 patches.
 
 Shapes: B images, N patches on an (h, w) grid, K of them kept, M = N - K masked, D encoder width, E decoder width, F values
-of a patch, P prefix tokens of the encoder.
+of a patch, P prefix tokens of the encoder, U mask units (on a ViT a unit is a patch).
 """
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,7 @@ from . import sizes
 from .init import xavier_
 from .masks import put, random_masking, rows
 from .patches import moments, normalise, patchify, unpatchify
+from .units import patches_of, unit_grid
 
 
 @runtime_checkable
@@ -71,8 +73,10 @@ def add_blocks(method: HasDecoder, *, width: int, depth: int, heads: int, mask_r
         raise UserError(f"--decoder-dim {width} must be a multiple of 4 and of --decoder-heads {heads}")
     (h, w), (p, q) = encoder.image_size, encoder.stride
     method.grid = (h // p, w // q)
-    if kept(method.grid[0] * method.grid[1], mask_ratio) < 1:
-        raise UserError(f"--mask-ratio {mask_ratio} leaves none of the {method.grid[0]} x {method.grid[1]} patches")
+    units = unit_grid(encoder, encoder.image_size)
+    if kept(units[0] * units[1], mask_ratio) < 1:
+        what = "patches" if encoder.unit == encoder.stride else "mask units of the encoder"
+        raise UserError(f"--mask-ratio {mask_ratio} leaves none of the {units[0]} x {units[1]} {what}")
     method.decoder_embed = nn.Linear(encoder.dim, width)
     method.mask_token = nn.Parameter(torch.zeros(1, 1, width))
     method.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -103,12 +107,32 @@ def kept(patches: int, mask_ratio: float) -> int:
     return int(patches * (1 - mask_ratio))
 
 
+@dataclass(frozen=True)
+class Masking:
+    """Which mask units of each image an encoder sees."""
+
+    units: Tensor  # (B, kept units) int64: the option `keep` of the encoder
+    keep: Tensor  # (B, K) int64: their patches, in the order in which the encoder gives them
+    masked: Tensor  # (B, M) int64: the other patches
+    grid: tuple[int, int]  # (h, w) of the patches
+
+
+def masking_of_units(encoder: Backbone, images: Tensor, step: Step, mask_ratio: float) -> Masking:
+    """Random mask units, the share `mask_ratio` of them masked. Raises UserError for images that are no whole number of
+    units."""
+    (height, width), (p, q) = images.shape[-2:], encoder.stride
+    grid = unit_grid(encoder, (height, width))
+    units = grid[0] * grid[1]
+    keep, masked = random_masking(step.rand(units), kept(units, mask_ratio))
+    kept_patches, masked_patches = patches_of(keep, encoder, grid), patches_of(masked, encoder, grid)
+    return Masking(keep, kept_patches, masked_patches, (height // p, width // q))
+
+
 def masking(encoder: Backbone, images: Tensor, step: Step, mask_ratio: float) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Random indices of the kept patches (B, K) and of the masked ones (B, M), int64, and the grid of the images."""
-    grid = (images.shape[-2] // encoder.stride[0], images.shape[-1] // encoder.stride[1])
-    patches = grid[0] * grid[1]
-    keep, masked = random_masking(step.rand(patches), kept(patches, mask_ratio))
-    return keep, masked, grid
+    """Random indices of the kept patches (B, K) and of the masked ones (B, M), int64, and the grid of the images, for an
+    encoder whose units are patches."""
+    drawn = masking_of_units(encoder, images, step, mask_ratio)
+    return drawn.keep, drawn.masked, drawn.grid
 
 
 def decoded(method: Predicts, seen: Features, keep: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -30,8 +30,11 @@ def pages(nav: Any) -> Iterator[str]:
         yield from pages(each)
 
 
-def test_the_table_of_methods_is_up_to_date() -> None:
-    command = [sys.executable, str(DOCS / "make_methods_index.py"), "--check"]
+@pytest.mark.parametrize(
+    "script", ["make_methods_index.py", pytest.param("make_encoders_table.py", marks=pytest.mark.slow)]
+)
+def test_the_tables_are_up_to_date(script: str) -> None:
+    command = [sys.executable, str(DOCS / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

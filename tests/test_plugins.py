@@ -21,7 +21,13 @@ from ssl_pretrain.data import source
 from ssl_pretrain.loop.logger_thread import LoggerThread
 from ssl_pretrain.loop.report import Report
 
-SIZES = ("vit_tiny", "resnet18", "resnet50", "convnext_micro")  # one a file; and of two blocks of the ResNets
+SIZES = (
+    "vit_tiny",
+    "resnet18",
+    "resnet50",
+    "convnext_micro",
+    "octic_micro",
+)  # one a file; and of two blocks of the ResNets
 OTHERS = [name for name in backbones.own() if name not in SIZES]
 OURS = [
     *(("backbones", name) for name in SIZES),

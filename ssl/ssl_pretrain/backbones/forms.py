@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .convnext import ConvNeXt
+from .octic import Octic
 from .resnet import ResNet
 from .token_stem import TokenStem
 from .vit import NORM_EPS, ViT
@@ -121,6 +122,8 @@ def timm_form(backbone: Backbone, *, exact: bool = True) -> Form | str:
         return Form("timm", name, arguments, "fc", "conv1")
     if isinstance(backbone, TokenStem):
         return "timm has no model that begins with a tokenizer"
+    if isinstance(backbone, Octic):
+        return "timm has no octic-equivariant ViT"
     return f"{type(backbone).__name__} is a backbone of another package"
 
 

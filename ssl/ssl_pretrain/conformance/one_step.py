@@ -62,13 +62,25 @@ def build(name: str, **knobs: Any) -> Method:
 
 def build_reading(name: str, opened: Mapping[str, Frozen] | None, knobs: Mapping[str, Any]) -> Method:
     """`build` with these frozen networks (None: `networks`)."""
+    options = {**ENCODER, **pretext.load(name).recipe.encoder}
+    return build_on(name, "vit_micro", SIZE, options, opened, knobs)
+
+
+def build_on(
+    name: str,
+    encoder: str,
+    size: tuple[int, int],
+    options: Mapping[str, Any],
+    opened: Mapping[str, Frozen] | None,
+    knobs: Mapping[str, Any],
+) -> Method:
+    """`build` on another encoder, of images of `size`, with these options over its own."""
     method_class = pretext.load(name)
-    options = {**backbones.defaults("vit_micro"), **ENCODER, **method_class.recipe.encoder}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key("one step", name))
-        encoder = backbones.build("vit_micro", image_size=SIZE, **options)
+        backbone = backbones.build(encoder, image_size=size, **options)
         config = method_class.Config(**{**tiny_knobs(method_class), **knobs})
-        method = method_class(encoder, config)
+        method = method_class(backbone, config)
         method.prepare(BATCH, networks(method_class.frozen(config)) if opened is None else opened)
     return method
 
@@ -204,9 +216,9 @@ class Views(dict[str, Tensor]):
 def batch(method: Method, rows: slice = slice(0, BATCH)) -> Batch:
     """Rows of a global batch of noise images, with the views that the method declares and labels below 4."""
     views = {}
-    kind = type(method)
+    kind, size = type(method), method.encoder.image_size
     sights = {name: network.sight for name, network in networks(kind.frozen(method.config)).items()}
-    for spec in fitted(kind.views(method.config, SIZE), SIZE, method.encoder.stride, sights):
+    for spec in fitted(kind.views(method.config, size), size, method.encoder.stride, sights):
         generator = torch.Generator().manual_seed(key("view", spec.name))
         images = torch.randn(spec.count, BATCH, 3, *spec.size, generator=generator)[:, rows]
         views[spec.name] = images if spec.count > 1 else images[0]

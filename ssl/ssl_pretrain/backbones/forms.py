@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .convnext import ConvNeXt
+from .grouper import Grouper
 from .octic import Octic
 from .resnet import ResNet
 from .token_stem import TokenStem
@@ -124,6 +125,8 @@ def timm_form(backbone: Backbone, *, exact: bool = True) -> Form | str:
         return "timm has no model that begins with a tokenizer"
     if isinstance(backbone, Octic):
         return "timm has no octic-equivariant ViT"
+    if isinstance(backbone, Grouper):
+        return "timm has no perceptual group tokenizer"
     return f"{type(backbone).__name__} is a backbone of another package"
 
 

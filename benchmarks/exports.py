@@ -37,6 +37,7 @@ ROWS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "convnext_tiny": ("convnext_tiny", 224, {}),
     "octic_micro": ("octic_micro", 32, {"patch_size": 8}),
     "grouper_micro": ("grouper_micro", 32, {}),
+    "jumbo_micro": ("jumbo_micro", 32, {"patch_size": 8}),
     "ViT, `--pool cls`": ("vit_micro", 32, {**SMALL, "pool": "cls"}),
     "ViT, `--no-cls`": ("vit_micro", 32, {**SMALL, "cls": False}),
     "ViT, `--registers 4`": ("vit_micro", 32, {**SMALL, "registers": 4}),

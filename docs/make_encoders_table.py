@@ -27,6 +27,7 @@ SIZE = (64, 64)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT": ("vit_micro", {"patch_size": 8, "depth": 2, "dim": 64, "heads": 2}),
     "octic ViT": ("octic_micro", {"patch_size": 8, "depth": 2, "dim": 64, "heads": 2}),
+    "Jumbo": ("jumbo_micro", {"patch_size": 8, "depth": 2, "dim": 64, "heads": 2}),
     "grouper": ("grouper_micro", {"patch_size": 8, "depth": 2, "dim": 64, "heads": 2, "groups": 8}),
     "ResNet": ("resnet18", {"depths": (1, 1, 1, 1)}),
     "ConvNeXt": ("convnext_micro", {"depths": (1, 1, 1, 1)}),

@@ -84,7 +84,7 @@ class BarlowTwins(WholeBatchMethod):
         super().__init__(encoder, config)
         require_token_drop(encoder, "barlow", config.token_drop)
         width = self.config.projector_dim
-        self.projector = mlp((encoder.dim, width, width, width), last_bias=False)
+        self.projector = mlp((encoder.pooled_dim, width, width, width), last_bias=False)
         self.norm = BatchNorm1d(width, affine=False)
 
     @classmethod

@@ -82,7 +82,7 @@ class BYOL(WholeBatchMethod):
         super().__init__(encoder, config)
         require_token_drop(encoder, "byol", config.token_drop)
         # Unlike SimCLR's, the outputs are not normalised (section 3.3); their linear layers have no bias, as released.
-        self.projector = mlp((encoder.dim, self.config.hidden_dim, config.embedding_dim), last_bias=False)
+        self.projector = mlp((encoder.pooled_dim, self.config.hidden_dim, config.embedding_dim), last_bias=False)
         self.predictor = mlp((config.embedding_dim, self.config.hidden_dim, config.embedding_dim), last_bias=False)
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:

@@ -140,7 +140,9 @@ class DINO(Method):
                 f"--anchor {config.anchor} compares all patches of the student, and --token-drop hides some: leave one out"
             )
         require_token_drop(encoder, "dino", config.token_drop)
-        self.head = PrototypeHead(encoder.dim, self.config.hidden_dim, config.bottleneck_dim, self.config.prototypes)
+        self.head = PrototypeHead(
+            encoder.pooled_dim, self.config.hidden_dim, config.bottleneck_dim, self.config.prototypes
+        )
         self.register_buffer("centre", torch.zeros(self.config.prototypes))
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:

@@ -179,6 +179,7 @@ class DINOv2(WholeBatchMethod):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("dinov2", "replace")
+        encoder.require_one_width("dinov2")
         head = (encoder.dim, self.config.hidden_dim, config.bottleneck_dim, self.config.prototypes)
         self.heads = nn.ModuleDict({"class": PrototypeHead(*head)})
         if not config.shared_head:

@@ -139,8 +139,8 @@ class Distill(WholeBatchMethod):
         grid = _grid(self.encoder.image_size, self.encoder.stride)
         target_grid = _grid(_teacher_size(config, self.encoder.image_size), teacher.sight.stride)
         if config.pooled_weight:
-            self.pooled_head = _linear(dim, teacher.dim)
-            self.queue = FilledQueue(self.config.queue, teacher.dim)
+            self.pooled_head = _linear(self.encoder.pooled_dim, teacher.pooled_dim)
+            self.queue = FilledQueue(self.config.queue, teacher.pooled_dim)
         if config.relations_weight:
             if 1 in (math.prod(grid), math.prod(target_grid)):
                 raise UserError(

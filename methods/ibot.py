@@ -151,6 +151,7 @@ class IBOT(Method):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("ibot", "replace")
+        encoder.require_one_width("ibot")
         self.head = PrototypeHead(
             encoder.dim,
             self.config.hidden_dim,

@@ -101,7 +101,7 @@ class LeJEPA(WholeBatchMethod):
         if config.global_views < 1 or config.global_views + config.local_views < 2:
             raise UserError("--global-views must be at least 1, and --global-views plus --local-views at least 2")
         hidden = self.config.hidden_dim
-        self.projector = mlp((encoder.dim, hidden, hidden, config.embedding_dim))
+        self.projector = mlp((encoder.pooled_dim, hidden, hidden, config.embedding_dim))
 
     @classmethod
     def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:

@@ -96,7 +96,7 @@ class MoCoV3(WholeBatchMethod):
         super().__init__(encoder, config)
         require_token_drop(encoder, "mocov3", config.token_drop)
         hidden, width = self.config.hidden_dim, config.embedding_dim
-        self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="plain")
+        self.projector = mlp((encoder.pooled_dim, hidden, hidden, width), last_norm="plain")
         self.predictor = mlp((width, hidden, width), last_norm="plain")
         patch_embed = getattr(encoder, "patch_embed", None)
         if isinstance(patch_embed, nn.Module):  # a vision transformer

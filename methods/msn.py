@@ -130,7 +130,7 @@ class MSN(WholeBatchMethod):
             if self.kept(h * w) < 1:
                 raise UserError(f"--drop-ratio {config.drop_ratio} leaves none of the {h} x {w} patches")
         hidden = self.config.hidden_dim
-        self.head = mlp((encoder.dim, hidden, hidden, config.embedding_dim), activation=nn.GELU)
+        self.head = mlp((encoder.pooled_dim, hidden, hidden, config.embedding_dim), activation=nn.GELU)
         self.prototypes = Prototypes(config.embedding_dim, self.config.prototypes)
         # As released: larger than those of DINO, so that AdamW changes their directions more slowly.
         bound = config.embedding_dim**-0.5

@@ -118,7 +118,7 @@ class MVMR(WholeBatchMethod):
         super().__init__(encoder, config)
         require_token_drop(encoder, "mvmr", config.token_drop)
         width = self.config.projector_dim
-        self.projector = mlp((encoder.dim, width, width, width), last_bias=False)
+        self.projector = mlp((encoder.pooled_dim, width, width, width), last_bias=False)
         self.teacher: Frozen | None = None
         weights = {
             "pixels": config.pixels_weight,

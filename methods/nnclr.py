@@ -92,7 +92,7 @@ class NNCLR(WholeBatchMethod):
         super().__init__(encoder, config)
         require_token_drop(encoder, "nnclr", config.token_drop)
         hidden, width = self.config.hidden_dim, config.embedding_dim
-        self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="affine")
+        self.projector = mlp((encoder.pooled_dim, hidden, hidden, width), last_norm="affine")
         self.predictor = mlp((width, self.config.predictor_dim, width))
         self.queue = Queue(self.config.queue, width)
 

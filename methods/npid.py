@@ -83,7 +83,7 @@ class NPID(WholeBatchMethod):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        self.projector = nn.Linear(encoder.dim, config.embedding_dim)
+        self.projector = nn.Linear(encoder.pooled_dim, config.embedding_dim)
         # The normalisation constant (section 3.2, "Z"), estimated in the first step; 0 until then.
         self.register_buffer("normaliser", torch.zeros(()))
 

@@ -83,7 +83,7 @@ class SimCLR(WholeBatchMethod):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         require_token_drop(encoder, "simclr", config.token_drop)
-        self.projector = mlp((encoder.dim, self.config.hidden_dim, config.embedding_dim), last_norm="plain")
+        self.projector = mlp((encoder.pooled_dim, self.config.hidden_dim, config.embedding_dim), last_norm="plain")
 
     @classmethod
     def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:

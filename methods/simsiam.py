@@ -79,7 +79,7 @@ class SimSiam(WholeBatchMethod):
         require_token_drop(encoder, "simsiam", config.token_drop)
         hidden, width = self.config.hidden_dim, self.config.embedding_dim
         # The last norm is without gain and shift, as released; the predictor's output has no norm (section 4.4).
-        self.projector = mlp((encoder.dim, hidden, hidden, width), last_norm="plain")
+        self.projector = mlp((encoder.pooled_dim, hidden, hidden, width), last_norm="plain")
         self.predictor = mlp((width, self.config.bottleneck_dim, width))
 
     @classmethod

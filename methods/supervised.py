@@ -84,7 +84,7 @@ class Supervised(Method):
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
-        self.head = nn.Linear(encoder.dim, config.classes)
+        self.head = nn.Linear(encoder.pooled_dim, config.classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         if config.mim:

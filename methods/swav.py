@@ -128,7 +128,7 @@ class SwAV(WholeBatchMethod):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         require_token_drop(encoder, "swav", config.token_drop)
-        self.projector = mlp((encoder.dim, self.config.hidden_dim, config.embedding_dim))
+        self.projector = mlp((encoder.pooled_dim, self.config.hidden_dim, config.embedding_dim))
         self.prototypes = Prototypes(config.embedding_dim, self.config.prototypes)
         with torch.no_grad():  # unit length, so that AdamW does not turn them faster than the projector's rows
             self.prototypes.weight.copy_(l2_normalize(self.prototypes.weight))

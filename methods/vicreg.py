@@ -88,7 +88,7 @@ class VICReg(WholeBatchMethod):
         super().__init__(encoder, config)
         require_token_drop(encoder, "vicreg", config.token_drop)
         width = self.config.projector_dim
-        self.projector = mlp((encoder.dim, width, width, width), last_bias=False)
+        self.projector = mlp((encoder.pooled_dim, width, width, width), last_bias=False)
 
     @classmethod
     def sizes(cls, config: Any, encoder: Backbone, images: int | None) -> dict[str, int]:

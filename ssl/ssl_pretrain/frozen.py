@@ -47,7 +47,8 @@ class Frozen:
     ) -> None:
         """own and run: mean and std, each C numbers, of the network's images and of the run's views."""
         self.backbone = backbone.requires_grad_(False).eval()
-        self.spec, self.fingerprint, self.sight, self.dim = spec, fingerprint, sight, backbone.dim
+        self.spec, self.fingerprint, self.sight = spec, fingerprint, sight
+        self.dim, self.pooled_dim = backbone.dim, backbone.pooled_dim
         self.quantizer = None if quantizer is None else quantizer.requires_grad_(False).eval()
         self.method = None if method is None else method.requires_grad_(False).eval()
         self.own, self.run = own, run

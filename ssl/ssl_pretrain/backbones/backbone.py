@@ -28,7 +28,7 @@ class Features:
     # a unit; with `visible`, 0 in the units that do not exist.
     patches: Tensor
     grid: tuple[int, int]  # (h, w) of the whole image, also when patches were dropped
-    pooled: Tensor  # (B, D): one vector per image, as the encoder's config defines it
+    pooled: Tensor  # (B, D), or (B, `pooled_dim`): one vector per image, as the encoder's config defines it
     prefix: Tensor | None = None  # (B, P, D): CLS first if there is one, then registers; None without prefix tokens
     blocks: tuple[Tensor, ...] = ()  # (B, L, D) (prefix first) of each requested block, before the final norm
     tokens: Tensor | None = None  # (B, L, D): prefix and patches as one tensor; None without a prefix
@@ -48,10 +48,10 @@ class Backbone(nn.Module, ABC):
     """An encoder without any head. Final subclasses live in one file each and are built by `backbones.build`.
 
     Attributes every backbone sets: `config` (its frozen dataclass), `image_size` (H, W), `in_chans`, `dim` (D, width
-    of every feature), `depth` (number of blocks or stages), `stride` (pixels a patch side (h, w)), `supports`
+    of every token), `depth` (number of blocks or stages), `stride` (pixels a patch side (h, w)), `supports`
     (frozenset of words among "keep", "replace", "visible", "attention", "blocks", "drop_path", "pooled_only", "maps",
     "attention_maps"). Everything that a forward pass uses is in `state_dict()`. A backbone that supports "maps" also
-    sets `map_strides` and `map_channels`. A hierarchical one may set `unit` and `token_dim`.
+    sets `map_strides` and `map_channels`. Some also define `unit`, `token_dim` and `pooled_dim`.
     """
 
     config: Any
@@ -74,6 +74,11 @@ class Backbone(nn.Module, ABC):
     @property
     def token_dim(self) -> int:
         """Channels E of the patch embeddings, which `replace` replaces. By default D."""
+        return self.dim
+
+    @property
+    def pooled_dim(self) -> int:
+        """Channels of `Features.pooled`. By default D."""
         return self.dim
 
     @abstractmethod
@@ -143,6 +148,15 @@ class Backbone(nn.Module, ABC):
                     f"(it supports: {', '.join(sorted(self.supports)) or 'only a plain forward'}); "
                     f"a ViT (--encoder vit_small) does"
                 )
+
+    def require_one_width(self, method: str) -> None:
+        """Raise UnsupportedByBackbone if `pooled` is not as wide as patches; for methods that give both to one layer."""
+        if self.pooled_dim != self.dim:
+            raise UnsupportedByBackbone(
+                f"{method} needs a vector of the image as wide as its patches ({self.dim} channels), and that of "
+                f"{type(self).__name__} has {self.pooled_dim}; --pool mean, where there is such an option, or a ViT "
+                f"(--encoder vit_small) has it"
+            )
 
     def refuse_options(
         self,

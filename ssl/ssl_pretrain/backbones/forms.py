@@ -17,6 +17,7 @@ from torch import Tensor
 from .backbone import Backbone
 from .convnext import ConvNeXt
 from .grouper import Grouper
+from .jumbo import Jumbo
 from .octic import Octic
 from .resnet import ResNet
 from .token_stem import TokenStem
@@ -127,6 +128,8 @@ def timm_form(backbone: Backbone, *, exact: bool = True) -> Form | str:
         return "timm has no octic-equivariant ViT"
     if isinstance(backbone, Grouper):
         return "timm has no perceptual group tokenizer"
+    if isinstance(backbone, Jumbo):
+        return "timm has no ViT with a Jumbo token"
     return f"{type(backbone).__name__} is a backbone of another package"
 
 

@@ -257,7 +257,7 @@ class _Checks:
         grid = size[0] // model.stride[0], size[1] // model.stride[1]
         count = grid[0] * grid[1]
         expect(tuple(found.grid) == grid, f"the grid {where} is {found.grid}, not {grid} (height, width)")
-        wanted: dict[str, tuple[int, ...]] = {"patches": (batch, count, model.dim), "pooled": (batch, model.dim)}
+        wanted: dict[str, tuple[int, ...]] = {"patches": (batch, count, model.dim), "pooled": (batch, model.pooled_dim)}
         if found.cls is not None:
             wanted["cls"] = (batch, model.dim)
         prefix = 0 if found.prefix is None else found.prefix.shape[1]
@@ -295,7 +295,8 @@ class _Checks:
             with torch.no_grad():
                 found = model(images)
                 expect(
-                    found.pooled.shape == (BATCH, model.dim), f"pooled of {channels} channels is {found.pooled.shape}"
+                    found.pooled.shape == (BATCH, model.pooled_dim),
+                    f"pooled of {channels} channels is {found.pooled.shape}",
                 )
                 last = images.clone()
                 last[:, -1] += 1

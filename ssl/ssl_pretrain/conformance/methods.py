@@ -414,7 +414,7 @@ class _Checks:
                 raise Fault(f"a run resumed after 3 of 6 steps logs the losses {_logged_losses(out)}, not {losses}")
             exported = encoder.load(out)
             pooled = exported(torch.zeros(1, 3, *SIZE)).pooled
-            if pooled.shape != (1, exported.backbone.dim):
+            if pooled.shape != (1, exported.backbone.pooled_dim):
                 raise Fault(f"the exported encoder gives pooled features of the shape {tuple(pooled.shape)}")
 
     def _command(self, images: Path, out: Path) -> list[str]:

@@ -57,7 +57,7 @@ class EncoderTransformer:
         for first in range(0, len(pictures), self.batch_size):
             images = self.encoder_.preprocess(_opened(pictures[first : first + self.batch_size]))
             rows.append(vectors(self.encoder_, images, (tap,))[str(tap)].float().cpu().numpy())
-        return np.concatenate(rows) if rows else np.empty((0, self.encoder_.backbone.dim), np.float32)
+        return np.concatenate(rows) if rows else np.empty((0, self.encoder_.backbone.pooled_dim), np.float32)
 
     def fit_transform(self, X: Iterable[Any], y: Any = None) -> np.ndarray:
         """`fit` and then `transform`."""

@@ -209,6 +209,11 @@ def outputs_of(network: Frozen, spec: ViewSpec, view: Tensor) -> tuple[Tensor, t
         outputs: tuple[str, ...] = reads.outputs
         grid = (found.shape[1], found.shape[2])
     else:
+        if "pooled" in reads.outputs and network.pooled_dim != network.dim:
+            raise UserError(
+                f"{network.spec} gives a vector of {network.pooled_dim} channels for an image and of {network.dim} for a "
+                f"patch, which a cache cannot hold together: run without --teacher-cache"
+            )
         seen = tap(network, images, reads.block, reads.normed)
         there = {"pooled": seen.pooled[:, None], "patches": seen.patches}
         if seen.cls is not None:

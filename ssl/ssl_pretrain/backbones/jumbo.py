@@ -57,8 +57,8 @@ class JumboBlock(nn.Module):
 
 @final
 class Jumbo(Backbone):
-    """A ViT with a Jumbo token. The J parts of the token are the prefix of `Features`; `pooled` has J * D channels, (J + 1) * D
-    or D. Raises UserError for options and image sizes that do not fit together."""
+    """A ViT with a Jumbo token. The J parts of the token are the prefix of `Features`; `pooled` has J * D, (J + 1) * D
+    or D channels. Raises UserError for options and image sizes that do not fit together."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

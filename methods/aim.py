@@ -18,6 +18,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, NOT_NEGATIVE, within
 from ssl_pretrain.parts import sizes
+from ssl_pretrain.parts.patch_orders import Order, patch_order
 from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify, without
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
@@ -71,6 +72,8 @@ class AIM(Method):
         """Number of residual MLP blocks of the prediction head (default: by the encoder; 12 from ViT-B on)."""
         norm_pix: bool = True
         """Predict each patch's pixels normalised by their own mean and variance."""
+        patch_order: Order = "row"
+        """Order in which patches are predicted: row (raster order), column, snake, diagonal, spiral or hilbert."""
         crop_scale: tuple[float, float] = (0.4, 1.0)
         """Smallest and largest share of the image's area that a crop covers."""
 
@@ -82,6 +85,8 @@ class AIM(Method):
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         encoder.require("aim", "attention")
+        if config.patch_order != "row":
+            encoder.require("aim --patch-order", "keep")
         height, width = encoder.image_size
         self.grid = (height // encoder.stride[0], width // encoder.stride[1])
         if self.grid[0] * self.grid[1] < 2:
@@ -117,10 +122,12 @@ class AIM(Method):
         The mean of `per_sample` (B,) is the loss."""
         images = batch.views["image"]
         predicted, prefixes = self.predict(images, step)
-        target = patchify(images, self.encoder.stride).float()
+        target = self.ordered(patchify(images, self.encoder.stride).float(), images)
         if self.config.norm_pix:
             target = normalise(target)
-        errors = (predicted.float() - target[:, 1:]).square().mean(-1)  # (B, N - 1): of patches 1 to N - 1
+        errors = (
+            (predicted.float() - target[:, 1:]).square().mean(-1)
+        )  # (B, N - 1): of patches 1 to N - 1, in their order
         patches = target.shape[1]
         wanted = torch.arange(1, patches, device=images.device) >= prefixes[step.rows, None]
         counted = (patches - prefixes).float().mean()  # the global batch's: equal weights on all ranks
@@ -128,22 +135,37 @@ class AIM(Method):
         return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
 
     def predict(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Predictions (B, N - 1, F) of the patches 1 to N - 1, and the prefix lengths of the global batch, uniform in
-        1 ... N - 1."""
+        """Predictions (B, N - 1, F) of the patches 1 to N - 1 of the order, and the prefix lengths of the global batch,
+        uniform in 1 ... N - 1."""
         p, q = self.encoder.stride
         grid = (images.shape[-2] // p, images.shape[-1] // q)
         patches = grid[0] * grid[1]
         prefixes = 1 + (step.shared_rand(step.batch_size) * (patches - 1)).long()
         own = prefixes[step.rows]
-        tokens = encode(self.encoder, images, step, attention="prefix", prefix_length=own).patches[:, :-1]
+        order = self.order(images)
+        keep = {} if order is None else {"keep": order.expand(len(images), -1)}
+        tokens = encode(self.encoder, images, step, attention="prefix", prefix_length=own, **keep).patches[:, :-1]
         positions = self.head_pos_embed
         if grid != self.grid:
             positions = sincos_table(grid, self.config.head_dim)[None].to(images.device)
+        positions = self.ordered(positions, images)
         x = self.head_embed(tokens)
         x = x + positions[:, :-1].to(x.dtype)
         for block in self.head_blocks:
             x = block(x)
         return self.head_pred(self.head_norm(x)), prefixes
+
+    def order(self, images: Tensor) -> Tensor | None:
+        """The order of the patches of images (B, C, H, W), (N,) int64; None for raster order."""
+        if self.config.patch_order == "row":
+            return None
+        grid = (images.shape[-2] // self.encoder.stride[0], images.shape[-1] // self.encoder.stride[1])
+        return patch_order(self.config.patch_order, grid).to(images.device, non_blocking=True)
+
+    def ordered(self, rows: Tensor, images: Tensor) -> Tensor:
+        """Rows (B, N, ...) of patches in raster order, in the order in which they are predicted."""
+        order = self.order(images)
+        return rows if order is None else rows.index_select(1, order)
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:
         """With normalised pixels, the loss of painting every patch in its mean colour."""
@@ -159,7 +181,7 @@ class AIM(Method):
         which is not predicted, is shown as it is."""
         images = batch.views["image"]
         predicted, prefixes = self.predict(images, step)
-        patches = patchify(images, self.encoder.stride).float()
+        patches = self.ordered(patchify(images, self.encoder.stride).float(), images)
         predicted = predicted.float()
         if self.config.norm_pix:
             mean, deviation = moments(patches[:, 1:])
@@ -167,6 +189,10 @@ class AIM(Method):
         grid = tuple(size // side for size, side in zip(images.shape[-2:], self.encoder.stride, strict=True))
         painted = torch.cat([patches[:, :1], predicted], dim=1)
         beyond = torch.arange(patches.shape[1], device=images.device) >= prefixes[step.rows, None]
+        order = self.order(images)
+        if order is not None:
+            back = order.argsort()
+            painted, beyond = painted.index_select(1, back), beyond.index_select(1, back)
         return {
             "input": images,
             "prefix": without(images, beyond, self.encoder.stride),

@@ -11,7 +11,9 @@ from ssl_pretrain import backbones
 from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
 from ssl_pretrain.conformance.one_step import BATCH, batch, build
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.pretext import Step
+from ssl_pretrain.parts import patch_orders
+from ssl_pretrain.parts.patch_orders import patch_order
+from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 133  # of a step: python tests/kernels.py aim
 
@@ -96,3 +98,66 @@ def test_collapsed_state_has_the_stated_loss() -> None:
     make_zero_(method.head_pred)
     check_stated(method, {"loss": losses_of(method)})
     assert build("aim", norm_pix=False).collapsed(BATCH) == {}
+
+
+ORDERS = {  # of a grid of 3 rows and 4 columns, by hand
+    "row": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+    "column": [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11],
+    "snake": [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11],
+    "diagonal": [0, 4, 1, 8, 5, 2, 9, 6, 3, 10, 7, 11],
+    "spiral": [0, 1, 2, 3, 7, 11, 10, 9, 8, 4, 5, 6],
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_orders_by_hand(name: str) -> None:
+    assert patch_order(name, (3, 4)).tolist() == ORDERS[name]
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (4, 4), (8, 8), (6, 9), (14, 14)])
+@pytest.mark.parametrize("name", patch_orders.ORDERS)
+def test_an_order_has_each_patch_once(name: str, grid: tuple[int, int]) -> None:
+    assert sorted(patch_order(name, grid).tolist()) == list(range(grid[0] * grid[1]))
+
+
+def test_a_hilbert_curve_goes_from_neighbour_to_neighbour() -> None:
+    for side in (2, 4, 8, 16):
+        rows, columns = (part.tolist() for part in (patch_order("hilbert", (side, side)) // side,
+                                                     patch_order("hilbert", (side, side)) % side))  # fmt: skip
+        steps = [abs(a - b) + abs(c - d) for a, b, c, d in zip(rows, rows[1:], columns, columns[1:], strict=False)]
+        assert set(steps) == {1}
+        # Each quarter is finished before the next one begins.
+        quarters = [2 * (r >= side // 2) + (c >= side // 2) for r, c in zip(rows, columns, strict=True)]
+        assert len([i for i in range(1, len(quarters)) if quarters[i] != quarters[i - 1]]) == 3
+
+
+def test_the_loss_in_another_order() -> None:
+    """Against NumPy: sequence element k + 1 of the order is predicted from the elements 0 to k, and from nothing later."""
+    method = build("aim", patch_order="spiral").double()
+    assert isinstance(method, AIM)
+    images = batch(method, slice(0, 16)).views["image"].double()
+    order = patch_order("spiral", (4, 4)).tolist()
+    with torch.no_grad():
+        predicted, prefixes = method.predict(images, step())
+        changed = images.clone()
+        row, column = divmod(order[9], 4)
+        changed[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 1
+        after, _ = method.predict(changed, step())
+    moved = (predicted - after).abs().amax(-1) > 1e-9
+    for i, prefix in enumerate(prefixes.tolist()):
+        assert moved[i, 9:].any()
+        if prefix <= 9:
+            assert not moved[i, :9].any()
+    target = numpy_patches(images.numpy(), 8)[:, order]
+    target = (target - target.mean(-1, keepdims=True)) / np.sqrt(target.var(-1, ddof=1, keepdims=True) + 1e-6)
+    errors = [
+        ((predicted[i, k - 1].numpy() - target[i, k]) ** 2).mean()
+        for i, prefix in enumerate(prefixes.tolist())
+        for k in range(prefix, 16)
+    ]
+    losses = method(Batch(views={"image": images}, index=torch.arange(16)), step())
+    assert losses.total.item() == pytest.approx(np.mean(errors), rel=1e-5)
+    pictures = method.pictures(Batch(views={"image": images}, index=torch.arange(16)), step())
+    hidden = (pictures["prefix"] == 0).all(1).reshape(16, 4, 8, 4, 8).all(-1).all(2).flatten(1)
+    for i, prefix in enumerate(prefixes.tolist()):
+        assert set(hidden[i].nonzero().flatten().tolist()) == set(order[prefix:])

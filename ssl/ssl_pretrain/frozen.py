@@ -18,6 +18,16 @@ from .data.views import Sight
 from .errors import UserError
 
 
+def teacher_names(count: int) -> tuple[str, ...]:
+    """The names of that many teachers: "teacher" (--teacher), then "teacher2" and so on (`Method.more_teachers`)."""
+    return tuple("teacher" if i == 1 else f"teacher{i}" for i in range(1, count + 1))
+
+
+def is_further_teacher(name: str) -> bool:
+    """Whether a network's name is "teacher2" or one after it."""
+    return name.startswith("teacher") and name.removeprefix("teacher").isdigit()
+
+
 @final
 class Frozen:
     """An encoder that a method reads and never trains.

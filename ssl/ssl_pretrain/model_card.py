@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 UNKNOWN = "unknown"
-STARTS = ("init_from", "teacher", "tokenizer", "anchor")  # of the lineage: other networks that the weights come from
+# Of the lineage: other networks that the weights come from; with several teachers also teacher2 and so on.
+STARTS = ("init_from", "teacher", "tokenizer", "anchor")
+_FURTHER_TEACHER = re.compile(r"teacher\d+")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # a model's name on the hub
 
 
@@ -43,8 +45,8 @@ def text(card: Card, lineage: Mapping[str, Any], scores: Sequence[Score] = ()) -
 
     header = yaml.safe_dump(_header(card, lineage, scores), sort_keys=False, allow_unicode=True, width=1000)
     channels, height, width = card.shape
-    starts = [f"- {_words(what)}: {_words(_origin_text(lineage[what]))}" for what in STARTS if what in lineage]
-    facts = [f"- {_words(name)}: {_words(value)}" for name, value in lineage.items() if name not in STARTS]
+    starts = [f"- {_words(what)}: {_words(_origin_text(lineage[what]))}" for what in _starts(lineage)]
+    facts = [f"- {_words(name)}: {_words(value)}" for name, value in lineage.items() if name not in _starts(lineage)]
     results = [f"- {_words(s.evaluator)} on {_words(s.data)}, {_words(s.split)}: top-1 {s.top1:.2f} %" for s in scores]
     readers = [f"- {library}: {how}" for library, how in card.readers.items()]
     return "\n".join(
@@ -108,7 +110,9 @@ def origin(spec: str) -> dict[str, Any]:
     for file in (Path(spec) / "config.json", Path(spec) / "encoder" / "config.json"):
         try:
             lineage = json.loads(file.read_bytes())["lineage"]
-            known = {name: lineage[name] for name in ("method", "source", "license", *STARTS) if name in lineage}
+            known = {
+                name: lineage[name] for name in ("method", "source", "license", *_starts(lineage)) if name in lineage
+            }
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             continue
         return {"source": UNKNOWN, "license": UNKNOWN, **known}
@@ -153,7 +157,13 @@ def _origin_text(origin: Any) -> str:
         return str(origin)
     spec, source, licence = (origin.get(name, UNKNOWN) for name in ("spec", "source", "license"))
     own = f"{spec} (source: {source}; licence: {licence})"
-    return "; ".join([own, *(f"its {what}: {_origin_text(origin[what])}" for what in STARTS if what in origin)])
+    return "; ".join([own, *(f"its {what}: {_origin_text(origin[what])}" for what in _starts(origin))])
+
+
+def _starts(lineage: Mapping[str, Any]) -> list[str]:
+    """The names of the networks in a lineage."""
+    more = (name for name in lineage if _FURTHER_TEACHER.fullmatch(name))
+    return [*(name for name in STARTS if name in lineage), *more]
 
 
 def _words(value: Any) -> str:

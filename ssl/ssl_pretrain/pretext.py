@@ -182,7 +182,14 @@ class Method(nn.Module, ABC):
     def frozen(cls, config: Any) -> tuple[str, ...]:
         """The frozen networks that the method reads with these knobs: "teacher" (--teacher), "teacher_run" (--teacher RUN,
         with the whole method of that run: `Frozen.method`), "tokenizer" (--tokenizer), or "anchor" (--teacher, else the
-        start weights of --init-from). A view for one of them names it in `ViewSpec.network`."""
+        start weights of --init-from), and those of `more_teachers`. A view for one of them names it in
+        `ViewSpec.network`."""
+        return ()
+
+    @classmethod
+    def more_teachers(cls, config: Any) -> tuple[str, ...]:
+        """Teachers beside that of --teacher which the knobs name, each as --teacher names one. They are opened as
+        "teacher2", "teacher3" and so on (`frozen.teacher_names`), which `frozen` must name, too."""
         return ()
 
     def prepare(self, images: int, networks: Mapping[str, Frozen] = NONE) -> None:

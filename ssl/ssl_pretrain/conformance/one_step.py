@@ -31,7 +31,7 @@ from ..backbones.stored import StoredCodes, StoredOutputs
 from ..data.loader import Share
 from ..data.views import Sight, fitted
 from ..encoder import Encoder, Preprocessing
-from ..frozen import Frozen
+from ..frozen import Frozen, is_further_teacher
 from ..loop import grad_cache
 from ..loop.teacher_cache import outputs_of
 from ..pretext import Batch, Method, Step, WholeBatchMethod
@@ -139,7 +139,8 @@ def stored(method: Method, given: Batch) -> tuple[dict[str, Frozen], Batch] | No
 def network_flags(method_class: type[Method], knobs: dict[str, Any], folder: Path) -> list[str]:
     """The flags of a run that name the frozen networks of the method with these knobs: those of `networks`, exported below
     the folder, or as a run with a checkpoint."""
-    flags = []
+    flags: list[str] = []
+    more = []
     for name in method_class.frozen(method_class.Config(**knobs)):
         if name == "teacher_run":
             _save_run(folder / name, _teacher_run())
@@ -151,8 +152,11 @@ def network_flags(method_class: type[Method], knobs: dict[str, Any], folder: Pat
             encoder.save(folder / name, exported)
         else:
             tokenizer.save(folder / name, Tokenizer(exported, quantizer))
+        if is_further_teacher(name):
+            more.append(str(folder / name))
+            continue
         flags += ["--teacher" if name == "anchor" else f"--{name}", str(folder / name)]
-    return flags
+    return flags + (["--more-teachers", *more] if more else [])
 
 
 def _network(name: str) -> tuple[Backbone, Quantizer | None]:

@@ -1,7 +1,7 @@
 """Opens the frozen networks that a method reads: `--teacher`, `--tokenizer`, or the start weights of the run.
 
 Their names are those of `Method.frozen`. "teacher_run" is the network of --teacher where the method of a run is read, and
-files and messages call it "teacher", too (`word`).
+files and messages call it "teacher", too (`word`). "teacher2" and so on are those of `Method.more_teachers`.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from ..encoder import Encoder
 from ..errors import UserError
 from ..foreign import libraries
 from ..foreign.specs import Spec
-from ..frozen import Frozen
+from ..frozen import Frozen, is_further_teacher, teacher_names
 from ..pretext import Method
 from . import manifest, start_state, start_weights, teacher_cache, teacher_run
 
@@ -40,6 +40,8 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
     if run.tokenizer is not None and "tokenizer" not in wanted:
         raise UserError(f"--tokenizer is given, and --method {run.method} with these flags reads none: leave it out")
     specs["tokenizer"] = run.tokenizer
+    more = method.more_teachers(knobs)
+    specs |= zip(teacher_names(1 + len(more))[1:], more, strict=True)
     teacher_cache.check_read(run, method, knobs)
     found = {}
     for name in wanted:
@@ -76,6 +78,11 @@ def word(name: str) -> str:
     return "teacher" if name == "teacher_run" else name
 
 
+def _flag(name: str) -> str:
+    """The flag, without dashes, that names the network of that name."""
+    return "more-teachers" if is_further_teacher(name) else word(name)
+
+
 def open_encoder(spec: str, own: str) -> Encoder:
     """The encoder that a user names: an export, a run, or another library's (see `foreign.specs`). own: the run's encoder:
     an export of the user's own code loads if the command names the same code with --encoder. Raises UserError."""
@@ -88,7 +95,7 @@ def check_sizes(networks: Mapping[str, Frozen], specs: tuple[ViewSpec, ...], tea
         if spec.network is not None and not networks[spec.network].cached:
             network = networks[spec.network]
             anchored = "teacher" if network.spec == teacher else "init-from"
-            network.check(anchored if spec.network == "anchor" else word(spec.network), spec.size, spec.network_pixels)
+            network.check(anchored if spec.network == "anchor" else _flag(spec.network), spec.size, spec.network_pixels)
 
 
 def check_unchanged(run: Resolved, networks: Mapping[str, Frozen]) -> None:
@@ -113,16 +120,23 @@ def check_unchanged(run: Resolved, networks: Mapping[str, Frozen]) -> None:
             )
 
 
-def teacher_of(run: Run, out: Path) -> Encoder | None:
-    """The teacher that the run in the folder `out` learns from, opened with its own preprocessing, to be scored as the
-    trained encoder is. On a GPU if there is one. None without a teacher. Raises UserError where it cannot be opened."""
+def teachers_of(run: Run, out: Path) -> dict[str, str]:
+    """What the teachers that the run in the folder `out` learns from are, by name; empty without a teacher."""
     networks = manifest.read(out).get("networks")
-    if run.teacher is None or not isinstance(networks, dict) or "teacher" not in networks:
-        return None
-    if networks["teacher"].get("part") == "method":
-        opened = teacher_run.open_run(run.teacher, run.method, run.encoder).encoder.eval()
+    if run.teacher is None or not isinstance(networks, dict):
+        return {}
+    names = (name for name in networks if name == "teacher" or is_further_teacher(name))
+    return {name: run.teacher if name == "teacher" else str(networks[name]["spec"]) for name in names}
+
+
+def open_teacher(run: Run, out: Path, name: str) -> Encoder:
+    """One of `teachers_of`, opened with its own preprocessing, to be scored as the trained encoder is. On a GPU if there is
+    one. Raises UserError where it cannot be opened."""
+    spec = teachers_of(run, out)[name]
+    if manifest.read(out)["networks"][name].get("part") == "method":
+        opened = teacher_run.open_run(spec, run.method, run.encoder).encoder.eval()
     else:
-        opened = open_encoder(run.teacher, run.encoder).eval()
+        opened = open_encoder(spec, run.encoder).eval()
     return opened.to("cuda") if torch.cuda.is_available() else opened
 
 

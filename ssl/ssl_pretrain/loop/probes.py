@@ -22,7 +22,7 @@ from ..randomness import key
 from . import parallel
 from .guard import HELD_OUT, Guard
 from .monitor import CollapseMonitor, feature_statistics
-from .networks import teacher_of
+from .networks import open_teacher, teachers_of
 from .pictures import Pictures, of_first
 from .report import Report
 from .saver import Saver
@@ -55,7 +55,7 @@ class Probes:
         self.run, self.method, self.world, self.report, self.monitor = run, method, world, report, monitor
         self.saver, self.knn, self.guard, self.held_out = saver, knn, guard, held_out
         self.specs, self.autocast = specs, autocast
-        self._teacher_top1: dict[str, float] = {}  # by group of scores
+        self._teacher_top1: dict[str, dict[str, float]] = {}  # by group of scores and name of the teacher
         # Micro-batches to look at for collapse: the first of this process's rows in the global batch, and images of them
         self._watched: list[tuple[int, Tensor]] = []
         self._pictures = Pictures(run, method, world, report, source, autocast, saver.sharded)
@@ -139,19 +139,19 @@ class Probes:
         distributed.barrier()
 
     def _beside_teacher(self, group: str, score: KnnScore, top1: float) -> dict[str, float]:
-        """The teacher's score, taken once in this process, and the share of it that the encoder reaches; nothing in a run
+        """Each teacher's score, taken once in this process, and the share of it that the encoder reaches; nothing in a run
         without a teacher."""
-        if group not in self._teacher_top1:
-            try:
-                teacher = teacher_of(self.run, self.run.out)
-            except UserError as problem:  # only this process scores, and the others do not fail with it
-                self.report.warn(f"the teacher could not be scored: {problem}")
-                teacher = None
-            if teacher is None:
-                return {}
-            self._teacher_top1[group] = score(teacher)
-        reference = self._teacher_top1[group]
-        return {"teacher_top1": reference, "teacher_share": share(top1, reference)}
+        known = self._teacher_top1.setdefault(group, {})
+        found: dict[str, float] = {}
+        for name in teachers_of(self.run, self.run.out):
+            if name not in known:
+                try:
+                    known[name] = score(open_teacher(self.run, self.run.out, name))
+                except UserError as problem:  # only this process scores, and the others do not fail with it
+                    self.report.warn(f"the {name} could not be scored: {problem}")
+                    continue
+            found |= {f"{name}_top1": known[name], f"{name}_share": share(top1, known[name])}
+        return found
 
     def _judge(self, group: str, score: float, step: int) -> None:
         if self.world.first:

@@ -51,8 +51,8 @@ _OTHER = ("name", "network", "reads", "stored", "count")  # of a ViewSpec: no pa
 
 
 def folder(run: Resolved, name: str) -> Path | None:
-    """The cache that the run reads for the network of that name; None without one."""
-    found: Path | None = getattr(run, FLAG[name])
+    """The cache that the run reads for the network of that name; None without one, as of teachers beside the first."""
+    found: Path | None = getattr(run, FLAG[name]) if name in FLAG else None
     return found
 
 
@@ -64,7 +64,7 @@ def flag(name: str) -> str:
 def check_read(run: Resolved, method: type[Method], knobs: Any) -> None:
     """Raise UserError for a cache of a network that the method does not read with these knobs, or reads otherwise than by
     views, and for flags that a cache cannot serve."""
-    wanted = method.frozen(knobs)
+    wanted = [name for name in method.frozen(knobs) if name in FLAG]
     for name in ("teacher", "tokenizer"):
         if getattr(run, FLAG[name]) is None:
             continue

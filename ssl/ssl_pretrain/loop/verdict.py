@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..features import extract, pixel_encoder
 from ..randomness import numpy_generator
 from .monitor import CollapseMonitor, feature_statistics
-from .networks import teacher_of
+from .networks import open_teacher, teachers_of
 from .score import NEIGHBOURS, KnnScore, share
 
 CHANCE = 0.01  # a difference that chance makes less often than this is clear
@@ -52,7 +52,7 @@ class Comparison:
 
 
 def of_labelled(run: Run, out: Path, trained: Encoder, score: KnnScore) -> list[str]:
-    """The score of an encoder beside an untrained one and raw pixels, the share of its teacher's score, the verdict, and
+    """The score of an encoder beside an untrained one and raw pixels, the share of its teachers' scores, the verdict, and
     what to try."""
     channels = trained.preprocessing.channels
     others = {
@@ -75,18 +75,20 @@ def of_labelled(run: Run, out: Path, trained: Encoder, score: KnnScore) -> list[
 
 
 def of_teacher(run: Run, out: Path, top1: float, score: KnnScore) -> list[str]:
-    """The share of its teacher's score that an encoder with this score (percent) reaches; no line without a teacher."""
-    try:
-        teacher = teacher_of(run, out)
-        if teacher is None:
-            return []
-        reference = score(teacher)
-    except UserError as problem:  # the run itself is done
-        return [f"the teacher could not be scored: {problem}"]
-    return [
-        f"kNN top-1 of the teacher on the same images: {reference:.1f} %; the encoder reaches "
-        f"{100 * share(top1, reference):.0f} % of it"
-    ]
+    """The share of each teacher's score that an encoder with this score (percent) reaches; no line without a teacher."""
+    lines = []
+    for name, spec in teachers_of(run, out).items():
+        what = "the teacher" if name == "teacher" else f"{name}, {spec},"
+        try:
+            reference = score(open_teacher(run, out, name))
+        except UserError as problem:  # the run itself is done
+            lines.append(f"{what} could not be scored: {problem}")
+            continue
+        lines.append(
+            f"kNN top-1 of {what} on the same images: {reference:.1f} %; the encoder reaches "
+            f"{100 * share(top1, reference):.0f} % of it"
+        )
+    return lines
 
 
 def sentence(found: Mapping[str, Comparison]) -> str:

@@ -223,6 +223,10 @@ class DINO(Method):
         seen = distributed.mean(step.carried["teacher"].mean(0))
         update_centering_(self.centre, seen, self.config.centre_momentum, step.ok)
 
+    def prototype_heads(self) -> tuple[PrototypeHead, PrototypeHead | None]:
+        """The head of class tokens; there is none of patches."""
+        return self.head, None
+
     def exported(self) -> Backbone:
         """The teacher's encoder."""
         return self.teacher.backbone

@@ -347,6 +347,10 @@ class DINOv2(WholeBatchMethod):
         for centre, mean, ok in pairs:
             update_centering_(centre, mean, self.config.centre_momentum, ok)
 
+    def prototype_heads(self) -> tuple[PrototypeHead, PrototypeHead | None]:
+        """The heads of class tokens and of patches."""
+        return self._head(self.heads, "class"), self._head(self.heads, "patch")
+
     def exported(self) -> Backbone:
         """The teacher's encoder."""
         return self.teacher.backbone

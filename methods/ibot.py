@@ -253,6 +253,10 @@ class IBOT(Method):
             mean = distributed.mean(step.carried[name].mean(0))
             update_centering_(centre, mean, self.config.centre_momentum, step.ok)
 
+    def prototype_heads(self) -> tuple[PrototypeHead, PrototypeHead | None]:
+        """The head that class tokens and patches share."""
+        return self.head, self.head
+
     def exported(self) -> Backbone:
         """The teacher's encoder."""
         return self.teacher.backbone

@@ -2,19 +2,21 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import metrics
-from method_helpers import check_stated, losses_of, make_constant_, make_zero_, step
-from numpy_oracles import Weights, check_gradients, numpy_normalize, numpy_softmax
+from conftest import assert_same_bits, metrics
+from method_helpers import check_stated, losses_of, make_constant_, make_uniform_, make_zero_, perturb_, step
+from numpy_oracles import Weights, check_gradients, numpy_normalize, numpy_prototype_head, numpy_softmax
 from oracles import import_timm
+from ssl_pretrain.launch.pretrain import main
 from ssl_pretrain.methods.distill import Distill
 
-from ssl_pretrain import backbones, encoder
+from ssl_pretrain import backbones, checkpoint, encoder, pretext
 from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
 from ssl_pretrain.conformance import one_step
 from ssl_pretrain.conformance.one_step import OWN, after_step, batch, build, networks
@@ -22,6 +24,7 @@ from ssl_pretrain.data.views import Sight, fitted
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.frozen import Frozen
+from ssl_pretrain.loop import teacher_run
 from ssl_pretrain.parts.mixup import check_pairs, mixed
 from ssl_pretrain.parts.query_projector import QueryProjector
 from ssl_pretrain.parts.similarity import FilledQueue, divergences, relations
@@ -278,7 +281,7 @@ def test_a_teacher_of_another_patch_size_and_normalisation_sees_the_same_pixels(
     torch.testing.assert_close(
         embedded["target"], torch.nn.functional.normalize(expected.pooled, dim=1), rtol=1e-5, atol=1e-5
     )
-    torch.testing.assert_close(embedded["target_mean"], expected.patches.mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(embedded["dense_mean"], expected.patches.mean(1), rtol=1e-5, atol=1e-5)
 
 
 def test_the_teacher_and_the_student_have_the_same_box_flips_and_colours() -> None:
@@ -496,12 +499,308 @@ def test_collapsed_is_what_it_states() -> None:
         check_stated(build("distill", dense_loss=loss, dense_centred_weight=0.0), states)
 
 
+# ---- Several teachers
+
+
+def take(method: Distill, number: int, micro_batches: int = 1, ok: bool = True):
+    """One step without an optimiser, as of GradCache: each part is embedded, then one loss of all. Returns it."""
+    parts, size = [], one_step.BATCH // micro_batches
+    for i in range(micro_batches):
+        rows = slice(i * size, (i + 1) * size)
+        parts.append(method.embed(batch(method, rows), one_step.step(rows, number=number)))
+    whole = one_step.step(slice(0, one_step.BATCH), number=number)
+    losses = method.loss({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, whole)
+    whole.ok = torch.tensor(ok)
+    after_step(method, whole, losses.carry)
+    return losses
+
+
+TWO = {"more_teachers": ("b",), "standardise_images": 16}
+
+
+def test_each_teacher_has_heads_of_its_own_and_its_weight() -> None:
+    both = build("distill", **TWO, standardise="none", teacher_weights=(1.0, 0.25), mixup=False)
+    losses = losses_of(both)
+    total = 0.0
+    for name, prefix, weight in (("teacher", "", 1.0), ("teacher2", "teacher2_", 0.25)):
+        alone = build("distill", mixup=False)
+        alone.teachers = [both.teachers[bool(prefix)]]
+        heads = both.further[0] if prefix else both
+        own = {n: v for n, v in heads.state_dict().items() if not n.startswith(("encoder", "further"))}
+        alone.load_state_dict({**{n: v for n, v in both.state_dict().items() if n.startswith("encoder")}, **own})
+        given = batch(alone)
+        given.views["teacher"] = batch(both).views[name]
+        expected = alone(given, step())
+        for term, value in expected.terms.items():
+            torch.testing.assert_close(losses.terms[prefix + term], value, rtol=1e-5, atol=1e-6)
+        total += weight * float(expected.total.detach())
+    assert float(losses.total) == pytest.approx(total, rel=1e-5)
+    assert set(losses.carry) == {"target", "teacher2/target", "place"}
+    assert float(losses.terms["teacher2_dense"]) != pytest.approx(float(losses.terms["dense"]), rel=1e-4)
+    assert set(both.collapsed(16)) <= set(losses.terms)
+    assert (
+        sum(name.startswith("teacher2_") for name in build("distill", **TWO, dense_centred_weight=0.0).collapsed(16))
+        == 3
+    )
+
+
+def numpy_whitened(x: np.ndarray, of: np.ndarray, transform: np.ndarray) -> np.ndarray:
+    """Centred by the mean of the rows `of`, then rotated and scaled."""
+    return (x - of.mean(0)) @ transform
+
+
+def test_standardised_targets_of_two_teachers_and_gradients_against_numpy() -> None:
+    """RADIO's form: 1 - cosine of pooled vectors, mean square of maps, both of PHI-S targets."""
+    knobs = {"relations_weight": 0.0, "pooled_loss": "cosine", "dense_weight": 2.0, "dense_centred_weight": 0.0}
+    method = build("distill", **TWO, **knobs, teacher_weights=(1.0, 3.0), mixup=False)
+    first = take(method, 0)
+    assert float(first.total) == 0.0  # the statistics are not known
+    assert all(float(first.terms[name]) == 1.0 for name in first.terms if name.endswith("relative"))
+    given = batch(method)
+    pixels = method.encoder(given.views["image"])
+    pooled, patches = pixels.pooled.detach().double().numpy(), pixels.patches.detach().double().numpy()
+    targets = []
+    for name, teacher, heads in zip(("teacher", "teacher2"), method.teachers, (method, method.further[0]), strict=True):
+        seen = teacher(given.views[name])
+        found = []
+        for part, statistics in (
+            (seen.pooled[:, None], heads.pooled_statistics),
+            (seen.patches, heads.dense_statistics),
+        ):
+            rows, matrix = part.flatten(0, 1).double().numpy(), statistics.transform.double().numpy()
+            assert bool(statistics.ready)
+            # A rotation and one scale, by which the mean variance of the channels becomes 1
+            np.testing.assert_allclose(matrix.T @ matrix, np.eye(96) / rows.var(0).mean(), rtol=1e-3, atol=1e-4)
+            found.append(numpy_whitened(part.double().numpy(), rows, matrix))
+        targets.append((found[0][:, 0], found[1]))
+
+    def oracle(at: Weights) -> float:
+        total = 0.0
+        for prefix, weight, (vectors, maps) in zip(("", "further.0."), (1.0, 3.0), targets, strict=True):
+            own = numpy_linear(at, f"{prefix}pooled_head", pooled)
+            cosines = (numpy_normalize(own) * numpy_normalize(vectors)).sum(-1)
+            dense = [
+                numpy_distance(numpy_bilinear(x, (4, 4), (2, 2)), t, "mse")
+                for x, t in zip(numpy_linear(at, f"{prefix}dense_head", patches), maps, strict=True)
+            ]
+            total += weight * (np.mean(1 - cosines) + 2 * np.mean(dense))
+        return float(total)
+
+    check_against(method, oracle, of_heads(method), method(given, one_step.step()))
+
+
+def test_no_teacher_dominates() -> None:
+    """The scale of a teacher's features changes nothing, and a constant prediction of each costs 1."""
+    found = []
+    for scale in (1.0, 100.0):
+        method = build("distill", **ONLY["dense"], **TWO, mixup=False)
+        with torch.no_grad():
+            method.teachers[1].backbone.norm.weight.mul_(scale)
+            method.teachers[1].backbone.norm.bias.mul_(scale)
+        take(method, 0)
+        for heads in (method, method.further[0]):
+            make_zero_(heads.dense_head)
+        found.append(losses_of(method))
+    for losses in found:
+        for prefix in ("", "teacher2_"):
+            assert float(losses.terms[f"{prefix}dense"]) == pytest.approx(1.0, rel=1e-3)
+            assert float(losses.terms[f"{prefix}dense_relative"]) == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"pooled_loss": "mse"}, {"standardise": "channels"}], ids=str)
+def test_micro_batches_and_skipped_steps_with_two_teachers(knobs: dict) -> None:
+    """As on several processes: losses, queues and statistics are functions of the global batch."""
+    whole, parts = (build("distill", **TWO | {"standardise_images": 32} | knobs) for _ in range(2))
+    for number in range(4):
+        one, other = take(whole, number, ok=number != 1), take(parts, number, micro_batches=4, ok=number != 1)
+        torch.testing.assert_close(one.total, other.total, rtol=1e-4, atol=1e-5)
+        assert bool(whole.dense_statistics.ready) == (number >= 2)  # of two steps that were not skipped
+    state = parts.state_dict()
+    for name, value in whole.state_dict().items():
+        if "queue" in name or ("statistics" in name and "transform" not in name):
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    if "pooled_loss" not in knobs:
+        for heads in (whole, whole.further[0]):  # vectors of before the statistics were known are not kept
+            assert int(heads.queue.taken) == 16
+    assert take(whole, 5).carry.keys() == (
+        {"target", "teacher2/target", "place"} if whole.config.pooled_loss == "similarity" else set()
+    )
+
+
+def test_a_run_with_two_teachers(pretrain_here, photos_in_classes: Path, tmp_path: Path, capsys) -> None:
+    """Both are in the manifest, the lineage and the scores; it is resumed with the same bits, and not with others."""
+    first, second = exported(tmp_path / "t"), exported(tmp_path / "u", seed=4)
+    common = ["--method", "distill", "--data", photos_in_classes, "--image-size", 32, "--encoder", "vit_micro"]
+    common += ["--patch-size", 8, "--depth", 2, "--dim", 64, "--heads", 2, "--batch-size", 16, "--workers", 0]
+    common += ["--teacher", first, "--more-teachers", second, "--queue", 16, "--dense-weight", 1]
+    common += ["--standardise-images", 32, "--log-every", 1, "--picture-every", 0]
+    pretrain_here(*common, "--steps", 4, "--knn-every", 2, "--out", tmp_path / "whole")
+    kept = (tmp_path / "whole" / "verdict.txt").read_text()
+    assert "kNN top-1 of the teacher on the same images" in kept
+    assert f"kNN top-1 of teacher2, {second}, on the same images" in kept
+    scored = [line for line in metrics(tmp_path / "whole") if "knn/top1" in line]
+    assert len(scored) == 2
+    for line in scored:
+        for name in ("teacher", "teacher2"):
+            assert line[f"knn/{name}_share"] == pytest.approx(line["knn/top1"] / line[f"knn/{name}_top1"])
+    recorded = json.loads((tmp_path / "whole" / "manifest.json").read_text())["networks"]
+    known = [encoder.load(each).fingerprint for each in (first, second)]
+    assert [recorded[name]["fingerprint"] for name in ("teacher", "teacher2")] == known
+    lineage = encoder.load(tmp_path / "whole").lineage
+    assert [lineage[name]["fingerprint"] for name in ("teacher", "teacher2")] == known
+    assert "teacher2: " in (tmp_path / "whole" / "encoder" / "README.md").read_text()
+
+    stopped = ["--no-score", "--checkpoint-every", 1, "--out", tmp_path / "parts"]
+    pretrain_here(*common, *stopped, "--steps", 4)
+    for each in (tmp_path / "parts" / "checkpoints").iterdir():
+        if each.name.endswith("4"):
+            shutil.rmtree(each)  # as if the process was killed after step 3
+    pretrain_here(*common, *stopped, "--steps", 4)
+    ends = [checkpoint.load(tmp_path / name / "checkpoints", 4) for name in ("whole", "parts")]
+    assert_same_bits(*ends)
+    shutil.rmtree(second)
+    exported(second, seed=5)
+    capsys.readouterr()
+    assert main([str(word) for word in (*common, *stopped, "--steps", 4)]) == 2
+    assert "began with another teacher2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("standardise", ["none", "channels"])
+def test_taps_of_two_blocks_and_gradients_against_numpy(standardise: str) -> None:
+    knobs = {**ONLY["dense"], "dense_taps": (0.5, 1.0), "mixup": False, "standardise": standardise}
+    method = build("distill", **knobs, standardise_images=16)
+    if standardise != "none":
+        take(method, 0)
+    given = batch(method)
+    with torch.no_grad():
+        own, target = (
+            method.encoder(given.views["image"], blocks=(0,)),
+            method.teacher(given.views["teacher"], blocks=(0,)),
+        )
+        first = final_norm(method.teacher, target.blocks[0])[:, 1:]
+    assert (method.encoder.depth, method.teacher.backbone.depth) == (2, 2)
+    pairs = {"tap1": (own.blocks[0][:, 1:], first), "dense": (own.patches, target.patches)}
+    rows = {name: (x.double().numpy(), t.double().numpy()) for name, (x, t) in pairs.items()}
+    if standardise != "none":
+        rows = {name: (x, (t - t.mean((0, 1))) / t.std((0, 1))) for name, (x, t) in rows.items()}
+
+    def oracle(at: Weights) -> float:
+        total = 0.0
+        for name, (x, theirs) in rows.items():
+            for own_map, t in zip(numpy_linear(at, f"{name}_head", x), theirs, strict=True):
+                total += numpy_distance(numpy_bilinear(own_map, (4, 4), (2, 2)), t, "mse") / len(x)
+        return total
+
+    losses = method(given, one_step.step())
+    check_against(method, oracle, of_heads(method), losses)
+    assert {"tap1", "dense", "tap1_relative"} <= set(losses.terms)
+    assert set(method.collapsed(16)) == {"tap1_relative", "dense_relative"}
+
+
+# ---- The teacher's prototype heads
+
+
+def with_heads(kind: str) -> Frozen:
+    """A frozen teacher that is a small run of this method."""
+    torch.manual_seed(7)
+    backbone = backbones.build("vit_micro", image_size=(32, 32), patch_size=16, depth=2, dim=96, heads=3, pool="cls")
+    method_class = pretext.load(kind)
+    method = method_class(backbone, method_class.Config(prototypes=12, hidden_dim=16, bottleneck_dim=8))
+    return Frozen(backbone, spec="t", fingerprint="t", sight=Sight((16, 16)), own=OWN, run=OWN, method=method)
+
+
+def numpy_sinkhorn(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """(R, K): three times columns, then rows, divided by their sums."""
+    q = np.exp((logits - logits.max()) / temperature)
+    for _ in range(3):
+        q = q / q.sum(0)
+        q = q / q.sum(1, keepdims=True)
+    return q
+
+
+@pytest.mark.parametrize("kind", ["dino", "ibot", "dinov2"])
+def test_losses_through_the_teachers_heads_and_gradients_against_numpy(kind: str) -> None:
+    teacher = with_heads(kind)
+    knobs = {"pooled_weight": 0.0, "relations_weight": 0.0, "dense_weight": 0.0, "heads_weight": 2.0, "mixup": False}
+    method = one_step.build_reading("distill", {"teacher_heads": teacher}, knobs)
+    patches = kind != "dino"
+    perturb_(method.class_head)  # vectors of length 1e-4 have gradients that no finite difference has
+    if patches:
+        perturb_(method.patch_head)
+    given = batch(method)
+    with torch.no_grad():
+        own, target = method.encoder(given.views["image"]), teacher(given.views["teacher"])
+    parts = {"class_head": (own.cls[:, None], target.cls[:, None])}
+    if patches:
+        resized = [numpy_bilinear(x.double().numpy(), (4, 4), (2, 2)) for x in own.patches]
+        parts["patch_head"] = (torch.from_numpy(np.array(resized)), target.patches)
+    assert hasattr(method, "patch_head") == patches
+    wanted = {}
+    for (name, (_, theirs)), head in zip(parts.items(), teacher.method.prototype_heads(), strict=False):
+        logits = numpy_prototype_head(head, theirs)
+        wanted[name] = numpy_sinkhorn(logits.reshape(-1, 12), 0.07).reshape(logits.shape)
+
+    def oracle(at: Weights) -> float:
+        total = 0.0
+        for name, (vectors, _) in parts.items():
+            x = vectors.double().numpy()
+            for k in (0, 2, 4):
+                x = x @ at[f"{name}.mlp.{k}.weight"].T + at[f"{name}.mlp.{k}.bias"]
+                x = x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2 if k < 4 else x
+            logits = numpy_normalize(x) @ numpy_normalize(at[f"{name}.prototypes.weight"]).T / 0.1
+            for p, own_logits in zip(wanted[name].reshape(-1, 12), logits.reshape(-1, 12), strict=True):
+                total += 2 * (p * (np.log(p) - np.log(numpy_softmax(own_logits)))).sum() / logits[..., 0].size
+        return float(total)
+
+    check_against(method, oracle, of_heads(method), method(given, one_step.step()))
+
+
+def test_collapsed_heads_are_what_they_state() -> None:
+    knobs = {"pooled_weight": 0.0, "relations_weight": 0.0, "dense_weight": 0.0, "heads_weight": 1.0}
+    method = one_step.build_reading("distill", {"teacher_heads": with_heads("dinov2")}, knobs)
+    for head in (method.class_head, method.patch_head):
+        make_uniform_(head.prototypes)
+    losses = losses_of(method)
+    check_stated(method, {"class_relative": losses, "patch_relative": losses})
+
+
+def test_a_run_as_teacher_gives_its_ema_teachers_heads(photos: Path, tmp_path: Path, pretrain_here) -> None:
+    small = ["--data", photos, "--image-size", 32, "--encoder", "vit_micro", "--patch-size", 8, "--depth", 1]
+    small += ["--batch-size", 8, "--steps", 1, "--workers", 0, "--no-score", "--picture-every", 0]
+    heads = ["--prototypes", 16, "--hidden-dim", 16, "--bottleneck-dim", 8, "--local-views", 0, "--lr", "1e-2"]
+    pretrain_here("--method", "dino", *small, *heads, "--warmup-steps", 0, "--pool", "cls", "--out", tmp_path / "dino")
+    found = teacher_run.open_run(str(tmp_path / "dino"), "distill", "vit_micro", heads=True)
+    kept = checkpoint.load(tmp_path / "dino" / "checkpoints", 1)["method"]
+    for name, value in found.method.state_dict().items():
+        assert torch.equal(value, kept["centre" if name == "centre" else f"teacher.{name}"]), name
+    assert not torch.equal(kept["head.prototypes.weight"], kept["teacher.head.prototypes.weight"])
+    with pytest.raises(UserError, match="is a run of dino, which has no decoder of masked patches"):
+        teacher_run.open_run(str(tmp_path / "dino"), "g2sd", "vit_micro")
+    flags = ["--method", "distill", *small, "--teacher", tmp_path / "dino", "--heads-weight", 1, "--queue", 8]
+    pretrain_here(*flags, "--out", tmp_path / "run")
+    (facts,) = json.loads((tmp_path / "run" / "manifest.json").read_text())["networks"].values()
+    assert facts["part"] == "heads"
+    assert not any("teacher" in name for name in checkpoint.load(tmp_path / "run" / "checkpoints", 1)["method"])
+    pretrain_here("--method", "mae", *small, "--out", tmp_path / "mae")
+    with pytest.raises(UserError, match=r"is a run of mae, which has no prototype heads.*give a run of dino, ibot or"):
+        teacher_run.open_run(str(tmp_path / "mae"), "distill", "vit_micro", heads=True)
+
+
 # ---- Mistakes
 
 
 def test_mistakes_in_flags() -> None:
     with pytest.raises(UserError, match="all 0: nothing is to be learned"):
         Distill.Config(pooled_weight=0.0, relations_weight=0.0)
+    with pytest.raises(UserError, match=r"has 1 values, and there are 2 teachers .*give one for each"):
+        Distill.Config(more_teachers=("b",), teacher_weights=(1.0,))
+    for taps in ((0.5,), (0.5, 0.5, 1.0), ()):
+        with pytest.raises(UserError, match="--dense-taps: give different shares of the depth, the last one 1"):
+            Distill.Config(dense_taps=taps)
+    with pytest.raises(UserError, match="--dense-taps and --dense-blocks both choose blocks"):
+        Distill.Config(dense_taps=(0.5, 1.0), dense_blocks=2)
+    with pytest.raises(UserError, match="--teacher-weights are all 0"):
+        Distill.Config(more_teachers=("b",), teacher_weights=(0.0, 0.0))
     with pytest.raises(UserError, match="needs the student's whole map: leave out --token-drop"):
         Distill.Config(token_drop=0.5, dense_weight=1.0, dense_projector="attention")
     with pytest.raises(UserError, match=r"--dense-blocks 3: teacher has 2 blocks"):
@@ -512,6 +811,9 @@ def test_mistakes_in_flags() -> None:
     teacher = Frozen(resnet, spec="runs/r", fingerprint="t", sight=Sight((8, 8)), own=OWN, run=OWN)
     method = Distill(build("distill").encoder, Distill.Config(queue=8, dense_weight=1.0, dense_blocks=2))
     with pytest.raises(UserError, match=r"--dense-blocks 2: runs/r gives the features of its last block only"):
+        method.prepare(16, {"teacher": teacher})
+    method = Distill(build("distill").encoder, Distill.Config(queue=8, dense_weight=1.0, dense_taps=(0.5, 1.0)))
+    with pytest.raises(UserError, match=r"--dense-taps: runs/r gives the features of its last block only"):
         method.prepare(16, {"teacher": teacher})
     coarse = Distill(backbones.build("resnet18", image_size=(32, 32), stem="imagenet"), Distill.Config(queue=8))
     with pytest.raises(UserError, match=r"compares the places of an image.*1 x 1.*give --relations-weight 0"):
@@ -581,6 +883,10 @@ def test_a_teacher_that_is_gone_at_the_end_costs_only_its_line(tmp_path: Path) -
     (tmp_path / "manifest.json").write_text(json.dumps({"networks": {"teacher": {"spec": "gone"}}}))
     (line,) = verdict.of_teacher(run, tmp_path, 50.0, None)
     assert line.startswith("the teacher could not be scored: ")
+    more = {"teacher": {"spec": "gone"}, "teacher2": {"spec": str(tmp_path / "lost")}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"networks": more}))
+    lines = verdict.of_teacher(run, tmp_path, 50.0, None)
+    assert lines[1].startswith(f"teacher2, {tmp_path / 'lost'}, could not be scored: ")
     (tmp_path / "manifest.json").write_text(json.dumps({"networks": {"anchor": {"spec": "gone"}}}))
     assert verdict.of_teacher(run, tmp_path, 50.0, None) == []
     assert (share(30.0, 60.0), share(30.0, 0.0)) == (0.5, 0.0)

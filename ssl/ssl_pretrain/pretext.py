@@ -181,8 +181,9 @@ class Method(nn.Module, ABC):
     @classmethod
     def frozen(cls, config: Any) -> tuple[str, ...]:
         """The frozen networks that the method reads with these knobs: "teacher" (--teacher), "teacher_run" (--teacher RUN,
-        with the whole method of that run: `Frozen.method`), "tokenizer" (--tokenizer), or "anchor" (--teacher, else the
-        start weights of --init-from), and those of `more_teachers`. A view for one of them names it in
+        with the whole method of that run: `Frozen.method`), "teacher_heads" (the same of a method with prototype heads, and
+        its EMA teacher's weights), "tokenizer" (--tokenizer), "anchor" (--teacher, else the start weights of
+        --init-from), and those of `more_teachers`. A view for one of them names it in
         `ViewSpec.network`."""
         return ()
 

@@ -1,7 +1,8 @@
 """Opens the frozen networks that a method reads: `--teacher`, `--tokenizer`, or the start weights of the run.
 
-Their names are those of `Method.frozen`. "teacher_run" is the network of --teacher where the method of a run is read, and
-files and messages call it "teacher", too (`word`). "teacher2" and so on are those of `Method.more_teachers`.
+Their names are those of `Method.frozen`. "teacher_run" and "teacher_heads" are the network of --teacher where the method
+of a run is read, and files and messages call it "teacher", too (`word`). "teacher2" and so on are those of
+`Method.more_teachers`.
 """
 
 from collections.abc import Mapping
@@ -32,8 +33,8 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
     """
     wanted = method.frozen(knobs)
     specs = {"teacher": run.teacher, "anchor": run.teacher or (str(run.init_from) if run.init_from else None)}
-    specs["teacher_run"] = run.teacher
-    if run.teacher is not None and not {"teacher", "anchor", "teacher_run"} & set(wanted):
+    specs |= dict.fromkeys(("teacher_run", "teacher_heads"), run.teacher)
+    if run.teacher is not None and not {"teacher", "anchor", "teacher_run", "teacher_heads"} & set(wanted):
         raise UserError(
             f"--teacher is given, and --method {run.method} with these flags reads no teacher: leave it out"
         )
@@ -53,11 +54,11 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
             flags = "--init-from (or --teacher)" if name == "anchor" else f"--{word(name)}"
             if name == "anchor" and run.init_state:  # which --init-from would contradict
                 flags = f"--teacher, for example --teacher {run.init_state.partition('@')[0]}"
-            if name == "teacher_run":
-                flags += f" ({teacher_run.GIVE})"
+            if name in ("teacher_run", "teacher_heads"):
+                flags += f" ({teacher_run.GIVE if name == 'teacher_run' else teacher_run.GIVE_HEADS})"
             raise UserError(f"--method {run.method} with these flags reads a frozen network: name it with {flags}")
-        if name == "teacher_run":
-            theirs = teacher_run.open_run(spec, run.method, run.encoder)
+        if name in ("teacher_run", "teacher_heads"):
+            theirs = teacher_run.open_run(spec, run.method, run.encoder, heads=name == "teacher_heads")
             found[name] = _frozen(theirs.encoder, theirs.fingerprint, spec, run, world, method=theirs.method)
             continue
         if name == "tokenizer":
@@ -75,7 +76,7 @@ def open_networks(run: Resolved, method: type[Method], knobs: Any, world: World)
 
 def word(name: str) -> str:
     """What files and messages call the network of that name."""
-    return "teacher" if name == "teacher_run" else name
+    return "teacher" if name in ("teacher_run", "teacher_heads") else name
 
 
 def _flag(name: str) -> str:
@@ -133,8 +134,9 @@ def open_teacher(run: Run, out: Path, name: str) -> Encoder:
     """One of `teachers_of`, opened with its own preprocessing, to be scored as the trained encoder is. On a GPU if there is
     one. Raises UserError where it cannot be opened."""
     spec = teachers_of(run, out)[name]
-    if manifest.read(out)["networks"][name].get("part") == "method":
-        opened = teacher_run.open_run(spec, run.method, run.encoder).encoder.eval()
+    part = manifest.read(out)["networks"][name].get("part")
+    if part in ("method", "heads"):
+        opened = teacher_run.open_run(spec, run.method, run.encoder, heads=part == "heads").encoder.eval()
     else:
         opened = open_encoder(spec, run.encoder).eval()
     return opened.to("cuda") if torch.cuda.is_available() else opened
@@ -143,11 +145,12 @@ def open_teacher(run: Run, out: Path, name: str) -> Encoder:
 def facts(networks: Mapping[str, Frozen]) -> dict[str, dict[str, Any]]:
     """What the manifest and the lineage say of the networks."""
     found: dict[str, dict[str, Any]] = {}
-    for name, network in networks.items():
-        name = word(name)
+    for key, network in networks.items():
+        name = word(key)
         found[name] = {"spec": network.spec, "fingerprint": network.fingerprint}
         if network.method is not None:  # read whole; what its run says of source and licence
-            found[name] |= {"part": "method", **model_card.origin(str(start_state.folder_of(network.spec)))}
+            part = "heads" if key == "teacher_heads" else "method"
+            found[name] |= {"part": part, **model_card.origin(str(start_state.folder_of(network.spec)))}
         if isinstance(network.backbone, StoredOutputs):  # the network itself may be gone
             found[name] |= network.backbone.origin
         if (kind := _rounded(network)) is not None:

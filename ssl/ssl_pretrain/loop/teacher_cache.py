@@ -41,7 +41,7 @@ KIND = "teacher cache"
 FORMAT = 1
 CODES = "codes"  # the subfolder with a tokenizer's codebook
 FLAG = {  # by the network's name
-    **dict.fromkeys(("teacher", "teacher_run", "anchor"), "teacher_cache"),
+    **dict.fromkeys(("teacher", "teacher_run", "teacher_heads", "anchor"), "teacher_cache"),
     "tokenizer": "tokenizer_cache",
 }
 COMMAND = "ssl-data cache-teacher"
@@ -227,8 +227,9 @@ def seen_by(name: str, specs: Iterable[ViewSpec], run: Resolved) -> list[ViewSpe
     """The views that a network sees. Raises UserError where its outputs cannot be stored."""
     views = [spec for spec in specs if spec.network == name]
     if not views or any(spec.reads is None for spec in views) or len({spec.reads for spec in views}) > 1:
+        word = name.partition("_")[0]
         raise UserError(
-            f"{flag(name)}: the outputs of the {name.removesuffix('_run')} cannot be stored for --method {run.method} with "
+            f"{flag(name)}: the outputs of the {word} cannot be stored for --method {run.method} with "
             f"these flags, which reads more than features of fixed views (weights, or pixels that are mixed on the "
             f"device): leave it out"
         )

@@ -40,6 +40,11 @@ class Fitted(nn.Module, ABC):
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def learning(self) -> bool:
+        """Whether `carry` may still give something."""
+        return not self._known
+
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
         """The targets of features (..., D)."""

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssl_pretrain import backbones, encoder, tokenizer
-from ssl_pretrain.backbones.quantizer import CHUNK, Quantizer
+from ssl_pretrain.backbones.nearest import CHUNK
+from ssl_pretrain.backbones.quantizer import Quantizer
 from ssl_pretrain.conformance import one_step
 from ssl_pretrain.data.views import Sight
 from ssl_pretrain.encoder import Encoder, Preprocessing

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .backbones.backbone import Backbone, Features
 from .backbones.quantizer import Quantizer
+from .backbones.scales import Levels
 from .backbones.stored import StoredCodes, StoredOutputs
 from .backbones.token_stem import renormalisation
 from .data.views import Sight
@@ -79,12 +80,21 @@ class Frozen:
 
     @torch.no_grad()
     def ids(self, images: Tensor) -> Tensor:
-        """The tokenizer's ids (B, h, w) int64 of views (B, C, H, W) in the run's normalisation. Computed in the precision
-        of its weights also under autocast, so that ids do not depend on the run's precision."""
+        """The tokenizer's ids (B, h, w) int64 of views (B, C, H, W) in the run's normalisation, of the finest scale if it
+        has several. Computed in the precision of its weights also under autocast, so that ids do not depend on the run's
+        precision."""
         assert self.quantizer is not None, f"{self.spec} is no tokenizer"
         with torch.autocast(images.device.type, enabled=False):
             seen = self(images)
             return self.quantizer.ids(seen.patches, seen.grid)
+
+    @torch.no_grad()
+    def levels(self, images: Tensor) -> tuple[Levels, tuple[int, int]]:
+        """The ids of all scales of views as for `ids`, of a tokenizer of several, and the grid of the finest one."""
+        assert isinstance(self.quantizer, Quantizer), f"{self.spec} has no codes of its own"
+        with torch.autocast(images.device.type, enabled=False):
+            seen = self(images)
+            return self.quantizer.levels(seen.patches, seen.grid), seen.grid
 
     def check(self, name: str, size: tuple[int, int], own_pixels: bool = False) -> None:
         """Raise UserError where the network cannot see views of `size`. name: of the network, for the message. own_pixels:

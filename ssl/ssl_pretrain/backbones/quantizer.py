@@ -1,16 +1,18 @@
 """What makes an encoder a tokenizer: its patch features become ids of the nearest vectors of a codebook.
 
-Shapes: B images, N patches on an (h, w) grid, D channels of the encoder, K codes of d channels.
+Shapes: B images, N patches on an (h, w) grid, D channels of the encoder, K codes of d channels, S scales with L places.
 """
 
-import contextlib
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 2048  # vectors whose distances to all codes are in memory at a time
+from .nearest import nearest, without_autocast
+from .scales import Levels, Scales
+
 USAGE = 10  # tokens for each code that usage is counted over, at least
 
 
@@ -18,14 +20,22 @@ USAGE = 10  # tokens for each code that usage is counted over, at least
 class Quantizer(nn.Module):
     """A linear layer from D to d channels, whose outputs get length 1, and K codes.
 
+    With several scales (`backbones.scales`) an image has ids of each of them: `levels` gives all, `ids` those of the finest
+    scale, which say what the coarser ones leave.
+
     Attributes: `size`, K; `width`, d; `unit`: codes are used with length 1; `codes` (K, d), a parameter if they are
-    `trained` by gradients; `hits` (K,) int64: how often each code was the nearest one, in a fixed number of tokens.
+    `trained` by gradients; `hits` (K,) int64: how often each code was the nearest one, in a fixed number of tokens;
+    `scales`: None for one; with several, `hits_of_scales` (S, K) are the hits of each.
     """
 
     codes: Tensor
     hits: Tensor
+    hits_of_scales: Tensor
 
-    def __init__(self, dim: int, size: int, width: int, *, unit: bool = False, trained: bool = False) -> None:
+    def __init__(
+        self, dim: int, size: int, width: int, *, unit: bool = False, trained: bool = False, scales: Sequence[int] = ()
+    ) -> None:
+        """scales: cells of each scale along the finest one's longer side, ascending; none for one scale."""
         super().__init__()
         self.dim, self.size, self.width, self.unit = dim, size, width, unit
         self.project = nn.Linear(dim, width)
@@ -38,10 +48,14 @@ class Quantizer(nn.Module):
         else:
             self.register_buffer("codes", start)
         self.register_buffer("hits", torch.zeros(size, dtype=torch.int64))
+        self.scales = Scales(scales, width) if scales else None
+        if scales:
+            self.register_buffer("hits_of_scales", torch.zeros(len(scales), size, dtype=torch.int64))
 
     def describe(self) -> dict[str, Any]:
         """The arguments that make a quantizer with these shapes, without `trained`."""
-        return {"dim": self.dim, "size": self.size, "width": self.width, "unit": self.unit}
+        described = {"dim": self.dim, "size": self.size, "width": self.width, "unit": self.unit}
+        return described if self.scales is None else {**described, "scales": list(self.scales.sides)}
 
     def another(self) -> "Quantizer":
         """A quantizer of the same shapes, in host memory."""
@@ -70,12 +84,32 @@ class Quantizer(nn.Module):
         return F.embedding(ids, self.vectors())
 
     def ids(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Ids (B, h, w) int64 of patch features (B, N, D) in raster order."""
+        """Ids (B, h, w) int64 of patch features (B, N, D) in raster order; of the finest scale if there are several."""
+        if self.scales is not None:
+            return self.levels(patches, grid).ids[:, -grid[0] * grid[1] :].unflatten(1, grid)
         return self.nearest(self.embed(patches)).unflatten(1, grid)
 
-    def usage(self) -> dict[str, float]:
-        """By `hits`: "tokens" looked at, "codes_used" of them all, and "perplexity", exp of the entropy of the codes."""
-        counts = self.hits.double()
+    @torch.no_grad()
+    def levels(self, patches: Tensor, grid: tuple[int, int]) -> Levels:
+        """Patch features (B, N, D) as ids of all scales. Only with several of them."""
+        assert self.scales is not None, "the quantizer has one scale"
+        found: Levels = self.scales(self.embed(patches), grid, self.vectors())
+        return found
+
+    def usage(self) -> dict[str, Any]:
+        """By `hits`: "tokens" looked at, "codes_used" of them all, and "perplexity", exp of the entropy of the codes. With
+        several scales also "scales": the same of each, the coarsest first."""
+        found: dict[str, Any] = self._usage(self.hits)
+        if self.scales is not None:
+            found["scales"] = [
+                {"side": side, **self._usage(hits)}
+                for side, hits in zip(self.scales.sides, self.hits_of_scales, strict=True)
+            ]
+        return found
+
+    @staticmethod
+    def _usage(hits: Tensor) -> dict[str, float]:
+        counts = hits.double()
         share = counts / counts.sum().clamp_min(1)
         entropy = -torch.special.xlogy(share, share).sum()
         return {
@@ -83,23 +117,3 @@ class Quantizer(nn.Module):
             "codes_used": int((counts > 0).sum()),
             "perplexity": float(entropy.exp()) if int(counts.sum()) else 0.0,
         }
-
-
-@torch.no_grad()
-def nearest(vectors: Tensor, codes: Tensor) -> Tensor:
-    """Ids of the nearest codes (K, d) by Euclidean distance: (..., d) to (...) int64. Of equal distances the first one."""
-    with without_autocast(vectors.device):
-        half = -0.5 * codes.square().sum(1)
-        rows = vectors.reshape(-1, codes.shape[1])
-        # The number of chunks would fix the number of images in a program that is made of this.
-        chunks = [rows] if torch.compiler.is_exporting() else rows.split(CHUNK)
-        found = [torch.addmm(half, each, codes.T).argmax(1) for each in chunks]
-    return torch.cat(found).reshape(vectors.shape[:-1])
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Within it, products have the precision of their factors. Nothing in a program that is being exported, which has one
-    precision and could not be read with such a part in it."""
-    if torch.compiler.is_exporting():
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)

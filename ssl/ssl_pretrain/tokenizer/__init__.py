@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..backbones.quantizer import Quantizer
+from ..backbones.scales import read_scales
 from ..encoder import (
     Encoder,
     Preprocessing,
@@ -48,10 +49,31 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def ids(self, images: Tensor) -> Tensor:
         """Ids (B, h, w) int64, below `codes`, of images (B, C, H, W) from `preprocess`. In the precision of the weights,
-        also under autocast."""
+        also under autocast. Of a tokenizer of several scales those of the finest one."""
         with torch.autocast(images.device.type, enabled=False):
             seen = self.encoder(images)
             return self.quantizer.ids(seen.patches, seen.grid)
+
+    @torch.no_grad()
+    def ids_by_scale(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Ids (B, h_s, w_s) int64 of every scale s, the coarsest first, of images as for `ids`; the last are `ids`. A scale
+        says what the coarser ones leave of the map (`backbones.scales`). Of a tokenizer of one scale: `ids` alone."""
+        if self.quantizer.scales is None:
+            return (self.ids(images),)
+        with torch.autocast(images.device.type, enabled=False):
+            seen = self.encoder(images)
+            shapes, found = self.quantizer.scales.shapes(seen.grid), self.quantizer.levels(seen.patches, seen.grid).ids
+        parts = found.split([h * w for h, w in shapes], dim=1)
+        return tuple(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True))
+
+    @torch.no_grad()
+    def lookup_scales(self, ids: Sequence[Tensor]) -> Tensor:
+        """The vectors (B, h, w, d) of ids by scale (as `ids_by_scale` gives them): the sum over all scales."""
+        if self.quantizer.scales is None:
+            return self.lookup(ids[0])
+        grid = (ids[-1].shape[1], ids[-1].shape[2])
+        together = torch.cat([each.flatten(1) for each in ids], dim=1)
+        return self.quantizer.scales.lookup(together, grid, self.quantizer.vectors())[-1].unflatten(1, grid)
 
     def forward(self, images: Tensor) -> Tensor:
         """`ids`."""
@@ -59,7 +81,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def lookup(self, ids: Tensor) -> Tensor:
-        """The codes (B, h, w, d) of ids (B, h, w)."""
+        """The codes (B, h, w, d) of ids (B, h, w), of one scale."""
         return self.quantizer.lookup(ids)
 
     def preprocess(self, images: Sequence[Image.Image | np.ndarray | bytes]) -> Tensor:
@@ -70,6 +92,11 @@ class Tokenizer(nn.Module):
     def codes(self) -> int:
         """The number of codes, K."""
         return self.quantizer.size
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Cells of each scale along the longer side of the grid of the training images; empty for one scale."""
+        return () if self.quantizer.scales is None else self.quantizer.scales.sides
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -91,7 +118,7 @@ class Tokenizer(nn.Module):
         return self.encoder.lineage
 
     @property
-    def usage(self) -> dict[str, float]:
+    def usage(self) -> dict[str, Any]:
         """See `Quantizer.usage`: over a fixed number of tokens of training images, at least ten for each code."""
         return self.quantizer.usage()
 
@@ -132,7 +159,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, code: str | No
         for name, shape in shapes.items():
             if tuple(weights[f"quantizer.{name}"].shape) != shape:
                 raise ValueError(f"{name} is not {shape}")
-        quantizer = Quantizer(dim, size, width, unit=bool(wanted["unit"]))
+        quantizer = Quantizer(dim, size, width, unit=bool(wanted["unit"]), scales=read_scales(wanted))
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(f"{folder / 'config.json'} does not describe a tokenizer: {problem}") from None
     tokenizer = Tokenizer(from_description(config, folder, code), quantizer)

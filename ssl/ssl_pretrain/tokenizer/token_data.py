@@ -132,6 +132,11 @@ def write(
     that a random crop covers. Raises UserError for a folder that holds something else, or other ids, OSError where the disk
     has no room.
     """
+    if tokenizer.scales:
+        raise UserError(
+            f"the tokenizer has the scales {' '.join(map(str, tokenizer.scales))}, and token data have one id for each "
+            f"patch: use a tokenizer of one scale"
+        )
     how = tokenizer.preprocessing
     spec = ViewSpec(name="crop", size=how.crop, scale=scale, interpolation=how.interpolation)
     kind: Kind = "uint16" if tokenizer.codes <= 1 << 16 else "int32"

@@ -4,9 +4,10 @@ teacher's features (VQ-KD of BEiT v2; Peng et al., 2022).
 The encoder's patch features become unit vectors of few channels, each is replaced by the nearest code of a codebook, and a
 small decoder predicts the patch from the codes. The run exports a tokenizer, whose ids other methods predict. Options: a
 frozen codebook with a projector (VQGAN-LC; Zhu et al., NeurIPS 2024), a relaxed choice of codes (dVAE of DALL-E; Ramesh et
-al., ICML 2021), and semantic regularisation (GigaTok; Xiong et al., 2025).
+al., ICML 2021), semantic regularisation (GigaTok; Xiong et al., 2025), and several scales of which each quantises what the
+coarser ones leave (VAR; Tian et al., NeurIPS 2024).
 Shapes: B images, N patches on an (h, w) grid, D encoder width, K codes of d channels, T values of a target, E channels of
-the teacher.
+the teacher, S scales with L places together.
 """
 
 import math
@@ -22,6 +23,7 @@ from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.backbones.positions import sincos_table
 from ssl_pretrain.backbones.quantizer import USAGE, Quantizer
+from ssl_pretrain.backbones.scales import Levels
 from ssl_pretrain.backbones.vit import Block
 from ssl_pretrain.data.views import Reads, ViewSpec
 from ssl_pretrain.errors import UserError
@@ -83,6 +85,9 @@ class VQTok(Method):
         """How codes are learned. ema: moving averages of counts and sums. norm_ema: moving average of directions, of used
         codes only (BEiT v2). gradient: by the loss (VQGAN). frozen: k-means centres of the features of --teacher, of which
         only a linear projection is learned (VQGAN-LC). gumbel: by the loss, with a random soft choice of codes (DALL-E)."""
+        scales: tuple[int, ...] = ()
+        """Quantise at several scales: cells of each along the longer side of the grid, ascending, the last one that of the
+        grid itself, for example 1 2 4 8 (VAR). All scales share the codes. Default: one scale."""
         codebook_decay: float = 0.99
         """Decay of the moving averages."""
         commitment: float = 0.25
@@ -108,6 +113,11 @@ class VQTok(Method):
         """Smallest and largest share of the image's area that a crop covers."""
 
         def __post_init__(self) -> None:
+            within(self, AT_LEAST_1, "scales", ascending=True)
+            if self.scales and (len(self.scales) < 2 or len(set(self.scales)) < len(self.scales)):
+                raise UserError(f"--scales {' '.join(map(str, self.scales))}: give two or more different numbers")
+            if self.scales and self.codebook not in ("ema", "gradient"):
+                raise UserError(f"--scales needs codes of any length: --codebook ema or gradient, not {self.codebook}")
             within(self, AT_LEAST_1, "codes", "code_dim", "decoder_dim", "decoder_depth", "decoder_heads")
             within(self, BETWEEN_0_AND_1, "codebook_decay", "revive_below")
             within(self, NOT_NEGATIVE, "commitment", "revive_every", "kl_weight", "semantic_weight")
@@ -132,14 +142,21 @@ class VQTok(Method):
         self.teacher: Frozen | None = None
         self._has_started = False  # as `started`, once it was read from the device
         trained = config.codebook in ("gradient", "gumbel")
-        self.quantizer = Quantizer(encoder.dim, size, config.code_dim, unit=config.codebook != "ema", trained=trained)
-        self.register_buffer("recent", torch.zeros(size, dtype=torch.int64))  # hits of the tokens being counted
+        self.grid = (encoder.image_size[0] // encoder.stride[0], encoder.image_size[1] // encoder.stride[1])
+        if config.scales and config.scales[-1] != max(self.grid):
+            raise UserError(
+                f"--scales ends with {config.scales[-1]}, and the encoder has {self.grid[0]} x {self.grid[1]} patches: let "
+                f"it end with {max(self.grid)}"
+            )
+        unit = config.codebook != "ema" and not config.scales  # what coarser scales leave has no length of 1
+        self.quantizer = Quantizer(encoder.dim, size, config.code_dim, unit=unit, trained=trained, scales=config.scales)
+        counted = (len(config.scales), size) if config.scales else (size,)
+        self.register_buffer("recent", torch.zeros(counted, dtype=torch.int64))  # hits of the tokens being counted
         if not trained:
             self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         if config.codebook == "ema":
             self.register_buffer("counts", torch.zeros(size))
             self.register_buffer("sums", torch.zeros(size, config.code_dim))
-        self.grid = (encoder.image_size[0] // encoder.stride[0], encoder.image_size[1] // encoder.stride[1])
         self.decoder_embed = nn.Linear(config.code_dim, width)
         self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
@@ -212,8 +229,11 @@ class VQTok(Method):
         seen = encode(self.encoder, images, step)
         features = self._features_of_teacher(batch, seen.grid)
         z = self.quantizer.embed(seen.patches)
+        replaced = z.detach()  # the vectors that have ids
         if config.codebook == "gumbel":
             entering, ids, apart = self._chosen_softly(z, step)
+        elif config.scales:
+            entering, ids, apart, replaced = self._chosen_by_scale(z, seen.grid)
         else:
             entering, ids, apart = self._chosen(z)
         predicted, inside = self._decode(entering, seen.grid)
@@ -227,16 +247,16 @@ class VQTok(Method):
             semantic = distances(self.semantic_head(inside), features, "cosine").mean(1)
             per_sample = per_sample + config.semantic_weight * semantic
             terms["semantic"] = semantic.detach().mean()
-        counts, total = sums(z.detach().flatten(0, 1), ids.flatten(), self.quantizer.size)
+        counts, total = self._counted(replaced, ids, seen.grid)
         carry = {"counts": counts[None]}
         if config.codebook in ("ema", "norm_ema"):
-            carry |= {"sums": total[None], **self._candidates(z.detach(), step)}
+            carry |= {"sums": total[None], **self._candidates(replaced, step)}
         elif config.codebook == "frozen":
             assert features is not None
             carry |= {"codes": self._projected().detach()[None], **self._candidates(features, step)}
         return Losses(
             total=per_sample.mean(),
-            terms={**terms, **usage(counts, ids.numel() * distributed.size())},
+            terms={**terms, **self._usage(counts, ids.numel() * distributed.size())},
             per_sample=per_sample.detach(),
             carry=carry,
         )
@@ -256,6 +276,47 @@ class VQTok(Method):
         if config.codebook != "gradient":
             apart, entering = apart * self.started, torch.where(self.started, entering, z)
         return entering, ids, apart
+
+    def _chosen_by_scale(self, z: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `_chosen`, with ids (B, L) of all scales, and the vectors (B, L, d) that they stand for. The loss is the mean
+        over scales of the distance between the map and the sum up to the scale."""
+        config, scales = self.config, self.quantizer.scales
+        assert scales is not None
+        started = None if config.codebook == "gradient" else self.started
+        levels: Levels = scales(z, grid, self.quantizer.vectors(), started)
+        whole = levels.sums[-1]
+        apart = config.commitment * (z - levels.sums.detach()).square().mean((0, 2, 3))
+        # The codes' move, if they are trained, and that of the convolutions
+        apart = apart + (levels.sums - z.detach()).square().mean((0, 2, 3))
+        entering = z + (whole - z).detach()
+        if started is not None:
+            apart, entering = apart * started, torch.where(started, entering, z)
+        return entering, levels.ids, apart, levels.residuals
+
+    def _counted(self, vectors: Tensor, ids: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """How many of the vectors (B, L, d) each code has, (K,) or of each scale (S, K), and their sums (K, d)."""
+        scales, size = self.quantizer.scales, self.quantizer.size
+        if scales is None:
+            return sums(vectors.flatten(0, 1), ids.flatten(), size)
+        parts = [h * w for h, w in scales.shapes(grid)]
+        each = [
+            sums(rows.flatten(0, 1), own.flatten(), size)
+            for rows, own in zip(vectors.split(parts, dim=1), ids.split(parts, dim=1), strict=True)
+        ]
+        return torch.stack([counts for counts, _ in each]), torch.stack([total for _, total in each]).sum(0)
+
+    def _usage(self, counts: Tensor, tokens: int) -> dict[str, Tensor]:
+        """`usage`; with several scales also the perplexity of each, "perplexity_SIDE"."""
+        if self.quantizer.scales is None:
+            return usage(counts, tokens)
+        share = distributed.mean(counts)
+        share = share / share.sum(1, keepdim=True)
+        perplexities = torch.exp(-torch.special.xlogy(share, share).sum(1))
+        of_scales = {
+            f"perplexity_{side}": value
+            for side, value in zip(self.quantizer.scales.sides, perplexities.unbind(), strict=True)
+        }
+        return usage(counts.sum(0), tokens) | of_scales
 
     def _chosen_softly(self, z: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """As `_chosen`, with the mean code of a random soft choice (Gumbel softmax), and the divergence of the choice
@@ -322,6 +383,7 @@ class VQTok(Method):
         config, quantizer = self.config, self.quantizer
         counts = distributed.all_reduce_(step.carried["counts"].sum(0))
         self._count(counts, step)
+        counts = counts.sum(0) if config.scales else counts
         if config.codebook in ("gradient", "gumbel"):
             return
         if config.codebook == "frozen":
@@ -383,12 +445,16 @@ class VQTok(Method):
 
     def _count(self, counts: Tensor, step: Step) -> None:
         """Add to the hits of the tokens being counted. When they are enough, they become the codebook's `hits`. So these
-        are of a fixed number of tokens of a late part of training, as soon as there were that many."""
-        hits, size = self.quantizer.hits, self.quantizer.size
+        are of a fixed number of tokens of a late part of training, as soon as there were that many. counts: (K,), or (S, K)
+        of several scales, whose hits are added."""
+        quantizer, size = self.quantizer, self.quantizer.size
+        hits = quantizer.hits if quantizer.scales is None else quantizer.hits_of_scales
         found = self.recent + torch.where(step.ok, counts, 0.0).long()
         full = found.sum() >= USAGE * size
         hits.copy_(torch.where(full | (hits.sum() < USAGE * size), found, hits))
         self.recent.copy_(torch.where(full, 0, found))
+        if quantizer.scales is not None:
+            quantizer.hits.copy_(hits.sum(0))
 
     def exported_tokenizer(self) -> Quantizer:
         """The codebook."""
@@ -405,6 +471,9 @@ class VQTok(Method):
         if self.config.target != "pixels":
             return {"input": images}
         seen = self.encoder(images)
+        if self.quantizer.scales is not None:
+            painted = self.decoded(self.quantizer.levels(seen.patches, seen.grid).sums[-1], seen.grid).float()
+            return {"input": images, "reconstruction": unpatchify(painted, self.encoder.stride, seen.grid)}
         vectors = self._projected() if self.config.codebook == "frozen" else self.quantizer.vectors()
         codes = F.embedding(self.quantizer.nearest(self.quantizer.embed(seen.patches), vectors), vectors)
         painted = self.decoded(codes, seen.grid).float()

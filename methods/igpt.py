@@ -1,8 +1,9 @@
-"""iGPT (Chen et al., "Generative Pretraining from Pixels", ICML 2020), and Toto's images (Rajasegaran et al., 2025).
+"""iGPT (Chen et al., "Generative Pretraining from Pixels", ICML 2020), Toto's images (Rajasegaran et al., 2025), and the
+order by scale of VAR (Tian et al., NeurIPS 2024).
 
 An image is a sequence of ids: of the nearest colours of a palette, or of a frozen tokenizer. A causal encoder predicts each
-id from those before it. Features come from a middle block. Shapes: B images, C channels, N ids on an (h, w) grid, K codes,
-D encoder width.
+id from those before it, or all ids of a scale from those of the coarser ones. Features come from a middle block. Shapes: B
+images, C channels, N ids on an (h, w) grid, K codes, D encoder width, S scales with L ids.
 """
 
 import math
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from ssl_pretrain import distributed
 from ssl_pretrain.backbones.backbone import Backbone
+from ssl_pretrain.backbones.quantizer import Quantizer
+from ssl_pretrain.backbones.scale_stem import reading
+from ssl_pretrain.backbones.scales import Levels
 from ssl_pretrain.backbones.token_stem import Palette, shuffled
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
@@ -64,8 +68,9 @@ class IGPT(Method):
         iGPT), or the ids of --tokenizer (Toto)."""
         colours: int = 512
         """With --ids colours: number of colours of the palette."""
-        order: Literal["raster", "random"] = "raster"
-        """Order of the ids: by rows, or a fixed random order, the same in all images."""
+        order: Literal["raster", "random", "scale"] = "raster"
+        """Order of the ids: by rows, a fixed random order, the same in all images, or from the coarsest scale to the
+        finest, of a tokenizer of several (vqtok --scales; VAR)."""
         feature_depth: float = 0.5
         """Share of the blocks after which the features of the exported encoder are taken. The later blocks are not
         exported."""
@@ -76,11 +81,16 @@ class IGPT(Method):
             within(self, AT_LEAST_1, "colours")
             within(self, ABOVE_0_TO_1, "feature_depth")
             within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
+            if self.order == "scale" and self.ids != "tokenizer":
+                raise UserError(
+                    "--order scale: colours have one scale; give --ids tokenizer and --tokenizer RUN, a run of vqtok with "
+                    "--scales"
+                )
 
     def __init__(self, encoder: Backbone, config: Config) -> None:
         super().__init__(encoder, config)
         vit = vit_of(encoder, "igpt")
-        if vit.cls_token is None:
+        if vit.cls_token is None and config.order != "scale":
             raise UserError(
                 "igpt needs an encoder with a class token, from which the first id is predicted: give --cls"
             )
@@ -103,8 +113,9 @@ class IGPT(Method):
         else:
             self.tokenizer = Palette(self.encoder.stride, self.config.colours, self.encoder.in_chans)
             self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        self.encoder = vit = begin_with(self.encoder, self.tokenizer, "igpt")
-        self.head = nn.Linear(vit.dim, vit.patch_embed.proj.weight.shape[0], bias=False)
+        by_scale = self.config.order == "scale"
+        self.encoder = vit = begin_with(self.encoder, self.tokenizer, "igpt", by_scale=by_scale)
+        self.head = nn.Linear(vit.dim, _codes(self.tokenizer), bias=False)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
 
     @classmethod
@@ -126,18 +137,24 @@ class IGPT(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """The mean cross-entropy of all ids; `per_sample` is each image's.
 
-        Terms: "bits", the loss in bits an id; "accuracy", "majority" and "gain" as `parts.id_prediction` says.
+        Terms: "bits", the loss in bits an id, with several scales also of each of them, "bits_SIDE"; "accuracy", "majority"
+        and "gain" as `parts.id_prediction` says.
         """
         images = batch.views["image"]
-        maps = self.maps(images)
-        ids, logits = self.predict(maps, step)
+        by_scale = self.config.order == "scale"
+        ids, logits = self.predict_scales(images, step) if by_scale else self.predict(self.maps(images), step)
         each = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
         counts = each.new_zeros(logits.shape[-1]).scatter_add_(0, ids.flatten(), torch.ones_like(each).flatten())
         accuracy, per_sample = (logits.argmax(-1) == ids).float().mean(), each.mean(1)
         terms = prediction_terms(counts, accuracy, each.detach().mean())
+        bits = {"bits": each.detach().mean() / math.log(2)}
+        if by_scale:
+            sides, shapes = self._scales(images)
+            parts = each.detach().split([h * w for h, w in shapes], dim=1)
+            bits |= {f"bits_{side}": part.mean() / math.log(2) for side, part in zip(sides, parts, strict=True)}
         return Losses(
             total=per_sample.mean(),
-            terms={"bits": each.detach().mean() / math.log(2), **terms},
+            terms={**bits, **terms},
             per_sample=per_sample.detach(),
             carry=self._colours(images, step) if isinstance(self.tokenizer, Palette) else {},
         )
@@ -157,6 +174,27 @@ class IGPT(Method):
         assert tokens is not None
         before = tokens.shape[1] - ids.shape[1] - 1  # the last prefix token predicts the first id
         return ids, self.head(tokens[:, before:-1]).float()
+
+    def predict_scales(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Ids (B, L) of all scales of images, the coarsest first, and the logits (B, L, K) float32 of each one from those
+        of the coarser scales."""
+        assert isinstance(self.tokenizer, Frozen)
+        levels, grid = self.tokenizer.levels(images)
+        return levels.ids, self.predict_levels(levels, grid, step)
+
+    def predict_levels(self, levels: Levels, grid: tuple[int, int], step: Step) -> Tensor:
+        """The logits (B, L, K) float32 of all ids of levels, whose finest scale has this grid."""
+        maps, how = reading(vit_of(self.encoder, "igpt"), levels, grid)
+        logits: Tensor = self.head(encode(self.encoder, maps, step, **how).patches).float()
+        return logits
+
+    def _scales(self, images: Tensor) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """The sides of the tokenizer's scales, and their grids of images."""
+        assert isinstance(self.tokenizer, Frozen)
+        assert isinstance(self.tokenizer.quantizer, Quantizer)
+        assert self.tokenizer.quantizer.scales is not None
+        height, width = (side // step for side, step in zip(images.shape[2:], self.tokenizer.sight.stride, strict=True))
+        return self.tokenizer.quantizer.scales.sides, self.tokenizer.quantizer.scales.shapes((height, width))
 
     def _colours(self, images: Tensor, step: Step) -> dict[str, Tensor]:
         """Random patches' colours of each image, and the images' rows in the global batch."""
@@ -203,3 +241,11 @@ class IGPT(Method):
             )
             for name, found in shown.items()
         }
+
+
+def _codes(tokenizer: Frozen | Palette) -> int:
+    """The number of codes."""
+    if isinstance(tokenizer, Palette):
+        return tokenizer.codes
+    assert tokenizer.quantizer is not None
+    return tokenizer.quantizer.size

@@ -7,14 +7,21 @@ import numpy as np
 import pytest
 import torch
 from method_helpers import check_stated
+from scale_oracles import convs_of, numpy_area, numpy_levels
 from ssl_pretrain.methods.igpt import IGPT
 from torch import nn
 
 from ssl_pretrain import backbones, encoder, tokenizer
+from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
+from ssl_pretrain.backbones.quantizer import Quantizer
+from ssl_pretrain.backbones.scale_stem import reading
+from ssl_pretrain.backbones.scales import Levels
 from ssl_pretrain.backbones.token_stem import Palette, shuffled
 from ssl_pretrain.conformance import one_step
+from ssl_pretrain.data.views import Sight
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.frozen import Frozen
 from ssl_pretrain.pretext import Losses
 
 KERNELS = 210  # of a step: python tests/kernels.py igpt
@@ -137,6 +144,166 @@ def test_a_palette_of_no_rgb_images():
     palette.colours.copy_(torch.tensor([[0.0], [1.0], [1.0]]))
     images = torch.tensor([[[[0.0, 0.2, 0.1, 0.1, 1, 1, 1, 1], [0, 0, 0, 0, 2, 1, 1, 0]]]])
     assert palette(images).tolist() == [[[0, 1]]]
+
+
+# ---- By scale
+
+
+def of_scales(scales: tuple[int, ...] = (1, 2, 4)) -> Frozen:
+    """A frozen tokenizer with 8 codes, of several scales, whose convolutions are not the identity."""
+    torch.manual_seed(3)
+    backbone = backbones.build("vit_micro", image_size=(32, 32), patch_size=16, depth=2, dim=96, heads=3)
+    quantizer = Quantizer(backbone.dim, 8, 4, scales=scales)
+    if scales:
+        for part in quantizer.scales.parameters():
+            nn.init.normal_(part, std=0.3)
+    sight, scale = Sight(backbone.stride), ((0.5,) * 3, (0.25,) * 3)
+    return Frozen(backbone, spec="runs/t", fingerprint="t", sight=sight, own=scale, run=scale, quantizer=quantizer)
+
+
+def by_scale(**knobs) -> IGPT:
+    return one_step.build_reading("igpt", {"tokenizer": of_scales()}, {"ids": "tokenizer", "order": "scale", **knobs})
+
+
+GRIDS = [(1, 1), (2, 2), (4, 4)]
+LEVEL = np.repeat([0, 1, 2], [1, 4, 16])
+
+
+def test_loss_terms_and_gradient_of_all_scales_against_numpy():
+    method = by_scale().eval()
+    images = one_step.batch(method).views["image"]
+    losses = method(one_step.batch(method), one_step.step())
+    losses.total.backward()
+    frozen = method.tokenizer
+    with torch.no_grad():
+        seen = frozen(images)
+        z = frozen.quantizer.embed(seen.patches).double().numpy().reshape(-1, 4, 4, 4)
+    assert seen.grid == (4, 4)
+    found = [
+        numpy_levels(x, frozen.quantizer.codes.double().numpy(), GRIDS, convs_of(frozen.quantizer.scales)) for x in z
+    ]
+    t = np.array([np.concatenate(ids) for ids, _, _ in found])
+    assert len(set(t.ravel())) > 3
+    # What enters: the sum of the coarser scales at the size of the scale; nothing for the first one.
+    stem = method.encoder.patch_embed
+    proj, bias = (part.detach().double().numpy() for part in (stem.proj.weight, stem.proj.bias))
+    level = stem.level.detach().double().numpy()
+    rows = [np.broadcast_to(stem.start[0].detach().double().numpy() + level[0], (len(z), 1, 128))]
+    for s in (1, 2):
+        inputs = np.array([numpy_area(sums[s - 1], GRIDS[s]).reshape(-1, 4) for _, _, sums in found])
+        rows.append(inputs @ proj.T + bias + level[s])
+    embedded = np.concatenate(rows, 1)
+    where = []
+    for side, _ in GRIDS:
+        for cell in range(side**2):
+            row, column = ((n + 0.5) * 4 / side for n in divmod(cell, side))
+            where.append(int(row) * 4 + int(column))
+    mask = torch.ones(1, 22, 22, dtype=torch.bool)
+    for q in range(22):
+        for k in range(22):
+            mask[0, q, k] = k == 0 or (q > 0 and bool(LEVEL[k - 1] <= LEVEL[q - 1]))
+
+    class Given(nn.Module):
+        proj = stem.proj
+
+        def forward(self, maps, keep):
+            return torch.from_numpy(embedded).float()
+
+    vit = method.encoder
+    with torch.no_grad():
+        vit.patch_embed = Given()
+        keep = torch.tensor(where).expand(len(z), -1)
+        x = vit(torch.zeros(len(z), 8, 4, 4), keep=keep, attention=mask).patches.double().numpy()
+    w = method.head.weight.detach().double().numpy()
+    logits = x @ w.T
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    each = -np.take_along_axis(logp, t[..., None], -1)[..., 0]
+    np.testing.assert_allclose(losses.per_sample, each.mean(1), rtol=1e-4)
+    assert float(losses.terms["bits"]) == pytest.approx(each.mean() / np.log(2), rel=1e-5)
+    for s, side in enumerate((1, 2, 4)):
+        assert float(losses.terms[f"bits_{side}"]) == pytest.approx(each[:, s == LEVEL].mean() / np.log(2), rel=1e-4)
+    wrong = np.exp(logp) - np.eye(len(w))[t]
+    np.testing.assert_allclose(method.head.weight.grad, np.einsum("bnk,bnd->kd", wrong, x) / t.size, atol=1e-5)
+    assert all(p.grad is not None and p.grad.any() for p in stem.parameters())
+
+
+def test_an_id_changes_only_the_predictions_of_finer_scales():
+    method = by_scale().eval()
+    quantizer = method.tokenizer.quantizer
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        sums = quantizer.scales.lookup(ids, (4, 4), quantizer.vectors())
+        with torch.no_grad():
+            return method.predict_levels(Levels(ids, torch.empty(0), sums), (4, 4), one_step.step())
+
+    ids = torch.randint(0, 8, (2, 21), generator=torch.Generator().manual_seed(0))
+    for position in (0, 3, 20):
+        other = ids.clone()
+        other[:, position] = (other[:, position] + 3) % 8
+        changed = (logits(ids) - logits(other)).abs().amax((0, 2)) > 1e-6
+        assert changed.numpy().tolist() == (LEVEL[position] < LEVEL).tolist()
+
+
+def test_features_by_scale_are_those_of_the_finest_places(tmp_path: Path):
+    method = by_scale(feature_depth=0.5).eval()
+    exported = method.exported().eval()
+    assert exported.depth == 1
+    assert "keep" not in exported.supports
+    images = torch.randn(2, 3, *exported.image_size)
+    with torch.no_grad():
+        levels, grid = method.tokenizer.levels(images)
+        maps, how = reading(method.encoder, levels, grid)
+        seen = method.encoder(maps, **how, blocks=(0,))
+        expected = method.encoder.blocks[1].norm1(seen.blocks[0][:, -16:])
+        found = exported(images, blocks=(-1,))
+    assert found.grid == (4, 4)
+    torch.testing.assert_close(found.patches, expected)
+    torch.testing.assert_close(found.pooled, expected.mean(1))
+    assert found.blocks[0].shape[1] == found.tokens.shape[1] == 17
+    how = Preprocessing.for_size(exported.image_size, (0.5,) * 3, (0.25,) * 3)
+    encoder.save(tmp_path, Encoder(exported, exported.name, how, {}))
+    read = encoder.load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(read(images).patches, found.patches)
+        assert read(torch.randn(1, 3, 96, 128)).grid == (6, 8)  # of another size, with the same shares
+    with pytest.raises(UnsupportedByBackbone, match="'keep'"):
+        exported(images, keep=torch.zeros(2, 1, dtype=torch.int64))
+
+
+def test_it_learns_the_ids_of_all_scales():
+    """Of one batch, more than their frequencies say; the first scale, which sees nothing, no more than these."""
+    method = by_scale()
+    optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    for number in range(40):
+        losses = method(one_step.batch(method), one_step.step(number=number % 10))
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(losses.terms["gain"]) > 0.1
+    assert float(losses.terms["bits_4"]) < float(losses.terms["bits"]) + 1
+
+
+def test_tokenizers_of_one_scale_are_refused():
+    with pytest.raises(UserError, match="--order scale: colours have one scale; give --ids tokenizer"):
+        IGPT.Config(order="scale")
+    with pytest.raises(UserError, match="--order scale: --tokenizer runs/t has one scale; train one of several"):
+        one_step.build_reading("igpt", {"tokenizer": of_scales(())}, {"ids": "tokenizer", "order": "scale"})
+    with pytest.raises(UserError, match="give --pool mean"):
+        IGPT(
+            backbones.build("vit_micro", image_size=(32, 32), patch_size=8, depth=2, pool="cls"),
+            IGPT.Config(ids="tokenizer", order="scale"),
+        )
+
+
+def test_a_run_by_scale(pretrain_here, photos: Path, tmp_path: Path):
+    few = [*SMALL, "--data", photos, "--steps", "2", "--picture-every", "0", "--batch-size", "8"]
+    pretrain_here("--method", "vqtok", *few, "--codes", "16", "--scales", "1", "2", "8", "--out", tmp_path / "tokens")
+    argv = ["--ids", "tokenizer", "--tokenizer", tmp_path / "tokens", "--order", "scale"]
+    pretrain_here("--method", "igpt", *few, *argv, "--out", tmp_path / "run")
+    exported = encoder.load(tmp_path / "run")
+    assert exported.backbone.config.order == "scale"
+    assert exported.lineage["tokenizer"]["fingerprint"] == tokenizer.load(tmp_path / "tokens").fingerprint
+    assert exported(torch.rand(2, 3, 32, 32)).patches.shape == (2, 64, 64)
 
 
 def test_collapsed_is_what_it_states():

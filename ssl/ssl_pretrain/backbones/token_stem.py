@@ -23,7 +23,10 @@ from ..errors import UserError
 from ..randomness import key
 from . import build, prefix
 from .backbone import Backbone, Features
-from .quantizer import Quantizer, nearest, without_autocast
+from .nearest import nearest, without_autocast
+from .quantizer import Quantizer
+from .scale_stem import by_scale, read_scales_of
+from .scales import Levels, read_scales
 from .vit import ViT
 
 MOST = 2**28  # numbers in a codebook that a description may ask for
@@ -96,8 +99,9 @@ class TokenStem(Backbone):
         after the norm that follows it."""
         attention: Literal["full", "causal"] = "full"
         """Attention of forward, unless it is told otherwise: full, or causal in the order of the ids."""
-        order: Literal["raster", "random"] = "raster"
-        """Order of the ids for causal attention: by rows, or a fixed random order."""
+        order: Literal["raster", "random", "scale"] = "raster"
+        """Order of the ids for causal attention: by rows, a fixed random order, or from the coarsest scale to the finest,
+        of a tokenizer of several (`scale_stem`)."""
 
     supports = frozenset({"keep", "replace", "attention", "blocks", "pooled_only", "attention_maps"})
 
@@ -115,6 +119,10 @@ class TokenStem(Backbone):
         super().__init__()
         self.config, self.image_size, self.in_chans = config, image_size, in_chans
         self.tokenizer = _tokenizer(config.tokenizer) if tokenizer is None else tokenizer
+        if config.order == "scale":
+            if isinstance(self.tokenizer, Palette) or self.tokenizer.quantizer.scales is None:
+                raise UserError("the order by scale needs a tokenizer of several scales")
+            self.supports = frozenset({"blocks", "pooled_only"})
         self.stride = self.tokenizer.stride
         if self.tokenizer.in_chans != in_chans:
             raise UserError(f"the tokenizer takes images of {self.tokenizer.in_chans} channels, not {in_chans}")
@@ -134,7 +142,12 @@ class TokenStem(Backbone):
         vit = build(self.config.encoder, image_size=grid, in_chans=1, **self.config.options)
         if not isinstance(vit, ViT):
             raise UserError(f"tokens:{self.config.encoder}: the encoder behind a tokenizer is a ViT of this package")
-        read_ids(vit, self.tokenizer.codes)
+        if self.config.order == "scale":
+            assert isinstance(self.tokenizer, FrozenTokenizer)
+            assert self.tokenizer.quantizer.scales is not None
+            read_scales_of(vit, self.tokenizer.quantizer.scales.sides, self.tokenizer.quantizer.width)
+        else:
+            read_ids(vit, self.tokenizer.codes)
         return vit
 
     def forward(
@@ -155,6 +168,10 @@ class TokenStem(Backbone):
         channels, or of a size that the tokenizer does not take."""
         if images.shape[1] != self.in_chans:
             raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
+        if self.config.order == "scale":
+            assert isinstance(self.tokenizer, FrozenTokenizer)
+            self.refuse_options(keep, replace, attention, prefix_length, blocks)
+            return by_scale(self.vit, *self.tokenizer.levels(images), blocks=blocks, drop=drop)
         ids = self.tokenizer(images)[:, None]
         if isinstance(attention, str) and attention == "full" and keep is None and self.config.attention == "causal":
             return in_order(
@@ -281,12 +298,23 @@ class FrozenTokenizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Ids (B, h, w) int64 of images (B, C, H, W)."""
+        """Ids (B, h, w) int64 of images (B, C, H, W); of several scales those of the finest one."""
         with without_autocast(images.device):
-            if not self._same:
-                images = torch.addcmul(self.offset.to(images), images, self.factor.to(images))
-            seen = self.encoder(images)
+            seen = self._seen(images)
             return self.quantizer.ids(seen.patches, seen.grid)
+
+    @torch.no_grad()
+    def levels(self, images: Tensor) -> tuple[Levels, tuple[int, int]]:
+        """The ids of all scales of images (B, C, H, W), and the grid of the finest one."""
+        with without_autocast(images.device):
+            seen = self._seen(images)
+            return self.quantizer.levels(seen.patches, seen.grid), seen.grid
+
+    def _seen(self, images: Tensor) -> Features:
+        if not self._same:
+            images = torch.addcmul(self.offset.to(images), images, self.factor.to(images))
+        found: Features = self.encoder(images)
+        return found
 
 
 def renormalisation(own: Scale, given: Scale) -> tuple[Tensor, Tensor]:
@@ -315,7 +343,11 @@ def _tokenizer(described: Mapping[str, Any]) -> FrozenTokenizer | Palette:
     height, width = inner["image_size"]
     encoder = build(inner["name"], image_size=(height, width), in_chans=inner["in_chans"], **inner["options"])
     _check_size(wanted["size"], wanted["width"])
-    quantizer = Quantizer(encoder.dim, wanted["size"], wanted["width"], unit=wanted["unit"])
+    try:
+        scales = read_scales(wanted)
+    except ValueError as problem:
+        raise UserError(f"the tokenizer is not described: {problem}") from None
+    quantizer = Quantizer(encoder.dim, wanted["size"], wanted["width"], unit=wanted["unit"], scales=scales)
     made = FrozenTokenizer(encoder, quantizer, described["own"], described["given"])
     for part in made.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):

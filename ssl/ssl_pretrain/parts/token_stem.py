@@ -9,6 +9,7 @@ from typing import Any
 
 from ..backbones.backbone import Backbone, UnsupportedByBackbone
 from ..backbones.quantizer import Quantizer
+from ..backbones.scale_stem import read_scales_of
 from ..backbones.token_stem import FrozenTokenizer, Palette, TokenStem, read_ids
 from ..backbones.vit import ViT
 from ..errors import UserError
@@ -25,9 +26,10 @@ def vit_of(encoder: Backbone, method: str) -> ViT:
     return encoder
 
 
-def begin_with(encoder: Backbone, tokenizer: Frozen | Palette, method: str) -> ViT:
-    """The encoder, which from now on takes maps (B, 1, h, w) of the tokenizer's ids (`backbones.token_stem.read_ids`).
-    Raises UserError for one that is no ViT, and for a tokenizer that no export may name."""
+def begin_with(encoder: Backbone, tokenizer: Frozen | Palette, method: str, *, by_scale: bool = False) -> ViT:
+    """The encoder, which from now on takes maps (B, 1, h, w) of the tokenizer's ids (`backbones.token_stem.read_ids`), or
+    the sums of all its scales (`backbones.scale_stem.read_scales_of`). Raises UserError for one that is no ViT, for a
+    tokenizer that no export may name, and with `by_scale` for one of one scale."""
     vit = vit_of(encoder, method)
     if isinstance(tokenizer, Palette):
         read_ids(vit, tokenizer.codes)
@@ -38,7 +40,16 @@ def begin_with(encoder: Backbone, tokenizer: Frozen | Palette, method: str) -> V
             f"--tokenizer {tokenizer.spec} is made by your own code ({tokenizer.backbone.name}), which the export of "
             f"{method} would have to import: use a tokenizer with an encoder of this package"
         )
-    read_ids(vit, tokenizer.quantizer.size)
+    if by_scale:
+        quantizer = tokenizer.quantizer
+        if not isinstance(quantizer, Quantizer) or quantizer.scales is None:
+            raise UserError(
+                f"--order scale: --tokenizer {tokenizer.spec} has one scale; train one of several with --method vqtok "
+                f"--scales"
+            )
+        read_scales_of(vit, quantizer.scales.sides, quantizer.width)
+    else:
+        read_ids(vit, tokenizer.quantizer.size)
     return vit
 
 

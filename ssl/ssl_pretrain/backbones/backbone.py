@@ -64,6 +64,8 @@ class Backbone(nn.Module, ABC):
     supports: frozenset[str]
     map_strides: tuple[tuple[float, float], ...] = ()  # pixels a position (down, right) of each of `Features.maps`
     map_channels: tuple[int, ...] = ()  # their channels
+    # Patterns (as of file names) of matrices that weight decay does not apply to, beside biases and norms.
+    undecayed: tuple[str, ...] = ()
 
     @property
     def unit(self) -> tuple[int, int]:

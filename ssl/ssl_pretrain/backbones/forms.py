@@ -20,6 +20,7 @@ from .grouper import Grouper
 from .jumbo import Jumbo
 from .octic import Octic
 from .resnet import ResNet
+from .swin import Swin
 from .token_stem import TokenStem
 from .vit import NORM_EPS, ViT
 
@@ -37,6 +38,7 @@ _SWIGLU = "vit_giant_patch14_dinov2"  # the layers of a gated MLP are classes, w
 _WIDE_EPS = "vit_base_patch16_clip_224"  # norms with epsilon 1e-5
 _ROPE, _ROPE_WIDE_EPS = "eva_giant_patch14_224", "vit_pe_core_tiny_patch16_384"
 _RELATIVE = "beit_base_patch16_224"
+_SWIN = "swinv2_tiny_window8_256"
 _STARTS = 1e-5  # an initial value of layer scale; the weights replace it
 
 
@@ -122,6 +124,8 @@ def timm_form(backbone: Backbone, *, exact: bool = True) -> Form | str:
         arguments = {"layers": list(backbone.config.depths), "in_chans": backbone.in_chans, "global_pool": "avg"}
         name = "resnet50" if backbone.config.bottleneck else "resnet18"
         return Form("timm", name, arguments, "fc", "conv1")
+    if isinstance(backbone, Swin):
+        return _timm_swin(backbone)
     if isinstance(backbone, TokenStem):
         return "timm has no model that begins with a tokenizer"
     if isinstance(backbone, Octic):
@@ -150,8 +154,8 @@ def transformers_form(backbone: Backbone) -> Form | str:
             "image_size": backbone.image_size[0],
         }
         return Form("transformers", "ConvNextModel", arguments, to_theirs=_TO_CONVNEXT, to_ours=_FROM_CONVNEXT)
-    if isinstance(backbone, ViT):
-        return "transformers' ViTs hold queries, keys and values apart"
+    if isinstance(backbone, ViT | Swin):
+        return f"transformers' {type(backbone).__name__}s hold queries, keys and values apart"
     if isinstance(backbone, TokenStem):
         return "transformers has no model that begins with a tokenizer"
     return f"transformers' classes have other names for the weights of {type(backbone).__name__}"
@@ -177,6 +181,30 @@ _FROM_CONVNEXT: Rules = (
     (r"\.layer_scale_parameter$", ".gamma"),
     (r"(^|\.)layernorm\.", r"\1norm."),
 )
+
+
+def _timm_swin(backbone: Swin) -> Form | str:
+    """timm's file of a Swin Transformer V2 without a classifier has our names: timm moves the merging itself."""
+    config = backbone.config
+    for stride, _ in backbone.map_strides:
+        for side in (size // int(stride) for size in backbone.image_size):
+            if side > config.window and side % config.window:
+                return (
+                    f"timm rolls a map before it pads it to whole windows, and we after, as transformers: a map of {side} "
+                    f"positions does not divide into windows of {config.window} (--window)"
+                )
+    arguments = {
+        "img_size": list(backbone.image_size),
+        "patch_size": config.patch_size,
+        "in_chans": backbone.in_chans,
+        "embed_dim": config.dim,
+        "depths": list(config.depths),
+        "num_heads": list(config.heads),
+        "window_size": config.window,
+        "pretrained_window_sizes": list(backbone.pretrained_windows),
+        "global_pool": "avg",
+    }
+    return Form("timm", _SWIN, arguments, "head.fc")
 
 
 def _timm_vit(backbone: ViT, exact: bool) -> Form | str:

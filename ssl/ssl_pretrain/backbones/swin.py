@@ -1,10 +1,11 @@
-"""Swin Transformer V2 (Liu et al., "Swin Transformer V2: Scaling Up Capacity and Resolution", CVPR 2022): a pyramid of four
+"""Swin Transformer V2 (Liu et al., "Swin Transformer V2: Scaling Up Capacity and Resolution", CVPR 2022): a pyramid of
 stages whose attention stays within windows, every second time within windows that are shifted by half their side (Liu et
 al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021).
 
 Shapes: B images, C channels, H x W pixels, c channels of a map of Y x X positions, n windows of wy x wx = L positions, d
 width of a head, O = (2 wy - 1)(2 wx - 1) offsets, (h, w) the last map, N = h * w positions in raster order, D its width, E
-width of the first stage. Maps between layers are (B, Y, X, c). Parameters have timm's names; there is no `head.fc`.
+width of the first stage. Maps between layers are (B, Y, X, c). Parameters have the names of the authors' release; there is
+no `head`.
 """
 
 import math
@@ -181,25 +182,25 @@ class Merging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width; before them, except in the first stage, neighbours are merged. Every second block has shifted
-    windows."""
+    """Blocks of one width, every second one with shifted windows; after them, except in the last stage, neighbours are
+    merged."""
 
     def __init__(self, dim: int, depth: int, heads: int, *, merge: bool) -> None:
         super().__init__()
-        self.downsample = Merging(dim // 2) if merge else None
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.downsample = Merging(dim) if merge else None
 
-    def forward(self, x: Tensor, window: int, trained: int, factors: Tensor | None = None) -> Tensor:
-        """(B, Y, X, c) to (B, Y / 2, X / 2, 2c); the first stage keeps the shape. factors: (B, 2 * blocks)."""
-        if self.downsample is not None:
-            x = self.downsample(x)
+    def forward(self, x: Tensor, window: int, trained: int, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A map (B, Y, X, c) after the blocks, and merged, (B, Y / 2, X / 2, 2c); of the last stage the same map twice.
+        factors: (B, 2 * blocks)."""
+        weight = self.blocks[0].attn.qkv.weight
         kinds = [
-            Windows.of((x.shape[1], x.shape[2]), window, trained, shifted, self.blocks[0].attn.cpb_mlp[0].weight)
+            Windows.of((x.shape[1], x.shape[2]), window, trained, shifted, weight)
             for shifted in (False, True)[: len(self.blocks)]
         ]
         for i, block in enumerate(self.blocks):
             x = block(x, kinds[i % 2], None if factors is None else factors[:, 2 * i : 2 * i + 2])
-        return x
+        return x, x if self.downsample is None else self.downsample(x)
 
 
 class NormedPatchEmbed(PatchEmbed):
@@ -245,6 +246,7 @@ class Swin(Backbone):
             within(self, FROM_0_BELOW_1, "drop_path")
 
     supports = frozenset({"replace", "drop_path", "maps"})
+    undecayed = ("*.cpb_mlp.*", "*.logit_scale")
 
     def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
         super().__init__()
@@ -254,7 +256,7 @@ class Swin(Backbone):
         self.config, self.image_size, self.in_chans = config, (height, width), in_chans
         self.map_channels = tuple(config.dim * 2**i for i in range(stages))
         self.map_strides = tuple((config.patch_size * 2**i, config.patch_size * 2**i) for i in range(stages))
-        self.dim, self.depth, self.token_dim = self.map_channels[-1], sum(config.depths), config.dim
+        self.dim, self.depth = self.map_channels[-1], sum(config.depths)
         self.stride = (config.patch_size * 2 ** (stages - 1), config.patch_size * 2 ** (stages - 1))
         self._check_size(height, width)
         # Of a window of one position every offset is 0, whatever the largest one is.
@@ -264,7 +266,7 @@ class Swin(Backbone):
 
         self.patch_embed = NormedPatchEmbed(config.patch_size, in_chans, config.dim)
         self.layers = nn.ModuleList(
-            Stage(dim, depth, heads, merge=i > 0)
+            Stage(dim, depth, heads, merge=i < stages - 1)
             for i, (dim, depth, heads) in enumerate(zip(self.map_channels, config.depths, config.heads, strict=True))
         )
         self.norm = nn.LayerNorm(self.dim, eps=NORM_EPS)
@@ -276,6 +278,11 @@ class Swin(Backbone):
             elif isinstance(part, Block):
                 nn.init.zeros_(part.norm1.weight)
                 nn.init.zeros_(part.norm2.weight)
+
+    @property
+    def token_dim(self) -> int:
+        """E, the width of the first stage."""
+        return self.config.dim
 
     def forward(
         self,
@@ -319,20 +326,21 @@ class Swin(Backbone):
         first, outputs = 0, []
         for stage, depth, trained in zip(self.layers, self.config.depths, self.pretrained_windows, strict=True):
             of_stage = None if factors is None else factors[:, 2 * first : 2 * (first + depth)]
-            x = stage(x, self.config.window, trained, of_stage)
+            of_map, x = stage(x, self.config.window, trained, of_stage)
             first += depth
             if maps:
-                outputs.append(x.permute(0, 3, 1, 2))
+                outputs.append(of_map.permute(0, 3, 1, 2))
         patches = self.norm(x).flatten(1, 2)
         return Features(cls=None, patches=patches, grid=grid, pooled=patches.mean(1), maps=tuple(outputs))
 
     def layer_of(self, parameter: str) -> int:
-        """See `Backbone.layer_of`; the merging before a stage belongs to the stage's first block. Raises KeyError for an
-        unknown parameter."""
+        """See `Backbone.layer_of`; the merging after a stage belongs to the stage's last block, as released. Raises KeyError
+        for an unknown parameter."""
         part, _, rest = parameter.partition(".")
         if part == "layers":
             stage, kind, block = rest.split(".")[:3]
-            return sum(self.config.depths[: int(stage)]) + (int(block) if kind == "blocks" else 0) + 1
+            of_stage = self.config.depths[: int(stage) + 1]
+            return sum(of_stage[:-1]) + int(block) + 1 if kind == "blocks" else sum(of_stage)
         return {"patch_embed": 0, "norm": self.depth + 1}[part]
 
     def describe(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from .. import backbones, plugins
 from ..encoder import Encoder
 from ..errors import UserError
-from . import libraries, published
+from . import libraries, published, swin
 from .libraries import Foreign
 from .specs import Spec
 from .weights import difference
@@ -76,9 +76,12 @@ def _timm(spec: Spec, file: Path, image_size: tuple[int, int] | None) -> Encoder
     theirs = libraries.load(str(Spec(spec.kind, spec.name, options | {"checkpoint": str(file)})))
     module, how = cast(Any, cast(Foreign, theirs.backbone).module), theirs.preprocessing
     if published.COMMON in module.state_dict():
-        first = module.blocks[0]
-        facts = {"num_attention_heads": first.attn.num_heads}
-        facts |= {"layer_norm_eps": first.norm1.eps, "rms_norm_eps": first.norm1.eps}
+        if swin.is_swin(module.state_dict()):
+            facts = swin.timm_facts(module)
+        else:
+            first = module.blocks[0]
+            facts = {"num_attention_heads": first.attn.num_heads}
+            facts |= {"layer_norm_eps": first.norm1.eps, "rms_norm_eps": first.norm1.eps}
 
         def read(size: tuple[int, int] | None) -> Encoder:
             return published.read(file, weights=module.state_dict(), facts=facts, image_size=size)

@@ -1,5 +1,5 @@
 """Reads checkpoints as published by their authors into our ViT: MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3,
-AIM, AIMv2, data2vec 2.0, and the versions of timm and transformers.
+AIM, AIMv2, data2vec 2.0, and the versions of timm and transformers. Swin Transformers V2 are read into ours (swin.py).
 
 Shapes: D channels, N patches on a square (h, h) grid in raster order, P prefix tokens, p patch side.
 
@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from .. import backbones
 from ..backbones.positions import ROPE_BASE, Offsets, resize_offsets, resize_table, sincos_table
 from ..encoder import Encoder, Preprocessing
 from ..errors import UserError, nearest
+from . import swin
 from .weights import SHOWN, difference, flat, read_file
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of all layouts except BEiT's and AIMv2's
@@ -147,6 +149,12 @@ def read(
     everything = {WRAPPED.sub("", name): value for name, value in content.items()}
     prefix, anchor = _part(everything, part, file)
     inside = {name.removeprefix(prefix): value for name, value in everything.items() if name.startswith(prefix)}
+    if swin.is_swin(inside):
+        beside = facts or (_config(file) if anchor in TRANSFORMERS else {})
+        found = swin.read(inside, beside, file)
+        method = str(beside.get("model_type", "swin")) if anchor in TRANSFORMERS else "swin"
+        made = _Made(found.name, "Swin", found.options, found.weights, image_size or found.size, found.left_out)
+        return _encoder(made, method, IMAGENET, prefix, len(everything) - len(inside), anchor, file, partial)
     _refuse_other_architectures(inside, anchor, file)
     extra = [n for n in inside if BESIDE.match(n) or n.endswith((".bias_mask", "relative_position_index"))]
     renamed = _renamed({name: value for name, value in inside.items() if name not in extra}, anchor)
@@ -157,30 +165,60 @@ def read(
     options = _architecture(weights, layout, heads or _heads(weights, inside, layout, beside, file), beside)
     native, size = _image_size(weights, options, layout, image_size, file)
     _positions(weights, options, layout, native, size)
-    backbone = _vit(weights, options, size)
+    first_beit = layout == "beit" and not any(name.startswith("cls_pt_layers.") for name in inside)
+    usual = HALF if first_beit else CLIP if options["rms_norm"] else IMAGENET
+    method = beside.get("model_type", "unknown") if layout == "transformers" else layout
+    made = _Made(_name(options), f"ViT ({_describe(options)})", options, weights, size, extra)
+    return _encoder(made, method, usual, prefix, len(everything) - len(inside), anchor, file, partial)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A file in our terms."""
+
+    name: str  # of the encoder
+    what: str  # for messages
+    options: Mapping[str, Any]
+    weights: Mapping[str, Tensor]  # under our names
+    size: tuple[int, int]  # of the images
+    left_out: list[str]  # names in the file
+
+
+def _encoder(
+    made: _Made,
+    method: str,
+    usual: tuple[tuple[float, ...], tuple[float, ...]],
+    prefix: str,
+    others: int,
+    anchor: str,
+    file: Path,
+    partial: bool,
+) -> Encoder:
+    """The encoder, with the file's weights, in eval mode. usual: mean and std where the file states none. others: the
+    number of weights outside the encoder's part."""
+    with torch.random.fork_rng(devices=[]):
+        backbone = backbones.build(made.name, image_size=made.size, **made.options)
     own = backbone.state_dict()
-    problem = difference(own, weights)
+    problem = difference(own, made.weights)
     if problem and not partial:
-        raise UserError(f"{file} does not fit a ViT ({_describe(options)}): {problem}")
-    fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
+        raise UserError(f"{file} does not fit a {made.what}: {problem}")
+    fitting = {name: value for name, value in made.weights.items() if name in own and value.shape == own[name].shape}
     backbone.load_state_dict(own | fitting)
 
     lineage = {
-        "method": beside.get("model_type", "unknown") if layout == "transformers" else layout,
+        "method": method,
         "weights": str(file),
         "part": prefix.rstrip(".") or "all",
-        "left_out": sorted({re.sub(r"\.\d+\.", ".*.", name) for name in extra}),
-        "left_out_of_other_parts": len(everything) - len(inside),
+        "left_out": sorted({re.sub(r"\.\d+\.", ".*.", name) for name in made.left_out}),
+        "left_out_of_other_parts": others,
     }
     if problem:
         lineage |= {"unfit": problem, "missing": sorted(own.keys() - fitting.keys())}
     stated = transformers_preprocessing(file.parent) if anchor in TRANSFORMERS else None
     if stated is not None:
         lineage["preprocessing"] = "as transformers' preprocessor_config.json states"
-    first_beit = layout == "beit" and not any(name.startswith("cls_pt_layers.") for name in inside)
-    usual = HALF if first_beit else CLIP if options["rms_norm"] else IMAGENET
-    preprocessing = stated or Preprocessing.for_size(size, *usual)
-    return Encoder(backbone, _name(options), preprocessing, lineage).eval()
+    preprocessing = stated or Preprocessing.for_size(made.size, *usual)
+    return Encoder(backbone, made.name, preprocessing, lineage).eval()
 
 
 def transformers_preprocessing(folder: Path) -> Preprocessing | None:
@@ -512,12 +550,6 @@ def _positions(
 def _interpolated(table: Tensor, grid: tuple[int, int], **how: Any) -> Tensor:
     image = table.unflatten(1, grid).permute(0, 3, 1, 2)
     return F.interpolate(image, mode="bicubic", **how).flatten(2).mT.contiguous()
-
-
-def _vit(weights: Mapping[str, Tensor], options: Mapping[str, Any], size: tuple[int, int]) -> Any:
-    """A ViT with these options, built without changing the process's random state."""
-    with torch.random.fork_rng(devices=[]):
-        return backbones.build(_name(options), image_size=size, **options)
 
 
 def _name(options: Mapping[str, Any]) -> str:

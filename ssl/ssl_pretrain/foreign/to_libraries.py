@@ -23,6 +23,8 @@ from .. import plugins
 from ..backbones import forms
 from ..backbones.convnext import ConvNeXt
 from ..backbones.resnet import ResNet
+from ..backbones.swin import NORM_EPS as SWIN_EPS
+from ..backbones.swin import Swin
 from ..backbones.vit import NORM_EPS, ViT
 from ..encoder import Encoder, library_config, save_weights
 from ..errors import UserError
@@ -113,6 +115,8 @@ def _compared(encoder: Encoder, folder: Path, run: Any) -> dict[str, float]:
         expected["tokens"], found["tokens"] = ours.patches if ours.tokens is None else ours.tokens, tokens
     elif isinstance(backbone, ResNet):
         expected["map"], found["map"] = ours.patches, tokens.flatten(2).mT
+    elif isinstance(backbone, Swin):  # timm's map has its channels last, transformers has tokens
+        expected["patches"], found["patches"] = ours.patches, tokens.flatten(1, -2)
     differences = difference(found, expected)
     if max(differences.values()) > LIMIT:
         text = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
@@ -134,6 +138,8 @@ def _native(encoder: Encoder) -> tuple[str, dict[str, Any], dict[str, Tensor]] |
         assert isinstance(form, forms.Form)
         options = {name: value for name, value in form.arguments.items() if name != "model_type"}
         return form.architecture, options, form.theirs(weights)
+    if isinstance(backbone, Swin):
+        return _swin(backbone, weights)
     if not isinstance(backbone, ViT):
         return f"transformers' classes do not fit {type(backbone).__name__}"
     config = backbone.config
@@ -175,6 +181,54 @@ def _native(encoder: Encoder) -> tuple[str, dict[str, Any], dict[str, Tensor]] |
         kind, options = "Dinov2WithRegistersModel", options | {"num_register_tokens": config.registers}
     place = "embeddings.patch_embeddings.projection"
     return kind, options, _named(backbone, weights, "encoder.layer", place, "layernorm")
+
+
+def _swin(backbone: Swin, weights: dict[str, Tensor]) -> tuple[str, dict[str, Any], dict[str, Tensor]] | str:
+    """transformers' Swin Transformer V2; the reason why it has none."""
+    config = backbone.config
+    for stride, _ in backbone.map_strides:
+        height, width = (size // int(stride) for size in backbone.image_size)
+        if height != width and min(height, width) <= config.window:
+            return "transformers' Swin takes one side of a window for both axes, and a map of this size has two"
+    options = {
+        "image_size": list(backbone.image_size),
+        "patch_size": config.patch_size,
+        "num_channels": backbone.in_chans,
+        "embed_dim": config.dim,
+        "depths": list(config.depths),
+        "num_heads": list(config.heads),
+        "window_size": config.window,
+        "pretrained_window_sizes": list(backbone.pretrained_windows),
+        "drop_path_rate": 0.0,
+        "layer_norm_eps": SWIN_EPS,
+    }
+    named = {}
+    for name, value in weights.items():
+        for pattern, replacement in _TO_SWIN:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith(".qkv.weight"):
+            for word, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                named[name.replace(".qkv.", f".{word}.")] = part.clone()
+        else:
+            named[name] = value
+    return "Swinv2Model", options, named
+
+
+_TO_SWIN = (
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^patch_embed\.norm\.", "embeddings.norm."),
+    (r"^norm\.", "layernorm."),
+    (r"^layers\.", "encoder.layers."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.cpb_mlp\.", ".attention.self.continuous_position_bias_mlp."),
+    (r"\.attn\.q_bias$", ".attention.self.query.bias"),
+    (r"\.attn\.v_bias$", ".attention.self.value.bias"),
+    (r"\.attn\.", ".attention.self."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
 
 
 def _named(backbone: ViT, weights: dict[str, Tensor], layers: str, patches: str, norm: str) -> dict[str, Tensor]:

@@ -54,6 +54,8 @@ def parameter_groups(
         if id(parameter) in inside:
             scale = layer_decay ** (encoder.depth + 1 - encoder.layer_of(inside[id(parameter)]))
         decay = decays(name, parameter, rule)
+        if rule != "all" and id(parameter) in inside:
+            decay = decay and not any(fnmatchcase(inside[id(parameter)], pattern) for pattern in encoder.undecayed)
         matrix = matrices and parameter.ndim == 2 and id(parameter) in inside
         matrix = matrix and not name.endswith("relative_position_bias_table") and not fnmatchcase(name, adapters.NAMES)
         rules = tuple(rule for rule in rates if rule.fits(name))

@@ -125,7 +125,8 @@ def _flags(command: str, given: list[str]) -> dict[str, list[str] | None]:
         modules = ["ssl_pretrain.launch.options", "ssl_pretrain.eval._evaluation"]
         modules += ["ssl_pretrain.launch.suite"] if given[0] == "suite" else [f"ssl_pretrain.eval.{given[0]}"]
     elif command == "ssl-export" and given:
-        modules = {"to": ["ssl_pretrain.launch.export_to"], "import": ["ssl_pretrain.launch.export"]}.get(given[0], [])
+        files = {"to": "export_to", "resize": "export_resize", "import": "export"}
+        modules = [f"ssl_pretrain.launch.{files[given[0]]}"] if given[0] in files else []
     elif command in COMMANDS:
         modules = [f"ssl_pretrain.launch.{command.removeprefix('ssl-')}"]
     found: dict[str, list[str] | None] = {}

@@ -10,24 +10,29 @@ from ssl_pretrain import flags
 from ssl_pretrain.errors import UserError, nearest
 
 from .export_to import ABOUT as ABOUT_TO
+from .export_resize import ABOUT as ABOUT_RESIZE
+from .export_resize import resize
 from .export_to import write
 from .run_command import run_command
 
 PROG = "ssl-export"
-VERBS = ("import", "to", "card")
+VERBS = ("import", "to", "resize", "card")
 USAGE = f"""usage: {PROG} to FORMAT RUN --out F [flags]
+       {PROG} resize RUN --image-size N --out DIR [flags]
        {PROG} card RUN
        {PROG} import FILE --out DIR [flags]
 
 to: {ABOUT_TO}
 
+resize: {ABOUT_RESIZE}
+
 card: Write the model card (README.md) of a run's export again, with the scores of the evaluations below the run.
 
 import: Read a published checkpoint (MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3, AIM, data2vec 2.0, or the
-versions of timm and transformers) into this package's ViT and write it as an export, which all commands of this package
-accept.
+versions of timm and transformers) into this package's ViT, or a Swin Transformer V2 into this package's, and write it as
+an export, which all commands of this package accept.
 
-{PROG} to --help and {PROG} import --help show all flags. Exit codes: 0 done, 2 wrong flags, 1 any other error."""
+{PROG} to --help, {PROG} resize --help and {PROG} import --help show all flags. Exit codes: 0 done, 2 wrong flags, 1 any other error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +75,12 @@ def _main(argv: list[str]) -> int:
     if argv[0] not in VERBS:
         raise UserError(
             f"unknown word {argv[0]!r}{nearest(argv[0], VERBS)}: {PROG} to FORMAT RUN --out F, "
-            f"{PROG} card RUN, or {PROG} import FILE --out DIR"
+            f"{PROG} resize RUN --image-size N --out DIR, {PROG} card RUN, or {PROG} import FILE --out DIR"
         )
     if argv[0] == "to":
         return write(argv[1:])
+    if argv[0] == "resize":
+        return resize(argv[1:])
     if argv[0] == "card":
         return _card(argv[1:])
     file = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
-from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, within
-from ssl_pretrain.parts.patches import patchify, unpatchify
+from ssl_pretrain.errors import UserError
+from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, NOT_NEGATIVE, within
+from ssl_pretrain.parts.patches import local_moments, patchify, unpatchify
 from ssl_pretrain.parts.units import mask_of_patches, patches_a_unit, unit_grid
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
@@ -55,7 +56,16 @@ class SimMIM(Method):
         interpolation: Literal["bicubic", "bilinear"] = "bicubic"
         """How crops are resized."""
 
+        norm_target: int = 0
+        """Side in pixels of the square around each pixel whose mean and deviation normalise that pixel of the target
+        (Swin V2: 47; odd); 0: the target is not normalised."""
+
         def __post_init__(self) -> None:
+            within(self, NOT_NEGATIVE, "norm_target")
+            if self.norm_target and (self.norm_target % 2 == 0 or self.norm_target < 3):
+                raise UserError(
+                    f"--norm-target is {self.norm_target}; it must be 0, or an odd number from 3 on: Swin V2 has 47"
+                )
             within(self, AT_LEAST_1, "mask_unit")
             within(self, ABOVE_0_TO_1, "mask_ratio")
             within(self, ABOVE_0_TO_1, "crop_scale", ascending=True)
@@ -81,7 +91,11 @@ class SimMIM(Method):
         units, counted = self.mask(images, step)
         masked = self.masked_patches(images, units)
         painted = self.paint(images, units, step)
-        errors = (painted.float() - patchify(images, self.encoder.stride).float()).abs().mean(-1)  # (B, P)
+        target = images.float()
+        if self.config.norm_target:
+            mean, deviation = local_moments(images, self.config.norm_target)
+            target = (target - mean) / deviation
+        errors = (painted.float() - patchify(target, self.encoder.stride)).abs().mean(-1)  # (B, P)
         per_sample = (errors * masked).sum(1) / counted
         return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
 
@@ -120,6 +134,9 @@ class SimMIM(Method):
         units, _ = self.mask(images, step)
         masked = self.masked_patches(images, units)
         painted = self.paint(images, units, step).float()
+        if self.config.norm_target:
+            mean, deviation = (patchify(x, self.encoder.stride) for x in local_moments(images, self.config.norm_target))
+            painted = painted * deviation + mean
         patches = patchify(images, self.encoder.stride).float()
         grid = tuple(size // side for size, side in zip(images.shape[-2:], self.encoder.stride, strict=True))
         hidden = patches.masked_fill(masked[:, :, None], 0.0)

@@ -27,6 +27,7 @@ SIZES = (
     "resnet50",
     "convnext_micro",
     "octic_micro",
+    "swin_micro",
 )  # one a file; and of two blocks of the ResNets
 OTHERS = [name for name in backbones.own() if name not in SIZES]
 OURS = [

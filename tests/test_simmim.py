@@ -8,6 +8,7 @@ from ssl_pretrain.methods.simmim import SimMIM
 from ssl_pretrain import backbones
 from ssl_pretrain.conformance import one_step
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.parts.patches import unpatchify
 from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 113  # of a step: python tests/kernels.py simmim
@@ -113,6 +114,95 @@ def test_the_encoder_does_not_see_what_is_masked_and_the_loss_not_what_is_visibl
         still = method(a_batch(x), step()).total
         assert torch.equal(method(a_batch(torch.where(pixels, x, x + 1)), step()).total, still)
         assert not torch.equal(method(a_batch(torch.where(pixels, x + 1, x)), step()).total, still)
+
+
+def around(x: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and unbiased standard deviation of each channel over the pixels around each pixel that the image has."""
+    mean, deviation = np.zeros_like(x), np.zeros_like(x)
+    half = side // 2
+    for y in range(x.shape[2]):
+        for z in range(x.shape[3]):
+            near = x[:, :, max(0, y - half) : y + half + 1, max(0, z - half) : z + half + 1]
+            mean[:, :, y, z] = near.mean((2, 3))
+            deviation[:, :, y, z] = np.sqrt(near.var((2, 3), ddof=1) + 1e-6)
+    return mean, deviation
+
+
+@pytest.mark.parametrize("side", [3, 47])
+def test_the_target_may_be_normalised_around_each_pixel(side: int) -> None:
+    """The target of Swin V2, against NumPy: the loss, and the pictures in the colours of the image."""
+    method, x = build(norm_target=side), images(2)
+    mean, deviation = around(x.numpy(), side)
+    method.head.weight.data.zero_()
+    method.head.bias.data.fill_(0.25)  # a constant painting
+    masked, _ = method.mask(x, step(2))
+    pixels = masked.unflatten(1, (4, 6)).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand_as(x).numpy()
+    errors = np.abs((x.numpy() - mean) / deviation - 0.25)
+    assert float(method(a_batch(x), step(2)).total) == pytest.approx(errors[pixels].mean(), rel=1e-4)
+    shown = method.pictures(a_batch(x), step(2))["reconstruction"].numpy()
+    np.testing.assert_allclose(shown[pixels], (0.25 * deviation + mean)[pixels], rtol=1e-3, atol=1e-4)
+    assert np.allclose(shown[~pixels], x.numpy()[~pixels], atol=1e-6)
+
+
+def test_a_flat_picture_has_a_finite_normalised_target() -> None:
+    method = build(norm_target=47).float()
+    losses = method(a_batch(torch.full((2, 3, 32, 48), 1.7)), step(2))
+    losses.total.backward()
+    assert torch.isfinite(losses.total) and float(losses.total) < 10
+
+
+@pytest.mark.parametrize("side", [2, 46, 1])
+def test_a_neighbourhood_that_cannot_be(side: int) -> None:
+    with pytest.raises(UserError, match=f"--norm-target is {side}; it must be 0, or an odd number"):
+        SimMIM.Config(norm_target=side)
+
+
+# ---- On a Swin Transformer: a unit is a position of the last map, of many patches.
+
+
+def swin(size: tuple[int, int] = (64, 96), **knobs: object) -> SimMIM:
+    torch.manual_seed(0)
+    options = {"dim": 16, "depths": (1, 2), "heads": (1, 2), "window": 4, "patch_size": 2}
+    return SimMIM(backbones.build("swin_micro", image_size=size, **options), SimMIM.Config(**knobs)).double()
+
+
+def test_swin_masks_units_and_replaces_embeddings_of_the_first_stage() -> None:
+    method, x = swin(), images(4, (64, 96))
+    assert method.mask_token.shape == (16,)
+    assert method.encoder.unit == (4, 4)
+    units, counted = method.mask(x, step())
+    # a sixth of 64 pixels is 10.7, the nearest multiple of 4 is 12: 6 x 8 squares of 3 x 3 units, cut off at the edges
+    assert units.shape == (4, 16 * 24)
+    assert float(counted) == pytest.approx(float(units.sum(1).double().mean()))
+    pixels = units.unflatten(1, (16, 24)).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    with torch.no_grad():
+        before = method.paint(x, units, step())
+        assert torch.equal(method.paint(torch.where(pixels, x + 1, x), units, step()), before)
+        assert not torch.equal(method.paint(torch.where(pixels, x, x + 1), units, step()), before)
+
+
+def test_the_papers_swin_masks_22_of_36_units() -> None:
+    torch.manual_seed(0)
+    options = {"dim": 8, "depths": (1, 1, 1, 1), "heads": (1, 1, 1, 1)}
+    encoder = backbones.build("swin_tiny", image_size=(192, 192), **options)
+    units, counted = SimMIM(encoder, SimMIM.Config()).mask(torch.zeros(5, 3, 192, 192), step(5))
+    assert units.shape == (5, 36)
+    assert (units.sum(1) == 22).all() and float(counted) == 22
+
+
+def test_the_head_is_a_convolution_and_a_pixel_shuffle() -> None:
+    """As released, except for the order of its outputs: there channel, row, column; here row, column, channel."""
+    method, x = swin(), images(2, (64, 96))
+    units, _ = method.mask(x, step(2))
+    side, width = method.encoder.stride[0], method.encoder.dim
+    order = torch.arange(side * side * 3).view(side, side, 3).permute(2, 0, 1).flatten()
+    weight, bias = method.head.weight[order].view(-1, width, 1, 1), method.head.bias[order]
+    with torch.no_grad():
+        seen = method.encoder(x, replace=(units, method.mask_token))
+        painted = torch.nn.functional.conv2d(seen.patches.mT.unflatten(2, seen.grid), weight, bias)
+        whole = torch.nn.functional.pixel_shuffle(painted, side)
+        ours = unpatchify(method.paint(x, units, step(2)), method.encoder.stride, seen.grid)
+    torch.testing.assert_close(ours, whole)
 
 
 def test_the_masks_ratio_is_a_knob() -> None:

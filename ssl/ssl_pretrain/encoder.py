@@ -34,7 +34,7 @@ FORMAT = 2  # of config.json; a reader refuses a newer one. 1: the weights have 
 SHOWN = 10  # largest number of names that a message lists for each kind of mismatch
 # Options that may differ between an export and the encoder that starts from its weights (--init-from), because they do
 # not change the meaning of weights. All others must agree, for instance heads, whose number no weight's shape shows.
-FREE = frozenset({"drop_path", "drop_path_uniform", "drop_rows", "pool"})
+FREE = frozenset({"drop_path", "drop_path_uniform", "drop_rows", "pool", "window"})
 
 
 @dataclass(frozen=True)
@@ -303,6 +303,30 @@ def random_like(encoder: Encoder | str | Path, seed: int = 0) -> Encoder:
     backbone = another(encoder.name, encoder.backbone, seed)
     device = next(encoder.parameters()).device
     return Encoder(backbone, encoder.name, encoder.preprocessing, {"method": "random", "seed": seed}).to(device).eval()
+
+
+def resized(encoder: Encoder, image_size: tuple[int, int], *, window: int | None = None) -> Encoder:
+    """The same weights in an encoder for images of `image_size` (height, width), in eval mode: position tables are resized,
+    and the resizing and cropping of images keep their proportion. window: another side of the windows of attention, for an
+    encoder that has them; its biases stay functions of the offsets with which it was trained.
+
+    Raises UserError for an encoder without windows, and for weights that do not fit another size.
+    """
+    backbone, how = encoder.backbone, encoder.preprocessing
+    options = backbone.describe()
+    if window is not None:
+        if "window" not in options:
+            raise UserError(f"the encoder {encoder.name} has no windows of attention: leave out the window")
+        options["window"] = window
+    made = _build(encoder.name, image_size, backbone.in_chans, options)
+    weights = made.adapt(backbone.state_dict(), backbone.image_size)
+    check_names(made, weights, f"the encoder of {backbone.image_size[0]} x {backbone.image_size[1]} pixels")
+    made.load_state_dict(weights)
+    share = min(image_size) / min(how.crop)
+    prepared = dataclasses.replace(how, resize=round(how.resize * share), crop=image_size)
+    lineage = {**encoder.lineage, "resized_from": list(backbone.image_size)}
+    device = next(encoder.parameters()).device
+    return Encoder(made, encoder.name, prepared, lineage).to(device).eval()
 
 
 def another(name: str, like: Backbone, seed: int = 0) -> Backbone:

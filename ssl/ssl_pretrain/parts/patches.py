@@ -1,6 +1,7 @@
 """Images as rows of patches. Shapes: B images, C channels, H x W pixels, p patch side(s), N = (H/p)(W/p) patches in raster
 order, F = p * p * C values a patch."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,6 +38,31 @@ def normalise(patches: Tensor) -> Tensor:
     # A layer norm takes one pass over the patches, but divides by the biased standard deviation.
     biased = (values - 1) / values
     return F.layer_norm(patches.float(), (values,), eps=EPS * biased) * biased**0.5
+
+
+def local_moments(images: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation, each (B, C, H, W) float32, of every channel over the `side` x `side` pixels
+    around each pixel; at the border over those of them that the image has (SimMIM in the release of Swin V2). The variance
+    is unbiased, and EPS is added to it. side: odd, at least 3."""
+    height, width = images.shape[-2:]
+    half = side // 2
+    rows, columns = (
+        (torch.arange(length, device=images.device) + half).clamp(max=length - 1)
+        - (torch.arange(length, device=images.device) - half).clamp(min=0)
+        + 1
+        for length in (height, width)
+    )
+    count = rows[:, None] * columns  # (H, W)
+
+    def around(x: Tensor) -> Tensor:
+        """The mean, one axis after the other: a pooling of both at once costs the square of the side."""
+        x = F.avg_pool2d(x, (side, 1), 1, (half, 0), count_include_pad=False)
+        return F.avg_pool2d(x, (1, side), 1, (0, half), count_include_pad=False)
+
+    x = images.float()
+    mean = around(x)
+    biased = (around(x.square()) - mean.square()).clamp_min(0)
+    return mean, (biased * (count / (count - 1)) + EPS).sqrt()
 
 
 def moments(patches: Tensor) -> tuple[Tensor, Tensor]:

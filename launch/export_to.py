@@ -60,7 +60,7 @@ def write(argv: Sequence[str]) -> int:
         sizes = "of any size" if any_size else f"of {size} pixels"
         print(f"{read.name} as {kind}: batches of any number of images {sizes}")
         if not any_size and not options.fixed_size:
-            print(f"images of another size: not possible, because {size} pixels are fewer than two strides")
+            print(f"images of another size: not possible, because {programs.needs_one_size(read)}")
     elif kind == "timm":
         found = to_libraries.to_timm(read, out)
         print(f"{read.name} for timm: timm.create_model('local-dir:{out}', pretrained=True)")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import plugins
+from ..backbones.swin import Swin
 from ..encoder import Encoder
 from ..errors import UserError
 from ..files import sync
@@ -107,10 +108,20 @@ def to_onnx(encoder: Encoder, file: Path, *, any_size: bool = True) -> dict[str,
 
 
 def takes_any_size(encoder: Encoder) -> bool:
-    """Whether a program for images of any size can be made: not for a convolutional network whose own images give a
-    last map with one row or column, which torch.export takes for a fixed number."""
-    sizes = zip(encoder.backbone.image_size, encoder.backbone.stride, strict=True)
-    return _by_patch(encoder) or all(side >= 2 * stride for side, stride in sizes)
+    """Whether a program for images of any size can be made (`needs_one_size`)."""
+    return needs_one_size(encoder) is None
+
+
+def needs_one_size(encoder: Encoder) -> str | None:
+    """Why no program for images of any size can be made; None if it can. The last map of a convolutional network may have
+    one row or column for its own images, which torch.export takes for a fixed number; windows of attention and their
+    padding depend on the size."""
+    if isinstance(encoder.backbone, Swin):
+        return "the windows of its attention depend on the size"
+    sizes = list(zip(encoder.backbone.image_size, encoder.backbone.stride, strict=True))
+    if _by_patch(encoder) or all(side >= 2 * stride for side, stride in sizes):
+        return None
+    return f"{'x'.join(str(side) for side, _ in sizes)} pixels are fewer than two strides"
 
 
 def _onnx_program(encoder: Encoder, any_size: bool, names: list[str]) -> Any:

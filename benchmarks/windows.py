@@ -29,7 +29,10 @@ from ssl_pretrain.randomness import numpy_generator
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenette160"
 SIZE = 64
 RUN = "--precision fp32 --workers 0 --log-every 50 --monitor-every 0 --picture-every 0 --no-score --aug fast --lr 1e-3"
-ENCODERS = {"swin": "--encoder swin_micro", "vit": "--encoder vit_micro --patch-size 8 --positions relative --pool mean"}
+ENCODERS = {
+    "swin": "--encoder swin_micro",
+    "vit": "--encoder vit_micro --patch-size 8 --positions relative --pool mean",
+}
 # How an export is read: side of the images, side of the windows.
 READ: dict[str, tuple[tuple[int, int | None], ...]] = {
     "swin": ((64, 4), (64, 8), (128, 4), (128, 8)),

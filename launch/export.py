@@ -9,9 +9,9 @@ from typing import Literal
 from ssl_pretrain import flags
 from ssl_pretrain.errors import UserError, nearest
 
-from .export_to import ABOUT as ABOUT_TO
 from .export_resize import ABOUT as ABOUT_RESIZE
 from .export_resize import resize
+from .export_to import ABOUT as ABOUT_TO
 from .export_to import write
 from .run_command import run_command
 
@@ -32,7 +32,8 @@ import: Read a published checkpoint (MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINO
 versions of timm and transformers) into this package's ViT, or a Swin Transformer V2 into this package's, and write it as
 an export, which all commands of this package accept.
 
-{PROG} to --help, {PROG} resize --help and {PROG} import --help show all flags. Exit codes: 0 done, 2 wrong flags, 1 any other error."""
+{PROG} to --help, {PROG} resize --help and {PROG} import --help show all flags. Exit codes: 0 done, 2 wrong
+flags, 1 any other error."""
 
 
 @dataclass(frozen=True, kw_only=True)

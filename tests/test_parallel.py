@@ -124,7 +124,9 @@ def test_what_cannot_be_is_said_in_one_line(flags: tuple, said: str, photos: Pat
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(("encoder", "count"), [("vit_micro", 4), ("resnet18", 8), ("convnext_micro", None)])
+@pytest.mark.parametrize(
+    ("encoder", "count"), [("vit_micro", 4), ("resnet18", 8), ("convnext_micro", None), ("swin_micro", 6)]
+)
 def test_the_blocks_of_every_kind_of_backbone_are_found(encoder: str, count: int | None) -> None:
     model = backbones.build(encoder, image_size=(32, 32), in_chans=3, **backbones.defaults(encoder))
     found = parallel.blocks(model)

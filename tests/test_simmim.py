@@ -148,7 +148,8 @@ def test_a_flat_picture_has_a_finite_normalised_target() -> None:
     method = build(norm_target=47).float()
     losses = method(a_batch(torch.full((2, 3, 32, 48), 1.7)), step(2))
     losses.total.backward()
-    assert torch.isfinite(losses.total) and float(losses.total) < 10
+    assert torch.isfinite(losses.total)
+    assert float(losses.total) < 10
 
 
 @pytest.mark.parametrize("side", [2, 46, 1])
@@ -187,7 +188,8 @@ def test_the_papers_swin_masks_22_of_36_units() -> None:
     encoder = backbones.build("swin_tiny", image_size=(192, 192), **options)
     units, counted = SimMIM(encoder, SimMIM.Config()).mask(torch.zeros(5, 3, 192, 192), step(5))
     assert units.shape == (5, 36)
-    assert (units.sum(1) == 22).all() and float(counted) == 22
+    assert (units.sum(1) == 22).all()
+    assert float(counted) == 22
 
 
 def test_the_head_is_a_convolution_and_a_pixel_shuffle() -> None:

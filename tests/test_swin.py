@@ -2,6 +2,8 @@
 defined to do."""
 
 import json
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_bits, command, losses
 from export_cases import difference
 from oracles import import_timm, import_transformers
 from ssl_pretrain.launch import export
 from torch import Tensor, nn
 
-from ssl_pretrain import backbones, encoder, optim
+from ssl_pretrain import backbones, checkpoint, encoder, optim
 from ssl_pretrain.backbones import forms
 from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
 from ssl_pretrain.backbones.swin import Block, Swin, Windows
@@ -67,7 +70,8 @@ def check_gradients(ours: nn.Module, theirs: dict[str, Tensor | None], tolerance
     largest = max(float(p.grad.abs().max()) for p in ours.parameters() if p.grad is not None)
     for name, parameter in ours.named_parameters():
         expected = theirs[name]
-        assert parameter.grad is not None and expected is not None, name
+        assert parameter.grad is not None, name
+        assert expected is not None, name
         torch.testing.assert_close(parameter.grad, expected, atol=tolerance * largest, rtol=tolerance, msg=name)
 
 
@@ -194,9 +198,11 @@ def test_a_shifted_block_against_numpy() -> None:
         return centred / deviation * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     middle = image + norm(out, "norm1")
-    mlp = torch.nn.functional.gelu(
-        torch.tensor(middle @ weights["mlp.fc1.weight"].T + weights["mlp.fc1.bias"])
-    ).numpy() @ weights["mlp.fc2.weight"].T + weights["mlp.fc2.bias"]
+    mlp = (
+        torch.nn.functional.gelu(torch.tensor(middle @ weights["mlp.fc1.weight"].T + weights["mlp.fc1.bias"])).numpy()
+        @ weights["mlp.fc2.weight"].T
+        + weights["mlp.fc2.bias"]
+    )
     np.testing.assert_allclose(found, middle + norm(mlp, "norm2"), rtol=1e-7, atol=1e-7)
 
 
@@ -411,6 +417,31 @@ def test_images_that_do_not_fit_are_named() -> None:
         swin()(draw(2, 3, 64, 60))
 
 
+# ---- Runs.
+
+
+@pytest.mark.slow
+def test_a_run_is_the_same_on_two_processes_and_after_a_kill(photos: Path, tmp_path: Path, pretrain: Callable) -> None:
+    """SimMIM with drop path and the normalised target."""
+    same: tuple[object, ...] = (
+        *("--method", "simmim", "--encoder", "swin_micro", "--dim", 16, "--depths", 1, 2, "--heads", 1, 2),
+        *("--image-size", 32, "--drop-path", 0.2, "--norm-target", 5, "--batch-size", 8, "--workers", 0, "--no-score"),
+        *("--steps", 16, "--log-every", 1, "--checkpoint-every", 4, "--data", photos),
+    )
+    pretrain(*same, "--out", tmp_path / "one")
+    pretrain(*same, "--out", tmp_path / "two", "--nproc", 2)
+    assert len(losses(tmp_path / "one")) == 16
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command("pretrain", *same, "--out", killed), stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((killed / "checkpoints").glob("step-*")):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    pretrain(*same, "--out", killed)
+    assert_same_bits(checkpoint.load(killed / "checkpoints", 16), checkpoint.load(tmp_path / "one" / "checkpoints", 16))
+
+
 # ---- Exports and files of others.
 
 
@@ -528,7 +559,9 @@ def test_an_export_is_resized_with_its_windows(tmp_path: Path, capsys: pytest.Ca
 
 def test_weights_start_an_encoder_with_other_windows_only_where_these_are_said(tmp_path: Path) -> None:
     encoder.save(tmp_path, exported(swin((64, 64))))
-    said = backbones.build("swin_micro", image_size=(128, 128), **{**SMALL, "window": 8, "pretrained_windows": (4, 4, 4)})
+    said = backbones.build(
+        "swin_micro", image_size=(128, 128), **{**SMALL, "window": 8, "pretrained_windows": (4, 4, 4)}
+    )
     encoder.load_weights(tmp_path, said)
     assert torch.equal(said.norm.weight, encoder.load(tmp_path).backbone.norm.weight)
     silent = backbones.build("swin_micro", image_size=(128, 128), **{**SMALL, "window": 8})

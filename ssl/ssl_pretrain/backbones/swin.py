@@ -30,7 +30,9 @@ SIZES = {
     "swin_large": {"dim": 192, "depths": (2, 2, 18, 2), "heads": (6, 12, 24, 48)},
 }
 NORM_EPS = 1e-5  # of every layer norm
-LARGEST_SCALE = math.log(100.0)  # of the logarithm of the factor on cosines (section 3.2: the temperature is above 0.01)
+LARGEST_SCALE = math.log(
+    100.0
+)  # of the logarithm of the factor on cosines (section 3.2: the temperature is above 0.01)
 LARGEST_BIAS = 16.0  # as released
 FAR = 8.0  # offsets are scaled to -8 to 8 before the logarithm, as released
 OTHER_REGION = -100.0  # added to scores between positions that are no neighbours in the image, as released
@@ -57,9 +59,7 @@ class Windows:
         """
         sides = min(window, size[0]), min(window, size[1])
         padding = -size[0] % sides[0], -size[1] % sides[1]
-        shift = tuple(
-            side // 2 if shifted and length > side else 0 for side, length in zip(sides, size, strict=True)
-        )
+        shift = tuple(side // 2 if shifted and length > side else 0 for side, length in zip(sides, size, strict=True))
         down, right = (torch.arange(1 - side, side, device=weight.device) for side in sides)
         apart = torch.stack(torch.meshgrid(down, right, indexing="ij"), dim=-1).flatten(0, 1)  # (O, 2)
         scaled = apart.float() * (FAR / (trained - 1))
@@ -83,7 +83,9 @@ class Windows:
             regions.append(last if rolled else torch.zeros_like(at))
         region = divide((3 * regions[0][:, None] + regions[1])[None, :, :, None], sides).flatten(0, 1).squeeze(-1)
         other = region[:, :, None] != region[:, None, :]  # (n, L, L)
-        return torch.zeros(other.shape, dtype=weight.dtype, device=weight.device).masked_fill(other, OTHER_REGION)[:, None]
+        return torch.zeros(other.shape, dtype=weight.dtype, device=weight.device).masked_fill(other, OTHER_REGION)[
+            :, None
+        ]
 
     def split(self, x: Tensor) -> Tensor:
         """A map (B, Y, X, c) as windows (B, n, L, c). The padding is of zeros, and nothing hides it from attention."""
@@ -177,8 +179,9 @@ class Merging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Y, X, c) to (B, Y / 2, X / 2, 2c). The four positions are joined column by column."""
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return self.norm(self.reduction(x))
+        joined = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        reduced = self.norm(self.reduction(joined))
+        return reduced.to(x.dtype)  # see Swin.forward
 
 
 class Stage(nn.Module):
@@ -334,8 +337,8 @@ class Swin(Backbone):
         return Features(cls=None, patches=patches, grid=grid, pooled=patches.mean(1), maps=tuple(outputs))
 
     def layer_of(self, parameter: str) -> int:
-        """See `Backbone.layer_of`; the merging after a stage belongs to the stage's last block, as released. Raises KeyError
-        for an unknown parameter."""
+        """See `Backbone.layer_of`; the merging after a stage belongs to the stage's last block, as released. Raises
+        KeyError for an unknown parameter."""
         part, _, rest = parameter.partition(".")
         if part == "layers":
             stage, kind, block = rest.split(".")[:3]

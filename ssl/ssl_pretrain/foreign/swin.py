@@ -151,8 +151,8 @@ def _of_tables(
         table = inside.get(f"layers.{stage}.blocks.0.attn.relative_coords_table")
         if table is None:
             raise UserError(
-                f"{file} does not show the side of its windows: read it as a model of timm (timm:NAME,checkpoint={file}), or "
-                f"as a folder of transformers, which state it"
+                f"{file} does not show the side of its windows: read it as a model of timm "
+                f"(timm:NAME,checkpoint={file}), or as a folder of transformers, which state it"
             )
         side = (table.shape[1] + 1) // 2
         largest = 2 ** (float(table.max()) * math.log2(FAR)) - 1

@@ -138,8 +138,11 @@ class WindowAttention(nn.Module):
 
     def scores(self, windows: Windows) -> Tensor:
         """What is added to the scores, (n or 1, heads, L, L): the biases, and the mask of a shift."""
-        with torch.autocast(windows.offsets.device.type, enabled=False):
-            table = LARGEST_BIAS * torch.sigmoid(self.cpb_mlp(windows.offsets))  # (O, heads)
+        offsets, (first, _, last) = windows.offsets, self.cpb_mlp
+        # In the dtype of the offsets: autocast, and sharded parameters that are gathered in bfloat16, would round biases.
+        with torch.autocast(offsets.device.type, enabled=False):
+            hidden = F.relu(F.linear(offsets, first.weight.to(offsets.dtype), first.bias.to(offsets.dtype)))
+            table = LARGEST_BIAS * torch.sigmoid(F.linear(hidden, last.weight.to(offsets.dtype)))  # (O, heads)
             length = windows.sides[0] * windows.sides[1]
             biases = F.embedding(windows.index, table).unflatten(0, (length, length)).permute(2, 0, 1)[None]
             return biases if windows.mask is None else biases + windows.mask

@@ -288,7 +288,8 @@ def _read_transformers(module: Any, images: Tensor) -> Features:
     size = getattr(module.config, "patch_size", None)
     if size is None:
         raise ValueError(f"{type(module).__name__} gives tokens and no patch size to lay them out by")
-    p, q = (size, size) if isinstance(size, int) else size
+    merged = 2 ** (len(module.config.depths) - 1) if module.config.model_type in ("swin", "swinv2") else 1
+    p, q = (side * merged for side in ((size, size) if isinstance(size, int) else size))
     prefix = x.shape[1] - (images.shape[2] // p) * (images.shape[3] // q)
     has_cls = prefix > getattr(module.config, "num_register_tokens", 0)
     return of_tokens(x, images, prefix, has_cls, None)

@@ -19,7 +19,7 @@ import torch
 from ssl_pretrain.launch.pretrain import main as pretrain
 
 from ssl_pretrain import encoder
-from ssl_pretrain.data.source import open_source
+from ssl_pretrain.data.source import evaluation_splits, open_source
 from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.encoder import Encoder
 from ssl_pretrain.files import write_text
@@ -71,8 +71,8 @@ def main() -> None:
     torch.set_num_threads(1)
     file = options.out / "scores.json"
     scores: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
-    bank = some(open_source(str(options.data), "train"), options.bank, 0)
-    queries = some(open_source(str(options.data), "val"), options.queries, 1)
+    train, test = (open_source(str(options.data), split) for split in evaluation_splits(str(options.data)))
+    bank, queries = some(train, options.bank, 0), some(test, options.queries, 1)
     knn = KnnScore(bank, queries, batch_size=50, workers=0)
     rows = []
     for kind in options.encoders:

@@ -138,7 +138,9 @@ class WindowAttention(nn.Module):
 
     def scores(self, windows: Windows) -> Tensor:
         """What is added to the scores, (n or 1, heads, L, L): the biases, and the mask of a shift."""
-        offsets, (first, _, last) = windows.offsets, self.cpb_mlp
+        offsets, first, last = windows.offsets, self.cpb_mlp[0], self.cpb_mlp[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
         # In the dtype of the offsets: autocast, and sharded parameters that are gathered in bfloat16, would round biases.
         with torch.autocast(offsets.device.type, enabled=False):
             hidden = F.relu(F.linear(offsets, first.weight.to(offsets.dtype), first.bias.to(offsets.dtype)))
@@ -199,7 +201,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, window: int, trained: int, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A map (B, Y, X, c) after the blocks, and merged, (B, Y / 2, X / 2, 2c); of the last stage the same map twice.
         factors: (B, 2 * blocks)."""
-        weight = self.blocks[0].attn.qkv.weight
+        weight = self.get_parameter("blocks.0.attn.qkv.weight")
         kinds = [
             Windows.of((x.shape[1], x.shape[2]), window, trained, shifted, weight)
             for shifted in (False, True)[: len(self.blocks)]
@@ -261,13 +263,14 @@ class Swin(Backbone):
         stages = len(config.depths)
         self.config, self.image_size, self.in_chans = config, (height, width), in_chans
         self.map_channels = tuple(config.dim * 2**i for i in range(stages))
-        self.map_strides = tuple((config.patch_size * 2**i, config.patch_size * 2**i) for i in range(stages))
+        strides = [config.patch_size * 2**i for i in range(stages)]
+        self.map_strides = tuple((stride, stride) for stride in strides)
         self.dim, self.depth = self.map_channels[-1], sum(config.depths)
-        self.stride = (config.patch_size * 2 ** (stages - 1), config.patch_size * 2 ** (stages - 1))
+        self.stride = (strides[-1], strides[-1])
         self._check_size(height, width)
         # Of a window of one position every offset is 0, whatever the largest one is.
         self.pretrained_windows = config.pretrained_windows or tuple(
-            max(2, min(config.window, max(height, width) // stride)) for stride, _ in self.map_strides
+            max(2, min(config.window, max(height, width) // stride)) for stride in strides
         )
 
         self.patch_embed = NormedPatchEmbed(config.patch_size, in_chans, config.dim)

@@ -96,7 +96,8 @@ def by_timm(of: Encoder, folder: Path) -> str:
 
 def by_transformers(of: Encoder, folder: Path) -> str:
     """The cell of transformers."""
-    if forms.of_export(of.backbone) is None:
+    form = forms.of_export(of.backbone)
+    if form is None or not form.wrapped:
         try:
             return f"{_largest(to_libraries.to_transformers(of, folder / 'hf')[1])} (`ssl-export to transformers`)"
         except UserError:

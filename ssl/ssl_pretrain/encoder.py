@@ -469,6 +469,7 @@ def library_config(encoder: Encoder, form: forms.Form) -> dict[str, Any]:
         return {**form.arguments, "architectures": [form.architecture]}
     short = min(how.crop)
     share = short / how.resize
+    wrapper = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperModel"]}
     if int(short / share) != how.resize:  # timm divides and rounds down
         share = short / (how.resize + 0.01)
     return {
@@ -490,8 +491,7 @@ def library_config(encoder: Encoder, form: forms.Form) -> dict[str, Any]:
             "first_conv": form.first_conv if backbone.in_chans == 3 else None,
             "classifier": form.classifier,
         },
-        "model_type": "timm_wrapper",
-        "architectures": ["TimmWrapperModel"],
+        **(wrapper if form.wrapped else {}),
     }
 
 
@@ -513,7 +513,9 @@ def write_card(path: Path, encoder: Encoder, scores: Sequence[model_card.Score] 
             else '`timm.create_model("local-dir:this folder", pretrained=True)`',
             "transformers": "no: neither its classes nor timm's, which it wraps, fit"
             if library == "ssl-pretrain"
-            else f"`{wrapped}`",
+            else f"`{wrapped}`"
+            if form is None or form.wrapped
+            else "a folder of `ssl-export to transformers`",
         },
     )
     write_text(path / "README.md", model_card.text(card, encoder.lineage, scores))

@@ -54,6 +54,9 @@ class Form:
     to_theirs: Rules = ()
     to_ours: Rules = ()
     rows: tuple[int, int] = (0, 0)  # position, number: rows of zeros in their table of positions
+    # Whether transformers' wrapper of timm's models reads the file, too. It has timm's names of today; of a Swin, timm's own
+    # reader takes the authors' names.
+    wrapped: bool = True
     no_key_bias: bool = False  # they have no bias of keys, which changes no output: it adds one number to all scores
 
     def theirs(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -184,7 +187,8 @@ _FROM_CONVNEXT: Rules = (
 
 
 def _timm_swin(backbone: Swin) -> Form | str:
-    """timm's file of a Swin Transformer V2 without a classifier has our names: timm moves the merging itself."""
+    """timm reads a Swin Transformer V2 without a classifier in the authors' names, which are ours: it puts the merging at
+    another place itself."""
     config = backbone.config
     for stride, _ in backbone.map_strides:
         for side in (size // int(stride) for size in backbone.image_size):
@@ -204,7 +208,7 @@ def _timm_swin(backbone: Swin) -> Form | str:
         "pretrained_window_sizes": list(backbone.pretrained_windows),
         "global_pool": "avg",
     }
-    return Form("timm", _SWIN, arguments, "head.fc")
+    return Form("timm", _SWIN, arguments, "head.fc", wrapped=False)
 
 
 def _timm_vit(backbone: ViT, exact: bool) -> Form | str:

@@ -54,6 +54,8 @@ def to_transformers(encoder: Encoder, folder: Path) -> tuple[str, dict[str, floa
     library: Any = plugins.optional("transformers", "a folder for transformers")
     native = _native(encoder)
     form = _timm_form(encoder)
+    if isinstance(form, forms.Form) and not form.wrapped:
+        form = "it does not read timm's file of this encoder"
     if isinstance(native, str) and isinstance(form, str):
         raise UserError(
             f"transformers cannot express the encoder {encoder.name}: {native}; nor can timm, whose models it wraps: "

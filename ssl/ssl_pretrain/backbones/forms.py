@@ -54,8 +54,8 @@ class Form:
     to_theirs: Rules = ()
     to_ours: Rules = ()
     rows: tuple[int, int] = (0, 0)  # position, number: rows of zeros in their table of positions
-    # Whether transformers' wrapper of timm's models reads the file, too. It has timm's names of today; of a Swin, timm's own
-    # reader takes the authors' names.
+    # Whether transformers' wrapper of timm's models reads the file, too. It takes the names of timm's model; of a Swin,
+    # timm's own reader takes the authors' names.
     wrapped: bool = True
     no_key_bias: bool = False  # they have no bias of keys, which changes no output: it adds one number to all scores
 

@@ -129,7 +129,8 @@ class WindowAttention(nn.Module):
         """(B, n, L, c) to the same shape."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(3, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
-        q, k, v = qkv.unbind(0)  # (B, n, heads, L, d)
+        # One copy here instead of one of each part before its product.
+        q, k, v = qkv.contiguous().unbind(0)  # (B, n, heads, L, d)
         # The factor is on the queries, which are smaller than the scores. In the dtype of v: autocast norms in float32.
         q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=LARGEST_SCALE).exp()
         scores = q.to(v.dtype) @ F.normalize(k, dim=-1).to(v.dtype).mT + self.scores(windows)

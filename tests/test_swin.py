@@ -18,7 +18,7 @@ from ssl_pretrain.launch import export
 from torch import Tensor, nn
 
 from ssl_pretrain import backbones, checkpoint, encoder, optim
-from ssl_pretrain.backbones import forms
+from ssl_pretrain.backbones import adapters, forms
 from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
 from ssl_pretrain.backbones.swin import Block, Swin, Windows
 from ssl_pretrain.encoder import Encoder, Preprocessing
@@ -385,6 +385,22 @@ def test_autocast_to_bfloat16_stays_near_float32() -> None:
         found = model(x, drop=drop)
     assert found.pooled.dtype == found.patches.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(found.pooled, expected.pooled).min() > 0.99
+
+
+def test_low_rank_updates_are_of_its_attention_and_merge() -> None:
+    model = swin((32, 32))
+    names = adapters.attention_matrices(model)
+    assert len(names) == 2 * sum(DEPTHS)  # queries, keys and values; and the projection
+    plain = swin((32, 32))
+    adapters.add(model, names, 2, 4.0, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".up"):
+                parameter.copy_(0.1 * draw(*parameter.shape))
+    x = draw(2, 3, 32, 32)
+    assert apart(model(x).patches, plain(x).patches) > 0.01
+    adapters.merge_into(plain, model)
+    assert apart(model(x).patches, plain(x).patches) < 1e-5
 
 
 # ---- Mistakes.

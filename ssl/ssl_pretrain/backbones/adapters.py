@@ -45,7 +45,8 @@ class LowRank(nn.Module):
 
 
 def attention_matrices(backbone: Backbone) -> list[str]:
-    """Names of the weights of all linear layers in attention; empty for an encoder without attention."""
+    """Names of the weights of all linear layers in attention, without a Swin's MLP of the biases; empty for an encoder
+    without attention."""
     linear = {name for name, part in backbone.named_modules() if isinstance(part, nn.Linear)}
     return [
         name
@@ -53,6 +54,7 @@ def attention_matrices(backbone: Backbone) -> list[str]:
         if re.search(r"(^|\.)(attn|attention|self_attn)\.", name)
         and name.endswith(".weight")
         and name.removesuffix(".weight") in linear
+        and ".cpb_mlp." not in name
     ]
 
 

@@ -83,9 +83,8 @@ class Windows:
             regions.append(last if rolled else torch.zeros_like(at))
         region = divide((3 * regions[0][:, None] + regions[1])[None, :, :, None], sides).flatten(0, 1).squeeze(-1)
         other = region[:, :, None] != region[:, None, :]  # (n, L, L)
-        return torch.zeros(other.shape, dtype=weight.dtype, device=weight.device).masked_fill(other, OTHER_REGION)[
-            :, None
-        ]
+        scores = torch.zeros(other.shape, dtype=weight.dtype, device=weight.device)
+        return scores.masked_fill(other, OTHER_REGION)[:, None]
 
     def split(self, x: Tensor) -> Tensor:
         """A map (B, Y, X, c) as windows (B, n, L, c). The padding is of zeros, and nothing hides it from attention."""
@@ -202,7 +201,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, window: int, trained: int, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A map (B, Y, X, c) after the blocks, and merged, (B, Y / 2, X / 2, 2c); of the last stage the same map twice.
         factors: (B, 2 * blocks)."""
-        weight = self.get_parameter("blocks.0.attn.qkv.weight")
+        weight = self.get_parameter("blocks.0.norm1.weight")
         kinds = [
             Windows.of((x.shape[1], x.shape[2]), window, trained, shifted, weight)
             for shifted in (False, True)[: len(self.blocks)]

@@ -361,18 +361,18 @@ def test_drop_path_drops_each_samples_branches_at_the_rates_of_their_depth() -> 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("depths", [(2, 2, 2), (2, 2, 6, 2)], ids=["three stages", "four stages"])
 def test_no_block_is_compiled_again(depths: tuple[int, ...]) -> None:
-    """All stages and both kinds of blocks, of another number of images too."""
+    """Each stage has a graph for each of its two kinds of blocks. Four stages fit into the compiler's limit of graphs."""
     torch._dynamo.reset()
     heads = tuple(2**i for i in range(len(depths)))
     model = swin((64, 64), depths=depths, heads=heads, drop_path=0.1).train()
     for block in parallel.blocks(model):
         block.compile(backend="aot_eager")
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for count in (2, 3, 4, 2):
-            torch.compiler.set_stance("fail_on_recompile" if count == 4 else "default")
+        for number in range(3):
+            torch.compiler.set_stance("fail_on_recompile" if number else "default")
             try:
-                noise = torch.rand(count, 2 * sum(depths), generator=torch.Generator().manual_seed(count))
-                model(draw(count, 3, 64, 64), drop=noise).pooled.sum().backward()
+                noise = torch.rand(2, 2 * sum(depths), generator=torch.Generator().manual_seed(number))
+                model(draw(2, 3, 64, 64, seed=number), drop=noise).pooled.sum().backward()
             finally:
                 torch.compiler.set_stance("default")
 

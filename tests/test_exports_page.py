@@ -77,7 +77,7 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: nothing runs ONNX files")
     encoder.save(tmp_path / "runs" / "mae" / "encoder", vit(image_size=(32, 32)))
     monkeypatch.chdir(tmp_path)
-    lines = re.findall(r"^    ssl-export (.*)$", PAGE, re.M)
+    lines = re.findall(r"^    ssl-export (to .*)$", PAGE, re.M)
     assert [line.split()[1] for line in lines] == ["onnx", "torch-export", "timm", "transformers"]
     for line in lines:
         assert export.main(line.split()) == 0

@@ -2,6 +2,7 @@
 defined to do."""
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_bits, command, losses
+from conftest import ROOT, assert_same_bits, command, losses
 from export_cases import difference
 from oracles import import_timm, import_transformers
 from ssl_pretrain.launch import export
@@ -572,13 +573,18 @@ def test_a_folder_of_transformers_is_converted(tmp_path: Path) -> None:
         assert apart(theirs(x).patches, model(x).patches) < 1e-5
 
 
-def test_an_export_is_resized_with_its_windows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_export_is_resized_with_its_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """By the command of docs/exports.md."""
     written = exported(swin((64, 64)))
-    encoder.save(tmp_path / "a", written)
-    words = ["resize", str(tmp_path / "a"), "--image-size", "128", "--window", "8", "--out", str(tmp_path / "b")]
+    encoder.save(tmp_path / "runs" / "simmim" / "encoder", written)
+    monkeypatch.chdir(tmp_path)
+    (line,) = re.findall(r"^    ssl-export (resize .*)$", (ROOT / "docs" / "exports.md").read_text(), re.M)
+    words = line.split()
     assert export.main(words) == 0
     assert "128 x 128 pixels, windows of 8 x 8 positions" in capsys.readouterr().out
-    read = encoder.load(tmp_path / "b")
+    read = encoder.load(words[-1])
     assert (read.preprocessing.resize, read.preprocessing.crop) == (128, (128, 128))
     assert read.lineage["resized_from"] == [64, 64]
     assert read.backbone.describe() == written.backbone.describe() | {"window": 8, "pretrained_windows": (4, 4, 4)}

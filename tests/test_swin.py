@@ -360,7 +360,11 @@ def test_drop_path_drops_each_samples_branches_at_the_rates_of_their_depth() -> 
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("depths", [(2, 2, 2), (2, 2, 6, 2)], ids=["three stages", "four stages"])
+@pytest.mark.parametrize(
+    "depths",
+    [(2, 2), pytest.param((2, 2, 6, 2), marks=pytest.mark.slow)],
+    ids=["two stages", "four stages"],
+)
 def test_no_block_is_compiled_again(depths: tuple[int, ...]) -> None:
     """Each stage has a graph for each of its two kinds of blocks. Four stages fit into the compiler's limit of graphs."""
     torch._dynamo.reset()

@@ -1,7 +1,8 @@
 """Masked autoencoders (He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022).
 
 Most patches are masked. The encoder sees only the others. A small decoder reconstructs the masked ones from its output.
-Whole mask units of the encoder are masked; on a ViT a unit is a patch.
+Whole mask units of the encoder are masked; on a ViT a unit is a patch. With a hierarchical encoder (Hiera: Ryali et al.,
+ICML 2023) the decoder also sees the outputs of its first stages.
 Shapes: B images, C channels, N patches on an (h, w) grid, K of them kept, M = N - K masked, p patch side, D encoder
 width, E decoder width, F = p * p * C values a patch.
 """
@@ -17,7 +18,7 @@ from ssl_pretrain.backbones.backbone import Backbone
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.flags import ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, POSITIVE, within
 from ssl_pretrain.frozen import NONE, Frozen
-from ssl_pretrain.parts import anchor, masked_autoencoder
+from ssl_pretrain.parts import anchor, masked_autoencoder, multi_scale_fusion
 from ssl_pretrain.parts.masked_autoencoder import decoded, masking_of_units, mean_colour, painted, pixel_loss
 from ssl_pretrain.parts.views import encode
 from ssl_pretrain.pretext import Batch, Losses, Method, Recipe, Step
@@ -93,6 +94,7 @@ class MAE(Method):
             heads=self.config.decoder_heads,
             mask_ratio=config.mask_ratio,
         )
+        self.fusion = multi_scale_fusion.make(encoder)
         masked_autoencoder.initialise(self)
 
     @classmethod
@@ -136,7 +138,8 @@ class MAE(Method):
     def reconstruct(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Predictions (B, M, F) for the masked patches, their indices (B, M), the kept ones' (B, K), and the grid."""
         drawn = masking_of_units(self.encoder, images, step, self.config.mask_ratio)
-        seen = encode(self.encoder, images, step, keep=drawn.units)
+        more = {} if self.fusion is None else {"maps": True}
+        seen = encode(self.encoder, images, step, keep=drawn.units, **more)
         return decoded(self, seen, drawn.keep, drawn.masked, drawn.grid), drawn.masked, drawn.keep, drawn.grid
 
     def collapsed(self, batch_size: int) -> dict[str, tuple[float, str]]:

@@ -46,6 +46,27 @@ def _pooled(x: Tensor) -> Tensor:
     return x.unflatten(2, (4, -1)).max(2).values
 
 
+class Stem(nn.Module):
+    """A convolution of overlapping squares: a token sees `stride` - 1 pixels more above and to the left of its own."""
+
+    def __init__(self, in_chans: int, dim: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, 2 * stride - 1, stride, padding=stride - 1)
+
+    def forward(self, images: Tensor, unit: tuple[int, int], keep: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) to (B, Y, X, E), or to (B * K, t, t, E) of the units `keep` (B, K) of `unit` pixels, one
+        after another. Only these are computed."""
+        if keep is None:
+            return self.proj(images).permute(0, 2, 3, 1)
+        (down, right), more = unit, self.proj.stride[0] - 1
+        # Each unit with the pixels above and to the left of it that its first tokens see.
+        parts = F.pad(images, (more, 0, more, 0)).unfold(2, down + more, down).unfold(3, right + more, right)
+        parts = parts.permute(0, 2, 3, 1, 4, 5).flatten(1, 2).flatten(2)  # (B, U, C * pixels)
+        parts = torch.gather(parts, 1, keep[:, :, None].expand(-1, -1, parts.shape[2])).flatten(0, 1)
+        parts = parts.unflatten(1, (images.shape[1], down + more, right + more))
+        return F.conv2d(parts, self.proj.weight, self.proj.bias, self.proj.stride).permute(0, 2, 3, 1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention of tokens (B, K, T, c), within each unit or among all; the queries may be pooled."""
 
@@ -135,17 +156,14 @@ class Hiera(Backbone):
         height, width = image_size
         self.config, self.image_size, self.in_chans = config, (height, width), in_chans
         stages, first = len(config.depths), config.patch_stride
-        self.dim, self.token_dim, self.depth = config.embed_dim << (stages - 1), config.embed_dim, sum(config.depths)
+        self.dim, self.depth = config.embed_dim << (stages - 1), sum(config.depths)
         under = [1 << min(i, config.q_pool) for i in range(stages)]  # how many times coarser each map is
         self.map_strides = tuple((first * each, first * each) for each in under)
         self.map_channels = tuple(config.embed_dim << i for i in range(stages))
         self.stride = (first * under[-1], first * under[-1])
-        self.unit = (first * config.unit_tokens, first * config.unit_tokens)
         self.units = self._units(height, width)
 
-        # The stem's squares overlap: a token at row y sees the rows from y * stride - (stride - 1) on.
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(in_chans, config.embed_dim, 2 * first - 1, first, padding=first - 1)
+        self.patch_embed = Stem(in_chans, config.embed_dim, first)
         self.pos_embed = nn.Parameter(torch.empty(1, (height // first) * (width // first), config.embed_dim))
         self.blocks = nn.ModuleList()
         self.ends = []  # index of the last block of each stage
@@ -169,6 +187,16 @@ class Hiera(Backbone):
                 assert part.bias is not None
                 nn.init.constant_(part.bias, BIAS)
 
+    @property
+    def unit(self) -> tuple[int, int]:
+        """See `Backbone.unit`."""
+        return (self.config.patch_stride * self.config.unit_tokens,) * 2
+
+    @property
+    def token_dim(self) -> int:
+        """See `Backbone.token_dim`."""
+        return self.config.embed_dim
+
     def forward(
         self,
         images: Tensor,
@@ -183,8 +211,8 @@ class Hiera(Backbone):
     ) -> Features:
         """See `Backbone.forward`. `pooled` is the norm of the mean over positions, as published; `patches` are the norms of
         the single positions, so their mean differs from `pooled`. `maps` are the outputs of the stages, the last one
-        before the norm; with `keep`, the kept units below each other. Pixels of units that are not kept are 0 for the
-        stem, whose squares overlap.
+        before the norm; with `keep`, the kept units below each other. Pixels of units that are left out or replaced are
+        0 for the stem, whose squares overlap.
 
         Raises UserError for images with another number of channels and for a size that the mask unit does not divide,
         UnsupportedByBackbone for another attention than "full", and blocks (their widths differ between stages),
@@ -243,19 +271,24 @@ class Hiera(Backbone):
         self, images: Tensor, units: tuple[int, int], keep: Tensor | None, replace: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """The tokens (B, K, T, E) that enter the first block."""
-        stem, unit = self.patch_embed.proj, self.config.unit_tokens
-        if keep is None:
-            x = _by_units(stem(images).permute(0, 2, 3, 1), unit)
-        else:
-            x = stem_of_kept(stem, images, self.unit, keep)  # (B * K, E, t, t)
-            x = _by_units(x.permute(0, 2, 3, 1), unit).view(keep.shape[0], keep.shape[1], unit * unit, -1)
+        unit = self.config.unit_tokens
+        masked = None if replace is None else replace[0]
+        hidden = masked
+        if keep is not None:
+            left_out = torch.ones(keep.shape[0], units[0] * units[1], dtype=torch.bool, device=keep.device)
+            left_out = left_out.scatter(1, keep, False)
+            hidden = left_out if masked is None else masked | left_out
+        if hidden is not None:
+            pixels = hidden.unflatten(1, units).repeat_interleave(self.unit[0], 1).repeat_interleave(self.unit[1], 2)
+            images = images.masked_fill(pixels[:, None], 0.0)
+        x = _by_units(self.patch_embed(images, self.unit, keep), unit)
+        if keep is not None:
+            x = x.view(keep.shape[0], keep.shape[1], unit * unit, -1)
         # The residual stream has the precision of the parameters, also under autocast.
         x = x.to(self.norm.weight.dtype)
-        if replace is not None:
-            masked, token = replace
-            if keep is not None:
-                masked = masked.gather(1, keep)
-            x = torch.where(masked[:, :, None, None], token.to(x.dtype), x)
+        if replace is not None and masked is not None:
+            here = masked if keep is None else masked.gather(1, keep)
+            x = torch.where(here[:, :, None, None], replace[1].to(x.dtype), x)
         grid = self._tokens(units)
         table = _by_units(resize_table(self.pos_embed, self._tokens(self.units), grid).unflatten(1, grid), unit)
         if keep is not None:
@@ -270,22 +303,6 @@ class Hiera(Backbone):
         noise = given(drop, self.depth)
         rates = torch.linspace(0, self.config.drop_path, self.depth, device=noise.device)
         return drop_factors(noise, rates.repeat_interleave(2))
-
-
-def stem_of_kept(stem: nn.Conv2d, images: Tensor, unit: tuple[int, int], keep: Tensor) -> Tensor:
-    """The outputs of the stem in the units `keep` (B, K) of images (B, C, H, W) in which all other units are 0, unit after
-    unit: (B * K, E, t, t). Only these are computed."""
-    (down, right), (before, _) = unit, stem.padding
-    grid = images.shape[2] // down, images.shape[3] // right
-    seen = torch.zeros(keep.shape[0], grid[0] * grid[1], dtype=torch.bool, device=keep.device).scatter(1, keep, True)
-    pixels = seen.unflatten(1, grid).repeat_interleave(down, 1).repeat_interleave(right, 2)
-    images = images.masked_fill(~pixels[:, None], 0.0)
-    # Each unit with the pixels above and to the left of it that its first tokens see.
-    parts = F.pad(images, (before, 0, before, 0)).unfold(2, down + before, down).unfold(3, right + before, right)
-    parts = parts.permute(0, 2, 3, 1, 4, 5).flatten(1, 2).flatten(2)  # (B, U, C * pixels)
-    parts = torch.gather(parts, 1, keep[:, :, None].expand(-1, -1, parts.shape[2])).flatten(0, 1)
-    parts = parts.unflatten(1, (images.shape[1], down + before, right + before))
-    return F.conv2d(parts, stem.weight, stem.bias, stem.stride)
 
 
 def _by_units(x: Tensor, unit: int) -> Tensor:

@@ -158,6 +158,9 @@ def decoder_tokens(
 
 def _entering(method: HasDecoder, seen: Features, keep: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
     """The tokens (B, M + P + K, E) that enter a decoder's first block, in the order masked, prefix, kept."""
+    fusion = getattr(method, "fusion", None)  # of a hierarchical encoder
+    if fusion is not None:
+        seen = fusion(seen)
     positions = method.decoder_pos_embed
     if grid != method.grid:
         positions = sincos_table(grid, method.decoder_embed.out_features)[None].to(keep.device)

@@ -37,6 +37,8 @@ ROWS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "convnext_tiny": ("convnext_tiny", 224, {}),
     "swin_micro": ("swin_micro", 64, {}),
     "swin_micro of 72 pixels": ("swin_micro", 72, {}),
+    "hiera_micro": ("hiera_micro", 64, {}),
+    "hiera_tiny": ("hiera_tiny", 224, {}),
     "octic_micro": ("octic_micro", 32, {"patch_size": 8}),
     "grouper_micro": ("grouper_micro", 32, {}),
     "jumbo_micro": ("jumbo_micro", 32, {"patch_size": 8}),

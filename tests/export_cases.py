@@ -44,6 +44,11 @@ CONVNETS: dict[str, tuple[str, dict[str, Any]]] = {
     "convnext, one channel": ("convnext_micro", {**SMALL_CONVNEXT, "stem_patch": 4, "in_chans": 1}),
     "resnet18": ("resnet18", {"depths": (1, 1, 2, 1)}),
     "resnet50": ("resnet50", {"depths": (1, 2, 1, 1)}),
+    "hiera": ("hiera_micro", {}),
+    "hiera, two poolings": (
+        "hiera_tiny",
+        {"embed_dim": 16, "heads": 2, "depths": (1, 1, 2, 1), "q_pool": 2, "in_chans": 1, "image_size": (32, 64)},
+    ),
 }
 
 

@@ -28,6 +28,7 @@ SIZES = (
     "convnext_micro",
     "octic_micro",
     "swin_micro",
+    "hiera_micro",
 )  # one a file; and of two blocks of the ResNets
 OTHERS = [name for name in backbones.own() if name not in SIZES]
 OURS = [

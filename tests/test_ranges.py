@@ -16,7 +16,7 @@ from ssl_pretrain.config import BUILT_IN_RUN, Run
 from ssl_pretrain.errors import UserError
 
 METHODS = plugins.own("ssl_pretrain.methods")
-ENCODERS = ("vit_micro", "resnet18", "convnext_micro", "swin_micro")
+ENCODERS = ("vit_micro", "resnet18", "convnext_micro", "swin_micro", "hiera_micro")
 
 
 @pytest.mark.parametrize(

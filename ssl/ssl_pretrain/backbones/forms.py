@@ -3,8 +3,9 @@
 A `Form` converts names without loss, so one file of weights serves us and the other library. It is data only: neither
 library is imported. Where a library has no such model, the reason is one line of text.
 
-Sources: the model definitions of timm 1.0.28 (`vision_transformer.py`, `eva.py`, `beit.py`, `convnext.py`, `resnet.py`)
-and of transformers 5.23 (`convnext`). The test is that the library's model gives our outputs (tests/test_forms.py).
+Sources: the model definitions of timm 1.0.28 (`vision_transformer.py`, `eva.py`, `beit.py`, `convnext.py`, `resnet.py`,
+`hiera.py`) and of transformers 5.23 (`convnext`). The test is that the library's model gives our outputs
+(tests/test_forms.py).
 """
 
 import re
@@ -17,6 +18,7 @@ from torch import Tensor
 from .backbone import Backbone
 from .convnext import ConvNeXt
 from .grouper import Grouper
+from .hiera import Hiera
 from .jumbo import Jumbo
 from .octic import Octic
 from .resnet import ResNet
@@ -129,6 +131,8 @@ def timm_form(backbone: Backbone, *, exact: bool = True) -> Form | str:
         return Form("timm", name, arguments, "fc", "conv1")
     if isinstance(backbone, Swin):
         return _timm_swin(backbone)
+    if isinstance(backbone, Hiera):
+        return _timm_hiera(backbone)
     if isinstance(backbone, TokenStem):
         return "timm has no model that begins with a tokenizer"
     if isinstance(backbone, Octic):
@@ -333,6 +337,33 @@ def _timm_beit(backbone: ViT, arguments: dict[str, Any], exact: bool) -> Form | 
         to_theirs=((r"\.ls(\d)\.gamma$", r".gamma_\1"),),
         to_ours=((r"\.gamma_(\d)$", r".ls\1.gamma"),),
         no_key_bias=config.qkv_bias,
+    )
+
+
+def _timm_hiera(backbone: Hiera) -> Form:
+    """timm's Hiera has a table of positions for one size of images."""
+    config, stride = backbone.config, backbone.config.patch_stride
+    arguments = {
+        "img_size": list(backbone.image_size),
+        "in_chans": backbone.in_chans,
+        "embed_dim": config.embed_dim,
+        "num_heads": config.heads,
+        "stages": list(config.depths),
+        "q_pool": config.q_pool,
+        "mask_unit_size": [config.unit_tokens, config.unit_tokens],
+        "mask_unit_attn": [stage < config.local_stages for stage in range(len(config.depths))],
+        "patch_kernel": [2 * stride - 1, 2 * stride - 1],
+        "patch_stride": [stride, stride],
+        "patch_padding": [stride - 1, stride - 1],
+        "global_pool": "avg",
+    }
+    return Form(
+        "timm",
+        "hiera_tiny_224",
+        arguments,
+        "head.fc",
+        to_theirs=((r"^norm\.", "head.norm."),),
+        to_ours=((r"^head\.norm\.", "norm."),),
     )
 
 

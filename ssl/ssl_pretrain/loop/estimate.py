@@ -188,7 +188,8 @@ class Estimate:
 
     def _shorter(self, specs: tuple[ViewSpec, ...], speed: Speed, start: int, autocast: Any) -> Iterator[str]:
         """Lines of flags with which the run takes an hour or less, from the time of each."""
-        run, kind, stride = self.run, type(self.method), self.method.encoder.stride
+        # Of the mask unit, which is a whole number of patches, so that the encoder takes all sizes.
+        run, kind, stride = self.run, type(self.method), self.method.encoder.unit
         timed: list[tuple[dict[str, Any], Speed]] = [({}, speed)]
         half = (_half(run.image_size[0], stride[0]), _half(run.image_size[1], stride[1]))
         seen_by_networks = any(spec.network is not None for spec in specs)  # whose views need their sizes

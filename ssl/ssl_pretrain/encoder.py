@@ -34,7 +34,7 @@ FORMAT = 2  # of config.json; a reader refuses a newer one. 1: the weights have 
 SHOWN = 10  # largest number of names that a message lists for each kind of mismatch
 # Options that may differ between an export and the encoder that starts from its weights (--init-from), because they do
 # not change the meaning of weights. All others must agree, for instance heads, whose number no weight's shape shows.
-FREE = frozenset({"drop_path", "drop_path_uniform", "drop_rows", "pool", "window"})
+FREE = frozenset({"drop_path", "drop_path_uniform", "drop_rows", "pool", "q_pool", "window"})
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Reads checkpoints as published by their authors into our ViT: MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3,
-AIM, AIMv2, data2vec 2.0, and the versions of timm and transformers. Swin Transformers V2 are read into ours (swin.py).
+AIM, AIMv2, data2vec 2.0, and the versions of timm and transformers. Swin Transformers V2
+are read into ours (swin.py), Hiera's into our Hiera (published_hiera.py).
 
 Shapes: D channels, N patches on a square (h, h) grid in raster order, P prefix tokens, p patch side.
 
@@ -25,14 +26,14 @@ from .. import backbones
 from ..backbones.positions import ROPE_BASE, Offsets, resize_offsets, resize_table, sincos_table
 from ..encoder import Encoder, Preprocessing
 from ..errors import UserError, nearest
-from . import swin
+from . import published_hiera, swin
 from .weights import SHOWN, difference, flat, read_file
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of all layouts except BEiT's and AIMv2's
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # BEiT's; BEiT v2 has ImageNet's again
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # AIMv2's
 LAYOUTS = (
-    *("mae", "beit", "ijepa", "dino", "ibot", "dinov2", "dinov3", "mocov3", "aim", "aimv2", "data2vec2"),
+    *("mae", "beit", "ijepa", "dino", "ibot", "dinov2", "dinov3", "mocov3", "aim", "aimv2", "data2vec2", "hiera"),
     "transformers",
 )
 
@@ -127,8 +128,8 @@ def read(
     facts: Mapping[str, Any] | None = None,
     partial: bool = False,
 ) -> Encoder:
-    """Read the encoder of a published checkpoint (torch or safetensors) as our ViT in eval mode; `encoder.save` exports
-    it.
+    """Read the encoder of a published checkpoint (torch or safetensors) as our ViT (or Hiera) in eval mode; `encoder.save`
+    exports it.
 
     layout: one of LAYOUTS, if it cannot be detected. heads: number of attention heads, which no weight's shape shows;
     by default that of the published model of this layout and width. part: the encoder to read if the file has several
@@ -155,6 +156,12 @@ def read(
         method = str(beside.get("model_type", "swin")) if anchor in TRANSFORMERS else "swin"
         made = _Made(found.name, "Swin", found.options, found.weights, image_size or found.size, found.left_out)
         return _encoder(made, method, IMAGENET, prefix, len(everything) - len(inside), anchor, file, partial)
+    beside: Mapping[str, Any]
+    if anchor == COMMON and published_hiera.fits(inside):
+        backbone, name, beside = published_hiera.read(inside, heads, image_size, file)
+        lineage = {**beside, "weights": str(file), "part": prefix.rstrip(".") or "all"}
+        lineage["left_out_of_other_parts"] = len(everything) - len(inside)
+        return Encoder(backbone, name, Preprocessing.for_size(backbone.image_size, *IMAGENET), lineage).eval()
     _refuse_other_architectures(inside, anchor, file)
     extra = [n for n in inside if BESIDE.match(n) or n.endswith((".bias_mask", "relative_position_index"))]
     renamed = _renamed({name: value for name, value in inside.items() if name not in extra}, anchor)

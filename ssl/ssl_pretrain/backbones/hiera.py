@@ -166,7 +166,7 @@ class Hiera(Backbone):
         self.patch_embed = Stem(in_chans, config.embed_dim, first)
         self.pos_embed = nn.Parameter(torch.empty(1, (height // first) * (width // first), config.embed_dim))
         self.blocks = nn.ModuleList()
-        self.ends = []  # index of the last block of each stage
+        self.ends: list[int] = []  # index of the last block of each stage
         inside = config.embed_dim
         for stage, depth in enumerate(config.depths):
             dim, heads = config.embed_dim << stage, config.heads << stage
@@ -190,7 +190,8 @@ class Hiera(Backbone):
     @property
     def unit(self) -> tuple[int, int]:
         """See `Backbone.unit`."""
-        return (self.config.patch_stride * self.config.unit_tokens,) * 2
+        side = self.config.patch_stride * self.config.unit_tokens
+        return side, side
 
     @property
     def token_dim(self) -> int:

@@ -29,7 +29,7 @@ from ..files import sync
 
 LIMIT = 1e-4  # largest difference over largest value that is accepted; usual are 1e-7 to 1e-6
 BATCH = 65536  # largest batch of a program
-SIDE = 1024  # largest number of patches a side
+SIDE = 1024  # largest number of patches (mask units, where these are larger) a side
 WHOLE = 3 * 2**29  # bytes of weights: more are written beside an ONNX file, which cannot be larger than 2 GiB
 
 Run = Callable[[Tensor], dict[str, Tensor]]
@@ -118,7 +118,7 @@ def needs_one_size(encoder: Encoder) -> str | None:
     padding depend on the size."""
     if isinstance(encoder.backbone, Swin):
         return "the windows of its attention depend on the size"
-    sizes = list(zip(encoder.backbone.image_size, encoder.backbone.stride, strict=True))
+    sizes = list(zip(encoder.backbone.image_size, encoder.backbone.unit, strict=True))
     if _by_patch(encoder) or all(side >= 2 * stride for side, stride in sizes):
         return None
     return f"{'x'.join(str(side) for side, _ in sizes)} pixels are fewer than two strides"
@@ -152,7 +152,7 @@ def _program(encoder: Encoder, any_size: bool) -> torch.export.ExportedProgram:
     shape: dict[int, Any] = {0: dim("batch", min=1, max=BATCH)}
     if any_size:
         rows, columns = dim("rows", min=1, max=SIDE), dim("columns", min=1, max=SIDE)
-        (p, q), by_patch = encoder.backbone.stride, _by_patch(encoder)
+        (p, q), by_patch = encoder.backbone.unit, _by_patch(encoder)
         if by_patch:
             shape |= {2: p * rows, 3: q * columns}
         else:  # a last map of one position would be a program of its own
@@ -169,8 +169,8 @@ def _program(encoder: Encoder, any_size: bool) -> torch.export.ExportedProgram:
 
 
 def _by_patch(encoder: Encoder) -> bool:
-    """Whether an image's sides must be multiples of the stride (a ViT)."""
-    p, q = encoder.backbone.stride
+    """Whether an image's sides must be multiples of the stride, or of the mask unit (a ViT, a Hiera)."""
+    p, q = encoder.backbone.unit
     try:
         features(encoder, torch.zeros(1, encoder.backbone.in_chans, 2 * p + 1, 2 * q + 1))
     except UserError:
@@ -181,7 +181,7 @@ def _by_patch(encoder: Encoder) -> bool:
 def _example(encoder: Encoder, any_size: bool) -> Tensor:
     """The batch that a program is made from. For any size its sides differ from each other and are several patches, as
     torch.export takes equal sides and 1 for fixed numbers."""
-    (p, q), (height, width) = encoder.backbone.stride, encoder.backbone.image_size
+    (p, q), (height, width) = encoder.backbone.unit, encoder.backbone.image_size
     if any_size:
         height, width = 3 * p, 4 * q
     return torch.zeros(2, encoder.backbone.in_chans, height, width)
@@ -189,7 +189,7 @@ def _example(encoder: Encoder, any_size: bool) -> Tensor:
 
 def _batches(encoder: Encoder, any_size: bool) -> Iterator[Tensor]:
     """The batches of a check: noise, the same on every call."""
-    (p, q), (height, width) = encoder.backbone.stride, encoder.backbone.image_size
+    (p, q), (height, width) = encoder.backbone.unit, encoder.backbone.image_size
     shapes = [(1, height, width), (3, height, width)]
     if any_size:
         shapes += [(2, height + p, width + 2 * q), (1, max(2 * p, height // 2 // p * p), 2 * q)]

@@ -1,6 +1,6 @@
 """Reads checkpoints as published by their authors into our ViT: MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3,
-AIM, AIMv2, data2vec 2.0, and the versions of timm and transformers. Swin Transformers V2
-are read into ours (swin.py), Hiera's into our Hiera (published_hiera.py).
+AIM, AIMv2, data2vec 2.0, and the versions of timm and transformers. Swin Transformers V2 are read into our Swin (swin.py),
+Hiera's into our Hiera (published_hiera.py).
 
 Shapes: D channels, N patches on a square (h, h) grid in raster order, P prefix tokens, p patch side.
 
@@ -156,10 +156,9 @@ def read(
         method = str(beside.get("model_type", "swin")) if anchor in TRANSFORMERS else "swin"
         made = _Made(found.name, "Swin", found.options, found.weights, image_size or found.size, found.left_out)
         return _encoder(made, method, IMAGENET, prefix, len(everything) - len(inside), anchor, file, partial)
-    beside: Mapping[str, Any]
     if anchor == COMMON and published_hiera.fits(inside):
-        backbone, name, beside = published_hiera.read(inside, heads, image_size, file)
-        lineage = {**beside, "weights": str(file), "part": prefix.rstrip(".") or "all"}
+        backbone, name, facts_of_file = published_hiera.read(inside, heads, image_size, file)
+        lineage = {**facts_of_file, "weights": str(file), "part": prefix.rstrip(".") or "all"}
         lineage["left_out_of_other_parts"] = len(everything) - len(inside)
         return Encoder(backbone, name, Preprocessing.for_size(backbone.image_size, *IMAGENET), lineage).eval()
     _refuse_other_architectures(inside, anchor, file)

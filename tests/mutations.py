@@ -69,7 +69,7 @@ MUTATIONS = [
     _core(
         "weight-decay schedule dropped",
         "train.py",
-        "cosine(step_number / steps, run.weight_decay, run.final_weight_decay)",
+        "cosine(step_number / steps / run.schedule_stretch, run.weight_decay, run.final_weight_decay)",
         "run.weight_decay",
         ADAMW,
     ),
@@ -155,9 +155,9 @@ MUTATIONS = [
     _core("biases and norms decay", "optim/groups.py", "if parameter.ndim <= 1 or", "if parameter.ndim < 1 or", ADAMW),
     _core(
         "AdamW without bias correction",
-        "optim/adamw.py",
-        "group_state.steps.add_(taken)",
-        "group_state.steps.add_(taken * 1e6)",
+        "optim/moments.py",
+        "self.steps.add_(taken)",
+        "self.steps.add_(taken * 1e6)",
         ADAMW,
     ),
     _core(

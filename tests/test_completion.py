@@ -28,7 +28,7 @@ def offered(line: str) -> list[str]:
         ("ssl-pretrain --encoder resnet", ["resnet18", "resnet50"]),
         ("ssl-pretrain --config mae_", ["mae_cifar10", "mae_imagenet1k_vit_base"]),
         ("ssl-pretrain --logger w", ["wandb"]),
-        ("ssl-pretrain --optimizer ", ["adamw", "lars", "muon", "sgd"]),
+        ("ssl-pretrain --optimizer ", ["adamw", "lamb", "lars", "muon", "sgd"]),
         ("ssl-pretrain --no-sc", ["--no-score"]),
         ("ssl-pretrain --score --no-sc", ["--no-score"]),
         ("ssl-pretrain --data ", []),  # any file

@@ -19,7 +19,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*_imagenet1k_*.yaml"))
 NUMBER = r"(\d[\d,]*(?:\.\d+)?(?:e-?\d+)?)"
 PHRASES = {  # what may stand between the semicolons of a header's "Settings:", without what it has in brackets
     rf"batch {NUMBER}": "batch",
-    r"(AdamW|SGD|LARS|Muon)": "optimizer",
+    r"(AdamW|SGD|LARS|LAMB|Muon)": "optimizer",
     rf"learning rate {NUMBER}": "learning rate",
     rf"warm-up {NUMBER} (epochs|steps) from {NUMBER}": "warm-up",
     rf"weight decay {NUMBER}(?: to {NUMBER})?": "weight decay",

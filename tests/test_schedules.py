@@ -40,3 +40,40 @@ def test_cosine_ends_where_it_says() -> None:
     assert (cosine(0.0, 0.04, 0.4), cosine(1.0, 0.04, 0.4)) == pytest.approx((0.04, 0.4))
     assert cosine(0.5, 0.0, 1.0) == pytest.approx(0.5)
     assert cosine(2.0, 0.04, 0.4) == pytest.approx(0.4)
+
+
+def test_a_cosine_that_is_longer_than_the_run() -> None:
+    """V-JEPA's: over 1.25 times the run. Its end is not reached."""
+    rates = [
+        learning_rate(s, steps=80, peak=1.0, final=0.1, warmup=20, kind="cosine", stretch=1.25) for s in range(81)
+    ]
+    whole = [learning_rate(s, steps=100, peak=1.0, final=0.1, warmup=20, kind="cosine") for s in range(81)]
+    assert rates == whole
+    assert rates[80] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 60 / 80)) / 2)
+    assert rates[80] > 0.2
+
+
+def test_steps_at_shares_of_the_run() -> None:
+    """SimMIM's on Swin: a tenth from 700 of 800 epochs on; and two changes, of which one is not at a whole step."""
+    rates = [
+        learning_rate(s, steps=800, peak=2.0, final=0.0, warmup=10, start=0.5, kind="step", milestones=(0.875,))
+        for s in range(800)
+    ]
+    assert rates[:10] == pytest.approx([0.5 + 1.5 * (s + 1) / 10 for s in range(10)])
+    assert rates[10:700] == [2.0] * 690
+    assert rates[700:] == pytest.approx([0.2] * 100)
+    two = [
+        learning_rate(s, steps=7, peak=1.0, final=0.0, warmup=0, kind="step", milestones=(0.5, 0.8), factor=0.5)
+        for s in range(7)
+    ]
+    assert two == [1.0] * 4 + [0.5] * 2 + [0.25]  # 3.5 is rounded to the even 4, 5.6 to 6
+
+
+def test_a_cooldown_by_the_square_root() -> None:
+    rates = [
+        learning_rate(s, steps=50, peak=1.0, final=0.2, warmup=5, kind="constant", cooldown=16, shape="sqrt")
+        for s in range(51)
+    ]
+    assert rates[5:35] == [1.0] * 30
+    assert rates[34:] == pytest.approx([0.2 + 0.8 * (1 - math.sqrt(i / 16)) for i in range(17)])
+    assert rates[38] == pytest.approx(0.6)  # a quarter of the cooldown: half of the way

@@ -102,22 +102,33 @@ class Run:
     """Stages of the run with other views, each 'SHARE KEY=VALUE ...', for example '0.75 image_size=112'
     (docs/running.md)."""
 
-    optimizer: Literal["adamw", "sgd", "lars", "muon"] | None = None
-    """Optimiser. muon: Muon for the encoder's matrices, AdamW for the rest (default: the method's)."""
+    optimizer: Literal["adamw", "sgd", "lars", "lamb", "muon"] | None = None
+    """Optimiser. lars, lamb: for large batches. muon: Muon for the encoder's matrices, AdamW for the rest (default: the
+    method's)."""
     lr: float | None = None
     """Peak learning rate; it is not scaled by the batch size (default: the method's, scaled to the batch size)."""
     final_lr: float | None = None
     """Learning rate at the end (default: the method's)."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: half a cosine, or constant with a linear cooldown at the end."""
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    """Learning rate after the warm-up: half a cosine; constant with a cooldown at the end; or in steps, each by
+    --step-factor at one of the --milestones."""
+    schedule_stretch: float = 1.0
+    """Make the cosines of learning rate and weight decay this many times as long as the run, which ends before them
+    (V-JEPA: 1.25)."""
+    milestones: tuple[float, ...] = ()
+    """Where the step schedule changes the learning rate: shares of the run, for example 0.6 0.9."""
+    step_factor: float = 0.1
+    """Factor on the learning rate at each of the --milestones."""
     warmup_lr: float = 0.0
     """Learning rate at the start of the warm-up, as used."""
     warmup_steps: int | None = None
     """Steps of linear learning-rate warm-up (default: the method's share of the run)."""
     cooldown_steps: int | None = None
-    """Steps of linear cooldown of the constant schedule (default: a fifth of the run)."""
+    """Steps of cooldown of the constant schedule (default: a fifth of the run)."""
+    cooldown_shape: Literal["linear", "sqrt"] = "linear"
+    """How the learning rate falls in the cooldown: linearly, or as 1 - sqrt(share of the cooldown that is done)."""
     betas: tuple[float, float] | None = None
-    """AdamW's two betas; SGD and LARS use the first one as momentum (default: the method's)."""
+    """The two betas of AdamW and LAMB; SGD and LARS use the first one as momentum (default: the method's)."""
     weight_decay: float | None = None
     """Decoupled weight decay (default: the method's)."""
     final_weight_decay: float | None = None
@@ -210,14 +221,14 @@ class Run:
 
 # The interval of each numeric flag. None is not checked.
 RANGES = {
-    AT_LEAST_1: "lora_rank image_size in_chans max_pixels steps images batch_size accumulate shard_size checkpoint_every "
+    AT_LEAST_1: "schedule_stretch lora_rank image_size in_chans max_pixels steps images batch_size accumulate shard_size checkpoint_every "
     "keep_last log_every val_every bad_steps",
     NOT_NEGATIVE: "lr final_lr warmup_lr warmup_steps cooldown_steps weight_decay final_weight_decay workers stall_after "
     "adapters_unfreeze keep_every monitor_every picture_every val_images knn_every knn_drop",
     POSITIVE: "lora_alpha epochs clip_grad",
     FROM_0_BELOW_1: "betas",
-    FROM_0_TO_1: "mean layer_decay",
-    ABOVE_0_TO_1: "std",
+    FROM_0_TO_1: "mean layer_decay step_factor",
+    ABOVE_0_TO_1: "std milestones",
 }
 
 
@@ -231,7 +242,7 @@ class Resolved(Run):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     steps: int
-    optimizer: Literal["adamw", "sgd", "lars", "muon"]
+    optimizer: Literal["adamw", "sgd", "lars", "lamb", "muon"]
     lr: float
     final_lr: float
     warmup_steps: int
@@ -384,6 +395,14 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
     cooldown = steps // 5 if run.cooldown_steps is None else run.cooldown_steps
     if warmup + (cooldown if run.schedule == "constant" else 0) > steps:
         raise UserError(f"--warmup-steps {warmup} and --cooldown-steps {cooldown} do not fit into {steps} steps")
+    if run.schedule != "step" and run.milestones:
+        raise UserError(f"--milestones are of --schedule step, not of {run.schedule}: leave them out")
+    if run.schedule == "step" and not run.milestones:
+        raise UserError("--schedule step needs --milestones, shares of the run at which the rate changes, like 0.6 0.9")
+    if run.schedule != "cosine" and run.schedule_stretch != 1:
+        raise UserError(f"--schedule-stretch is of --schedule cosine, not of {run.schedule}: leave it out")
+    if run.schedule == "step" and run.final_lr is not None:
+        raise UserError("--final-lr: --schedule step ends where --milestones and --step-factor lead to; leave it out")
     if run.keep_best == "knn" and not run.knn_every:
         raise UserError("--keep-best knn needs scores to choose by: give --knn-every, the steps between them")
     if run.keep_best == "val" and not run.val_images:
@@ -393,6 +412,9 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
             raise UserError(f"{flag} {value} is scored while training: give --knn-every, the steps between scores")
     if run.warmup_lr > lr:
         raise UserError(f"--warmup-lr {run.warmup_lr:g} is above the learning rate {lr:g} that the warm-up ends with")
+    final_lr = min(recipe.final_lr, lr) if run.final_lr is None else run.final_lr
+    if run.schedule == "step":
+        final_lr = lr * run.step_factor ** len(run.milestones)
     decided: dict[str, Any] = {
         "out": folder(run),
         "image_size": (size[0], size[-1]),
@@ -403,7 +425,7 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
         "images": None,
         "optimizer": run.optimizer or recipe.optimizer,
         "lr": lr,
-        "final_lr": min(recipe.final_lr, lr) if run.final_lr is None else run.final_lr,
+        "final_lr": final_lr,
         "warmup_steps": warmup,
         "cooldown_steps": cooldown if run.schedule == "constant" else 0,
         "betas": run.betas or recipe.betas,

@@ -113,7 +113,7 @@ class Losses:
 class Recipe:
     """How a paper trains its method: the defaults of the run's flags. Every one can be overridden by its flag."""
 
-    optimizer: Literal["adamw", "sgd", "lars", "muon"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "lars", "lamb", "muon"] = "adamw"
     lr: float = 1.5e-4  # peak, at a global batch of `lr_batch`; scaled to the run's batch by `lr_scaling`
     lr_batch: int = 256
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"

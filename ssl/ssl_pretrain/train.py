@@ -191,9 +191,13 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                 warmup=run.warmup_steps,
                 start=run.warmup_lr,
                 kind=run.schedule,
+                stretch=run.schedule_stretch,
                 cooldown=run.cooldown_steps,
+                shape=run.cooldown_shape,
+                milestones=run.milestones,
+                factor=run.step_factor,
             )
-            weight_decay = cosine(step_number / steps, run.weight_decay, run.final_weight_decay)
+            weight_decay = cosine(step_number / steps / run.schedule_stretch, run.weight_decay, run.final_weight_decay)
             optim.set_rates(optimizer, lr, weight_decay, step_number / steps)
 
             # -- forward and backward, micro-batch by micro-batch

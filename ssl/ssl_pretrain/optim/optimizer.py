@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .adamw import AdamW
+from .lamb import Lamb
 from .lars import Lars
 from .muon import MuonAndAdamW
 
 
 def build(
-    kind: Literal["adamw", "sgd", "lars", "muon"],
+    kind: Literal["adamw", "sgd", "lars", "lamb", "muon"],
     groups: list[dict[str, Any]],
     betas: tuple[float, float],
     whole: Callable[[Tensor], Tensor] = lambda norms: norms,
@@ -33,6 +34,8 @@ def build(
         return MuonAndAdamW(groups, betas=betas)
     if kind == "lars":
         return Lars(groups, momentum=betas[0], whole=whole)
+    if kind == "lamb":
+        return Lamb(groups, betas=betas, whole=whole)
     return torch.optim.SGD(groups, lr=0.0, momentum=betas[0], fused=True)
 
 

@@ -60,7 +60,8 @@ HEAD_STD = 2e-5
 CROP_SCALE = (0.08, 1.0)
 CHUNK = 4096  # rows scored at a time
 RECORDED = (  # options that are copied into the protocol
-    "epochs", "layer_decay", "weight_decay", "warmup", "randaugment", "erase", "mixup", "cutmix", "label_smoothing", "ema",
+    "epochs", "layer_decay", "layer_decay_blocks", "weight_decay", "warmup", "randaugment", "erase", "mixup", "cutmix",
+    "label_smoothing", "ema",
 )  # fmt: skip
 LOOK_EVERY = 20  # steps between reads of the loss, which synchronise with the device
 
@@ -84,6 +85,8 @@ class Config:
     layer_decay: float = 0.65
     """Layer decay: factor on the learning rate from each block to the previous one (MAE: 0.65 for ViT-B, 0.75 for
     larger ones)."""
+    layer_decay_blocks: int = 1
+    """Number of consecutive blocks that share a factor of --layer-decay (ConvNeXt: 3)."""
     weight_decay: float = 0.05
     """Weight decay of AdamW; not applied to biases, norms, tokens and positions."""
     warmup: float = 0.05
@@ -235,6 +238,8 @@ def _check(task: Task, config: Config) -> None:
         raise UserError(f"--train-batch-size is {config.train_batch_size}; it must be at least 1")
     if not 0 < config.layer_decay <= 1:
         raise UserError(f"--layer-decay is {config.layer_decay}; it must be above 0 and at most 1")
+    if config.layer_decay_blocks < 1:
+        raise UserError(f"--layer-decay-blocks is {config.layer_decay_blocks}; it must be at least 1")
     if not 0 < config.held_out < 1:
         raise UserError(f"--held-out is {config.held_out}; it must lie between 0 and 1")
     for name in ("warmup", "drop_path", "label_smoothing", "ema"):
@@ -427,7 +432,13 @@ def _train(
     classes, second = len(task.data.classes), labeller is not None
     model = Classifier(own, width, classes, config.feature, generator, second=second).to(device).train()
     average = ema_copy(model) if config.ema else None
-    groups = optim.parameter_groups(model, model.encoder, rule="no_1d_tokens", layer_decay=config.layer_decay)
+    groups = optim.parameter_groups(
+        model,
+        model.encoder,
+        rule="no_1d_tokens",
+        layer_decay=config.layer_decay,
+        decay_blocks=config.layer_decay_blocks,
+    )
     optimizer = optim.build("adamw", groups, BETAS)
 
     batch, steps = _batch(config, len(rows)), _steps(config, len(rows))

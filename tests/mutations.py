@@ -147,11 +147,11 @@ MUTATIONS = [
     _core(
         "the cosine counts from the run's start",
         "optim/schedules.py",
-        "(step - warmup) / max(1, steps - warmup)",
+        "(step - warmup) / max(1, steps * stretch - warmup)",
         "step / steps",
         ADAMW,
     ),
-    _core("layer decay one block off", "optim/groups.py", "encoder.depth + 1 -", "encoder.depth -", ADAMW),
+    _core("layer decay one block off", "optim/groups.py", "else groups + 1 - -", "else groups - -", ADAMW),
     _core("biases and norms decay", "optim/groups.py", "if parameter.ndim <= 1 or", "if parameter.ndim < 1 or", ADAMW),
     _core(
         "AdamW without bias correction",

@@ -76,6 +76,27 @@ def test_layer_decay_scales_by_distance_from_the_output() -> None:
     assert scale["encoder.patch_embed.proj.weight"] == scale["encoder.cls_token"] == 0.125
 
 
+@pytest.mark.parametrize(("depths", "groups"), [((3, 3, 9, 3), 6), ((3, 3, 27, 3), 12)])
+def test_groups_of_blocks_share_a_factor_as_in_convnext(depths: tuple[int, ...], groups: int) -> None:
+    """The rule as ConvNeXt's appendix has it: stem, stages 1 and 2, threes of stage 3, stage 4, head."""
+    with torch.device("meta"):
+        encoder = backbones.build("convnext_micro", image_size=(64, 64), depths=depths, dims=(8, 8, 8, 8))
+    found = optim.parameter_groups(encoder, encoder, rule="no_1d", layer_decay=0.5, decay_blocks=3)
+    scale = {name: group["lr_scale"] for group in found for name in group["names"]}
+    expected = {"stem": 0, "norm": groups + 1}
+    for name, factor in scale.items():
+        part, *rest = name.split(".")
+        if part == "stages":
+            stage, kind = int(rest[0]), rest[1]
+            block = int(rest[2]) if kind == "blocks" else 0
+            layer = {0: 1, 1: 2, 2: 3 + block // 3, 3: groups}[stage]
+        else:
+            layer = expected[part]
+        assert factor == 0.5 ** (groups + 1 - layer), name
+    one_each = optim.parameter_groups(encoder, encoder, rule="no_1d", layer_decay=0.5, decay_blocks=1)
+    assert len({group["lr_scale"] for group in one_each}) == sum(depths) + 2
+
+
 def small(kind: str) -> tuple[nn.Linear, torch.optim.Optimizer]:
     torch.manual_seed(0)
     layer = nn.Linear(3, 2)

@@ -139,6 +139,8 @@ class Run:
     """Clip each parameter's gradient by its own norm instead of all by the global one (default: the method's)."""
     layer_decay: float = 1.0
     """Layer decay: factor on the learning rate for each block below the encoder's output."""
+    layer_decay_blocks: int = 1
+    """Number of consecutive blocks that share a factor of --layer-decay (ConvNeXt: 3)."""
 
     rates: tuple[str, ...] = ()
     """Parameters with rates of their own, each 'PATTERN KEY=VALUE ...': factors lr= and decay=, and start= and ramp=,
@@ -221,8 +223,8 @@ class Run:
 
 # The interval of each numeric flag. None is not checked.
 RANGES = {
-    AT_LEAST_1: "schedule_stretch lora_rank image_size in_chans max_pixels steps images batch_size accumulate shard_size checkpoint_every "
-    "keep_last log_every val_every bad_steps",
+    AT_LEAST_1: "layer_decay_blocks schedule_stretch lora_rank image_size in_chans max_pixels steps images batch_size "
+    "accumulate shard_size checkpoint_every keep_last log_every val_every bad_steps",
     NOT_NEGATIVE: "lr final_lr warmup_lr warmup_steps cooldown_steps weight_decay final_weight_decay workers stall_after "
     "adapters_unfreeze keep_every monitor_every picture_every val_images knn_every knn_drop",
     POSITIVE: "lora_alpha epochs clip_grad",

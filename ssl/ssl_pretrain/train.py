@@ -119,6 +119,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
         method.encoder,
         rule=method_class.recipe.decay,
         layer_decay=run.layer_decay,
+        decay_blocks=run.layer_decay_blocks,
         matrices=run.optimizer == "muon",
         part=shards,
         rates=rules,

@@ -33,6 +33,7 @@ def parameter_groups(
     *,
     rule: Literal["no_1d", "no_1d_tokens", "all"],
     layer_decay: float = 1.0,
+    decay_blocks: int = 1,
     matrices: bool = False,
     part: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
     rates: Sequence[Rate] = (),
@@ -42,8 +43,9 @@ def parameter_groups(
 
     Each group has "params", "names", "decays" (bool), "matrices" (bool: two-dimensional parameters of the encoder, for
     Muon; they are separate groups only with `matrices`) and "lr_scale": layer_decay ** (number of blocks between the
-    parameter and the encoder's output), as in BEiT, section A; 1 outside the encoder. "rates" are the rules of `rates`
-    that fit the group's parameters.
+    parameter and the encoder's output), as in BEiT, section A; 1 outside the encoder. With `decay_blocks` that many
+    consecutive blocks, counted from the first, have the same factor (ConvNeXt: Liu et al., 2022, appendix A.2: 3).
+    "rates" are the rules of `rates` that fit the group's parameters.
     """
     inside = {id(p): name for name, p in encoder.named_parameters()}
     groups: dict[tuple[bool, float, bool, tuple[Rate, ...]], dict[str, Any]] = {}
@@ -52,7 +54,8 @@ def parameter_groups(
             continue
         scale = 1.0
         if id(parameter) in inside:
-            scale = layer_decay ** (encoder.depth + 1 - encoder.layer_of(inside[id(parameter)]))
+            layer = encoder.layer_of(inside[id(parameter)])
+            scale = layer_decay ** _groups_after(layer, encoder.depth, decay_blocks)
         decay = decays(name, parameter, rule)
         if rule != "all" and id(parameter) in inside:
             decay = decay and not any(fnmatchcase(inside[id(parameter)], pattern) for pattern in encoder.undecayed)
@@ -64,3 +67,9 @@ def parameter_groups(
         group["params"].append(part(parameter))
         group["names"].append(name)
     return list(groups.values())
+
+
+def _groups_after(layer: int, depth: int, size: int) -> int:
+    """Number of groups of `size` blocks between a layer (`Backbone.layer_of`) and the output."""
+    groups = -(-depth // size)
+    return 0 if layer > depth else groups + 1 - -(-layer // size)

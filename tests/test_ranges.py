@@ -64,6 +64,9 @@ ENCODERS = ("vit_micro", "resnet18", "convnext_micro", "swin_micro", "hiera_micr
         "--val-every 0",
         "--knn-every -1",
         "--bad-steps 0",
+        "--subset 0",
+        "--subset -5",
+        "--subset 2.5",
         "--mask-ratio nan",
         "--decoder-heads 0",
         "--decoder-dim 0",
@@ -142,7 +145,7 @@ OF_ENCODERS = [(name, backbones.config_class(name), backbones.defaults(name)) fo
         for field, bad in _numbers(kind)
         # any number is a seed; a block is compared with those of the teacher and the encoder (tests/test_featmim.py,
         # tests/test_maelite.py)
-        if field not in ("seed", "target_block", "teacher_block", "student_block")
+        if field not in ("seed", "subset_seed", "target_block", "teacher_block", "student_block")
     ],
 )
 def test_every_number_has_its_range(kind: type, given: dict[str, Any], field: str, bad: Any) -> None:

@@ -44,9 +44,7 @@ def test_cosine_ends_where_it_says() -> None:
 
 def test_a_cosine_that_is_longer_than_the_run() -> None:
     """V-JEPA's: over 1.25 times the run. Its end is not reached."""
-    rates = [
-        learning_rate(s, steps=80, peak=1.0, final=0.1, warmup=20, kind="cosine", stretch=1.25) for s in range(81)
-    ]
+    rates = [learning_rate(s, steps=80, peak=1.0, final=0.1, warmup=20, kind="cosine", stretch=1.25) for s in range(81)]
     whole = [learning_rate(s, steps=100, peak=1.0, final=0.1, warmup=20, kind="cosine") for s in range(81)]
     assert rates == whole
     assert rates[80] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 60 / 80)) / 2)

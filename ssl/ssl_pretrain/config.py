@@ -27,6 +27,11 @@ class Run:
     """Images: a folder (flat or nested), tar shards, parquet; or built-in 'fractals[:classes=20,images=4096,...]'."""
     train_split: str | None = None
     """Images to train on: a split, a folder in the data, or 'all' (default: the split train where there are splits)."""
+    subset: float | str | None = None
+    """Train on a part of the images: a share (0.1), a number of them (2000), or a file of their indices (.npy, or .txt with
+    one a line). Smaller parts are contained in larger ones."""
+    subset_seed: int = 0
+    """Random seed of --subset. It does not depend on --seed."""
     out: Path | None = None
     """Run folder; the same command resumes it (default: runs/METHOD-DATA)."""
     config: Path | None = None
@@ -211,6 +216,10 @@ class Run:
             within(self, range_, *names.split())
         loggers.check(self.logger)
         rates.parse(self.rates)
+        if isinstance(self.subset, float | int):
+            number = self.subset
+            if not math.isfinite(number) or number <= 0 or (number > 1 and number != int(number)):
+                raise UserError(f"--subset {number} must be a share above 0 and at most 1, or a whole number of images")
         if self.init_from is not None and self.init_state is not None:
             raise UserError("--init-from and --init-state: give one of them")
         if self.adapters != "none" and self.init_from is None and self.init_state is None:

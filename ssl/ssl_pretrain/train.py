@@ -135,8 +135,9 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     report = Report(run.out, step=start, steps=steps, silent=not world.first, names=run.logger, config=record)
     cleanup.enter_context(report)
     if world.first:
-        data_facts = {"path": run.data, "images": len(source), "fingerprint": source.fingerprint}
-        facts: dict[str, Any] = {"data": data_facts} | ({"networks": network_facts(networks)} if networks else {})
+        facts: dict[str, Any] = {"data": run_start.data_facts(run, source)} | (
+            {"networks": network_facts(networks)} if networks else {}
+        )
         manifest.begin(
             run.out,
             world=world,

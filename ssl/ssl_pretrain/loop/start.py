@@ -5,6 +5,7 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from .. import checkpoint, config, distributed, files
@@ -13,7 +14,7 @@ from ..data.decode import allow_pixels
 from ..data.loader import RawBatch, Share, batches
 from ..data.names import canonical_split
 from ..data.source import Source, open_source, splits
-from ..data.subset import Subset
+from ..data.subset import Subset, choose
 from ..data.training import ALL, open_training
 from ..data.views import ViewSpec
 from ..distributed import World
@@ -29,11 +30,16 @@ SECONDS_FOR_LOCK = 15.0  # to wait for a run that has the folder and may be abou
 
 def open_data(run: Run, world: World) -> tuple[Source, Source | None]:
     """The images to train on, and those held out for the validation loss (None without --val-images): of a split for
-    validation where there is one, else taken out of the training images."""
+    validation where there is one, else taken out of the training images, before --subset is. So runs on nested parts of the
+    same images have the same images for validation."""
     allow_pixels(run.max_pixels)
-    source = open_training(run.data, run.train_split)
-    if run.val_images == 0:
-        return source, None
+    whole = open_training(run.data, run.train_split)
+    source, held_out, taken = _hold_out(run, whole, world) if run.val_images else (whole, None, np.zeros(0, np.int64))
+    return source if run.subset is None else choose(whole, run.subset, run.subset_seed, taken), held_out
+
+
+def _hold_out(run: Run, source: Source, world: World) -> tuple[Source, Source, np.ndarray]:
+    """The images that are left to train on, those that are held out, and the indices of those that were taken out."""
     trained_on = canonical_split(run.train_split or "train")
     validation_splits = [name for name in splits(run.data) if name.startswith("val") and name != trained_on]
     if run.train_split == ALL:
@@ -46,9 +52,15 @@ def open_data(run: Run, world: World) -> tuple[Source, Source | None]:
         )
     order = numpy_generator(run.seed, "held out").permutation(len(pool))
     held_out = Subset(pool, order[: run.val_images])
-    if pool is source:
-        source = Subset(source, order[run.val_images :])
-    return source, held_out
+    if pool is not source:
+        return source, held_out, order[:0]
+    return Subset(source, order[run.val_images :]), held_out, order[: run.val_images]
+
+
+def data_facts(run: Run, source: Source) -> dict[str, Any]:
+    """What the manifest says of the images."""
+    part = {} if run.subset is None else {"subset": run.subset, "subset_seed": run.subset_seed}
+    return {"path": run.data, "images": len(source), "fingerprint": source.fingerprint, **part}
 
 
 def find_start(
@@ -87,7 +99,8 @@ def find_start(
     known = manifest.fingerprint(out)
     if known not in (None, source.fingerprint):
         raise UserError(
-            f"the images in {run.data} are not those that the run in {out} began with (files came, went or changed): "
+            f"the images in {run.data} are not those that the run in {out} began with (files came, went or changed"
+            f"{', or the indices in --subset' if isinstance(run.subset, str) else ''}): "
             f"choose another --out, with --init-from {out} to start from this run's weights"
         )
     folder = saver.folder(run)

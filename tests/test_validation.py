@@ -1,11 +1,14 @@
 """The images held out for a validation loss: which they are, and that each of them counts."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import TINY
+from ssl_pretrain.launch.pretrain import main
 
 from ssl_pretrain.config import Run
 from ssl_pretrain.distributed import World
@@ -79,3 +82,39 @@ def test_next_to_all_of_them_count(held: int, batch_size: int, used: int, monkey
         probes.validate(run, torch.nn.Identity(), range(held), (), None, HERE)  # type: ignore[arg-type]
     assert sum(sizes) == used
     assert max(sizes) <= batch_size
+
+
+@pytest.mark.parametrize("method", ["mae", "simmim", "ijepa"])
+def test_weights_that_do_not_change_have_the_same_loss_each_time(method: str, photos: Path, tmp_path: Path) -> None:
+    """To the last bit, though training draws other views and masks in every step: at a learning rate of 0."""
+    words = [
+        "--method",
+        method,
+        "--data",
+        str(photos),
+        "--workers",
+        "0",
+        "--steps",
+        "4",
+        "--lr",
+        "0",
+        "--final-lr",
+        "0",
+    ]
+    words += ["--val-images", "20", "--val-every", "1", "--log-every", "1", "--no-score"]
+    words += [word for i, word in enumerate(TINY) if method == "mae" or "decoder" not in TINY[i - (i % 2)]]
+    if method == "ijepa":
+        words += ["--predictor-dim", "32", "--predictor-depth", "1", "--predictor-heads", "2"]
+
+    def found(out: Path, *more: str) -> tuple[list[float], list[float]]:
+        assert main([*words, "--out", str(out), *more]) == 0
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [line["val/loss"] for line in lines if "val/loss" in line], [
+            line["loss"] for line in lines if "loss" in line
+        ]
+
+    losses, of_training = found(tmp_path / "run")
+    assert len(losses) == len(of_training) == 4
+    assert len(set(losses)) == 1
+    assert len(set(of_training)) == 4
+    assert found(tmp_path / "again", "--subset", "0.5")[0] == losses  # the same images and masks beside another part

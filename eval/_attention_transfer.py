@@ -69,6 +69,10 @@ class AttentionTransfer:
                 f"--attention-from: {student.name} is no ViT of this package ({type(backbone).__name__}), whose attention "
                 f"could be that of another encoder"
             )
+        if backbone.config.parallel_branches > 1:
+            raise UserError(
+                f"--attention-from: the blocks of {student.name} have several attentions (--parallel-branches)"
+            )
         count = max(1, int(SHARE * backbone.depth)) if blocks is None else blocks
         if not 1 <= count <= backbone.depth:
             raise UserError(f"--attention-blocks {count}: {student.name} has {backbone.depth} blocks")

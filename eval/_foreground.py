@@ -40,8 +40,12 @@ def principal(patches: Tensor) -> Tensor:
 
 
 def has_attention(encoder: Encoder) -> bool:
-    """Whether `attention` works with this encoder: a ViT of this package with a CLS token."""
-    return isinstance(encoder.backbone, ViT) and encoder.backbone.config.cls
+    """Whether `attention` works with this encoder: a ViT of this package with a CLS token, whose last block has one
+    attention and, with relative positions, its own table."""
+    if not isinstance(encoder.backbone, ViT):
+        return False
+    config = encoder.backbone.config
+    return config.cls and config.parallel_branches == 1 and not config.shared_relative
 
 
 def attention(encoder: Encoder, run: Callable[[], Any]) -> Tensor:

@@ -34,7 +34,11 @@ VITS: dict[str, dict[str, Any]] = {
         "positions": "rope", "registers": 4, "layer_scale": 0.1, "norm_eps": 1e-5, "pool": "cls", "swiglu": True,
     },
     "rotary, no class token": {"positions": "rope", "cls": False, "qkv_bias": False},
+    "parallel branches": {"parallel_branches": 2, "layer_scale": 0.1},
     "relative": {"positions": "relative", "pool": "cls", "qkv_bias": False, "image_size": (32, 32)},
+    "relative, one table": {
+        "positions": "relative", "pool": "cls", "qkv_bias": False, "shared_relative": True, "image_size": (32, 32),
+    },
     "relative, layer scale": {
         "positions": "relative", "pool": "cls", "qkv_bias": False, "layer_scale": 0.1, "image_size": (32, 32),
     },
@@ -106,6 +110,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "relative, wide": ("vit_micro", {**TINY, "positions": "relative", "pool": "cls"}, "square grids"),
     "gated, epsilon": ("vit_micro", {**TINY, "swiglu": True, "norm_eps": 1e-5}, "epsilon 1e-6"),
     "norm of patches, rotary": ("vit_micro", {**TINY, "norms": "patches", "positions": "rope"}, "norm of the patch"),
+    "hMLP stem": ("vit_micro", {**TINY, "stem": "hmlp"}, "no hMLP stem"),
+    "three branches": ("vit_micro", {**TINY, "parallel_branches": 3}, "have two"),
+    "branches, rotary": ("vit_micro", {**TINY, "parallel_branches": 2, "positions": "rope"}, "a table of positions"),
     "small stem": ("resnet18", {"stem": "small"}, "no 3x3 stem"),
     "convnext, stem of 2": ("convnext_micro", {}, "other strides"),
     "convnext, stem of 8": ("convnext_micro", {**SMALL_CONVNEXT, "stem_patch": 8, "image_size": (64, 64)}, "strides"),

@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from . import backbones, config, distributed, files, optim, pretext, rates
+from .backbones.vit import ViT
 from .config import Resolved, Run
 from .data.loader import Share, to_batch
 from .data.source import Source
@@ -165,6 +166,7 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     log = Log(run, source, report, monitor, world, skipped, estimate)
 
     # ---- The loop.
+    with_rope = [part for part in method.encoder.modules() if isinstance(part, ViT) and part.config.positions == "rope"]
     step_number, stopped = start, None
     began = time.perf_counter()
     if probes.at_start(start):
@@ -201,6 +203,8 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
             )
             weight_decay = cosine(step_number / steps / run.schedule_stretch, run.weight_decay, run.final_weight_decay)
             optim.set_rates(optimizer, lr, weight_decay, step_number / steps)
+            for vit in with_rope:  # coordinates that change from step to step (--rope-rescale)
+                vit.positions_key = key(run.seed, "positions", step_number)
 
             # -- forward and backward, micro-batch by micro-batch
             results: list[tuple[Tensor, Losses]] = []  # sample ids and losses of each forward

@@ -61,8 +61,10 @@ class Kept:
         cosines, sines = (each.index_select(0 if self.packed is None else 2, self.rows) for each in rope)
         return cosines, sines
 
-    def of_offsets(self, offsets: Offsets | None) -> Offsets | None:
-        """Relative positions, their rows (B or 1, L, L), for the kept samples."""
+    def of_offsets(self, offsets: Offsets | Tensor | None) -> Offsets | Tensor | None:
+        """Relative positions, their rows (B or 1, L, L) or scores (B or 1, heads, L, L), for the kept samples."""
+        if isinstance(offsets, Tensor):
+            return self.of_mask(offsets)
         if offsets is None or len(offsets.rows) == 1:
             return offsets
         return replace(offsets, rows=offsets.rows.index_select(0, self.rows))

@@ -41,6 +41,7 @@ _WIDE_EPS = "vit_base_patch16_clip_224"  # norms with epsilon 1e-5
 _ROPE, _ROPE_WIDE_EPS = "eva_giant_patch14_224", "vit_pe_core_tiny_patch16_384"
 _RELATIVE = "beit_base_patch16_224"
 _SWIN = "swinv2_tiny_window8_256"
+_PARALLEL = "vit_small_patch16_18x2_224"
 _STARTS = 1e-5  # an initial value of layer scale; the weights replace it
 
 
@@ -62,7 +63,7 @@ class Form:
     no_key_bias: bool = False  # they have no bias of keys, which changes no output: it adds one number to all scores
 
     def theirs(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Our weights under their names. `ours` is the inverse, bit for bit, unless `no_key_bias`."""
+        """Our weights under their names. `ours` is the inverse, bit for bit, but for keys' biases with `no_key_bias`."""
         if self.no_key_bias:
             weights = dict(weights)
             for name in [name for name in weights if name.endswith(".qkv.bias")]:
@@ -82,6 +83,11 @@ class Form:
         """Their weights under our names. A table of positions that is not as `theirs` makes it is left as it is, so that
         the comparison with the backbone names it."""
         named = {_renamed(name, self.to_ours): value for name, value in weights.items()}
+        if self.no_key_bias:
+            for place in [name.removesuffix("q_bias") for name in named if name.endswith(".q_bias")]:
+                if f"{place}v_bias" in named:
+                    query, value = named.pop(f"{place}q_bias"), named.pop(f"{place}v_bias")
+                    named[f"{place}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
         at, count = self.rows
         table = named.get("pos_embed")
         if count and table is not None and table.ndim == 3 and not table[:, at : at + count].any():
@@ -221,6 +227,12 @@ def _timm_vit(backbone: ViT, exact: bool) -> Form | str:
         return "a ViT with RMS norms (--rms-norm) is read by ssl-pretrain only"
     if config.norms == "post":
         return "timm's ViTs have no norm after each branch (--norms post)"
+    if config.stem == "hmlp":
+        return "timm's ViTs have no hMLP stem (--stem hmlp)"
+    if config.parallel_branches > 1 and (
+        config.parallel_branches > 2 or config.swiglu or eps != NORM_EPS or config.positions in ("rope", "relative")
+    ):
+        return "timm's ViTs with --parallel-branches have two, epsilon 1e-6, a table of positions and no gated MLPs"
     if config.shortcut_decay != 1:
         return "timm's ViTs have no factor on the shortcut (--shortcut-decay)"
     if eps not in (1e-6, 1e-5):
@@ -258,6 +270,7 @@ def _timm_vit(backbone: ViT, exact: bool) -> Form | str:
     if config.swiglu and eps != NORM_EPS:
         return "timm's ViTs with gated MLPs (--swiglu) have norms with epsilon 1e-6"
     name = _SWIGLU if config.swiglu else _WIDE_EPS if eps != NORM_EPS else _BY_WIDTH.get(config.dim, _BY_WIDTH[768])
+    name = _PARALLEL if config.parallel_branches == 2 else name
     return Form(
         "timm",
         name,
@@ -327,9 +340,14 @@ def _timm_beit(backbone: ViT, arguments: dict[str, Any], exact: bool) -> Form | 
         return "timm's BEiT takes the norm after the mean of the patches, ours before (--pool cls fits)"
     if backbone.grid[0] != backbone.grid[1]:
         return "timm's BEiT loads tables of relative positions of square grids only"
-    if config.qkv_bias and exact:
-        return "timm's BEiT has no bias of keys, which `ssl-export to timm` leaves out (--no-qkv-bias fits)"
-    arguments |= {"mlp_ratio": config.mlp_ratio, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
+    if config.qkv_bias and config.k_bias and exact:
+        return "timm's BEiT has no bias of keys, which `ssl-export to timm` leaves out (--no-k-bias fits)"
+    arguments |= {
+        "mlp_ratio": config.mlp_ratio,
+        "use_abs_pos_emb": False,
+        "use_rel_pos_bias": not config.shared_relative,
+        "use_shared_rel_pos_bias": config.shared_relative,
+    }
     return Form(
         "timm",
         _RELATIVE,

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..randomness import numpy_generator
+
 ROPE_BASE = 100.0  # DINOv3's longest period, in units of half an image side
 
 
@@ -59,20 +61,43 @@ def _bicubic(old: int, new: int, like: Tensor, antialias: bool = False) -> Tenso
     return F.interpolate(unit, size=(new, old), mode="bicubic", align_corners=False, antialias=antialias)[0, 0]
 
 
-def rope_angles(grid: tuple[int, int], head_dim: int, device: torch.device | str | None = None) -> Tensor:
+Change = tuple[
+    tuple[float, float], tuple[float, float]
+]  # (shift, factor) of the rows' coordinates, and of the columns'
+
+
+def augmented(
+    key: int, grid: tuple[int, int], shift: float | None, jitter: float | None, rescale: float | None
+) -> Change | None:
+    """How coordinates change in a training step (DINOv3's augmentation of coordinates): on each axis they are shifted by
+    U(-shift, shift), then multiplied by a log-uniform factor in [1 / jitter, jitter], and both by one in [1 / rescale,
+    rescale]. The draw depends on the key of the step and on the grid only; images of one size have the same one. None: no
+    change."""
+    if shift is None and jitter is None and rescale is None:
+        return None
+    draw = numpy_generator(key, "rope", *map(int, grid)).uniform(-1.0, 1.0, 5).tolist()
+    both = (rescale or 1.0) ** draw[4]
+    down, right = (((shift or 0.0) * draw[i], (jitter or 1.0) ** draw[2 + i] * both) for i in range(2))
+    return down, right
+
+
+def rope_angles(
+    grid: tuple[int, int], head_dim: int, device: torch.device | str | None = None, change: Change | None = None
+) -> Tensor:
     """Angles of axial rotary positions (DINOv3: Siméoni et al., 2025, section 3.2), (N, d / 2) float32, radians.
 
     Patch centres are normalised to [-1, 1] on each axis separately. The first d / 4 angles are 2 pi y / period_k of the
-    row, the others of the column, period_k = 100^(k / (d / 4)). Raises ValueError unless 4 divides head_dim.
+    row, the others of the column, period_k = 100^(k / (d / 4)). change: of the coordinates in training. Raises ValueError
+    unless 4 divides head_dim.
     """
     if head_dim % 4:
         raise ValueError(f"rotary positions need a multiple of 4 channels a head, not {head_dim}")
     quarter = head_dim // 4
     period = ROPE_BASE ** (torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
-    y, x = (
-        2 * torch.pi * ((2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1)[:, None] / period
-        for n in grid
-    )
+    at = [(2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in grid]
+    if change is not None:
+        at = [(each + shift) * factor for each, (shift, factor) in zip(at, change, strict=True)]
+    y, x = (2 * torch.pi * each[:, None] / period for each in at)
     h, w = grid
     return torch.cat([y[:, None].expand(h, w, quarter), x.expand(h, w, quarter)], dim=2).flatten(0, 1)
 

@@ -1,5 +1,6 @@
 """The vision transformer (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021) with what later papers added:
-registers, layer scale, SwiGLU, query-key norm, RMS norm, drop path, rotary and relative positions, decayed shortcuts.
+registers, layer scale, SwiGLU, query-key norm, RMS norm, drop path, rotary and relative positions, decayed shortcuts,
+parallel branches, the hMLP stem.
 
 Shapes: B images, C channels, H x W pixels, p patch side, N patches on an (h, w) grid in raster order, K of them kept, P
 prefix tokens (CLS, then registers), L = P + N or P + K tokens, D width, d width of a head, T tokens of several batches of
@@ -8,19 +9,21 @@ images. Parameters have the names of the released ViTs (MAE, DINO, DINOv2), regi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, cast, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..flags import FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
+from ..flags import AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, within
 from . import pyramid
 from .attention import Packed, attend, attend_packed, prefix_mask, weights
 from .backbone import Backbone, Features
 from .drop_path import ROWS_ABOVE, Kept, drop_factors, given, kept_samples, kept_tokens
-from .positions import Offsets, resize_offsets, resize_table, rope_angles, rotate, sincos_table
+from .hmlp_stem import HMLPStem
+from .parallel_block import ParallelBlock, spread
+from .positions import Offsets, augmented, resize_offsets, resize_table, rope_angles, rotate, sincos_table
 
 SIZES = {
     "vit_micro": {"dim": 128, "depth": 4, "heads": 4},
@@ -72,9 +75,24 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
+class NoKeyBias(nn.Linear):
+    """The linear layer of queries, keys and values, whose bias of keys is 0 (BEiT, DINOv3). It stays 0, because it gets no
+    gradient, so the weights are also those of a layer with it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 3 * dim)
+        self.biased: Tensor
+        self.register_buffer("biased", torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., 3 D)."""
+        return F.linear(x, self.weight, self.bias * self.biased)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one matrix for queries, keys and values; `qk_norm` normalises the queries and keys
-    of each head (Dehghani et al., 2023, section 2), `offsets` is the size of its table of relative positions (0: none)."""
+    of each head (Dehghani et al., 2023, section 2), `offsets` is the size of its table of relative positions (0: none).
+    k_bias: with `qkv_bias`, whether keys have a bias, too."""
 
     def __init__(
         self,
@@ -86,10 +104,11 @@ class Attention(nn.Module):
         norm_eps: float = NORM_EPS,
         rms_norm: bool = False,
         offsets: int = 0,
+        k_bias: bool = True,
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias) if k_bias or not qkv_bias else NoKeyBias(dim)
         self.q_norm = _norm(dim // heads, norm_eps, rms_norm) if qk_norm else nn.Identity()
         self.k_norm = _norm(dim // heads, norm_eps, rms_norm) if qk_norm else nn.Identity()
         self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, heads)) if offsets else None
@@ -103,7 +122,7 @@ class Attention(nn.Module):
         rope: Rope | None,
         packed: Packed | None = None,
         first: int | None = None,
-        offsets: Offsets | None = None,
+        offsets: Offsets | Tensor | None = None,
         attention: Map | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See `Block.forward`."""
@@ -112,10 +131,11 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if self.relative_position_bias_table is not None:
-            if offsets is None:
-                raise ValueError("relative positions need `offsets`")
-            scores = offsets.scores(self.relative_position_bias_table)
+        if self.relative_position_bias_table is not None and not isinstance(offsets, Offsets):
+            raise ValueError("relative positions need `offsets`")
+        if offsets is not None:
+            own = self.relative_position_bias_table
+            scores = offsets if isinstance(offsets, Tensor) else offsets.scores(cast(Tensor, own))
             scores = scores if first is None else scores[:, :, :first]
             mask = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         if packed is not None:
@@ -124,6 +144,18 @@ class Attention(nn.Module):
             x = attend(q if first is None else q[:, :, :first], k, v, mask, causal)
         x = self.proj(x.transpose(1, 2).flatten(2))
         return x if attention is None else (x, weights(q, k, mask, causal, logits=attention == "logits"))
+
+
+class OffsetTable(nn.Module):
+    """A learned score of every offset (`Offsets`) for all blocks."""
+
+    def __init__(self, offsets: int, heads: int) -> None:
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, heads))
+
+    def forward(self, offsets: Offsets) -> Tensor:
+        """The scores (1 or B, heads, L, L)."""
+        return offsets.scores(self.relative_position_bias_table)
 
 
 class Mlp(nn.Module):
@@ -191,6 +223,7 @@ class Block(nn.Module):
         norm_eps: float = NORM_EPS,
         rms_norm: bool = False,
         offsets: int = 0,
+        k_bias: bool = True,
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
@@ -199,8 +232,9 @@ class Block(nn.Module):
         self.register_buffer("shortcut", None if shortcut == 1 else torch.tensor(float(shortcut)), persistent=False)
         self.norm1 = _norm(dim, norm_eps, rms_norm)
         self.attn = Attention(
-            dim, heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_eps=norm_eps, rms_norm=rms_norm, offsets=offsets
-        )
+            dim, heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_eps=norm_eps, rms_norm=rms_norm, offsets=offsets,
+            k_bias=k_bias,
+        )  # fmt: skip
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = _norm(dim, norm_eps, rms_norm)
         self.mlp = (SwiGLU if swiglu else Mlp)(dim, int(dim * mlp_ratio))
@@ -220,7 +254,7 @@ class Block(nn.Module):
         branches: Tensor | None = None,
         packed: Packed | None = None,
         first: int | None = None,
-        offsets: Offsets | None = None,
+        offsets: Offsets | Tensor | None = None,
         kept: tuple[Kept, Kept] | None = None,
         attention: Map | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -229,10 +263,11 @@ class Block(nn.Module):
         mask, causal: as `attend` takes them, bool, neither with `packed` or `first`. rope: each broadcastable to (B,
         heads, L, d / 2). branches: (B, 1, 2) or (1, T, 2) factors on the two branches of each sample or token (drop
         path). first: number of an image's tokens to compute, L' (default: all), so the output is (B, L', D) or (1, T',
-        D); the other tokens only serve as keys and values. offsets: for a block with relative positions, neither with
-        `causal` nor `packed`. kept: the samples that each branch is computed for, instead of `branches`; not with both
-        `packed` and `first`. attention: return also the weights (B, heads, L, L) of the attention, or the logits before
-        the softmax (`attention.weights`); not with `packed`, `first` or `kept`.
+        D); the other tokens only serve as keys and values. offsets: for a block with relative positions, or the scores
+        (1 or B, heads, L, L) that all blocks share; neither with `causal` nor `packed`. kept: the samples that each
+        branch is computed for, instead of `branches`; not with both `packed` and `first`. attention: return also the
+        weights (B, heads, L, L) of the attention, or the logits before the softmax (`attention.weights`); not with
+        `packed`, `first` or `kept`.
         """
         seen, (by_attention, by_mlp) = x, kept or (None, None)
         if by_attention is not None:
@@ -285,6 +320,11 @@ class ViT(Backbone):
         """Number of attention heads; they share the width."""
         patch_size: int = 16
         """Side of a patch in pixels; it must divide the image's sides."""
+        stem: Literal["linear", "hmlp"] = "linear"
+        """How patches become tokens: linear, or hmlp (three steps with batch norm; each patch sees only itself)."""
+        parallel_branches: int = 1
+        """Number of parallel attentions, and of parallel MLPs, in each block. With 2, a ViT of half the depth has as many
+        parameters."""
         mlp_ratio: float = 4.0
         """Hidden width of the MLP, as a multiple of the width."""
         swiglu: bool = False
@@ -296,10 +336,21 @@ class ViT(Backbone):
         positions: Literal["learned", "sincos", "rope", "relative"] = "learned"
         """Positions: learned (a table), sincos (fixed sine-cosine; MAE), rope (axial rotary; DINOv3), or relative (a
         learned score of every offset in each block's attention; BEiT)."""
+        shared_relative: bool = False
+        """Use one table of relative positions for all blocks (BEiT in pretraining) instead of one for each."""
+        rope_shift: float | None = None
+        """In training, shift the coordinates of rope by up to this value on each axis (an image has the length 2; none: do
+        not). One draw for each step."""
+        rope_jitter: float | None = None
+        """In training, stretch each axis of rope by a factor between 1 / this value and this value."""
+        rope_rescale: float | None = None
+        """In training, stretch both axes of rope by one factor between 1 / this value and this value (DINOv3: 2)."""
         pool: Literal["cls", "mean"] = "mean"
         """Vector of the whole image: the class token, or the mean of the patches."""
         qkv_bias: bool = True
         """Use biases for queries, keys and values."""
+        k_bias: bool = True
+        """With --qkv-bias, also for keys. BEiT and DINOv3 have none."""
         qk_norm: bool = False
         """Apply layer norm to queries and keys."""
         layer_scale: float | None = None
@@ -326,6 +377,8 @@ class ViT(Backbone):
             within(self, NOT_NEGATIVE, "registers", "layer_scale")
             within(self, FROM_0_BELOW_1, "drop_path")
             within(self, FROM_0_TO_1, "shortcut_decay")
+            within(self, AT_LEAST_1, "parallel_branches", "rope_jitter", "rope_rescale")
+            within(self, NOT_NEGATIVE, "rope_shift")
 
     supports = frozenset(
         {"keep", "replace", "attention", "blocks", "drop_path", "pooled_only", "maps", "attention_maps"}
@@ -343,10 +396,12 @@ class ViT(Backbone):
         dim, patches, share = config.dim, self.grid[0] * self.grid[1], 1 / max(config.depth - 1, 1)
         eps, post = NORM_EPS if config.norm_eps is None else config.norm_eps, config.norms == "post"
 
-        self.patch_embed = PatchEmbed(config.patch_size, in_chans, dim)
-        # The weight keeps torch's initialisation, as in DINO and timm: its deviation fits every patch size.
-        assert self.patch_embed.proj.bias is not None
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        # The weights keep torch's initialisation, as in DINO and timm: its deviation fits every patch size.
+        stem: Any = HMLPStem if config.stem == "hmlp" else PatchEmbed
+        self.patch_embed: PatchEmbed = stem(config.patch_size, in_chans, dim)
+        for part in self.patch_embed.modules():
+            if isinstance(part, nn.Conv2d) and part.bias is not None:
+                nn.init.zeros_(part.bias)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if config.cls else None
         self.reg_tokens = nn.Parameter(torch.randn(1, config.registers, dim) * 0.02) if config.registers else None
         self.pos_embed: Tensor | None
@@ -358,8 +413,13 @@ class ViT(Backbone):
             self.register_buffer("pos_embed", table[None])
         else:
             self.pos_embed = None
-        self.blocks = nn.ModuleList(
-            Block(
+        offsets = Offsets.count(self.grid, self.prefix_tokens) if config.positions == "relative" else 0
+        self.rel_pos_bias = OffsetTable(offsets, config.heads) if config.shared_relative else None
+        # Of a training step; the loop sets it. Coordinates of rope change by it, and without one they do not.
+        self.positions_key: int | None = None
+
+        def block(i: int) -> Block:
+            return Block(
                 dim,
                 config.heads,
                 mlp_ratio=config.mlp_ratio,
@@ -371,9 +431,13 @@ class ViT(Backbone):
                 post_norm=post,
                 norm_eps=eps,
                 rms_norm=config.rms_norm,
-                offsets=Offsets.count(self.grid, self.prefix_tokens) if config.positions == "relative" else 0,
+                offsets=0 if config.shared_relative else offsets,
+                k_bias=config.k_bias,
             )
-            for i in range(config.depth)
+
+        count = config.parallel_branches
+        self.blocks = nn.ModuleList(
+            block(i) if count == 1 else ParallelBlock([block(i) for _ in range(count)]) for i in range(config.depth)
         )
         self.norm_pre = _norm(dim, eps, config.rms_norm) if config.norms else nn.Identity()
         self.norm = nn.Identity() if post else _norm(dim, eps, config.rms_norm)
@@ -408,9 +472,11 @@ class ViT(Backbone):
         factors, kept = self._drop_path([drop])
         rope = self._rope(grid, keep, x.device)
         first = None if mask is not None or causal else self._first(pooled_only and not maps, blocks + attention_of)
-        offsets = None
+        offsets: Offsets | Tensor | None = None
         if self.config.positions == "relative":
             offsets = Offsets.of(self.grid, grid, self.prefix_tokens, keep, x.device)
+            if self.rel_pos_bias is not None:
+                offsets = self.rel_pos_bias(offsets)
             if causal:  # the kernels take that or scores to add
                 mask, causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril(), False
         of_each = factors[0][:, None] if factors else None
@@ -477,7 +543,8 @@ class ViT(Backbone):
         if images.shape[1] != self.in_chans:
             raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
         grid = self._grid(images.shape[2], images.shape[3])
-        x = self.patch_embed(images, keep)
+        uncounted = (replace[0],) if replace is not None and self.config.stem == "hmlp" else ()  # not in its statistics
+        x = self.patch_embed(images, keep, *uncounted)
         if self.config.norms == "patches":
             x = self.norm_pre(x)
         if replace is not None:
@@ -499,7 +566,7 @@ class ViT(Backbone):
         kept: Sequence[tuple[Kept, Kept]],
         packed: Packed | None = None,
         first: int | None = None,
-        offsets: Offsets | None = None,
+        offsets: Offsets | Tensor | None = None,
         attention_of: tuple[int, ...] = (),
         kind: Map = "weights",
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -511,10 +578,11 @@ class ViT(Backbone):
         outputs: dict[int, Tensor] = {}
         found: dict[int, Tensor] = {}
         by_rows = self.depth - len(kept)  # the first block that computes kept samples only
+        width = 2 * self.config.parallel_branches
         if any(i >= by_rows for i in of_attention):
             raise UserError("attention maps are of all images, and --drop-rows leaves some out: give --no-drop-rows")
         for i, block in enumerate(self.blocks):
-            branches = None if factors is None or i >= by_rows else factors[..., 2 * i : 2 * i + 2]
+            branches = None if factors is None or i >= by_rows else factors[..., width * i : width * (i + 1)]
             pair = kept[i - by_rows] if i >= by_rows else None
             some = first if i == self.depth - 1 else None
             if i in of_attention:
@@ -548,7 +616,7 @@ class ViT(Backbone):
         part, _, rest = parameter.partition(".")
         if part == "blocks":
             return int(rest.partition(".")[0]) + 1
-        stem = ("patch_embed", "cls_token", "reg_tokens", "pos_embed", "norm_pre")
+        stem = ("patch_embed", "cls_token", "reg_tokens", "pos_embed", "rel_pos_bias", "norm_pre")
         return {**dict.fromkeys(stem, 0), "norm": self.depth + 1}[part]
 
     def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
@@ -587,7 +655,8 @@ class ViT(Backbone):
     def _positioned(self, x: Tensor, grid: tuple[int, int], keep: Tensor | None) -> Tensor:
         """Patch embeddings (B, N or K, D) with their positions, after the prefix tokens: (B, L, D)."""
         # The residual stream has the precision of the parameters, also under autocast, with or without prefix tokens.
-        x = x.to(self.patch_embed.proj.weight.dtype)
+        proj: Any = self.patch_embed.proj
+        x = x.to((proj[0] if isinstance(proj, nn.Sequential) else proj).weight.dtype)
         cls: Tensor | None = self.cls_token
         if self.pos_embed is not None:
             tokens = int(self.config.cls)
@@ -616,7 +685,10 @@ class ViT(Backbone):
         """Rotary positions, each (1 or B, 1, L, d / 2); prefix tokens have angle 0, that is no rotation."""
         if self.config.positions != "rope":
             return None
-        angles = rope_angles(grid, self.dim // self.config.heads, device)
+        config, change = self.config, None
+        if self.training and self.positions_key is not None:
+            change = augmented(self.positions_key, grid, config.rope_shift, config.rope_jitter, config.rope_rescale)
+        angles = rope_angles(grid, self.dim // config.heads, device, change)
         angles = angles[None] if keep is None else angles[keep]
         angles = F.pad(angles, (0, 0, self.prefix_tokens, 0))[:, None]
         return angles.cos(), angles.sin()
@@ -630,14 +702,16 @@ class ViT(Backbone):
         top = self.config.drop_path
         if not self.training or top == 0:
             return [], []
+        count = self.config.parallel_branches
         noises = [given(drop, self.depth) for drop in drops]
+        noises = noises if count == 1 else [spread(noise, count) for noise in noises]
         bottom = top if self.config.drop_path_uniform else 0.0
         steps = max(self.depth - 1, 1)
-        rates = [bottom + (top - bottom) * i / steps for i in range(self.depth) for _ in range(2)]
+        rates = [bottom + (top - bottom) * i / steps for i in range(self.depth) for _ in range(2 * count)]
         by_rows = next((i for i, rate in enumerate(rates) if self.config.drop_rows and rate > ROWS_ABOVE), len(rates))
         factors = []
         if by_rows:
-            at = torch.linspace(bottom, top, self.depth, device=noises[0].device).repeat_interleave(2)
+            at = torch.linspace(bottom, top, self.depth, device=noises[0].device).repeat_interleave(2 * count)
             factors = [drop_factors(noise[:, :by_rows], at[:by_rows]) for noise in noises]
         later, of_later = [noise[:, by_rows:] for noise in noises], rates[by_rows:]
         if not of_later:
@@ -659,5 +733,14 @@ def _validate(config: ViT.Config, in_chans: int) -> None:
     if config.positions == "rope" and config.dim // config.heads % 4:
         head = config.dim // config.heads
         raise UserError(f"--positions rope needs a head width (--dim / --heads) that is a multiple of 4, not {head}")
+    if config.parallel_branches > 1 and (config.norms == "post" or config.shortcut_decay != 1 or config.drop_rows):
+        raise UserError(
+            "--parallel-branches does not go with --norms post, --shortcut-decay and --drop-rows: leave these out"
+        )
+    if config.shared_relative and config.positions != "relative":
+        raise UserError(f"--shared-relative is of --positions relative, not of {config.positions}")
+    changes = ("rope_shift", "rope_jitter", "rope_rescale")
+    if config.positions != "rope" and (given_ := [name for name in changes if getattr(config, name) is not None]):
+        raise UserError(f"--{given_[0].replace('_', '-')} is of --positions rope, not of {config.positions}")
     if config.pool == "cls" and not config.cls:
         raise UserError("--pool cls needs a class token (--cls); without one, --pool mean")

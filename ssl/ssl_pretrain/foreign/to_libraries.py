@@ -147,6 +147,8 @@ def _native(encoder: Encoder) -> tuple[str, dict[str, Any], dict[str, Tensor]] |
     config = backbone.config
     if config.rms_norm:
         return "a ViT with RMS norms (--rms-norm) is read by ssl-pretrain only"
+    if config.stem != "linear" or config.parallel_branches > 1 or config.shared_relative:
+        return "transformers' ViTs have no --stem hmlp, --parallel-branches or --shared-relative"
     if config.norms is not None or config.shortcut_decay != 1 or config.qk_norm or not config.cls:
         return "transformers' ViTs have a class token, and no norms or factors in other places"
     options = {

@@ -46,6 +46,9 @@ VITS: dict[str, dict[str, Any]] = {
 CONVNETS: dict[str, tuple[str, dict[str, Any]]] = {
     "convnext": ("convnext_micro", {**SMALL_CONVNEXT, "stem_patch": 4}),
     "convnext, one channel": ("convnext_micro", {**SMALL_CONVNEXT, "stem_patch": 4, "in_chans": 1}),
+    "convnext 2": ("convnextv2_micro", {**SMALL_CONVNEXT, "stem_patch": 4}),
+    "convnext 2, layer scale": ("convnextv2_micro", {**SMALL_CONVNEXT, "stem_patch": 4, "layer_scale": 0.1}),
+    "convnext, no layer scale": ("convnext_micro", {**SMALL_CONVNEXT, "stem_patch": 4, "layer_scale": None}),
     "resnet18": ("resnet18", {"depths": (1, 1, 2, 1)}),
     "resnet50": ("resnet50", {"depths": (1, 2, 1, 1)}),
     "hiera": ("hiera_micro", {}),
@@ -114,6 +117,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "three branches": ("vit_micro", {**TINY, "parallel_branches": 3}, "have two"),
     "branches, rotary": ("vit_micro", {**TINY, "parallel_branches": 2, "positions": "rope"}, "a table of positions"),
     "small stem": ("resnet18", {"stem": "small"}, "no 3x3 stem"),
+    "narrow stem": ("resnet18", {"width": 16}, "a stem of 64 channels"),
     "convnext, stem of 2": ("convnext_micro", {}, "other strides"),
     "convnext, stem of 8": ("convnext_micro", {**SMALL_CONVNEXT, "stem_patch": 8, "image_size": (64, 64)}, "strides"),
 }

@@ -4,18 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles import import_timm
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssl_pretrain import backbones, encoder
 from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
-from ssl_pretrain.backbones.convnext import ConvNeXt
+from ssl_pretrain.backbones.convnext import ConvNeXt, GlobalResponseNorm
 from ssl_pretrain.distributed.batch_norm import couples_samples
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.foreign import conversion
+from ssl_pretrain.foreign.specs import Spec
 
 SIZE = (32, 48)
 DIMS, DEPTHS = (8, 16, 24, 32), (1, 2, 2, 1)
@@ -49,23 +53,28 @@ def test_every_size_is_built_as_its_size_says() -> None:
     assert sum(p.numel() for p in model.parameters()) + 1000 * (model.dim + 1) == 28589128
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
     ("size", "in_chans", "stem_patch"),
     [(SIZE, 3, 2), ((64, 32), 1, 4), ((37, 50), 3, 2)],
     ids=["wide", "high, one channel", "no multiple of the stride"],
 )
-def test_outputs_and_gradients_equal_timm(size: tuple[int, int], in_chans: int, stem_patch: int) -> None:
+def test_outputs_and_gradients_equal_timm(size: tuple[int, int], in_chans: int, stem_patch: int, version: int) -> None:
     """In float64; timm's forward features are the map before the final norm."""
     timm = import_timm()
-    model = convnext(size, in_chans, stem_patch=stem_patch).double()
-    other = timm.models.convnext.ConvNeXt(num_classes=0, depths=DEPTHS, dims=DIMS)
+    second = {"layer_scale": None, "grn": True} if version == 2 else {}
+    model = convnext(size, in_chans, stem_patch=stem_patch, **second).double()
+    theirs = {"ls_init_value": None, "use_grn": True} if version == 2 else {}
+    other = timm.models.convnext.ConvNeXt(num_classes=0, depths=DEPTHS, dims=DIMS, **theirs)
     other.stem[0] = nn.Conv2d(in_chans, DIMS[0], stem_patch, stem_patch)
     other = other.double().eval()
     weights = model.state_dict()
     other.load_state_dict({"head." + n if n.startswith("norm.") else n: v for n, v in weights.items()})
     x = draw(2, in_chans, *size).double()
-    found, expected = model(x), other(x)
+    found, expected = model(x, maps=True), other(x)
     last = other.forward_features(x)
+    for one, two in zip(found.maps, other.forward_intermediates(x, intermediates_only=True), strict=True):
+        torch.testing.assert_close(one, two)
     torch.testing.assert_close(found.pooled, expected)
     channels_last = F.layer_norm(last.permute(0, 2, 3, 1), (DIMS[-1],), model.norm.weight, model.norm.bias, 1e-6)
     torch.testing.assert_close(found.patches, channels_last.flatten(1, 2))
@@ -79,6 +88,58 @@ def test_outputs_and_gradients_equal_timm(size: tuple[int, int], in_chans: int, 
     for n, parameter in model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradients[n])
+
+
+@pytest.mark.parametrize("name", [name for name in backbones.own() if name.startswith("convnext")])
+def test_every_published_size_has_the_parameters_of_timm(name: str) -> None:
+    """Names and shapes; timm has the linear layers of the smaller ones as convolutions."""
+    if name.endswith("_micro"):
+        pytest.skip("ours alone")
+    timm = import_timm()
+    with torch.device("meta"):
+        model = backbones.build(name, image_size=(224, 224))
+        other = timm.create_model(name, num_classes=0)
+    theirs = {n.removeprefix("head."): p for n, p in other.named_parameters()}
+    shapes = {n: p.shape[:2] if p.shape[2:] == (1, 1) else p.shape for n, p in theirs.items()}
+    assert {n: p.shape for n, p in model.named_parameters()} == shapes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_atto"])
+def test_a_file_of_timm_is_converted(name: str, tmp_path: Path) -> None:
+    """Of atto, whose linear layers are 1x1 convolutions there."""
+    timm = import_timm()
+    torch.manual_seed(0)
+    other = timm.create_model(name, pretrained=False).eval()
+    for parameter in other.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_file(other.state_dict(), tmp_path / "timm.safetensors")
+    spec = Spec.parse(f"timm:{name},checkpoint={tmp_path / 'timm.safetensors'}")
+    assert spec is not None
+    converted = conversion.convert(spec, (64, 96))
+    assert converted.name == name
+    assert converted.backbone.image_size == (64, 96)
+    x = draw(1, 3, 64, 96)
+    expected = other.forward_head(other.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(converted(x).pooled, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_response_norm_is_the_papers() -> None:
+    """Algorithm 1, in NumPy: per image, and nothing at first."""
+    norm, x = GlobalResponseNorm(5), draw(2, 3, 4, 5)
+    assert torch.equal(norm(x), x)
+    with torch.no_grad():
+        norm.weight.copy_(draw(5, seed=1))
+        norm.bias.copy_(draw(5, seed=2))
+    a, weight, bias = x.double().numpy(), norm.weight.detach().double().numpy(), norm.bias.detach().double().numpy()
+    g = np.sqrt((a**2).sum((1, 2), keepdims=True))
+    expected = weight * (a * (g / (g.mean(-1, keepdims=True) + 1e-6))) + bias + a
+    np.testing.assert_allclose(norm(x).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    zeros = torch.zeros(1, 2, 2, 5, requires_grad=True)
+    norm(zeros).sum().backward()
+    assert zeros.grad is not None
+    assert zeros.grad.isfinite().all()
 
 
 def test_a_whole_convnext_tiny_of_timm_loads_and_gives_its_features() -> None:

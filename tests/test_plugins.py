@@ -26,10 +26,13 @@ SIZES = (
     "resnet18",
     "resnet50",
     "convnext_micro",
+    "convnextv2_micro",
     "octic_micro",
+    "grouper_micro",
+    "jumbo_micro",
     "swin_micro",
     "hiera_micro",
-)  # one a file; and of two blocks of the ResNets
+)
 OTHERS = [name for name in backbones.own() if name not in SIZES]
 OURS = [
     *(("backbones", name) for name in SIZES),

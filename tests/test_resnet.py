@@ -46,11 +46,16 @@ def torchvision_like(model: ResNet) -> nn.Module:
     theirs = import_torchvision().models.resnet
     block = theirs.Bottleneck if model.config.bottleneck else theirs.BasicBlock
     other = theirs.ResNet(block, list(model.config.depths))
+    if (width := model.config.width) != 64:
+        other.inplanes, other.bn1 = width, nn.BatchNorm2d(width)
+        for i, depth in enumerate(model.config.depths):
+            made = other._make_layer(block, width * 2**i, depth, stride=2 if i else 1)
+            setattr(other, f"layer{i + 1}", made)
     other.fc = nn.Identity()
     if model.in_chans != 3:
-        other.conv1 = nn.Conv2d(model.in_chans, 64, 7, 2, 3, bias=False)
+        other.conv1 = nn.Conv2d(model.in_chans, width, 7, 2, 3, bias=False)
     if model.config.stem == "small":
-        other.conv1, other.maxpool = nn.Conv2d(model.in_chans, 64, 3, 1, 1, bias=False), nn.Identity()
+        other.conv1, other.maxpool = nn.Conv2d(model.in_chans, width, 3, 1, 1, bias=False), nn.Identity()
     other.load_state_dict(model.state_dict())
     return other.train(model.training).to(model.bn1.weight.dtype)
 
@@ -68,6 +73,9 @@ def test_every_size_is_built_as_published() -> None:
         assert backbones.build(name, image_size=(32, 32), **model.describe()).config == model.config
         assert sum(p.numel() for p in model.parameters()) + 1000 * (model.dim + 1) == published
         assert (model.dim, model.depth, model.stride) == (dim, depth, (32, 32))
+    micro = backbones.build("resnet_micro", image_size=(32, 32))
+    assert (micro.dim, micro.depth, micro.stride, micro.map_channels) == (128, 4, (8, 8), (16, 32, 64, 128))
+    assert sum(p.numel() for p in micro.parameters()) == 307536
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -82,7 +90,8 @@ def test_a_torchvision_checkpoint_loads_strictly_and_gives_its_features(name: st
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(
-    ("name", "in_chans", "stem"), [("resnet18", 3, "imagenet"), ("resnet18", 1, "small"), ("resnet50", 1, "imagenet")]
+    ("name", "in_chans", "stem"),
+    [("resnet18", 3, "imagenet"), ("resnet18", 1, "small"), ("resnet50", 1, "imagenet"), ("resnet_micro", 3, "small")],
 )
 def test_outputs_gradients_and_statistics_equal_torchvision(
     name: str, in_chans: int, stem: str, training: bool

@@ -1,4 +1,5 @@
-"""Encoders: one file for each architecture. A name's leading letters give the file: "vit_tiny" is a size in vit.py.
+"""Encoders: one file for each architecture. A name begins with that of its file: "vit_tiny" is a size in vit.py,
+"convnextv2_tiny" one in convnext.py.
 
 Each file has `SIZES`, a literal dict (name -> the options of that size), and one final subclass of `backbone.Backbone`
 with a nested `Config`, the frozen dataclass of its options. Importing this package, `names` and `defaults` of this
@@ -16,7 +17,6 @@ does).
 
 import ast
 import importlib
-import re
 import sys
 import typing
 from functools import cache
@@ -127,9 +127,8 @@ def _file(name: str) -> Path | None:
     if (kind := prefix(name)) is not None:
         return Path(__file__).parent / f"{WRAPPED[kind][0]}.py"
     if name in own():
-        letters = re.match("[a-z]+", name)
-        assert letters is not None, f"the size {name!r} must begin with the name of its file"
-        return Path(__file__).parent / f"{letters[0]}.py"
+        (file,) = (file for file in Path(__file__).parent.glob("*.py") if name in _sizes(file))
+        return file
     if name not in plugins.installed(GROUP):
         hint = nearest(name, names())
         hint += (

@@ -145,10 +145,11 @@ class Backbone(nn.Module, ABC):
                     f"(--encoder vit_small) masks patches"
                 )
             if wish not in self.supports:
+                other = "a ConvNeXt (--encoder convnextv2_tiny)" if wish == "visible" else "a ViT (--encoder vit_small)"
                 raise UnsupportedByBackbone(
                     f"{method} needs an encoder that supports {wish!r}, and {type(self).__name__} does not "
                     f"(it supports: {', '.join(sorted(self.supports)) or 'only a plain forward'}); "
-                    f"a ViT (--encoder vit_small) does"
+                    f"{other} does"
                 )
 
     def require_one_width(self, method: str) -> None:

@@ -4,7 +4,7 @@ A `Form` converts names without loss, so one file of weights serves us and the o
 library is imported. Where a library has no such model, the reason is one line of text.
 
 Sources: the model definitions of timm 1.0.28 (`vision_transformer.py`, `eva.py`, `beit.py`, `convnext.py`, `resnet.py`,
-`hiera.py`) and of transformers 5.23 (`convnext`). The test is that the library's model gives our outputs
+`hiera.py`) and of transformers 5.23 (`convnext`, `convnextv2`). The test is that the library's model gives our outputs
 (tests/test_forms.py).
 """
 
@@ -60,6 +60,7 @@ class Form:
     # Whether transformers' wrapper of timm's models reads the file, too. It takes the names of timm's model; of a Swin,
     # timm's own reader takes the authors' names.
     wrapped: bool = True
+    as_maps: str | None = None  # pattern of vectors (c,) that are (1, 1, 1, c) in theirs
     no_key_bias: bool = False  # they have no bias of keys, which changes no output: it adds one number to all scores
 
     def theirs(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,6 +73,8 @@ class Form:
                 weights |= {f"{place}q_bias": parts[0].clone(), f"{place}v_bias": parts[2].clone()}
         named = {_renamed(name, self.to_theirs): value for name, value in weights.items()}
         assert len(named) == len(weights), "two weights got one name"
+        if self.as_maps is not None:
+            named = {n: v[None, None, None] if re.search(self.as_maps, n) else v for n, v in named.items()}
         if self.rows[1] and "pos_embed" in named:
             at, count = self.rows
             table = named["pos_embed"]
@@ -82,7 +85,10 @@ class Form:
     def ours(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Their weights under our names. A table of positions that is not as `theirs` makes it is left as it is, so that
         the comparison with the backbone names it."""
-        named = {_renamed(name, self.to_ours): value for name, value in weights.items()}
+        named = {
+            _renamed(n, self.to_ours): v.flatten() if self.as_maps is not None and re.search(self.as_maps, n) else v
+            for n, v in weights.items()
+        }
         if self.no_key_bias:
             for place in [name.removesuffix("q_bias") for name in named if name.endswith(".q_bias")]:
                 if f"{place}v_bias" in named:
@@ -120,9 +126,13 @@ def timm_form(backbone: Backbone, *, exact: bool = True) -> Form | str:
             "in_chans": backbone.in_chans,
             "global_pool": "avg",
         }
+        # Without layer scale by the name, because the argument would be None, which transformers' wrapper drops.
+        name = "convnextv2_tiny" if config.layer_scale is None else "convnext_tiny"
+        if config.grn != (config.layer_scale is None):
+            arguments["use_grn"] = config.grn
         return Form(
             "timm",
-            "convnext_tiny",
+            name,
             arguments,
             "head.fc",
             "stem.0",
@@ -134,6 +144,8 @@ def timm_form(backbone: Backbone, *, exact: bool = True) -> Form | str:
             return "timm's ResNets have no 3x3 stem of stride 1 without max pooling"
         arguments = {"layers": list(backbone.config.depths), "in_chans": backbone.in_chans, "global_pool": "avg"}
         name = "resnet50" if backbone.config.bottleneck else "resnet18"
+        if backbone.config.width != 64:
+            return "timm's ResNets have a stem of 64 channels"
         return Form("timm", name, arguments, "fc", "conv1")
     if isinstance(backbone, Swin):
         return _timm_swin(backbone)
@@ -155,8 +167,10 @@ def transformers_form(backbone: Backbone) -> Form | str:
     none. (transformers' ViTs hold queries, keys and values apart: `foreign.to_libraries` splits them.)"""
     if isinstance(backbone, ConvNeXt):
         config = backbone.config
+        if config.grn and config.layer_scale is not None:
+            return "transformers' ConvNeXts of version 2 have no layer scale"
         arguments = {
-            "model_type": "convnext",
+            "model_type": "convnextv2" if config.grn else "convnext",
             "num_channels": backbone.in_chans,
             "patch_size": config.stem_patch,
             "num_stages": len(config.dims),
@@ -166,7 +180,11 @@ def transformers_form(backbone: Backbone) -> Form | str:
             "layer_norm_eps": NORM_EPS,
             "image_size": backbone.image_size[0],
         }
-        return Form("transformers", "ConvNextModel", arguments, to_theirs=_TO_CONVNEXT, to_ours=_FROM_CONVNEXT)
+        if not config.grn and config.layer_scale is None:
+            arguments["layer_scale_init_value"] = 0.0
+        kind = "ConvNextV2Model" if config.grn else "ConvNextModel"
+        norms = r"\\.grn\\." if config.grn else None
+        return Form("transformers", kind, arguments, to_theirs=_TO_CONVNEXT, to_ours=FROM_CONVNEXT, as_maps=norms)
     if isinstance(backbone, ViT | Swin):
         return f"transformers' {type(backbone).__name__}s hold queries, keys and values apart"
     if isinstance(backbone, TokenStem):
@@ -179,18 +197,20 @@ _TO_CONVNEXT: Rules = (
     (r"^stages\.(\d+)\.downsample\.", r"encoder.stages.\1.downsampling_layer."),
     (r"\.conv_dw\.", ".dwconv."),
     (r"\.mlp\.fc", ".pwconv"),
+    (r"\.mlp\.grn\.", ".grn."),
     (r"\.gamma$", ".layer_scale_parameter"),
     (r"^stem\.0\.", "embeddings.patch_embeddings."),
     (r"^stem\.1\.", "embeddings.layernorm."),
     (r"(^|\.)norm\.", r"\1layernorm."),
 )
-_FROM_CONVNEXT: Rules = (
+FROM_CONVNEXT: Rules = (
     (r"^embeddings\.patch_embeddings\.", "stem.0."),
     (r"^embeddings\.layernorm\.", "stem.1."),
     (r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.", r"stages.\1.blocks.\2."),
     (r"^encoder\.stages\.(\d+)\.downsampling_layer\.", r"stages.\1.downsample."),
     (r"\.dwconv\.", ".conv_dw."),
     (r"\.pwconv", ".mlp.fc"),
+    (r"\.grn\.", ".mlp.grn."),
     (r"\.layer_scale_parameter$", ".gamma"),
     (r"(^|\.)layernorm\.", r"\1norm."),
 )

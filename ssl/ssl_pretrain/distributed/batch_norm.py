@@ -19,9 +19,15 @@ class _GlobalBatchNorm(_BatchNorm):
     gradients through them. Entries of the state have torch's names. A batch that is not finite does not change the
     running statistics, so a skipped step changes nothing."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) to the same shape; every process must have the same number of values per channel."""
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """(B, C, ...) to the same shape; every process must have the same number of values per channel.
+
+        visible: (B, 1, ...) bool, the positions that exist, of any number in each process. Statistics are those of them,
+        and the result is 0 at all others.
+        """
         self._check_input_dim(x)
+        if visible is not None:
+            return self._of_visible(x, visible)
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         assert self.running_mean is not None
@@ -36,6 +42,39 @@ class _GlobalBatchNorm(_BatchNorm):
             for kept, new in zip((self.running_mean, self.running_var), running, strict=True):
                 kept.copy_(torch.where(torch.isfinite(new).all(), new, kept))
         return out
+
+    def _of_visible(self, x: Tensor, visible: Tensor) -> Tensor:
+        """`forward` over the positions `visible` (B, 1, ...) of all processes. Their number is not known on the host, so
+        they are not gathered: the sums are over all positions, with zeros at the others."""
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if self.training:
+            count = visible.sum().to(x32.dtype)
+            mean = torch.where(visible, x32, 0).sum(axes) / count.clamp(min=1)
+            away = torch.where(visible, x32 - mean.view(shape), 0)
+            var = away.square().sum(axes) / count.clamp(min=1)
+            if size() > 1:
+                # As in `_across`, with the processes weighted by their numbers of positions.
+                counts, means, variances = gather(torch.stack([count.expand_as(mean), mean, var])[None]).unbind(1)
+                count = counts[:, 0].sum()
+                shares = counts / count.clamp(min=1)
+                mean = (shares * means).sum(0)
+                var = (shares * (variances + (means - mean).square())).sum(0)
+            with torch.no_grad():
+                unbiased = var * (count / (count - 1).clamp(min=1))
+                for kept, now in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    new = kept.lerp(now.to(kept.dtype), self.momentum or 0.0)
+                    kept.copy_(torch.where(torch.isfinite(new).all(), new, kept))
+        else:
+            mean, var = self.running_mean, self.running_var
+        scale, shift = torch.rsqrt(var + self.eps), -mean * torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        out = torch.where(visible, torch.addcmul(shift.view(shape), x32, scale.view(shape)), 0)
+        return out.to(x.dtype)
 
     def _across(self, x: Tensor, running: tuple[Tensor, Tensor]) -> Tensor:
         """As F.batch_norm in training, over all processes; updates `running` (mean, variance) in place."""

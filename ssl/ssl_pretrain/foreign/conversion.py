@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import backbones, plugins
+from ..backbones import forms
 from ..encoder import Encoder
 from ..errors import UserError
 from . import libraries, published, swin
@@ -91,7 +92,7 @@ def _timm(spec: Spec, file: Path, image_size: tuple[int, int] | None) -> Encoder
         ours = ours if image_size in (None, how.crop) else read(image_size)
     else:
         ours = _of_the_same_name(spec, module, theirs, image_size or how.crop)
-        _compare(spec, theirs, ours, how.crop)
+        _compare(spec, theirs, ours, how.crop, "pooled")  # timm's map of a ConvNeXt is that before the final norm
     ours.preprocessing = how
     ours.lineage = {"method": f"timm:{spec.name}", "weights": str(file)}
     return ours
@@ -105,6 +106,14 @@ def _of_the_same_name(spec: Spec, module: nn.Module, theirs: Encoder, size: tupl
         with torch.random.fork_rng(devices=[]):
             backbone = backbones.build(name, image_size=size, in_chans=theirs.backbone.in_chans)
         own = {key: value for key, value in backbone.state_dict().items() if not key.endswith("num_batches_tracked")}
+        form = forms.timm_form(backbone)
+        if isinstance(form, forms.Form):
+            weights = form.ours(weights)
+        # timm has the linear layers of smaller ConvNeXts as convolutions.
+        weights = {
+            key: value.flatten(1) if key in own and own[key].ndim == 2 and value.shape[2:] == (1, 1) else value
+            for key, value in weights.items()
+        }
         if not difference(own, weights):
             backbone.load_state_dict(weights, strict=False)
             return Encoder(backbone, name, theirs.preprocessing, {}).eval()
@@ -112,10 +121,10 @@ def _of_the_same_name(spec: Spec, module: nn.Module, theirs: Encoder, size: tupl
 
 
 @torch.inference_mode()
-def _compare(spec: Spec, theirs: Encoder, ours: Encoder, size: tuple[int, int]) -> None:
-    """Raise UserError unless both encoders give the same patches for an image of noise."""
+def _compare(spec: Spec, theirs: Encoder, ours: Encoder, size: tuple[int, int], part: str = "patches") -> None:
+    """Raise UserError unless both encoders give the same `part` of Features for an image of noise."""
     noise = torch.randn(1, theirs.backbone.in_chans, *size, generator=torch.Generator().manual_seed(0))
-    expected, found = theirs.eval()(noise).patches, ours.eval()(noise).patches
+    expected, found = (getattr(each.eval()(noise), part) for each in (theirs, ours))
     off = (
         float((found - expected).abs().max() / expected.abs().max()) if found.shape == expected.shape else float("inf")
     )

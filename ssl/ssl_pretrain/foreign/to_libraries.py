@@ -137,7 +137,8 @@ def _native(encoder: Encoder) -> tuple[str, dict[str, Any], dict[str, Tensor]] |
     weights = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
     if isinstance(backbone, ConvNeXt):
         form = forms.transformers_form(backbone)
-        assert isinstance(form, forms.Form)
+        if isinstance(form, str):
+            return form
         options = {name: value for name, value in form.arguments.items() if name != "model_type"}
         return form.architecture, options, form.theirs(weights)
     if isinstance(backbone, Swin):

@@ -183,7 +183,7 @@ def transformers_form(backbone: Backbone) -> Form | str:
         if not config.grn and config.layer_scale is None:
             arguments["layer_scale_init_value"] = 0.0
         kind = "ConvNextV2Model" if config.grn else "ConvNextModel"
-        norms = r"\\.grn\\." if config.grn else None
+        norms = r"\.grn\." if config.grn else None
         return Form("transformers", kind, arguments, to_theirs=_TO_CONVNEXT, to_ours=FROM_CONVNEXT, as_maps=norms)
     if isinstance(backbone, ViT | Swin):
         return f"transformers' {type(backbone).__name__}s hold queries, keys and values apart"

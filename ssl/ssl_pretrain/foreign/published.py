@@ -1,6 +1,6 @@
 """Reads checkpoints as published by their authors into our ViT: MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3,
-AIM, AIMv2, data2vec 2.0, and the versions of timm and transformers. Swin Transformers V2 are read into our Swin (swin.py),
-Hiera's into our Hiera (published_hiera.py).
+AIM, AIMv2, data2vec 2.0, and the versions of timm and transformers. Other encoders: swin.py, published_hiera.py,
+published_convnets.py.
 
 Shapes: D channels, N patches on a square (h, h) grid in raster order, P prefix tokens, p patch side.
 
@@ -26,7 +26,7 @@ from .. import backbones
 from ..backbones.positions import ROPE_BASE, Offsets, resize_offsets, resize_table, sincos_table
 from ..encoder import Encoder, Preprocessing
 from ..errors import UserError, nearest
-from . import published_hiera, swin
+from . import published_convnets, published_hiera, swin
 from .weights import SHOWN, difference, flat, read_file
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of all layouts except BEiT's and AIMv2's
@@ -128,8 +128,8 @@ def read(
     facts: Mapping[str, Any] | None = None,
     partial: bool = False,
 ) -> Encoder:
-    """Read the encoder of a published checkpoint (torch or safetensors) as our ViT (or Hiera) in eval mode; `encoder.save`
-    exports it.
+    """Read the encoder of a published checkpoint (torch or safetensors) as our ViT (or Swin, Hiera, ResNet, ConvNeXt) in
+    eval mode; `encoder.save` exports it.
 
     layout: one of LAYOUTS, if it cannot be detected. heads: number of attention heads, which no weight's shape shows;
     by default that of the published model of this layout and width. part: the encoder to read if the file has several
@@ -148,6 +148,9 @@ def read(
         raise UserError(f"unknown layout {layout!r}{nearest(layout, LAYOUTS)}")
     content = flat(read_file(file)) if weights is None else weights
     everything = {WRAPPED.sub("", name): value for name, value in content.items()}
+    if layout is None and (convnet := published_convnets.find(everything, part)) is not None:
+        stated = transformers_preprocessing(file.parent) if convnet[0] == "transformers" else None
+        return published_convnets.read(everything, convnet, file, image_size=image_size, stated=stated, partial=partial)
     prefix, anchor = _part(everything, part, file)
     inside = {name.removeprefix(prefix): value for name, value in everything.items() if name.startswith(prefix)}
     if swin.is_swin(inside):

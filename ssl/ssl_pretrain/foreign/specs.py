@@ -2,7 +2,7 @@
 
     timm:NAME[,checkpoint=FILE]      a model of timm
     hf:FOLDER                        a model that transformers saved
-    torch:FILE                       a published checkpoint, read into our ViT (see `published`)
+    torch:FILE                       a published checkpoint, read into our ViT, ResNet or ConvNeXt (see `published`)
     module:PACKAGE:FUNCTION          the result of a function of your own code
 
 More options are separated by commas: `image-size=224` (or 192x256), `resize=256`, `mean=0.5/0.5/0.5`, `std=...`,

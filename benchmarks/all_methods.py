@@ -97,7 +97,7 @@ def controls(some: str, options: argparse.Namespace) -> dict[str, dict[str, floa
 
 def main() -> None:
     """Train, score, print."""
-    every = plugins.own("ssl_pretrain.methods")
+    every = [name for name in plugins.own("ssl_pretrain.methods") if name != "spark"]  # which trains no ViT
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the runs")
     parser.add_argument("--data", default=str(DATA), help="CIFAR-10 as parquet (default: %(default)s)")

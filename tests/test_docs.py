@@ -58,6 +58,10 @@ def small(words: list[str]) -> list[str]:
         recipe = ROOT / "recipes" / f"{words[words.index('--config') + 1]}.yaml"
         method = yaml.safe_load(recipe.read_text())["method"]
     flags = [w for i, w in enumerate(TINY) if w not in LEFT_OUT and TINY[i - 1] not in LEFT_OUT]
+    encoder = pretext.load(method).recipe.small.get("encoder", "vit_micro")
+    if encoder != "vit_micro":  # of a method that trains no ViT
+        flags = [w for i, w in enumerate(flags) if not {w, flags[i - 1]} & {"--encoder", "--patch-size"}]
+        flags += ["--encoder", encoder, "--stem-patch", "1", "--depths", "1", "1", "1", "1"]
     for knob, value in pretext.load(method).recipe.tiny.items():
         name = "--" + knob.replace("_", "-")
         if name in words:

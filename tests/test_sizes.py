@@ -42,6 +42,7 @@ PAPER: dict[str, dict[str, int]] = {
     "semaim": {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
     "simclr": {"hidden_dim": 2048},
     "simsiam": {"hidden_dim": 2048, "embedding_dim": 2048, "bottleneck_dim": 512},
+    "spark": {"decoder_dim": 768},
     "swav": {"prototypes": 3000, "hidden_dim": 2048},
     "vicreg": {"projector_dim": 8192},
     "vqtok": {"codes": 8192, "decoder_dim": 768, "decoder_heads": 12},
@@ -115,6 +116,8 @@ def test_sizes_beside_small_encoders() -> None:
     assert given["decoder_heads"] == 1  # 40 // 32
     ijepa = by_rule("ijepa", "vit_tiny", 2000)
     assert (ijepa["predictor_dim"], ijepa["predictor_depth"], ijepa["predictor_heads"]) == (96, 12, 3)
+    assert by_rule("spark", "convnextv2_base", None, decoder="fcmae")["decoder_dim"] == 512
+    assert by_rule("spark", "resnet_micro", 2000)["decoder_dim"] == 128
     assert by_rule("barlow", "vit_tiny", 2000)["projector_dim"] == 2048
     assert by_rule("byol", "resnet18", 2000)["hidden_dim"] == 2688  # 4096 x 512 / 768 = 2730.7 = 21.3 x 128
 

@@ -35,7 +35,6 @@ from . import Fault
 from ._common import own_folder, with_cache
 from .one_step import (
     BATCH,
-    ENCODER,
     OWN,
     SIZE,
     STEP,
@@ -46,6 +45,7 @@ from .one_step import (
     build_reading,
     network_flags,
     one_step,
+    small_encoder,
     step,
     stored,
     tiny_knobs,
@@ -149,7 +149,8 @@ class _Checks:
     def recipe_names_known_flags(self) -> None:
         recipe = self.method_class.recipe
         knobs = {field.name for field in dataclasses.fields(self.method_class.Config)}
-        options = {field.name for field in dataclasses.fields(backbones.config_class("vit_micro"))}
+        architecture, _ = small_encoder(self.method_class)
+        options = {field.name for field in dataclasses.fields(backbones.config_class(architecture))}
         known = {field.name for field in dataclasses.fields(Run)} | knobs | options
         for name, given, allowed in (("small", recipe.small, known), ("tiny", recipe.tiny, knobs)):
             if unknown := sorted(set(given) - allowed):
@@ -419,17 +420,18 @@ class _Checks:
 
     def _command(self, images: Path, out: Path) -> list[str]:
         """`ssl-pretrain` for six steps of the small instance."""
+        architecture, options = small_encoder(self.method_class)
         given = {
             **{"method": self.name, "data": images, "out": out, "steps": 6, "log_every": 1, "checkpoint_every": 3},
             **{
-                "encoder": "vit_micro",
+                "encoder": architecture,
                 "image_size": SIZE,
                 "batch_size": BATCH,
                 "lr": 1e-3,
                 "workers": 0,
                 "score": False,
             },
-            **ENCODER,
+            **{option: value for option, value in options.items() if value is not None},
             **tiny_knobs(self.method_class),
         }
         argv = []
@@ -494,15 +496,12 @@ def _batch_norm_statistics(method: Method) -> set[str]:
 
 def _constants_of_backbones(method: Method) -> set[str]:
     """What the encoder itself never changes (a table of positions), in the encoder and in copies of it."""
-    plain = backbones.build("vit_micro", image_size=SIZE, **_options(method))
+    architecture, options = small_encoder(type(method))
+    plain = backbones.build(architecture, image_size=SIZE, **options)
     trained = {n for n, p in plain.named_parameters() if p.requires_grad}
     constant = set(plain.state_dict()) - trained
     places = [name for name, module in method.named_modules() if isinstance(module, Backbone)]
     return {f"{place}.{name}" for place in places for name in constant}
-
-
-def _options(method: Method) -> dict[str, Any]:
-    return {**backbones.defaults("vit_micro"), **ENCODER, **type(method).recipe.encoder}
 
 
 def _source_files(method_class: type[Method]) -> Iterator[Path]:

@@ -52,8 +52,21 @@ def tiny_knobs(method_class: type[Method]) -> dict[str, Any]:
     return recipe.tiny or {name: value for name, value in recipe.small.items() if name in known}
 
 
+def small_encoder(method_class: type[Method]) -> tuple[str, dict[str, Any]]:
+    """The encoder of the small instance, and its options: a vit_micro of two blocks, or that of the method's built-in run
+    (`Recipe.small`) with one block a stage."""
+    recipe = method_class.recipe
+    name = recipe.small.get("encoder", "vit_micro")
+    if name == "vit_micro":
+        return name, {**backbones.defaults(name), **ENCODER, **recipe.encoder}
+    known = {field.name for field in fields(backbones.config_class(name))}
+    given = {option: value for option, value in recipe.small.items() if option in known}
+    few = {"depths": (1, 1, 1, 1)} if "depths" in known else {}
+    return name, {**backbones.defaults(name), **few, **given, **recipe.encoder}
+
+
 def build(name: str, **knobs: Any) -> Method:
-    """A small instance of the method on a vit_micro of two blocks, prepared; its weights are a function of its name.
+    """A small instance of the method on `small_encoder`, prepared; its weights are a function of its name.
 
     knobs: over `tiny_knobs`.
     """
@@ -62,8 +75,8 @@ def build(name: str, **knobs: Any) -> Method:
 
 def build_reading(name: str, opened: Mapping[str, Frozen] | None, knobs: Mapping[str, Any]) -> Method:
     """`build` with these frozen networks (None: `networks`)."""
-    options = {**ENCODER, **pretext.load(name).recipe.encoder}
-    return build_on(name, "vit_micro", SIZE, options, opened, knobs)
+    encoder, options = small_encoder(pretext.load(name))
+    return build_on(name, encoder, SIZE, options, opened, knobs)
 
 
 def build_on(

@@ -29,10 +29,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "octic ViT": ("octic_micro", {"patch_size": 8, "depth": 2, "dim": 64, "heads": 2}),
     "Jumbo": ("jumbo_micro", {"patch_size": 8, "depth": 2, "dim": 64, "heads": 2}),
     "grouper": ("grouper_micro", {"patch_size": 8, "depth": 2, "dim": 64, "heads": 2, "groups": 8}),
+    "Swin": ("swin_micro", {"depths": (1, 2, 1)}),
     "Hiera": ("hiera_micro", {"depths": (1, 1, 1)}),
     "ResNet": ("resnet18", {"depths": (1, 1, 1, 1)}),
     "ConvNeXt": ("convnext_micro", {"depths": (1, 1, 1, 1)}),
-    "Swin": ("swin_micro", {"depths": (1, 2, 1)}),
 }
 
 

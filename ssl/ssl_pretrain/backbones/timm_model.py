@@ -47,9 +47,9 @@ class _BatchNormAct2d(BatchNorm2d):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape."""
-        return self.act(self.drop(super().forward(x)))
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) to the same shape; `visible` as the batch norm takes it."""
+        return self.act(self.drop(super().forward(x, visible)))
 
 
 class _DropPath(nn.Module):

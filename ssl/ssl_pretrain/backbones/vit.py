@@ -655,8 +655,7 @@ class ViT(Backbone):
     def _positioned(self, x: Tensor, grid: tuple[int, int], keep: Tensor | None) -> Tensor:
         """Patch embeddings (B, N or K, D) with their positions, after the prefix tokens: (B, L, D)."""
         # The residual stream has the precision of the parameters, also under autocast, with or without prefix tokens.
-        proj: Any = self.patch_embed.proj
-        x = x.to((proj[0] if isinstance(proj, nn.Sequential) else proj).weight.dtype)
+        x = x.to(next(self.patch_embed.parameters()).dtype)
         cls: Tensor | None = self.cls_token
         if self.pos_embed is not None:
             tokens = int(self.config.cls)

@@ -13,7 +13,7 @@ from .. import backbones, plugins
 from ..backbones import forms
 from ..encoder import Encoder
 from ..errors import UserError
-from . import libraries, published, swin
+from . import libraries, published, published_swin
 from .libraries import Foreign
 from .specs import Spec
 from .weights import difference
@@ -77,8 +77,8 @@ def _timm(spec: Spec, file: Path, image_size: tuple[int, int] | None) -> Encoder
     theirs = libraries.load(str(Spec(spec.kind, spec.name, options | {"checkpoint": str(file)})))
     module, how = cast(Any, cast(Foreign, theirs.backbone).module), theirs.preprocessing
     if published.COMMON in module.state_dict():
-        if swin.is_swin(module.state_dict()):
-            facts = swin.timm_facts(module)
+        if published_swin.is_swin(module.state_dict()):
+            facts = published_swin.timm_facts(module)
         else:
             first = module.blocks[0]
             facts = {"num_attention_heads": first.attn.num_heads}

@@ -1,5 +1,5 @@
 """Reads checkpoints as published by their authors into our ViT: MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3,
-AIM, AIMv2, data2vec 2.0, and the versions of timm and transformers. Other encoders: swin.py, published_hiera.py,
+AIM, AIMv2, data2vec 2.0, and the versions of timm and transformers. Other encoders: published_swin.py, published_hiera.py,
 published_convnets.py.
 
 Shapes: D channels, N patches on a square (h, h) grid in raster order, P prefix tokens, p patch side.
@@ -26,7 +26,7 @@ from .. import backbones
 from ..backbones.positions import ROPE_BASE, Offsets, resize_offsets, resize_table, sincos_table
 from ..encoder import Encoder, Preprocessing
 from ..errors import UserError, nearest
-from . import published_convnets, published_hiera, swin
+from . import published_convnets, published_hiera, published_swin
 from .weights import SHOWN, difference, flat, read_file
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of all layouts except BEiT's and AIMv2's
@@ -153,9 +153,9 @@ def read(
         return published_convnets.read(everything, convnet, file, image_size=image_size, stated=stated, partial=partial)
     prefix, anchor = _part(everything, part, file)
     inside = {name.removeprefix(prefix): value for name, value in everything.items() if name.startswith(prefix)}
-    if swin.is_swin(inside):
+    if published_swin.is_swin(inside):
         beside = facts or (_config(file) if anchor in TRANSFORMERS else {})
-        found = swin.read(inside, beside, file)
+        found = published_swin.read(inside, beside, file)
         method = str(beside.get("model_type", "swin")) if anchor in TRANSFORMERS else "swin"
         made = _Made(found.name, "Swin", found.options, found.weights, image_size or found.size, found.left_out)
         return _encoder(made, method, IMAGENET, prefix, len(everything) - len(inside), anchor, file, partial)

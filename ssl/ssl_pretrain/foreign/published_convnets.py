@@ -171,7 +171,8 @@ def _depths(weights: Mapping[str, Tensor], pattern: str, stages: range) -> tuple
 def _name(options: Mapping[str, Any], family: str, other: str) -> str:
     """The size of a family that has these options, else any, because all options are given."""
     for name in backbones.own():
-        fields = backbones.config_class(name).__dataclass_fields__ if name.startswith(family) else {}
+        config: Any = backbones.config_class(name)
+        fields = config.__dataclass_fields__ if name.startswith(family) else {}
         if fields and all(backbones.defaults(name).get(n, fields[n].default) == v for n, v in options.items()):
             return name
     return other

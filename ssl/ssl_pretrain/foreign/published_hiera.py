@@ -52,7 +52,12 @@ def read(
     if (heads := heads or HEADS.get(dim)) is None:
         raise UserError(f"{file} is no released Hiera: give the number of heads of its first stage: torch:FILE,heads=N")
     pretrained = any(name.startswith("decoder") for name in extra)
-    options = {"embed_dim": dim, "heads": heads, "depths": _depths(weights), "q_pool": 2 if pretrained else 3}
+    options: dict[str, Any] = {
+        "embed_dim": dim,
+        "heads": heads,
+        "depths": _depths(weights),
+        "q_pool": 2 if pretrained else 3,
+    }
     name = _name(options)
     native = (side * STRIDE, side * STRIDE)
     with torch.random.fork_rng(devices=[]):

@@ -14,8 +14,8 @@ from ..errors import UserError
 from ..files import export_folder
 from ..foreign.specs import KINDS, Spec
 
-# Encoder options that the weights do not fix: they change training only. --pool, --q-pool and --window change what is exported, so
-# those of the weights are the default.
+# Encoder options that the weights do not fix: they change training only. --pool, --q-pool and --window change what is
+# exported, so those of the weights are the default.
 OF_TRAINING = frozenset({"drop_path", "drop_path_uniform", "drop_rows"})
 FREE = OF_TRAINING | {"pool", "q_pool", "window", "image_size"}  # these flags may differ from the weights
 

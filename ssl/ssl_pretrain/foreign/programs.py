@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import plugins
+from ..backbones.hiera import Hiera
 from ..backbones.swin import Swin
 from ..encoder import Encoder
 from ..errors import UserError
@@ -118,6 +119,8 @@ def needs_one_size(encoder: Encoder) -> str | None:
     padding depend on the size."""
     if isinstance(encoder.backbone, Swin):
         return "the windows of its attention depend on the size"
+    if isinstance(encoder.backbone, Hiera):
+        return "the order of its tokens by mask units depends on the size"
     sizes = list(zip(encoder.backbone.image_size, encoder.backbone.unit, strict=True))
     if _by_patch(encoder) or all(side >= 2 * stride for side, stride in sizes):
         return None

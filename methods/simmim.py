@@ -116,8 +116,10 @@ class SimMIM(Method):
         chosen = torch.zeros_like(noise, dtype=torch.bool).scatter(1, noise.argsort(1)[:, :count], True)
         chosen = chosen.unflatten(1, squares).repeat_interleave(unit[0], 1).repeat_interleave(unit[1], 2)
         units = chosen[:, : grid[0], : grid[1]].flatten(1)  # (N, U)
-        down, right = patches_a_unit(self.encoder)
-        return units[step.rows], units.sum(1).float().mean() * (down * right)
+        counted = units.sum(1).float().mean()
+        if (patches := math.prod(patches_a_unit(self.encoder))) > 1:
+            counted = counted * patches
+        return units[step.rows], counted
 
     def masked_patches(self, images: Tensor, units: Tensor) -> Tensor:
         """The mask of patches (B, P) that a mask of the encoder's units (B, U) is."""

@@ -25,7 +25,7 @@ def offered(line: str) -> list[str]:
         ("ssl-pretrain --metho", ["--method"]),
         ("ssl-pretrain --method vic", ["vicreg"]),
         ("ssl-pretrain --method mae --mask", ["--mask-ratio"]),
-        ("ssl-pretrain --encoder resnet", ["resnet18", "resnet50"]),
+        ("ssl-pretrain --encoder resnet", ["resnet18", "resnet50", "resnet_micro"]),
         ("ssl-pretrain --config mae_", ["mae_cifar10", "mae_imagenet1k_vit_base"]),
         ("ssl-pretrain --logger w", ["wandb"]),
         ("ssl-pretrain --optimizer ", ["adamw", "lamb", "lars", "muon", "sgd"]),

@@ -83,7 +83,8 @@ def test_every_file_of_backbones_is_checked() -> None:
 
 def small(name: str) -> Any:
     fields = backbones.config_class(name).__dataclass_fields__
-    options: dict[str, Any] = {"depth": 1} if "depth" in fields else {"depths": (1, 1, 1, 1)}
+    few = {"depths": (1,) * len(backbones.defaults(name).get("depths", ()))}
+    options: dict[str, Any] = {"depth": 1} if "depth" in fields else few
     return backbones.build(name, image_size=(64, 64), **options)
 
 
@@ -813,7 +814,7 @@ OF_OPTIONS = [
     ("drop_path_follows_its_noise", "is not refused", patched("_drop_path", lambda own: lambda *given: ([], []))),
     ("drop_path_follows_its_noise", "in eval mode drop path drops", patched("_drop_path", dropping_in_eval)),
     ("pooled_only_changes_nothing_pooled", "changes the pooled", patched("forward", pooled_of_the_first)),
-    ("maps_are_a_pyramid", "with keep is not refused", patched("forward", maps_of_kept_patches)),
+    ("maps_are_a_pyramid", "with keep a map has the shape", patched("forward", maps_of_kept_patches)),
     ("maps_are_a_pyramid", "changes elsewhere", patched("forward", maps_upside_down)),
     ("maps_are_a_pyramid", "has the shape", patched("forward", maps_transposed)),
     ("maps_are_a_pyramid", "maps without the option", patched("forward", maps_always)),

@@ -134,6 +134,7 @@ def test_an_encoder_that_is_no_program_is_refused(tmp_path: Path) -> None:
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
             self.inner, self.stride, self.image_size, self.in_chans = inner, (8, 8), (32, 48), 3
+            self.unit = self.stride
 
         def forward(self, images: torch.Tensor) -> Features:
             return self.inner(images if float(images.sum()) > 1 else images + 1)

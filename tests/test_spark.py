@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from method_helpers import check_stated, losses_of, make_zero_
 from numpy_oracles import numpy_patches
+from spark_helpers import ENCODERS, a_batch, build, images, step
 from ssl_pretrain.methods.spark import SparK
 from torch import Tensor, nn
 
@@ -22,35 +23,10 @@ from ssl_pretrain.backbones.masked_convolution import Visible
 from ssl_pretrain.conformance import one_step
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.parts.dense_decoders import BlockDecoder, UNetDecoder
-from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 456  # of a step: python tests/kernels.py spark
-SIZE = (32, 48)  # 4 x 6 units of 8 x 8 pixels
-ENCODERS: dict[str, dict[str, Any]] = {
-    "convnextv2_micro": {"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "stem_patch": 1},
-    "resnet_micro": {"width": 8},
-}
 every_decoder = pytest.mark.parametrize("decoder", ["unet", "fcmae"])
 every_encoder = pytest.mark.parametrize("encoder", ENCODERS)
-
-
-def build(encoder: str = "convnextv2_micro", size: tuple[int, int] = SIZE, **knobs: Any) -> SparK:
-    torch.manual_seed(0)
-    backbone = backbones.build(encoder, image_size=size, **ENCODERS[encoder])
-    return SparK(backbone, SparK.Config(**{"decoder_dim": 32, **knobs})).double()
-
-
-def step(batch: int = 4, noise: int = 1, rows: slice | None = None) -> Step:
-    rows = slice(0, batch) if rows is None else rows
-    return Step(step=0, total=10, noise=noise, rows=rows, batch_size=batch, device=torch.device("cpu"))
-
-
-def images(batch: int = 4, size: tuple[int, int] = SIZE, seed: int = 0) -> Tensor:
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def a_batch(x: Tensor) -> Batch:
-    return Batch(views={"image": x}, index=torch.arange(len(x)))
 
 
 def pixels_of(units: Tensor) -> Tensor:
@@ -257,7 +233,7 @@ def test_decoders_begin_as_released() -> None:
 RANK = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-from test_spark import a_batch, build, images, step
+from spark_helpers import a_batch, build, images, step
 from torch.nn.parallel import DistributedDataParallel
 from ssl_pretrain import distributed
 with distributed.world() as here:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssl_pretrain import backbones, encoder, tokenizer
-from ssl_pretrain.backbones.nearest import CHUNK
+from ssl_pretrain.backbones.nearest_codes import CHUNK
 from ssl_pretrain.backbones.quantizer import Quantizer
 from ssl_pretrain.conformance import one_step
 from ssl_pretrain.data.views import Sight

@@ -17,7 +17,6 @@ import yaml
 from torch import Tensor
 
 from . import backbones, config, distributed, files, optim, pretext, rates
-from .backbones.vit import ViT
 from .config import Resolved, Run
 from .data.loader import Share, to_batch
 from .data.source import Source
@@ -43,6 +42,7 @@ from .loop.log import Log
 from .loop.monitor import CollapseMonitor
 from .loop.networks import check_sizes, check_unchanged, open_networks
 from .loop.networks import facts as network_facts
+from .loop.positions import move_positions
 from .loop.probes import Probes, is_due, step_of
 from .loop.report import Report
 from .loop.saver import Saver, restore
@@ -136,14 +136,13 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     report = Report(run.out, step=start, steps=steps, silent=not world.first, names=run.logger, config=record)
     cleanup.enter_context(report)
     if world.first:
-        facts: dict[str, Any] = {"data": run_start.data_facts(run, source)} | (
-            {"networks": network_facts(networks)} if networks else {}
-        )
+        facts: dict[str, Any] = {"networks": network_facts(networks)} if networks else {}
         manifest.begin(
             run.out,
             world=world,
             step=start,
             hosts=[each.host for each in processes],
+            data=run_start.data_facts(run, source),
             **facts,
             **start_weights.facts(run),
         )
@@ -166,7 +165,6 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     log = Log(run, source, report, monitor, world, skipped, estimate)
 
     # ---- The loop.
-    with_rope = [part for part in method.encoder.modules() if isinstance(part, ViT) and part.config.positions == "rope"]
     step_number, stopped = start, None
     began = time.perf_counter()
     if probes.at_start(start):
@@ -187,24 +185,10 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
                 saver.settle()
 
             # -- learning rate and weight decay of this step
-            lr = learning_rate(
-                step_number,
-                steps=steps,
-                peak=run.lr,
-                final=run.final_lr,
-                warmup=run.warmup_steps,
-                start=run.warmup_lr,
-                kind=run.schedule,
-                stretch=run.schedule_stretch,
-                cooldown=run.cooldown_steps,
-                shape=run.cooldown_shape,
-                milestones=run.milestones,
-                factor=run.step_factor,
-            )
+            lr = learning_rate(step_number, steps=steps, **run_start.schedule(run))
             weight_decay = cosine(step_number / steps / run.schedule_stretch, run.weight_decay, run.final_weight_decay)
             optim.set_rates(optimizer, lr, weight_decay, step_number / steps)
-            for vit in with_rope:  # coordinates that change from step to step (--rope-rescale)
-                vit.positions_key = key(run.seed, "positions", step_number)
+            move_positions(method.encoder, key(run.seed, "positions", step_number))
 
             # -- forward and backward, micro-batch by micro-batch
             results: list[tuple[Tensor, Losses]] = []  # sample ids and losses of each forward

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nearest import nearest, without_autocast
+from .nearest_codes import nearest, without_autocast
 from .scales import Levels, Scales
 
 USAGE = 10  # tokens for each code that usage is counted over, at least

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nearest import nearest, without_autocast
+from .nearest_codes import nearest, without_autocast
 
 MIXERS = 4  # convolutions that the scales share
 MOST = 2**12  # cells along a side that a description may ask for

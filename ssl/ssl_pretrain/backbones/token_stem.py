@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..randomness import key
 from . import build, prefix
 from .backbone import Backbone, Features
-from .nearest import nearest, without_autocast
+from .nearest_codes import nearest, without_autocast
 from .quantizer import Quantizer
 from .scale_stem import by_scale, read_scales_of
 from .scales import Levels, read_scales

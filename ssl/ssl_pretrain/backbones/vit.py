@@ -655,7 +655,9 @@ class ViT(Backbone):
     def _positioned(self, x: Tensor, grid: tuple[int, int], keep: Tensor | None) -> Tensor:
         """Patch embeddings (B, N or K, D) with their positions, after the prefix tokens: (B, L, D)."""
         # The residual stream has the precision of the parameters, also under autocast, with or without prefix tokens.
-        x = x.to(next(self.patch_embed.parameters()).dtype)
+        proj: Any = self.patch_embed.proj
+        first: Any = proj[0] if isinstance(proj, nn.Sequential) else proj
+        x = x.to(first.weight.dtype)
         cls: Tensor | None = self.cls_token
         if self.pos_embed is not None:
             tokens = int(self.config.cls)
@@ -680,12 +682,20 @@ class ViT(Backbone):
             raise ValueError(f"attention is {attention!r}; it must be full, causal, prefix or a bool mask")
         return None, attention == "causal"
 
+    @property
+    def moves_positions(self) -> bool:
+        """Whether the coordinates of patches change in training."""
+        config = self.config
+        changes = config.rope_shift is not None or config.rope_jitter is not None or config.rope_rescale is not None
+        return config.positions == "rope" and changes
+
     def _rope(self, grid: tuple[int, int], keep: Tensor | None, device: torch.device) -> Rope | None:
         """Rotary positions, each (1 or B, 1, L, d / 2); prefix tokens have angle 0, that is no rotation."""
         if self.config.positions != "rope":
             return None
         config, change = self.config, None
-        if self.training and self.positions_key is not None:
+        # Where nothing moves, the key is not read: a compiler would compile again for each.
+        if self.training and self.moves_positions and self.positions_key is not None:
             change = augmented(self.positions_key, grid, config.rope_shift, config.rope_jitter, config.rope_rescale)
         angles = rope_angles(grid, self.dim // config.heads, device, change)
         angles = angles[None] if keep is None else angles[keep]

@@ -63,6 +63,22 @@ def data_facts(run: Run, source: Source) -> dict[str, Any]:
     return {"path": run.data, "images": len(source), "fingerprint": source.fingerprint, **part}
 
 
+def schedule(run: Resolved) -> dict[str, Any]:
+    """The arguments of `optim.schedules.learning_rate` that a run's flags give."""
+    return {
+        "peak": run.lr,
+        "final": run.final_lr,
+        "warmup": run.warmup_steps,
+        "start": run.warmup_lr,
+        "kind": run.schedule,
+        "stretch": run.schedule_stretch,
+        "cooldown": run.cooldown_steps,
+        "shape": run.cooldown_shape,
+        "milestones": run.milestones,
+        "factor": run.step_factor,
+    }
+
+
 def find_start(
     run: Resolved, record: dict[str, Any], defaults: dict[str, Any], source: Source, run_lock: ExitStack
 ) -> int:

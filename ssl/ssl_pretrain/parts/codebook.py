@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.nearest import CHUNK
+from ..backbones.nearest_codes import CHUNK
 
 EPS = 1e-5  # of the smoothed counts (van den Oord et al., 2017, appendix A.1, as released)
 ITERATIONS = 10  # of k-means

@@ -104,9 +104,7 @@ def convnet(out: Path) -> str | None:
     if apart > 1e-4:
         sys.exit(f"timm's network with these weights differs by {apart:.0e}")
     torch.save(weights, file)
-    return (
-        f"timm:tf_efficientnet_lite0,checkpoint={file},image-size=128,interpolation=bilinear,mean=imagenet,std=imagenet"
-    )
+    return f"timm:tf_efficientnet_lite0,checkpoint={file},image-size=128"
 
 
 def command(what: tuple[str, int, str, str], data: str, options: argparse.Namespace, out: Path) -> list[str]:

@@ -62,8 +62,8 @@ MUTATIONS = [
     _core(
         "learning rate one step late",
         "train.py",
-        "            lr = learning_rate(\n                step_number,",
-        "            lr = learning_rate(\n                max(step_number - 1, 0),",
+        "lr = learning_rate(step_number, ",
+        "lr = learning_rate(max(step_number - 1, 0), ",
         ADAMW,
     ),
     _core(
@@ -140,7 +140,7 @@ MUTATIONS = [
         "(peak - start) * step / warmup",
         ADAMW,
     ),
-    _core("the warm-up's first rate ignored", "train.py", "start=run.warmup_lr,", "start=0.0,", BYOL),
+    _core("the warm-up's first rate ignored", "loop/start.py", '"start": run.warmup_lr,', '"start": 0.0,', BYOL),
     _core(
         "cooldown one step short", "optim/schedules.py", "left = steps - step\n", "left = steps - step - 1\n", TEACHER
     ),

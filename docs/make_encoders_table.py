@@ -53,7 +53,7 @@ def outcome(method: str, family: str) -> str | None:
 
 def short(method: str, reason: str) -> str:
     """A reason as a footnote for every method and family: its first clause, without names of methods and classes."""
-    first = re.split(r", and [A-Z]\w+ does not|, of \d+ x \d+ pixels here|; ", reason)[0]
+    first = re.split(r", and [A-Z]\w+ does not|, of \d+ x \d+ pixels here|; |: give ", reason)[0]
     return re.sub(rf"^{method}( --\S+)? ", "", first)
 
 

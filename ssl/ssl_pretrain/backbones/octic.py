@@ -23,7 +23,7 @@ from . import pyramid
 from .attention import attend
 from .backbone import Backbone, Features
 from .drop_path import drop_factors, given
-from .positions import resize_table
+from .positions import patch_grid, resize_table
 from .vit import NORM_EPS, Block
 
 SIZES = {
@@ -380,14 +380,7 @@ class Octic(Backbone):
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """The grid (h, w) of patches of an image of height x width pixels."""
-        p = self.config.patch_size
-        if height % p or width % p or height < p or width < p:
-            fits = [max(p, round(side / p) * p) for side in (height, width)]
-            raise UserError(
-                f"images of {height} x {width} pixels (height x width) do not divide into patches of {p} x {p}: "
-                f"use --image-size {fits[0]} {fits[1]} or another --patch-size"
-            )
-        return height // p, width // p
+        return patch_grid(height, width, self.config.patch_size)
 
     def _block(self, i: int) -> int:
         """The index of block `i`, which may count from the end."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
 from ..randomness import numpy_generator
 
 ROPE_BASE = 100.0  # DINOv3's longest period, in units of half an image side
@@ -31,6 +32,17 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
     x = torch.cat([columns.sin(), columns.cos()], dim=1).expand(h, w, 2 * quarter)
     y = torch.cat([rows.sin(), rows.cos()], dim=1)[:, None].expand(h, w, 2 * quarter)
     return torch.cat([x, y], dim=2).reshape(h * w, dim).float()
+
+
+def patch_grid(height: int, width: int, patch: int) -> tuple[int, int]:
+    """The grid (h, w) of patches of an image of height x width pixels. Raises UserError unless they divide it."""
+    if height % patch or width % patch or height < patch or width < patch:
+        fits = [max(patch, round(side / patch) * patch) for side in (height, width)]
+        raise UserError(
+            f"images of {height} x {width} pixels (height x width) do not divide into patches of {patch} x {patch}: "
+            f"use --image-size {fits[0]} {fits[1]} or another --patch-size"
+        )
+    return height // patch, width // patch
 
 
 def fixed(grid: tuple[int, int]) -> bool:

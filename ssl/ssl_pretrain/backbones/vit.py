@@ -23,7 +23,7 @@ from .backbone import Backbone, Features
 from .drop_path import ROWS_ABOVE, Kept, drop_factors, given, kept_samples, kept_tokens
 from .hmlp_stem import HMLPStem
 from .parallel_block import ParallelBlock, spread
-from .positions import Offsets, augmented, resize_offsets, resize_table, rope_angles, rotate, sincos_table
+from .positions import Offsets, augmented, patch_grid, resize_offsets, resize_table, rope_angles, rotate, sincos_table
 
 SIZES = {
     "vit_micro": {"dim": 128, "depth": 4, "heads": 4},
@@ -637,14 +637,7 @@ class ViT(Backbone):
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """The grid (h, w) of patches of an image of height x width pixels."""
-        p = self.config.patch_size
-        if height % p or width % p or height < p or width < p:
-            fits = [max(p, round(side / p) * p) for side in (height, width)]
-            raise UserError(
-                f"images of {height} x {width} pixels (height x width) do not divide into patches of {p} x {p}: "
-                f"use --image-size {fits[0]} {fits[1]} or another --patch-size"
-            )
-        return height // p, width // p
+        return patch_grid(height, width, self.config.patch_size)
 
     def _block(self, i: int) -> int:
         """The index of block `i`, which may count from the end."""

@@ -72,6 +72,7 @@ LEARNING: dict[str, dict[str, object]] = {
     "npid": {"batch_size": 32, "steps": 1500, "lr": 1e-4, "loss": "softmax"},
     "featmim": {"steps": 300, "patch_size": 4},
     "distill": {"steps": 120},
+    "spark": {"steps": 80, "batch_size": 64, "decoder_dim": 32},
     "mrmae": {"steps": 200},
     "maelite": {"steps": 200},
     "g2sd": {"steps": 250, "patch_size": 4},

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from ssl_pretrain import __version__
 from ssl_pretrain.errors import NO_ROOM, UserError, system_error
 
-from . import grid
+from . import grid, help_cache
 from .console import lasting_console
 
 
@@ -25,6 +25,8 @@ def run_command(prog: str, work: Callable[[list[str]], int], argv: Sequence[str]
             if "--version" in words:
                 print(f"{prog} {__version__} (torch {_torch()}, Python {platform.python_version()})")
                 return 0
+            if argv is None and help_cache.wanted(words):  # a command, and no call from Python
+                return help_cache.helped(prog, words, work)
             return work(words)
         except UserError as mistake:
             if not mistake.reported_elsewhere:

@@ -10,11 +10,11 @@ import pytest
 from fuzz import damage
 from PIL import Image
 
-from ssl_pretrain.data import index
 from ssl_pretrain.data.decode import BadImage, decode
 from ssl_pretrain.data.names import as_item
 from ssl_pretrain.data.source import open_source, splits
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.files import cache_folder
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -80,7 +80,7 @@ def test_fuzz_npy() -> None:
 
 def replace_file(file: Path, content: bytes) -> None:
     """Write a file, and forget what the cache says of it (two writes in one tick of the clock look the same)."""
-    for stored in index.directory().glob("*.index"):
+    for stored in cache_folder().glob("*.index"):
         stored.unlink()
     file.write_bytes(content)
 
@@ -158,7 +158,7 @@ def test_fuzz_index_cache(tmp_path: Path) -> None:
     (tmp_path / "d" / "notes.txt").write_text("x")
     first = open_source(str(tmp_path / "d"), None)
     expected = [first.name(i) for i in range(6)], first.labels, first.left_out.as_json()
-    (file,) = index.directory().glob("*.index")
+    (file,) = cache_folder().glob("*.index")
 
     def read(mutant: bytes) -> str:
         file.write_bytes(mutant)

@@ -23,6 +23,7 @@ from source_files import IMAGE_TYPE, fill, pack, png, structs, write_parquet
 from ssl_pretrain.data import folder, index, names, parquet, tar
 from ssl_pretrain.data.source import evaluation_splits, open_source, pretraining_split, splits
 from ssl_pretrain.errors import UserError
+from ssl_pretrain.files import cache_folder
 
 REAL = Path(__file__).parents[1].parent / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images at {REAL}")
@@ -420,13 +421,13 @@ def test_a_killed_builder_leaves_no_index_and_its_rest_is_cleared(tmp_path, cach
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("SSL_PRETRAIN_CACHE", "/somewhere/own")
-    assert index.directory() == Path("/somewhere/own")
+    assert cache_folder() == Path("/somewhere/own")
     monkeypatch.delenv("SSL_PRETRAIN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert index.directory() == tmp_path / "ssl-pretrain"
+    assert cache_folder() == tmp_path / "ssl-pretrain"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert index.directory() == Path("/home/someone/.cache/ssl-pretrain")
+    assert cache_folder() == Path("/home/someone/.cache/ssl-pretrain")
 
 
 def test_a_pickled_source_notices_that_its_index_changed(tmp_path):

@@ -22,6 +22,15 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+def cache_folder() -> Path:
+    """Where indexes, features and help texts are kept: $SSL_PRETRAIN_CACHE, else ssl-pretrain in $XDG_CACHE_HOME or
+    ~/.cache."""
+    if own := os.environ.get("SSL_PRETRAIN_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "ssl-pretrain"
+
+
 def make_folder(path: Path, flag: str = "--out") -> None:
     """Make a folder and those above it, where they are not there. Raises UserError that names `flag` and what is in the
     way: a file, a symbolic link to nothing, missing rights."""

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import UserError
+from ..files import cache_folder
 
 MAGIC = b"SSLPIDX3"  # the last digit is the version of what the indexes hold
 ALIGNMENT = 64
@@ -156,18 +157,10 @@ Build = Callable[[Writer], dict[str, Any]]  # writes the arrays, returns the met
 Current = Callable[[Index], bool]  # whether the data is still as the index says
 
 
-def directory() -> Path:
-    """Where indexes are kept: $SSL_PRETRAIN_CACHE, else ssl-pretrain in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("SSL_PRETRAIN_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "ssl-pretrain"
-
-
 def path_of(kind: str, data: str | bytes) -> Path:
     """The index file of the data at this path, by the absolute path without symlinks."""
     real = os.fsencode(os.path.realpath(data))
-    return directory() / f"{kind}-{hashlib.blake2b(MAGIC + real, digest_size=16).hexdigest()}.index"
+    return cache_folder() / f"{kind}-{hashlib.blake2b(MAGIC + real, digest_size=16).hexdigest()}.index"
 
 
 def stored(kind: str, data: str | bytes, current: Current) -> Index | None:

@@ -6,7 +6,7 @@ A *tap* names a vector of an encoder: "cls", "mean" (of the patch tokens) or "po
 the last block after the final norm; "cls@-4" and "mean@-4" are those of the fourth block from the end, also with the
 final norm (as in DINOv2's and I-JEPA's linear evaluations).
 
-The cache is the folder `features` under `data.index.directory()`: a subfolder for each (encoder, images, preprocessing,
+The cache is the folder `features` under `files.cache_folder()`: a subfolder for each (encoder, images, preprocessing,
 precision), with a .npy file for each tap. Everything in it may be deleted at any time. feature_cache.py lets several
 processes fill it together and continues after a killed one.
 """
@@ -33,14 +33,13 @@ from torch.utils.data import DataLoader, Dataset
 from ..backbones.backbone import Backbone, Features
 from ..data import decode as decoding
 from ..data.decode import BadImage, decode
-from ..data.index import directory
 from ..data.source import Source
 from ..data.subset import Subset
 from ..data.views import resize_and_crop
 from ..distributed import environment
 from ..encoder import Encoder, Preprocessing
 from ..errors import UserError, nearest, of_the_machine, system_error
-from ..files import write_text
+from ..files import cache_folder, write_text
 from .feature_cache import BLOCK, Bad, Pass, join
 
 FORMAT = 1  # of the cache and of what a tap means; a cache of another format is not read
@@ -439,7 +438,7 @@ def _folder(encoder: Encoder, source: Source, precision: Precision) -> Path:
     if decoding.MAX_PIXELS != decoding.DEFAULT_MAX_PIXELS:  # it decides which images are bad
         what.append(decoding.MAX_PIXELS)
     key = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return directory() / "features" / key
+    return cache_folder() / "features" / key
 
 
 def _identity(source: Source) -> list[str]:

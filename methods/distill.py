@@ -224,7 +224,10 @@ class Distill(WholeBatchMethod):
             if len(config.dense_taps) > 1:
                 self.encoder.require("distill --dense-taps", "blocks")
                 if "blocks" not in teacher.backbone.supports:
-                    raise UserError(f"--dense-taps: {teacher.spec} gives the features of its last block only")
+                    raise UserError(
+                        f"--dense-taps: {teacher.spec} gives the features of its last block only; leave --dense-taps out, "
+                        f"or choose a teacher that gives those of each block (a plain ViT)"
+                    )
         attention = config.dense_projector == "attention"
         for name in _taps(config):
             head = QueryProjector(dim, grid, width, target_grid) if attention else _linear(dim, width)
@@ -565,4 +568,4 @@ def _check_blocks(teacher: Frozen, count: int) -> None:
     if count > depth:
         raise UserError(f"--dense-blocks {count}: {teacher.spec} has {depth} blocks")
     if count > 1 and "blocks" not in teacher.backbone.supports:
-        raise UserError(f"--dense-blocks {count}: {teacher.spec} gives the features of its last block only")
+        raise UserError(f"--dense-blocks {count}: {teacher.spec} gives the features of its last block only; give 1")

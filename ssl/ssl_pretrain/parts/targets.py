@@ -176,7 +176,9 @@ def check_block(network: Frozen, block: int) -> None:
     if not -depth <= block < depth:
         raise UserError(f"--target-block {block}: {network.spec} has {depth} blocks, {-depth} to {depth - 1}")
     if "blocks" not in network.backbone.supports:
-        raise UserError(f"--target-block {block}: {network.spec} gives the features of its last block only")
+        raise UserError(
+            f"--target-block {block}: {network.spec} gives the features of its last block only; leave --target-block out"
+        )
 
 
 def attention_maps(

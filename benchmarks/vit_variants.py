@@ -2,11 +2,12 @@
 
     python benchmarks/vit_variants.py --out runs/variants [--only cost learn] [--seeds 2] [--steps 500]
 
-cost: encoders of width 384 with 6 heads and 12 blocks, images of 224 pixels with patches of 16, float32, one thread, a mean
-of the patches as loss. The encoders take turns; the table has the median of the CPU time over the plain ViT's in the same
-round, and the number of parameters. learn: encoders of width 128 with 4 blocks, 8 x 8 patches, MAE with the settings of
-recipes/mae_cifar10.yaml on the first 10,000 training images of CIFAR-10; kNN top-1 in percent of 2,000 test images by 4,000
-training images. Existing results are not computed again. The table is printed at the end, as Markdown.
+cost: encoders of width 384 with 6 heads and 12 blocks (6 with two branches), images of 224 pixels with patches of 16,
+float32, one thread, a mean of the patches as loss. The encoders take turns; the table has the median of the CPU time over
+the plain ViT's in the same round, and the number of parameters. learn: encoders of width 128 with 4 blocks (2), 8 x 8
+patches, MAE with the settings of recipes/mae_cifar10.yaml on the first 10,000 training images of CIFAR-10; kNN top-1 in
+percent of 2,000 test images by 4,000 training images. Existing results are not computed again. The table is printed at
+the end, as Markdown.
 """
 
 import argparse
@@ -30,13 +31,21 @@ from ssl_pretrain.loop.score import KnnScore
 # Row -> family of the encoder (its sizes are NAME_small and NAME_micro), options.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain ViT": ("vit", {}),
+    "hMLP stem": ("vit", {"stem": "hmlp"}),
+    "2 parallel branches, half the depth": ("vit", {"parallel_branches": 2}),
     "octic, hybrid": ("octic", {}),
     "octic, invariant": ("octic", {"octic_mode": "invariant"}),
     "Jumbo": ("jumbo", {}),
     "group tokenizer": ("grouper", {}),
 }
+DEPTH = {"small": 12, "micro": 4}
 ROUNDS, BATCH = 5, 4
 BANK, QUERIES = 4000, 2000
+
+
+def depth(size: str, options: dict[str, Any]) -> int:
+    """Blocks of an encoder of that size: as many attentions in all as the plain ViT has."""
+    return DEPTH[size] // options.get("parallel_branches", 1)
 
 
 def cost() -> dict[str, tuple[float, float]]:
@@ -44,7 +53,7 @@ def cost() -> dict[str, tuple[float, float]]:
     torch.manual_seed(0)
     models = {}
     for row, (family, options) in ROWS.items():
-        same = {"patch_size": 16, "dim": 384, "depth": 12, "heads": 6, **options}
+        same = {"patch_size": 16, "dim": 384, "depth": depth("small", options), "heads": 6, **options}
         models[row] = backbones.build(f"{family}_small", image_size=(224, 224), **same).train()
     images = torch.randn(BATCH, 3, 224, 224)
     times: dict[str, list[float]] = {row: [] for row in ROWS}
@@ -72,7 +81,19 @@ def learn(row: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
         return json.loads(result.read_text())
     family, given = ROWS[row]
     words = ["--config", RECIPES / "mae_cifar10.yaml", "--data", subset(DATA, 10_000, options.out / "images")]
-    words += ["--encoder", f"{family}_micro", "--patch-size", 4, "--batch-size", 64, "--workers", 0, "--no-score"]
+    words += [
+        "--encoder",
+        f"{family}_micro",
+        "--depth",
+        depth("micro", given),
+        "--patch-size",
+        4,
+        "--batch-size",
+        64,
+        "--workers",
+        0,
+        "--no-score",
+    ]
     words += ["--precision", "fp32", "--steps", options.steps, "--seed", seed, "--out", out, "--picture-every", 0]
     words += [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
     began = time.process_time()

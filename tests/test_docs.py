@@ -13,6 +13,8 @@ from conftest import DATA, ROOT, TINY
 
 from ssl_pretrain import pretext
 
+METHODS = [path.stem for path in (ROOT / "methods").glob("[!_]*.py") if path.stem != "supervised"]
+EVALUATORS = list((ROOT / "eval").glob("[!_]*.py"))
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 SHRINK = {
     "pretrain": ["--steps", "2", "--workers", "0", "--no-score"],
@@ -49,6 +51,27 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    ("page", "sentence", "count"),
+    [
+        ("README.md", r"It has (\d+) pretraining methods", len(METHODS)),
+        ("README.md", r"one training loop and (\d+) evaluators", len(EVALUATORS)),
+        ("README.md", r"\| methods \| (\d+) and a supervised control", len(METHODS)),
+        ("docs/index.md", r"- (\d+) pretraining methods and a supervised control", len(METHODS)),
+    ],
+)
+def test_what_the_pages_count_is_so(page: str, sentence: str, count: int) -> None:
+    (said,) = re.findall(sentence, (ROOT / page).read_text())
+    assert int(said) == count
+
+
+def test_the_readme_lists_every_method_once() -> None:
+    listed = re.findall(
+        r"docs/methods/(\w+)\.md", (ROOT / "README.md").read_text().split("## Methods")[1].split("\n## ")[0]
+    )
+    assert sorted(listed) == sorted([*METHODS, "supervised"])
 
 
 def small(words: list[str]) -> list[str]:

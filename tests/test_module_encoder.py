@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ssl_pretrain import backbones, encoder
+from ssl_pretrain.backbones.backbone import UnsupportedByBackbone
 from ssl_pretrain.distributed.batch_norm import BatchNorm2d
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
@@ -23,6 +24,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from ssl_pretrain.backbones.wrapping import of_map
 
 Path(os.environ["IMPORTED"]).write_text("yes")
 
@@ -54,6 +57,31 @@ def vector():
 
 def words():
     return Net(3, "words")
+
+
+class Pyramid(Net):
+    def __init__(self, steps):
+        super().__init__(3, "map")
+        self.steps = steps
+
+    def forward(self, images, maps=False):
+        x = super().forward(images)
+        found = of_map(x, x.mean((2, 3)))
+        if maps:
+            found.maps = tuple(nn.functional.interpolate(x, scale_factor=step) for step in self.steps)
+        return found
+
+
+def pyramid():
+    return Pyramid((4, 2, 1))
+
+
+def upside_down():
+    return Pyramid((1, 2))
+
+
+def no_pyramid():
+    return Pyramid(())
 
 
 def nothing():
@@ -105,6 +133,31 @@ def test_what_a_module_gives_becomes_features(mine: str, function: str, grid: tu
         model(images[:, :2])
 
 
+@pytest.mark.parametrize(
+    ("function", "strides"),
+    [
+        ("build", ((2, 2), (4, 4), (8, 8), (16, 16))),  # its map resampled
+        ("tokens", ((2, 2), (4, 4), (8, 8), (16, 16))),
+        ("pyramid", ((2, 2), (4, 4), (8, 8))),  # its own maps
+    ],
+)
+def test_maps_of_a_module(mine: str, function: str, strides: tuple) -> None:
+    model = backbones.build(f"module:{mine}:{function}", image_size=(16, 24)).eval()
+    assert (model.map_strides, set(model.map_channels)) == (strides, {12})
+    images = torch.randn(2, 3, 32, 24, generator=torch.Generator().manual_seed(0))
+    found, plain = model(images, maps=True), model(images)
+    assert [tuple(x.shape) for x in found.maps] == [(2, 12, 32 // s, -(-24 // s)) for s, _ in strides]
+    assert torch.equal(found.maps[2], found.patches.mT.unflatten(2, (4, 3)))
+    assert torch.equal(found.pooled, plain.pooled)
+    assert plain.maps == ()
+
+
+def test_a_module_of_one_vector_has_no_maps(mine: str) -> None:
+    model = backbones.build(f"module:{mine}:vector", image_size=(16, 24))
+    with pytest.raises(UnsupportedByBackbone, match="gives one vector of an image: let its forward give a map"):
+        model(torch.zeros(1, 3, 16, 24), maps=True)
+
+
 def test_the_function_gets_the_channels_that_it_asks_for(mine: str) -> None:
     assert backbones.build(f"module:{mine}:build", image_size=(16, 16), in_chans=5).model.stem.in_channels == 5
 
@@ -115,6 +168,8 @@ def test_the_function_gets_the_channels_that_it_asks_for(mine: str) -> None:
         ("{mine}:words", "not str"),
         ("{mine}:nothing", "must return a torch module, not int"),
         ("{mine}:dropped", "has dropout"),
+        ("{mine}:upside_down", "the finest first, not of the shapes"),
+        ("{mine}:no_pyramid", "its forward must give Features with `maps`"),
         ("{mine}:gone", "no attribute 'gone'"),
         ("no_such_package:build", "No module named"),
         ("{mine}", "write module:PACKAGE:FUNCTION"),

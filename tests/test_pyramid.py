@@ -160,15 +160,23 @@ def test_maps_of_kept_patches_are_refused() -> None:
         built("vit_tiny")(draw(1, 3, 64, 96), keep=torch.zeros(1, 2, dtype=torch.int64), maps=True)
 
 
-def test_an_encoder_without_maps_says_so() -> None:
+def test_an_encoder_of_another_library_has_its_last_map_resampled_or_says_why_not() -> None:
     from ssl_pretrain.foreign.libraries import Foreign, _read_module
 
-    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4))
     how = Preprocessing.for_size((16, 16), (0.5,) * 3, (0.5,) * 3)
-    foreign = Encoder(Foreign(model, _read_module, "module:a:b", (16, 16), 3), "module:a:b", how, {})
-    assert foreign(torch.zeros(1, 3, 16, 16)).maps == ()
-    with pytest.raises(UnsupportedByBackbone, match="maps needs an encoder that supports 'maps', and Foreign does not"):
-        foreign(torch.zeros(1, 3, 16, 16), maps=True)
+    one_map, vector = nn.Sequential(nn.Conv2d(3, 8, 4, 4)), nn.Sequential(nn.Conv2d(3, 8, 16), nn.Flatten())
+    foreign = Encoder(Foreign(one_map, _read_module, "module:a:b", (16, 16), 3), "module:a:b", how, {})
+    images = draw(1, 3, 16, 16)
+    assert foreign(images).maps == ()
+    maps = foreign(images, maps=True).maps
+    assert foreign.backbone.map_strides == ((1, 1), (2, 2), (4, 4), (8, 8))
+    assert [tuple(x.shape) for x in maps] == [(1, 8, side, side) for side in (16, 8, 4, 2)]
+    assert torch.equal(maps[2], one_map(images))
+    foreign = Encoder(Foreign(vector, _read_module, "module:a:b", (16, 16), 3), "module:a:b", how, {})
+    with pytest.raises(
+        UnsupportedByBackbone, match="maps needs an encoder that gives maps: module:a:b gives one vector"
+    ):
+        foreign(images, maps=True)
 
 
 def test_an_export_has_the_maps_too(tmp_path: Any) -> None:

@@ -64,6 +64,7 @@ class Backbone(nn.Module, ABC):
     supports: frozenset[str]
     map_strides: tuple[tuple[float, float], ...] = ()  # pixels a position (down, right) of each of `Features.maps`
     map_channels: tuple[int, ...] = ()  # their channels
+    no_maps: str = ""  # why there are none, where that is not the same for all encoders of the class
     # Patterns (as of file names) of matrices that weight decay does not apply to, beside biases and norms.
     undecayed: tuple[str, ...] = ()
 
@@ -144,6 +145,8 @@ class Backbone(nn.Module, ABC):
                     f"{type(self).__name__} masks only whole units of {self.unit[0]} x {self.unit[1]}; a ViT "
                     f"(--encoder vit_small) masks patches"
                 )
+            if wish == "maps" and wish not in self.supports and self.no_maps:
+                raise UnsupportedByBackbone(f"{method} needs an encoder that gives maps: {self.no_maps}")
             if wish not in self.supports:
                 other = "a ConvNeXt (--encoder convnextv2_tiny)" if wish == "visible" else "a ViT (--encoder vit_small)"
                 raise UnsupportedByBackbone(

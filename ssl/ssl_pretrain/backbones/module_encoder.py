@@ -7,6 +7,7 @@ Shapes: B images, C channels, H x W pixels, N patches on an (h, w) grid, D width
 
 import importlib
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..distributed.batch_norm import globalize
 from ..errors import UserError
+from . import pyramid
 from .backbone import Backbone, Features
 from .wrapping import dropouts, of_map, of_tokens, use_inner_names
 
@@ -28,7 +30,8 @@ NAME = re.compile(r"[\w.]+:[\w.]+")
 class ModuleEncoder(Backbone):
     """The module that a function returns. The function is called without arguments, or with those of `image_size` (H, W)
     and `in_chans` that it has. The module's forward takes images (B, C, H, W) and gives (B, D), (B, D, h, w), (B, N, D) in
-    raster order, or Features.
+    raster order, or Features. A forward that has the parameter `maps` also gives Features with maps if it is True; a
+    pyramid of others that give a grid is their last map resampled (pyramid.py).
 
     For layer decay the module's children are its layers, in their order. Raises UserError for a function that cannot be
     imported or returns something else, and for dropout.
@@ -41,7 +44,7 @@ class ModuleEncoder(Backbone):
         function: str
         """PACKAGE:FUNCTION that returns the module, given by --encoder module:PACKAGE:FUNCTION."""
 
-    supports = frozenset()
+    supports = frozenset()  # of any module; each has its own
 
     def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
         super().__init__()
@@ -59,10 +62,11 @@ class ModuleEncoder(Backbone):
         children = [name for name, child in self.model.named_children() if any(True for _ in child.parameters())]
         self._layers = {name: i for i, name in enumerate(children)}
         self.depth = max(len(children) - 1, 1)
+        self._gives_maps = "maps" in inspect.signature(self.model.forward).parameters
         self.model.eval()
         try:
             with torch.no_grad():
-                found = _features(self.model, self._blank(image_size))
+                found = self._features(self._blank(image_size), self._gives_maps)
         except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
             raise UserError(
                 f"module:{config.function} does not take images of {in_chans} channels and {image_size[0]} x "
@@ -71,6 +75,20 @@ class ModuleEncoder(Backbone):
         self.model.train()
         h, w = found.grid
         self.dim, self.stride = found.pooled.shape[1], (max(image_size[0] // h, 1), max(image_size[1] // w, 1))
+        if self._gives_maps:
+            _check_maps(found.maps, config.function)
+            sides = [(image_size[0] / x.shape[2], image_size[1] / x.shape[3]) for x in found.maps]
+            self.map_strides = tuple((pyramid.whole(down), pyramid.whole(right)) for down, right in sides)
+            self.map_channels = tuple(x.shape[1] for x in found.maps)
+        elif found.grid != (1, 1):
+            self.map_strides = pyramid.strides(self.stride)
+            self.map_channels = (found.patches.shape[2],) * len(pyramid.SCALES)
+        else:
+            self.no_maps = (
+                f"module:{config.function} gives one vector of an image: let its forward give a map, (B, N, D), or take "
+                f"maps=True and give Features with maps"
+            )
+        self.supports = frozenset({"maps"} if self.map_strides else ())
 
     def forward(
         self,
@@ -82,12 +100,19 @@ class ModuleEncoder(Backbone):
         prefix_length: Tensor | None = None,
         blocks: tuple[int, ...] = (),
         drop: Tensor | None = None,
+        maps: bool = False,
     ) -> Features:
-        """See `Backbone.forward`; all options are refused. Raises UserError for images with another number of channels."""
+        """See `Backbone.forward`; all options but `maps` are refused. Raises UserError for images with another number of
+        channels, UnsupportedByBackbone for maps where there are none."""
         self.refuse_options(keep, replace, attention, prefix_length, blocks)
+        if maps:
+            self.require("the option maps", "maps")
         if images.shape[1] != self.in_chans:
             raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
-        return _features(self.model, images)
+        found = self._features(images, maps and self._gives_maps)
+        if maps and not self._gives_maps:
+            found.maps = pyramid.simple_pyramid(found.patches.mT.unflatten(2, found.grid))
+        return found
 
     @property
     def code(self) -> str:
@@ -99,6 +124,12 @@ class ModuleEncoder(Backbone):
         parameters. Raises KeyError for an unknown parameter."""
         self.get_parameter(parameter)
         return self._layers.get(parameter.split(".")[1], 0)
+
+    def _features(self, images: Tensor, maps: bool) -> Features:
+        """The module's features, of the precision of its parameters, also under autocast; with its own maps."""
+        output = self.model(images, maps=True) if maps else self.model(images)
+        precise = output.to(next(self.model.parameters()).dtype) if isinstance(output, Tensor) else output
+        return read_output(precise, images)
 
     def _blank(self, size: tuple[int, int]) -> Tensor:
         return torch.zeros(1, self.in_chans, *size, device=next(self.model.parameters()).device)
@@ -153,7 +184,12 @@ def read_output(output: Any, images: Tensor) -> Features:
     return of_tokens(output, images, 0, False, output.mean(1))
 
 
-def _features(module: nn.Module, images: Tensor) -> Features:
-    """The module's features, of the precision of its parameters, also under autocast."""
-    output = module(images)
-    return read_output(output.to(next(module.parameters()).dtype) if isinstance(output, Tensor) else output, images)
+def _check_maps(maps: tuple[Tensor, ...], function: str) -> None:
+    """Raise UserError unless they are maps, the finest first."""
+    sides = [tuple(x.shape[2:]) for x in maps]
+    coarser = all(fine[0] > coarse[0] and fine[1] > coarse[1] for fine, coarse in itertools.pairwise(sides))
+    if not maps or any(x.ndim != 4 for x in maps) or not coarser:
+        raise UserError(
+            f"module:{function}: with maps=True its forward must give Features with `maps`, each (B, C, h, w), the finest "
+            f"first, not of the shapes {[tuple(x.shape) for x in maps]}"
+        )

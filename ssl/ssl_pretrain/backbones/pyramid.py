@@ -14,7 +14,7 @@ SCALES = (4.0, 2.0, 1.0, 0.5)  # sides of the maps, as multiples of the grid's: 
 def strides(patch: tuple[int, int]) -> tuple[tuple[float, float], ...]:
     """Pixels a position (down, right) of each map of `simple_pyramid`, of patches of that size: 4, 8, 16 and 32 of patches
     of 16; whole numbers are int."""
-    return tuple((_whole(patch[0] / scale), _whole(patch[1] / scale)) for scale in SCALES)
+    return tuple((whole(patch[0] / scale), whole(patch[1] / scale)) for scale in SCALES)
 
 
 def simple_pyramid(x: Tensor) -> tuple[Tensor, ...]:
@@ -24,5 +24,6 @@ def simple_pyramid(x: Tensor) -> tuple[Tensor, ...]:
     return (*larger, x, F.max_pool2d(x, 2, ceil_mode=True))
 
 
-def _whole(number: float) -> float:
+def whole(number: float) -> float:
+    """The number, as int where it is whole."""
     return int(number) if number == int(number) else number

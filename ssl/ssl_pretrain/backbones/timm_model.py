@@ -1,8 +1,8 @@
 """A model of timm as an encoder: `--encoder timm:NAME`. timm is imported when one is built.
 
-Any model gives pooled vectors and patches. A plain ViT (timm's class `VisionTransformer`) also takes masks. What differs
-from timm in training: batch norms have the statistics of the global batch, drop path follows the run's noise, dropout is
-off. The weights have timm's names.
+Any model gives pooled vectors and patches, and maps if it has a grid of patches. A plain ViT (timm's class
+`VisionTransformer`) also takes masks and gives its attention. What differs from timm in training: batch norms have the
+statistics of the global batch, drop path follows the run's noise, dropout is off. The weights have timm's names.
 
 Shapes: B images, C channels, H x W pixels, N patches on an (h, w) grid, P prefix tokens, L = P + N, D width of the
 pooled vector and of the patches, n drop path layers.
@@ -24,9 +24,12 @@ from .. import plugins
 from ..distributed.batch_norm import BatchNorm2d, globalize
 from ..errors import UserError, nearest
 from ..flags import FROM_0_BELOW_1, within
+from . import pyramid
 from .attention import prefix_mask
 from .backbone import Backbone, Features
 from .drop_path import drop_factors, given
+from .timm_attention import give_attention
+from .timm_maps import Levels, levels, with_stages
 from .wrapping import dropouts, of_tokens, use_inner_names
 
 # Arguments that models get if they take them: other image sizes than the configured one, and drop path layers, whose
@@ -114,15 +117,26 @@ class TimmModel(Backbone):
         self.model = model
         use_inner_names(self)
         self._norms = [part for part in model.modules() if isinstance(part, BatchNorm2d)]
-        self._is_vit = type(model) is timm.models.vision_transformer.VisionTransformer and model.attn_pool is None
+        plain = type(model) is timm.models.vision_transformer.VisionTransformer
+        # With another stem (a small ResNet), patches are not those of the patch size that timm states.
+        self._is_vit = plain and model.attn_pool is None and type(model.patch_embed) is timm.layers.PatchEmbed
         has_cls = getattr(model, "cls_token", None) is not None
         self._prefix = int(getattr(model, "num_prefix_tokens", has_cls))
         self._layers = self._layer_groups(timm)
         self.depth = max([1, *self._layers.values()])
         self._patches: Literal["head", "map", "pooled"] = "head"  # what the patches of a map are
+        self._levels: Levels | None = None  # None: maps are resampled from the patches
         self._taken: set[tuple[int, int]] = set()  # image sizes that were encoded
         self.dim, self.stride = self._probe(timm)
         words = {"pooled_only"} if not self._is_vit else {"keep", "replace", "attention", "blocks"}
+        if self._patches == "pooled" and self._levels is None:
+            self.no_maps = f"timm's {config.timm_model} gives one vector of an image, and no map"
+        else:
+            words.add("maps")
+            self.map_strides = pyramid.strides(self.stride) if self._levels is None else self._levels.strides
+            self.map_channels = (self.dim,) * len(pyramid.SCALES) if self._levels is None else self._levels.channels
+        if self._is_vit and give_attention(model, timm):
+            words.add("attention_maps")
         if 0 < len(self._drop_paths) <= 2 * self.depth:
             words.add("drop_path")
         elif config.drop_path > 0:
@@ -160,15 +174,26 @@ class TimmModel(Backbone):
         blocks: tuple[int, ...] = (),
         drop: Tensor | None = None,
         pooled_only: bool = False,
+        maps: bool = False,
+        attention_of: tuple[int, ...] = (),
+        attention_logits: bool = False,
     ) -> Features:
         """See `Backbone.forward`. Drop path layer i uses column i of `drop`. In training, `patches` do not change the
-        running statistics of a head with batch norm.
+        running statistics of a head with batch norm. Maps are the outputs of the last four stages of different strides,
+        before the final norm; those of a model whose stages do not get coarser are resampled from `patches`
+        (pyramid.py).
 
-        Raises UserError for images with another number of channels and for sizes that the model does not take,
-        UnsupportedByBackbone for an option that the model does not support, RuntimeError if the noise of drop path is
-        missing.
+        Raises UserError for images with another number of channels, for sizes that the model does not take and for maps
+        with `keep`, UnsupportedByBackbone for an option that the model does not support, RuntimeError if the noise of
+        drop path is missing.
         """
         self.refuse_options(keep, replace, attention, prefix_length, blocks)
+        if maps:
+            self.require("the option maps", "maps")
+        if attention_of:
+            self.require("the option attention_of", "attention_maps")
+        if maps and keep is not None:
+            raise UserError("maps are of whole images: ask for them without keep, which leaves patches out")
         if images.shape[1] != self.in_chans:
             raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
         size = images.shape[2], images.shape[3]
@@ -176,8 +201,18 @@ class TimmModel(Backbone):
             self._check_patches(*size)
         with self._dropping(drop), self._refusing(size):
             if self._is_vit:
-                return self._tokens(images, keep, replace, attention, prefix_length, blocks)
-            return self._plain(self.model, images, pooled_only)
+                kind = "logits" if attention_logits else "weights"
+                found = self._tokens(images, keep, replace, attention, prefix_length, blocks, attention_of, kind)
+            elif maps and self._levels is not None:
+                x, stages = with_stages(self.model, images, self._levels)
+                found = self._plain(self.model, x, images, pooled_only)
+                found.maps = tuple(_precise(each, self.model) for each in stages)
+            else:
+                x = self.model.forward_features(images)
+                found = self._plain(self.model, x, images, pooled_only and not maps)
+            if maps and self._levels is None:
+                found.maps = pyramid.simple_pyramid(found.patches.mT.unflatten(2, found.grid))
+        return found
 
     def layer_of(self, parameter: str) -> int:
         """See `Backbone.layer_of`: timm's layer groups (`group_matcher`), which layer decay in timm uses. What timm
@@ -285,6 +320,7 @@ class TimmModel(Backbone):
                 with contextlib.suppress(Exception):  # a model of one size
                     h, w = self._tried(twin, (PROBED, PROBED), device).grid
                     size = (PROBED, PROBED)
+                self._levels = self._staged(twin, size, device)
                 return self._tried(twin, self.image_size, device).pooled.shape[1], (
                     max(size[0] // h, 1),
                     max(size[1] // w, 1),
@@ -296,20 +332,26 @@ class TimmModel(Backbone):
             f"pixels: {' '.join(str(problem).split())}"
         )
 
-    def _tried(self, twin: nn.Module, size: tuple[int, int], device: str) -> Features:
+    def _tried(self, twin: Any, size: tuple[int, int], device: str) -> Features:
         """The features that a twin gives of images of a size, with the first kind of patches that is as wide as the pooled
         vector. Raises what the model raises, ValueError if none is."""
         problem: Exception = ValueError("its patches and its pooled vector have other widths")
         with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
             for self._patches in ("head", "map", "pooled"):
                 try:
-                    found = self._plain(twin, torch.zeros(2, self.in_chans, *size), False)
+                    images = torch.zeros(2, self.in_chans, *size)
+                    found = self._plain(twin, twin.forward_features(images), images, False)
                 except Exception as error:
                     problem = error
                     continue
                 if found.patches.shape[-1] == found.pooled.shape[-1]:
                     return found
         raise problem
+
+    def _staged(self, twin: Any, size: tuple[int, int], device: str) -> Levels | None:
+        """The stages of a twin that are the maps, found with images of a size."""
+        with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return levels(twin, torch.zeros(2, self.in_chans, *size))
 
     def _check_patches(self, height: int, width: int) -> None:
         """Raise UserError for images that the patches of a plain ViT do not divide."""
@@ -357,9 +399,8 @@ class TimmModel(Backbone):
                 f"timm's {self.config.timm_model} does not take images of {size[0]} x {size[1]} pixels: {text}"
             ) from problem
 
-    def _plain(self, model: Any, images: Tensor, pooled_only: bool) -> Features:
-        """The features of any model of timm."""
-        x = model.forward_features(images)
+    def _plain(self, model: Any, x: Tensor, images: Tensor, pooled_only: bool) -> Features:
+        """The features of any model of timm, from what its `forward_features` gives of the images."""
         pooled = _precise(model.forward_head(x, pre_logits=True).flatten(1), model)
         if x.ndim == 3:
             has_cls = getattr(model, "cls_token", None) is not None
@@ -384,10 +425,14 @@ class TimmModel(Backbone):
         attention: str | Tensor,
         prefix_length: Tensor | None,
         blocks: tuple[int, ...],
+        attention_of: tuple[int, ...],
+        kind: str,
     ) -> Features:
-        """The features of a plain ViT: timm's `forward_features`, with the options between its steps."""
+        """The features of a plain ViT: timm's `forward_features`, with the options between its steps. kind: "weights" or
+        "logits", of the attention of blocks."""
         model, prefix = self.model, self._prefix
-        indices = [self._block(i) for i in blocks]
+        indices, of_attention = [self._block(i) for i in blocks], [self._block(i) for i in attention_of]
+        looks: dict[int, Tensor] = {}
         x = model.patch_embed(images)  # (B, h, w, D), or (B, N, D) for a model of one size
         if replace is not None:
             masked, token = replace
@@ -400,7 +445,11 @@ class TimmModel(Backbone):
         mask = _mask(attention, prefix_length, x.shape[1], prefix)
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(model.blocks):
-            x = block(x) if mask is None else block(x, attn_mask=mask.to(x.device))
+            masked_by = {} if mask is None else {"attn_mask": mask.to(x.device)}
+            if i in of_attention:
+                x, looks[i] = block(x, **masked_by, attention=kind)
+            else:
+                x = block(x, **masked_by)
             if i in indices:
                 outputs[i] = x
         x = model.norm(x)
@@ -414,6 +463,7 @@ class TimmModel(Backbone):
             prefix=x[:, :prefix] if prefix else None,
             blocks=tuple(outputs[i] for i in indices),
             tokens=x if prefix else None,
+            attention=tuple(looks[i] for i in of_attention),
         )
 
     def _block(self, i: int) -> int:

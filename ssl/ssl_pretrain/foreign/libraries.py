@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import backbones, plugins
+from ..backbones import pyramid
 from ..backbones.backbone import Backbone, Features
 from ..backbones.module_encoder import made, read_output
+from ..backbones.timm_maps import Levels, levels, with_stages
 from ..backbones.timm_model import TimmModel
 from ..backbones.wrapping import of_map, of_tokens
 from ..encoder import Encoder, Preprocessing
@@ -35,15 +37,16 @@ from .specs import Spec
 from .weights import difference, flat, read_file
 
 Read = Callable[[nn.Module, Tensor], Features]  # from a library's module and normalised images (B, C, H, W) to Features
+ReadStages = Callable[[nn.Module, Tensor, Levels], Features]  # the same, with maps
 
 
 @final
 class Foreign(Backbone):
     """A module of another library. `patches` is its grid of tokens or its last map; `pooled` is the input of the
     library's classifier (its width may differ from the patches'). A module that gives one vector per image has one
-    patch."""
+    patch, and no maps. Maps are the outputs of stages, where they are known, else the last map resampled (pyramid.py)."""
 
-    supports = frozenset()
+    supports = frozenset()  # of any module; each has its own
 
     @dataclass(frozen=True)
     class Config:
@@ -52,9 +55,18 @@ class Foreign(Backbone):
         spec: str
         """The spec, as given to --encoder."""
 
-    def __init__(self, module: nn.Module, read: Read, spec: str, image_size: tuple[int, int], in_chans: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        read: Read,
+        spec: str,
+        image_size: tuple[int, int],
+        in_chans: int,
+        stages: tuple[Levels, ReadStages] | None = None,
+    ) -> None:
+        """stages: which outputs of stages are the maps, and how to read them with the features."""
         super().__init__()
-        self.module, self.read = module.eval(), read
+        self.module, self.read, self.stages = module.eval(), read, stages
         self.config, self.image_size, self.in_chans = self.Config(spec), image_size, in_chans
         try:
             with torch.inference_mode():
@@ -67,6 +79,13 @@ class Foreign(Backbone):
         h, w = features.grid
         self.dim, self.depth = features.pooled.shape[1], 1
         self.stride = (max(image_size[0] // h, 1), max(image_size[1] // w, 1))
+        if stages is None and h == w == 1:
+            self.no_maps = f"{spec} gives one vector of an image, and no map"
+            return
+        self.supports = frozenset({"maps"})
+        width = features.patches.shape[2]
+        self.map_strides = pyramid.strides(self.stride) if stages is None else stages[0].strides
+        self.map_channels = (width,) * len(pyramid.SCALES) if stages is None else stages[0].channels
 
     def forward(
         self,
@@ -78,10 +97,19 @@ class Foreign(Backbone):
         prefix_length: Tensor | None = None,
         blocks: tuple[int, ...] = (),
         drop: Tensor | None = None,
+        maps: bool = False,
     ) -> Features:
-        """See `Backbone.forward`; all options are refused."""
+        """See `Backbone.forward`; all options but `maps` are refused."""
         self.refuse_options(keep, replace, attention, prefix_length, blocks)
-        return self.read(self.module, images)
+        if not maps:
+            return self.read(self.module, images)
+        self.require("the option maps", "maps")
+        if self.stages is not None:
+            wanted, read = self.stages
+            return read(self.module, images, wanted)
+        found = self.read(self.module, images)
+        found.maps = pyramid.simple_pyramid(found.patches.mT.unflatten(2, found.grid))
+        return found
 
     def layer_of(self, parameter: str) -> int:
         """All parameters belong to one block, because the structure of another library's module is not known."""
@@ -189,7 +217,11 @@ def _timm(spec: Spec) -> Encoder:
     how = prepared(spec, stated, firm=True)
     if how.crop != stated.crop and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=how.crop)
-    return _encoder(spec, model, _read_timm, how, {"library": f"timm {timm.__version__}", "weights": str(file)})
+    lineage = {"library": f"timm {timm.__version__}", "weights": str(file)}
+    found = None
+    with torch.inference_mode(), contextlib.suppress(Exception):  # an image that it does not take is refused below
+        found = levels(model.eval(), torch.zeros(1, channels, *how.crop))
+    return _encoder(spec, model, _read_timm, how, lineage, None if found is None else (found, _read_timm_stages))
 
 
 def load_checkpoint(name: str, backbone: Backbone) -> str | None:
@@ -240,7 +272,17 @@ def _load_timm(model: Any, file: Path, spec: Spec) -> None:
 
 
 def _read_timm(module: Any, images: Tensor) -> Features:
-    x = module.forward_features(images)
+    return _timm_features(module, module.forward_features(images), images)
+
+
+def _read_timm_stages(module: Any, images: Tensor, wanted: Levels) -> Features:
+    x, maps = with_stages(module, images, wanted)
+    found = _timm_features(module, x, images)
+    found.maps = maps
+    return found
+
+
+def _timm_features(module: Any, x: Tensor, images: Tensor) -> Features:
     pooled = module.forward_head(x, pre_logits=True).flatten(1)
     if x.ndim == 4:
         return of_map(x.permute(0, 3, 1, 2) if getattr(module, "output_fmt", "NCHW") == "NHWC" else x, pooled)
@@ -323,8 +365,15 @@ def _read_module(module: nn.Module, images: Tensor) -> Features:
 # ---- Common functions.
 
 
-def _encoder(spec: Spec, module: nn.Module, read: Read, how: Preprocessing, lineage: dict[str, Any]) -> Encoder:
-    backbone = Foreign(module, read, str(spec), how.crop, how.channels)
+def _encoder(
+    spec: Spec,
+    module: nn.Module,
+    read: Read,
+    how: Preprocessing,
+    lineage: dict[str, Any],
+    stages: tuple[Levels, ReadStages] | None = None,
+) -> Encoder:
+    backbone = Foreign(module, read, str(spec), how.crop, how.channels, stages)
     return Encoder(backbone, f"{spec.kind}:{spec.name}", how, lineage).eval()
 
 

@@ -3,6 +3,9 @@
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_same_bits, losses
 from small_encoders import export
 from ssl_pretrain.launch.pretrain import main
 
@@ -65,6 +69,115 @@ def test_the_estimate_changes_no_bit(
         said,
     )
     assert "to be done within an hour" in said
+
+
+# A process of a run whose steps count as long; ARGUMENTS are those of `ssl-pretrain`.
+LONG = """
+import sys
+from ssl_pretrain.launch.pretrain import main
+from ssl_pretrain.loop import estimate
+
+estimate.LONG_STEP = 0.0
+MORE
+sys.exit(main())
+"""
+FAILS = """
+from ssl_pretrain import distributed
+
+measure = estimate.Estimate._pass
+
+
+def fails_on_one(self, *given):
+    if self.world.rank == 1:
+        raise RuntimeError("out of memory")
+    return measure(self, *given)
+
+
+estimate.Estimate._pass = fails_on_one
+"""
+
+
+def two_processes(out: Path, photos: Path, *words: str, more: str = "") -> tuple[dict[str, Any], str]:
+    """The checkpoint after two steps, and what the first process said."""
+    flags = [*words, *RUN, "--steps", "2", "--data", str(photos), "--out", str(out), "--log-every", "1"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LONG.replace("MORE", more), *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, **places, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return checkpoint.load(out / "checkpoints", 2), said[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "estimated"),
+    [
+        # Batch norm over both processes in encoder and heads, and a loss that gathers
+        (["--method", "simclr", "--encoder", "resnet18", "--hidden-dim", "32"], True),
+        pytest.param(["--method", "mae", *VIT, *DECODER, "--accumulate", "2"], True, marks=pytest.mark.slow),
+        pytest.param(["--method", "mae", *VIT, *DECODER, "--parallel", "fsdp"], False, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_estimate_together_and_no_bit_changes(
+    words: list[str], estimated: bool, photos: Path, tmp_path: Path, pretrain: Any
+) -> None:
+    flags = [*words, *RUN, "--steps", "2", "--data", photos, "--log-every", "1", "--out", tmp_path / "without"]
+    assert not re.search("estimated from|no estimate", pretrain(*flags, "--nproc", "2").stderr)
+    without: Any = checkpoint.load(tmp_path / "without" / "checkpoints", 2)
+    with_it, said = two_processes(tmp_path / "with", photos, *words)
+    assert losses(tmp_path / "without") == losses(tmp_path / "with")
+    assert_same_bits(without, with_it)
+    if estimated:
+        assert re.search(
+            r"estimated from \d+ images on each of 2 processes, without their communication: [\d.e+]+ ", said
+        )
+    else:
+        assert "no estimate before the first step: with --parallel fsdp a process holds a part of the model" in said
+
+
+def test_a_slice_that_fails_on_one_process_stops_none(photos: Path, tmp_path: Path) -> None:
+    """The other one would wait for it in the loss, which gathers."""
+    words = ["--method", "simclr", *VIT, "--hidden-dim", "32"]
+    _, said = two_processes(tmp_path / "run", photos, *words, more=FAILS)
+    assert "estimated" not in said
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's compiler
+def test_a_compiled_run_is_estimated_without_compiling(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Graphs are counted in the place of being compiled, which takes a minute."""
+    graphs: list[int] = []
+    compile_block, measure = torch.nn.Module.compile, Estimate._measure
+
+    def counted(graph: Any, _: Any) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    def watched(self: Estimate, *given: Any) -> Any:
+        try:
+            return measure(self, *given)
+        finally:
+            assert graphs == []
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_block(self, backend=counted))
+    without = trained(tmp_path / "without", photos, "--method", "mae", *VIT, *DECODER, "--compile")
+    assert graphs
+    graphs.clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(estimate, "LONG_STEP", 0.0)
+    monkeypatch.setattr(Estimate, "_measure", watched)
+    with_it = trained(tmp_path / "with", photos, "--method", "mae", *VIT, *DECODER, "--compile")
+    assert graphs
+    assert re.search(r"estimated from \d+ images, not compiled: ", capsys.readouterr().err)
+    assert all(torch.equal(without[name], with_it[name]) for name in without)
 
 
 def test_a_long_run_with_a_teacher_is_estimated(
@@ -162,6 +275,21 @@ def test_real_steps_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = told
     assert line.startswith("step 2/100  measured: 32 images/s, 2 minutes left")
     assert re.search(r", [\d.]+ GiB of memory so far$", line)
+
+
+def test_the_step_that_compiles_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step takes 60 s, the next one 2 s."""
+    clock = iter([100.0, 160.0, 162.0, 162.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    told: list[str] = []
+    report: Any = SimpleNamespace(silent=False, say=told.append)
+    run: Any = SimpleNamespace(steps=100, batch_size=32, compile=True)
+    world: Any = SimpleNamespace(size=1, device=torch.device("cpu"))
+    subject = Estimate(run, torch.nn.Linear(1, 1), None, [], world, report, StopRequest())  # type: ignore[arg-type]
+    subject.begin(0, None)
+    for step in (1, 2):
+        subject.after(step)
+    assert told[0].startswith("step 2/100  measured: 16 images/s, 3 minutes left")
 
 
 def test_one_long_step_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ def give_attention(model: Any, timm: Any) -> bool:
 
     The block itself computes both, so it works as any block does where blocks are compiled, computed again or sharded.
     """
-    kind, attention = timm.models.vision_transformer.Block, timm.layers.Attention
+    theirs = timm.models.vision_transformer
+    kind, attention = theirs.Block, theirs.Attention
     if any(type(block) is not kind or type(block.attn) is not attention for block in model.blocks):
         return False
     for block in model.blocks:

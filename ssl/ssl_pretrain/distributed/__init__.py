@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .collectives import (
         all_reduce_,
+        alone,
         any_of,
         barrier,
         from_all,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "World",
     "all_reduce_",
+    "alone",
     "any_of",
     "barrier",
     "cores",

@@ -3,8 +3,10 @@
 `gather` and `mean` propagate gradients, so a method may call them inside a loss. The others are for the training loop.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,14 +22,33 @@ from ..errors import UserError
 T = TypeVar("T")
 
 
+_alone = threading.Event()  # set: this process acts as a run of one, in all threads (autograd has its own)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it, this process acts as a run of one: it communicates with no other, so it cannot wait for one that fails.
+    For measurements whose result is not used for training."""
+    _alone.set()
+    try:
+        yield
+    finally:
+        _alone.clear()
+
+
+def _together() -> bool:
+    """Whether there are processes to communicate with."""
+    return dist.is_initialized() and not _alone.is_set()
+
+
 def size() -> int:
     """The number of processes of the run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _together() else 1
 
 
 def rank() -> int:
     """The rank of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _together() else 0
 
 
 class _Gather(torch.autograd.Function):
@@ -82,7 +103,7 @@ def mean(tensor: Tensor) -> Tensor:
 
 def all_reduce_(tensor: Tensor, how: str = "sum") -> Tensor:
     """Reduce a tensor in place over all processes ("sum" or "max"). Without gradients: not for use inside a loss."""
-    if dist.is_initialized():
+    if _together():
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
     return tensor
 
@@ -105,7 +126,7 @@ def sharded_like(part: Tensor, other: Tensor) -> Tensor:
 
 def mean_gradients_(parameters: list[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, all in one all-reduce."""
-    if not dist.is_initialized():
+    if not _together():
         return
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch._utils._flatten_dense_tensors(grads)
@@ -117,7 +138,7 @@ def mean_gradients_(parameters: list[nn.Parameter]) -> None:
 def any_of(*flags: bool) -> tuple[bool, ...]:
     """For each flag whether it is true on any process. It is exchanged over the CPU, without waiting for an
     accelerator."""
-    if not dist.is_initialized():
+    if not _together():
         return flags
     packed = torch.tensor([int(flag) for flag in flags])
     dist.all_reduce(packed, dist.ReduceOp.MAX, group=cpu_group())
@@ -132,13 +153,13 @@ def cpu_group() -> dist.ProcessGroup | None:
 
 def barrier() -> None:
     """Wait for all processes."""
-    if dist.is_initialized():
+    if _together():
         dist.barrier()
 
 
 def from_first(value: Any) -> Any:
     """The first process's value (plain data), on every process."""
-    if not dist.is_initialized():
+    if not _together():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -161,14 +182,14 @@ def on_all(work: Callable[[], T]) -> T:
             mistake = mine or UserError(found[0])
             mistake.args, mistake.reported_elsewhere = (found[0],), rank() != 0
             raise mistake
-        if not dist.is_initialized():
+        if not _together():
             break
     return cast(T, value)
 
 
 def from_all(value: Any) -> list[Any]:
     """Every process's value (plain data), in the order of ranks, on every process."""
-    if not dist.is_initialized():
+    if not _together():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

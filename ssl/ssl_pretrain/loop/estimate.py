@@ -1,6 +1,9 @@
 """How long a run will take, said in its first ten seconds: from a timed slice of a micro-batch where a step is long, then
 from real steps. The result of the run does not change by a bit.
 
+Each process of a run times the same slice, all at the same time, and the slowest counts. Meanwhile each of them is a run
+of one (`distributed.alone`): no process can wait for another that fails. So the time of communication is not in it.
+
 Shapes: n images of the slice.
 """
 
@@ -9,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -45,8 +48,8 @@ class Speed:
     reading: float  # of one process
     gibibytes: float  # 0: not known
 
-    def step(self, images: int, workers: int, cores: int) -> float:
-        """Seconds of a step. On a CPU, reading takes its share of the cores from training."""
+    def step(self, images: int, workers: int, cores: float) -> float:
+        """Seconds of a step of `images` of one process. On a CPU, reading takes its share of the cores from training."""
         shared = self.training + self.reading / cores if workers else self.training + self.reading
         return images * max(shared, self.reading / max(1, workers))
 
@@ -74,14 +77,24 @@ class Estimate:
         self._said = False
 
     def begin(self, start: int, autocast: Any) -> None:
-        """Before step `start`: measure a slice if the steps are long and this process is alone."""
+        """Before step `start`: measure a slice if the steps are long, or say why not. All processes call it."""
         self.method.train()
-        run, alone = self.run, self.world.size == 1 and not parallel.is_sharded(self.method)
         specs = next((stage.specs for stage in self.plan if start < stage.last), None)
-        long = specs is not None and _operations(self.method, specs) * run.batch_size >= LONG_STEP
-        if specs is not None and long and alone and not run.compile:  # compiled for the slice's size: a minute
-            self._say_from_slice(specs, start, autocast)
+        if specs is not None and _operations(self.method, specs) * self._share >= LONG_STEP:
+            if parallel.is_sharded(self.method):
+                self.report.say(
+                    f"no estimate before the first step: with --parallel {self.run.parallel} a process holds a part of the "
+                    f"model; speed and time left are measured in the first steps"
+                )
+            else:
+                with _eager(self.run.compile):  # compiled for the slice's size: a minute
+                    self._say_from_slice(specs, start, autocast)
         self._begun = self._since = time.monotonic()
+
+    @property
+    def _share(self) -> int:
+        """Images of a step that one process computes."""
+        return self.run.batch_size // self.world.size
 
     def leave_out(self, seconds: float) -> None:
         """Do not count the last `seconds`, which were no training: pictures, scores."""
@@ -93,7 +106,8 @@ class Estimate:
             return
         now = time.monotonic()
         self._steps, self._counted = self._steps + 1, self._counted + 1
-        if self._steps == 1 and now - self._begun < ENOUGH:  # it warms up; the next ones tell more
+        # It warms up, or is compiled; the next ones tell more.
+        if self._steps == 1 and (now - self._begun < ENOUGH or self.run.compile):
             self._since, self._counted = now, 0
             return
         if now - self._begun < FIRST:
@@ -115,10 +129,14 @@ class Estimate:
         images, speed = measured
         seconds = self._seconds(speed)
         left = (run.steps - start) * seconds
+        several = self.world.size > 1
+        how = f" on each of {self.world.size} processes, without their communication" if several else ""
+        how += ", not compiled" if run.compile else ""
         self.report.say(
-            f"estimated from {images} images: {run.batch_size / seconds:.3g} images/s, {seconds:.1f} s a step, "
+            f"estimated from {images} images{how}: {run.batch_size / seconds:.3g} images/s, {seconds:.1f} s a step, "
             f"{in_words(left)} for {run.steps - start:,} steps"
             + (f", about {speed.gibibytes:.1f} GiB of memory" if speed.gibibytes else "")
+            + (" a process" if speed.gibibytes and several else "")
         )
         if self.world.device.type == "cpu" and left > 1.2 * HOUR:
             for line in self._shorter(specs, speed, start, autocast):
@@ -129,33 +147,46 @@ class Estimate:
         again = 4 / 3 if isinstance(self.method, WholeBatchMethod) and self.run.accumulate > 1 else 1.0  # GradCache
         speed = dataclasses.replace(speed, training=again * speed.training)
         workers = 1 if self.run.workers is None else self.run.workers
-        return speed.step(self.run.batch_size, workers, distributed.cores())
+        return speed.step(self._share, workers, max(1.0, distributed.cores() / self.world.local_size))
 
     def _measure(
         self, method: Method, specs: tuple[ViewSpec, ...], start: int, autocast: Any
     ) -> tuple[int, Speed] | None:
-        """How many images were timed, and the speed; None where it could not be measured: no run ends for that."""
-        most = max(2, self.run.batch_size // self.run.accumulate)
+        """How many images were timed, and the speed of the slowest process; None where one could not measure it: no run
+        ends for that. All processes call it and get the same."""
+        most = max(2, self._share // self.run.accumulate)
         few = min(most, max(2, method.least_batch))
-        try:
-            with _unchanged(method, self.world):
-                before = _memory(self.world.device)
-                reading, training = self._pass(method, specs, few, start, autocast)  # warms up
-                warm = _memory(self.world.device)
-                images = few
-                if reading + training < SECONDS:
-                    reading, training = self._pass(method, specs, few, start, autocast)
-                    images = int(min(SECONDS / training, SECONDS / max(reading, 1e-9)) * few)
+        with _unchanged(method, self.world):
+            before = _memory(self.world.device)
+            times = self._timed(method, specs, few, start, autocast)  # warms up
+            warm, images = _memory(self.world.device), few
+            if times is not None and sum(times) < SECONDS:
+                times = self._timed(method, specs, few, start, autocast)
+                if times is not None:
+                    images = int(min(SECONDS / max(times[1], 1e-9), SECONDS / max(times[0], 1e-9)) * few)
                     images = max(few, min(most, images))
-                    reading, training = self._pass(method, specs, images, start, autocast)
-                end = _memory(self.world.device)
-        except Exception:
+                    times = self._timed(method, specs, images, start, autocast)
+            peaks = distributed.from_all((before, warm, _memory(self.world.device)))
+            before, warm, end = (max(of_all) for of_all in zip(*peaks, strict=True))
+        if times is None:
             return None
-        each = max(end - warm, 0.0) / max(1, images - few)
+        reading, training = times
+        an_image = max(end - warm, 0.0) / max(1, images - few)
         state = 2 * 4 * sum(p.numel() for p in method.parameters() if p.requires_grad) / 2**30  # AdamW's moments
         # Of fewer images the difference is noise.
-        memory = max(end, before + state + each * most) if images >= 4 * few else 0.0
+        memory = max(end, before + state + an_image * most) if images >= 4 * few else 0.0
         return images, Speed(training / images, reading / images, memory)
+
+    def _timed(
+        self, method: Method, specs: tuple[ViewSpec, ...], images: int, start: int, autocast: Any
+    ) -> tuple[float, float] | None:
+        """The most seconds that a process needs to read images, and for their loss and its gradients; None where one
+        failed. All processes call it and get the same."""
+        own = None
+        with suppress(Exception), distributed.alone():
+            own = self._pass(method, specs, images, start, autocast)
+        found = distributed.from_all(own)
+        return None if None in found else (max(each[0] for each in found), max(each[1] for each in found))
 
     def _pass(
         self, method: Method, specs: tuple[ViewSpec, ...], images: int, start: int, autocast: Any
@@ -199,7 +230,7 @@ class Estimate:
             )
             timed += [({"image-size": " ".join(map(str, dict.fromkeys(half)))}, found[1])] if found else []
         timed += self._small(start, autocast)
-        if self.stop.signal is not None:
+        if any(distributed.any_of(self.stop.signal is not None)):
             return
         yield "to be done within an hour, for example:"
         for flags, each in timed:
@@ -220,7 +251,7 @@ class Estimate:
             return []
         options = {**backbones.defaults("vit_micro"), **kind.recipe.encoder, "patch_size": SMALL["patch-size"]}
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), distributed.alone():
                 backbone = backbones.build("vit_micro", image_size=size, in_chans=self.run.in_chans, **options)
                 method = kind(backbone, kind.sized(kind.Config(), backbone, len(self.source)))
                 method.prepare(len(self.source))
@@ -249,6 +280,11 @@ def _unchanged(method: Method, world: World) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
+
+
+def _eager(compiled: bool) -> AbstractContextManager[object]:
+    """Within it, compiled blocks are computed as they are; nothing is compiled, and what is compiled stays."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _half(side: int, stride: int) -> int:

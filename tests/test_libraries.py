@@ -405,6 +405,23 @@ def test_an_optional_library_that_is_missing_is_named_with_the_command() -> None
         plugins.optional("no_such_library.part", "x", "'it'")
 
 
+def test_a_part_of_an_optional_library_whose_import_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers does, which imports its models when they are first used: the reason is the cause."""
+
+    def lazily(name: str) -> None:
+        raise ModuleNotFoundError(f"Could not import module {name!r}") from RuntimeError(
+            "torchvision::nms does not exist"
+        )
+
+    library = ModuleType("lazy")
+    monkeypatch.setattr(library, "__getattr__", lazily, raising=False)
+    with pytest.raises(
+        UserError, match=r"^x needs lazy, .* \(RuntimeError: torchvision::nms does not exist\): reinstall"
+    ):
+        plugins.part(library, "Model", "x")
+    assert plugins.part(library, "__name__", "x") == "lazy"
+
+
 def test_a_parquet_file_says_why_pyarrow_is_of_no_use(tmp_path: Path, pretrain: Callable) -> None:
     (tmp_path / "pyarrow").mkdir()
     (tmp_path / "pyarrow" / "__init__.py").write_text(BROKEN["pyarrow"] + "\n")

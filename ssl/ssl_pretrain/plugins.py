@@ -60,15 +60,31 @@ def optional(name: str, wanted_by: str, install: str | None = None) -> ModuleTyp
 
     Raises UserError: that it is not there and how it is installed, or that it is there and what its import failed of.
     """
-    why: Exception
     library = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as problem:
         if problem.name == library:
             raise UserError(f"{wanted_by} needs {library}: pip install {install or library}") from None
-        why, remedy = problem, f"it needs {problem.name}"
+        raise _unusable(library, wanted_by, install, problem) from None
     except Exception as problem:  # whatever a library raises that does not fit to what else is installed
-        why, remedy = problem, f"reinstall it to fit the others: pip install --force-reinstall {install or library}"
+        raise _unusable(library, wanted_by, install, problem) from None
+
+
+def part(library: ModuleType, name: str, wanted_by: str) -> Any:
+    """`library.name` of an optional library that imports its parts when they are first used. Raises UserError where that
+    import fails, as `optional` does."""
+    try:
+        return getattr(library, name)
+    except Exception as problem:  # whatever a library raises that does not fit to what else is installed
+        inner = problem.__cause__ if isinstance(problem.__cause__, Exception) else problem
+        raise _unusable(library.__name__, wanted_by, None, inner) from None
+
+
+def _unusable(library: str, wanted_by: str, install: str | None, why: Exception) -> UserError:
+    """The message for a library that is there and cannot be imported."""
+    remedy = f"reinstall it to fit the others: pip install --force-reinstall {install or library}"
+    if isinstance(why, ModuleNotFoundError) and why.name:
+        remedy = f"it needs {why.name}"
     text = " ".join(f"{type(why).__name__}: {why}".split())
-    raise UserError(f"{wanted_by} needs {library}, which is installed, but its import fails ({text}): {remedy}")
+    return UserError(f"{wanted_by} needs {library}, which is installed, but its import fails ({text}): {remedy}")

@@ -300,10 +300,9 @@ def _transformers(spec: Spec) -> Encoder:
     stated = transformers_preprocessing(folder)
     if stated is None:
         raise UserError(f"{spec}: {folder} has no preprocessor_config.json, which states the preprocessing")
+    auto = plugins.part(library, "AutoModel", str(spec))
     try:
-        model = library.AutoModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
+        model = auto.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError) as problem:
         reason = " ".join(str(problem).split())
         raise UserError(

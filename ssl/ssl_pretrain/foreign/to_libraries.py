@@ -68,11 +68,16 @@ def to_transformers(encoder: Encoder, folder: Path) -> tuple[str, dict[str, floa
             _write(encoder, form, aside)
         else:
             kind, options, weights = native
-            made = getattr(library, kind)(getattr(library, kind.replace("Model", "Config"))(**options))
+            model_class, config = (
+                plugins.part(library, each, "a folder for transformers")
+                for each in (kind, kind.replace("Model", "Config"))
+            )
+            made = model_class(config(**options))
             made.load_state_dict(weights)
             made.save_pretrained(aside)
             (aside / "preprocessor_config.json").write_text(json.dumps(_processor(encoder), indent=1) + "\n")
-        model = library.AutoModel.from_pretrained(aside, local_files_only=True).eval()
+        auto = plugins.part(library, "AutoModel", "a folder for transformers")
+        model = auto.from_pretrained(aside, local_files_only=True).eval()
         name = type(model).__name__
         # transformers' own ViTs give the class token; ours may be told to give the mean of the patches.
         pools = not (

@@ -89,6 +89,8 @@ class Estimate:
             else:
                 with _eager(self.run.compile):  # compiled for the slice's size: a minute
                     self._say_from_slice(specs, start, autocast)
+        if self.run.compile:
+            self.report.say("the first step also compiles the model; the speed is measured after it")
         self._begun = self._since = time.monotonic()
 
     @property

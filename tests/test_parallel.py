@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import spark_helpers
 import torch
 from conftest import TINY, command, losses
 from torch import nn
@@ -165,6 +167,30 @@ print(json.dumps([grown, norm.tolist()]))
     kept, again = (json.loads(run.stdout) for run in runs)
     assert again[1] == pytest.approx(kept[1], rel=1e-6)
     assert again[0] < 0.5 * kept[0]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_activations_computed_again_move_running_statistics_once(masked: bool) -> None:
+    asked = types.SimpleNamespace(gradient_checkpointing=False, compile=False, parallel="ddp")
+    found = []
+    for asked.gradient_checkpointing in (False, True):
+        method, x = spark_helpers.build("resnet_micro"), spark_helpers.images()
+        parallel.wrap(method, asked, types.SimpleNamespace(size=1))  # type: ignore[arg-type]
+        before = {name: each.clone() for name, each in method.named_buffers()}
+        for _ in range(2):
+            if masked:
+                method(spark_helpers.a_batch(x), spark_helpers.step()).total.backward()
+            else:
+                method.encoder(x).pooled.square().sum().backward()
+        seen = {n: b for n, b in method.named_buffers() if n.startswith("encoder") and b.is_floating_point()}
+        assert len(seen) == 2 * 12  # batch norms: of the stem, two a block, and three shortcuts
+        assert not any(torch.equal(value, before[name]) for name, value in seen.items())
+        grads = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+        found.append((dict(method.named_buffers()), grads))
+    for one, two in zip(*found, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert torch.equal(value, two[name]), name
 
 
 def test_a_model_that_is_not_sharded_is_seen_as_it_is() -> None:

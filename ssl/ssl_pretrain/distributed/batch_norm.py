@@ -3,6 +3,8 @@
 Shapes: B images of this process, C channels, ... any further sizes, W processes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -136,3 +138,17 @@ def couples_samples(module: nn.Module) -> bool:
     """Whether a module's output for one image depends on the other images of its batch."""
     known: tuple[Any, ...] = (_BatchNorm,)
     return any(isinstance(part, known) for part in module.modules())
+
+
+@contextmanager
+def constant_statistics(module: nn.Module) -> Iterator[None]:
+    """Within it, forwards of a module leave the running statistics of its batch norms as they are. The result is the same:
+    in training it is made from the batch."""
+    norms = [(part, part.momentum) for part in module.modules() if isinstance(part, _BatchNorm)]
+    try:
+        for norm, _ in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum

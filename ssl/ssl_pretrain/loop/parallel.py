@@ -9,7 +9,7 @@ centres, banks) stay whole on every process.
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import distributed
 from ..config import Resolved
 from ..distributed import World
+from ..distributed.batch_norm import constant_statistics, couples_samples
 from ..errors import UserError
 from ..pretext import Method, WholeBatchMethod
 
@@ -78,7 +79,7 @@ def wrap(method: Method, run: Resolved, world: World) -> nn.Module:
     """The method as the loop calls it; `method` itself stays what holds the parameters."""
     if run.gradient_checkpointing:
         for block in blocks(method):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _recomputed(block)
     if run.compile:
         for block in blocks(method):
             block.compile()
@@ -93,6 +94,15 @@ def wrap(method: Method, run: Resolved, world: World) -> nn.Module:
         return DistributedDataParallel(method, gradient_as_bucket_view=True, **buffers)
     _shard(method, run, world)
     return method
+
+
+def _recomputed(block: nn.Module) -> Callable[..., Any]:
+    """A block's forward that keeps no activations. It is computed again in the backward pass, without a second update of
+    its batch norms' running statistics."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if couples_samples(block):
+        options["context_fn"] = lambda: (nullcontext(), constant_statistics(block))
+    return functools.partial(checkpoint, block.forward, **options)
 
 
 def _shard(method: Method, run: Resolved, world: World) -> None:

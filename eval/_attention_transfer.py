@@ -171,7 +171,7 @@ def _opened(spec: str, student: Encoder, device: torch.device) -> Frozen:
         opened.backbone.to(device),
         spec=spec,
         fingerprint=opened.fingerprint,
-        sight=Sight(opened.backbone.stride, how.interpolation),
+        sight=Sight(opened.backbone.stride, how.interpolation, opened.backbone.unit),
         own=(how.mean, how.std),
         run=(own.mean, own.std),
     )

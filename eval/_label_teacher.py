@@ -58,7 +58,7 @@ class LabelTeacher:
             opened.backbone.to(device),
             spec=folder,
             fingerprint=opened.fingerprint,
-            sight=Sight(opened.backbone.stride, how.interpolation),
+            sight=Sight(opened.backbone.stride, how.interpolation, opened.backbone.unit),
             own=(how.mean, how.std),
             run=(own.mean, own.std),
         )

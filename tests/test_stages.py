@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import losses
+from ssl_pretrain.methods.dino import DINO
 from ssl_pretrain.methods.mae import MAE
 
-from ssl_pretrain import checkpoint, config
+from ssl_pretrain import backbones, checkpoint, config
 from ssl_pretrain.config import Run
 from ssl_pretrain.data.colour import finish
-from ssl_pretrain.data.views import NOISE_SIGMA, ViewSpec, cut
+from ssl_pretrain.data.views import NOISE_SIGMA, Sight, ViewSpec, cut, fitted
 from ssl_pretrain.errors import UserError
-from ssl_pretrain.loop.stages import plan
+from ssl_pretrain.loop.stages import check_sizes, plan
 from ssl_pretrain.randomness import numpy_generator
 
 
-def resolved(*stages: str, steps: int = 100) -> config.Resolved:
-    run = Run(method="mae", image_size=(64,), steps=steps, stages=stages)
+def resolved(*stages: str, steps: int = 100, size: int = 64) -> config.Resolved:
+    run = Run(method="mae", image_size=(size,), steps=steps, stages=stages)
     return config.resolve(run, MAE.recipe, 1000, "fp32")
 
 
@@ -55,6 +56,44 @@ def test_every_step_is_in_one_stage_however_the_shares_round() -> None:
 def test_mistakes_are_named(stages: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         plan(resolved(*stages), MAE, MAE.Config(), (16, 16))
+
+
+def test_small_crops_are_whole_mask_units() -> None:
+    """Of an encoder whose masks are coarser than its patches: 4 x 4 pixels a patch, 8 x 8 a unit."""
+    made = backbones.build("hiera_micro", image_size=(32, 32), in_chans=3, q_pool=1)
+    assert (made.stride, made.unit) == ((4, 4), (8, 8))
+    knobs = DINO.Config(local_ratio=0.4)  # 13 pixels
+    (stage,) = plan(resolved(size=32), DINO, knobs, made.stride, unit=made.unit)
+    assert [spec.size for spec in stage.specs] == [(32, 32), (32, 32), (16, 16)]
+    for spec in stage.specs:
+        made(torch.zeros(1, 3, *spec.size))
+    (stage,) = plan(resolved(size=32), DINO, knobs, made.stride)
+    assert stage.specs[-1].size == (12, 12)  # what it would not take
+
+
+def test_views_in_pixels_of_a_network_are_whole_mask_units_of_it() -> None:
+    spec = ViewSpec(name="teacher", size=(42, 44), network="teacher", network_pixels=True)
+    (found,) = fitted((spec,), (32, 32), (8, 8), {"teacher": Sight((4, 4), unit=(8, 8))})
+    assert found.size == (40, 48)
+    (found,) = fitted((spec,), (32, 32), (8, 8), {"teacher": Sight((4, 4))})
+    assert found.size == (44, 44)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "size", "remedy"),
+    [("vit_micro", "36,32", "image_size=32,32"), ("hiera_micro", "28", "image_size=32,32"), ("resnet_micro", "28", "")],
+)
+def test_a_stage_that_the_encoder_does_not_take_is_refused_at_once(encoder: str, size: str, remedy: str) -> None:
+    run = replace(resolved("0.9", f"0.1 image-size={size}", size=32), encoder=encoder)
+    settings = backbones.defaults(encoder) | ({"patch_size": 8} if encoder == "vit_micro" else {})
+    made = backbones.build(encoder, image_size=(32, 32), in_chans=3, **settings)
+    if not remedy:
+        check_sizes(run, made.config)
+        return
+    with pytest.raises(UserError, match=rf"--stages '0.1 image-size={size}': images of .* do not divide") as refused:
+        check_sizes(run, made.config)
+    assert remedy in str(refused.value)
+    assert "--image-size" not in str(refused.value)
 
 
 def test_noise_lies_on_one_square_and_is_the_same_each_time() -> None:

@@ -310,7 +310,9 @@ def _build_method(
     backbone = backbones.build(
         run.encoder, image_size=run.image_size, in_chans=run.in_chans, **dataclasses.asdict(options)
     )
-    plan = stages.plan(run, method_class, knobs, backbone.stride, {name: n.sight for name, n in networks.items()})
+    sights = {name: network.sight for name, network in networks.items()}
+    plan = stages.plan(run, method_class, knobs, backbone.stride, sights, unit=backbone.unit)
+    stages.check_sizes(run, options)
     for stage in plan:
         check_sizes(networks, stage.specs, run.teacher)
     method = method_class(backbone, knobs)

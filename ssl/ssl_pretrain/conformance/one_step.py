@@ -29,7 +29,7 @@ from ..backbones.backbone import Backbone
 from ..backbones.quantizer import Quantizer
 from ..backbones.stored import StoredCodes, StoredOutputs
 from ..data.loader import Share
-from ..data.views import Sight, fitted
+from ..data.views import Sight, ViewSpec, fitted
 from ..encoder import Encoder, Preprocessing
 from ..frozen import Frozen, is_further_teacher
 from ..loop import grad_cache
@@ -105,7 +105,7 @@ def networks(names: Sequence[str]) -> dict[str, Frozen]:
         teacher = _teacher_run() if name == "teacher_run" else None
         backbone, quantizer = _network(name) if teacher is None else (teacher.encoder, None)
         scales = OWN, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
-        sight = Sight(backbone.stride)
+        sight = Sight(backbone.stride, unit=backbone.unit)
         found[name] = Frozen(
             backbone,
             spec=name,
@@ -122,9 +122,9 @@ def networks(names: Sequence[str]) -> dict[str, Frozen]:
 def stored(method: Method, given: Batch) -> tuple[dict[str, Frozen], Batch] | None:
     """What stands in for the frozen networks of a method whose outputs can be stored, and the batch with these outputs in
     place of their views; None for a method without such networks."""
-    kind, opened = type(method), networks(type(method).frozen(method.config))
+    opened = networks(type(method).frozen(method.config))
     sights = {name: network.sight for name, network in opened.items()}
-    specs = [s for s in fitted(kind.views(method.config, SIZE), SIZE, method.encoder.stride, sights) if s.network]
+    specs = [s for s in _fitted(method, SIZE, sights) if s.network]
     if not specs or any(spec.reads is None for spec in specs):
         return None
     views, stand_ins = Views({**given.views}), dict(opened)
@@ -170,6 +170,12 @@ def network_flags(method_class: type[Method], knobs: dict[str, Any], folder: Pat
             continue
         flags += ["--teacher" if name == "anchor" else f"--{name}", str(folder / name)]
     return flags + (["--more-teachers", *more] if more else [])
+
+
+def _fitted(method: Method, size: tuple[int, int], sights: Mapping[str, Sight]) -> tuple[ViewSpec, ...]:
+    """The views of a method for images of `size` (height, width), as they are rendered."""
+    encoder = method.encoder
+    return fitted(type(method).views(method.config, size), size, encoder.stride, sights, unit=encoder.unit)
 
 
 def _network(name: str) -> tuple[Backbone, Quantizer | None]:
@@ -233,9 +239,9 @@ class Views(dict[str, Tensor]):
 def batch(method: Method, rows: slice = slice(0, BATCH)) -> Batch:
     """Rows of a global batch of noise images, with the views that the method declares and labels below 4."""
     views = {}
-    kind, size = type(method), method.encoder.image_size
-    sights = {name: network.sight for name, network in networks(kind.frozen(method.config)).items()}
-    for spec in fitted(kind.views(method.config, size), size, method.encoder.stride, sights):
+    opened = networks(type(method).frozen(method.config))
+    sights = {name: network.sight for name, network in opened.items()}
+    for spec in _fitted(method, method.encoder.image_size, sights):
         generator = torch.Generator().manual_seed(key("view", spec.name))
         images = torch.randn(spec.count, BATCH, 3, *spec.size, generator=generator)[:, rows]
         views[spec.name] = images if spec.count > 1 else images[0]

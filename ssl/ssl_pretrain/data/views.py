@@ -87,7 +87,7 @@ class ViewSpec:
     # patches of the network's stride. None: the encoder.
     network: str | None = None
     # Of a view for a network: `size` is in pixels of the network, whatever the encoder's patches. It is brought to the
-    # nearest multiple of the network's stride.
+    # nearest multiple of the network's mask unit.
     network_pixels: bool = False
     # What is read of that network, where it sees these pixels and no others; None: its outputs cannot be stored.
     reads: Reads | None = field(default=None, compare=False)
@@ -102,6 +102,7 @@ class Sight:
 
     stride: tuple[int, int]
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    unit: tuple[int, int] | None = None  # pixels of one mask unit, of which its images are whole numbers; None: a patch
 
 
 def fitted(
@@ -109,11 +110,14 @@ def fitted(
     image_size: tuple[int, int],
     stride: tuple[int, int],
     networks: Mapping[str, Sight] | None = None,
+    *,
+    unit: tuple[int, int] | None = None,
 ) -> tuple[ViewSpec, ...]:
     """The specs as they are rendered.
 
-    Every size but the run's own `image_size` is brought to the nearest multiple of the encoder's stride: a method declares
-    its small crops without knowing the size of a patch. A view for one of the frozen `networks` gets the same number of
+    Every size but the run's own `image_size` is brought to the nearest multiple of the encoder's mask `unit` (height,
+    width; None: its stride), so that the encoder takes it: a method declares its small crops without knowing the size of a
+    patch. A view for one of the frozen `networks` gets the same number of
     patches, with that network's stride, or its own number of pixels (`network_pixels`). A view `of` another one gets its
     box, flips and colours.
 
@@ -128,12 +132,12 @@ def fitted(
     for spec in specs:
         own = spec.network is not None and spec.network_pixels
         if spec.size != tuple(image_size) and not own:
-            spec = replace(spec, size=multiple(spec.size, stride))
+            spec = replace(spec, size=multiple(spec.size, unit or stride))
         if spec.network is not None:
             sight = (networks or {})[spec.network]
             cells = [side // step for side, step in zip(spec.size, stride, strict=True)]
             size = (cells[0] * sight.stride[0], cells[1] * sight.stride[1])
-            size = multiple(spec.size, sight.stride) if own else size
+            size = multiple(spec.size, sight.unit or sight.stride) if own else size
             spec = replace(spec, size=size, interpolation=sight.interpolation)
         if spec.of is not None:
             spec = _rendering(spec, out)

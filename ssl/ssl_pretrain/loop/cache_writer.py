@@ -83,8 +83,8 @@ def write(
             raise UserError("no cache is named: give --teacher-cache FOLDER (or --tokenizer-cache FOLDER)")
         uncached = dataclasses.replace(run, teacher_cache=None, tokenizer_cache=None)
         networks = open_networks(uncached, method_class, knobs, world)
-        stride = sizes.outline(run, options).stride
-        (stage,) = stages.plan(run, method_class, knobs, stride, {name: n.sight for name, n in networks.items()})
+        backbone, sights = sizes.outline(run, options), {name: network.sight for name, network in networks.items()}
+        (stage,) = stages.plan(run, method_class, knobs, backbone.stride, sights, unit=backbone.unit)
         check_sizes(networks, stage.specs, run.teacher)
         share = Share(run.batch_size, run.accumulate * processes)
         fine = True
@@ -195,6 +195,7 @@ def _described(work: _Work, store: Store) -> tuple[Layout, dict[str, Any]]:
             "dim": network.dim,
             "depth": depth,
             "stride": list(network.sight.stride),
+            "unit": list(network.sight.unit or network.sight.stride),
             "interpolation": network.sight.interpolation,
             "block": reads.block % depth,
             "origin": model_card.origin(network.spec),

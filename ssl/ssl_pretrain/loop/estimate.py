@@ -222,14 +222,13 @@ class Estimate:
     def _shorter(self, specs: tuple[ViewSpec, ...], speed: Speed, start: int, autocast: Any) -> Iterator[str]:
         """Lines of flags with which the run takes an hour or less, from the time of each."""
         # Of the mask unit, which is a whole number of patches, so that the encoder takes all sizes.
-        run, kind, stride = self.run, type(self.method), self.method.encoder.unit
+        run, kind, encoder = self.run, type(self.method), self.method.encoder
         timed: list[tuple[dict[str, Any], Speed]] = [({}, speed)]
-        half = (_half(run.image_size[0], stride[0]), _half(run.image_size[1], stride[1]))
+        half = (_half(run.image_size[0], encoder.unit[0]), _half(run.image_size[1], encoder.unit[1]))
         seen_by_networks = any(spec.network is not None for spec in specs)  # whose views need their sizes
         if half != run.image_size and not run.stages and not seen_by_networks:
-            found = self._measure(
-                self.method, fitted(kind.views(self.method.config, half), half, stride), start, autocast
-            )
+            specs = fitted(kind.views(self.method.config, half), half, encoder.stride, unit=encoder.unit)
+            found = self._measure(self.method, specs, start, autocast)
             timed += [({"image-size": " ".join(map(str, dict.fromkeys(half)))}, found[1])] if found else []
         timed += self._small(start, autocast)
         if any(distributed.any_of(self.stop.signal is not None)):
@@ -289,9 +288,9 @@ def _eager(compiled: bool) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def _half(side: int, stride: int) -> int:
-    """Half an image's side, a multiple of the stride; the side itself where half of it is below 32 pixels."""
-    half = side // 2 // stride * stride
+def _half(side: int, unit: int) -> int:
+    """Half an image's side, a multiple of the mask unit; the side itself where half of it is below 32 pixels."""
+    half = side // 2 // unit * unit
     return half if half >= 32 else side
 
 

@@ -183,7 +183,7 @@ def _frozen(
         opened.backbone.to(world.device),
         spec=spec,
         fingerprint=fingerprint,
-        sight=Sight(opened.backbone.stride, how.interpolation),
+        sight=Sight(opened.backbone.stride, how.interpolation, opened.backbone.unit),
         own=(how.mean, how.std),
         run=(run.mean, run.std),
         quantizer=None if quantizer is None else quantizer.to(world.device),

@@ -6,6 +6,7 @@ whatever grid it meets. So a stage leaves nothing in a checkpoint.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from ..config import Resolved
 from ..data.views import Sight, ViewSpec, fitted
 from ..errors import UserError
 from ..pretext import Method
+from .sizes import outline
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,22 @@ def plan(
     knobs: Any,
     stride: tuple[int, int],
     networks: Mapping[str, Sight] | None = None,
+    *,
+    unit: tuple[int, int] | None = None,
 ) -> list[Stage]:
     """The stages of a run, in order, covering all its steps; one where `run.stages` is empty.
 
     Each of `run.stages` is "SHARE KEY=VALUE ...": a share of the run's steps, and what is different in it: image_size, or a
     knob of the method that its views depend on; several values are parted by commas. Raises UserError for anything else.
-    networks: how the frozen networks see that have views of their own.
+    networks: how the frozen networks see that have views of their own. stride, unit: pixels of a patch and of a mask unit of
+    the encoder (None: a patch).
     """
-    networks = networks or {}
-    usual = _views(run, kind, knobs, run.image_size, stride, networks)
+
+    def views(knobs: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
+        specs = fitted(kind.views(knobs, image_size), image_size, stride, networks, unit=unit)
+        return tuple(dataclasses.replace(spec, fast=run.aug == "fast") for spec in specs)
+
+    usual = views(knobs, run.image_size)
     if not run.stages:
         return [Stage(0, run.steps, usual)]
     shares = [_share(text) for text in run.stages]
@@ -59,7 +68,7 @@ def plan(
         raise UserError(f"--stages: the shares {', '.join(map(str, shares))} add up to {sum(shares):g}; they must to 1")
     bounds = [0, *(round(sum(shares[: i + 1]) * run.steps) for i in range(len(shares)))]
     stages = [
-        Stage(first, last, _specs(text, run, kind, knobs, stride, networks))
+        Stage(first, last, views(*_settings(text, run, kind, knobs)))
         for text, first, last in zip(run.stages, bounds, bounds[1:], strict=False)
     ]
     return [stage for stage in stages if stage.first < stage.last]
@@ -76,15 +85,23 @@ def _share(text: str) -> float:
     return share
 
 
-def _specs(
-    text: str,
-    run: Resolved,
-    kind: type[Method],
-    knobs: Any,
-    stride: tuple[int, int],
-    networks: Mapping[str, Sight],
-) -> tuple[ViewSpec, ...]:
-    """The views of one stage."""
+def check_sizes(run: Resolved, options: Any) -> None:
+    """Raise UserError for a stage with images that the encoder, with these options, does not take. Of stages that `plan`
+    has read."""
+    for text in run.stages:
+        for word in text.split()[1:]:
+            name, _, values = word.partition("=")
+            if name.replace("-", "_") != "image_size":
+                continue
+            try:
+                outline(dataclasses.replace(run, image_size=tuple(map(int, values.split(",")))), options)
+            except UserError as problem:
+                remedy = re.sub(r"--image-size (\d+) (\d+)", r"image_size=\1,\2", str(problem))
+                raise UserError(f"--stages {text!r}: {remedy}") from None
+
+
+def _settings(text: str, run: Resolved, kind: type[Method], knobs: Any) -> tuple[Any, tuple[int, int]]:
+    """The knobs and the image size of one stage."""
     usual: dict[str, Any] = {"image_size": list(run.image_size), **dataclasses.asdict(knobs)}
     argv: list[str] = []
     for word in text.split()[1:]:
@@ -102,16 +119,4 @@ def _specs(
             alone = dataclasses.replace(knobs, **{field.name: value})
             if kind.views(alone, run.image_size) == before:
                 raise UserError(f"--stages {text!r}: {field.name} changes no view; stages change only what is seen")
-    return _views(run, kind, changed, whole, stride, networks)
-
-
-def _views(
-    run: Resolved,
-    kind: type[Method],
-    knobs: Any,
-    image_size: tuple[int, int],
-    stride: tuple[int, int],
-    networks: Mapping[str, Sight],
-) -> tuple[ViewSpec, ...]:
-    specs = fitted(kind.views(knobs, image_size), image_size, stride, networks)
-    return tuple(dataclasses.replace(spec, fast=run.aug == "fast") for spec in specs)
+    return changed, whole

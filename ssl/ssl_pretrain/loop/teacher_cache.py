@@ -112,7 +112,8 @@ def opened(run: Resolved, name: str, place: Path, given: str | None) -> Frozen:
                 int(each["patches"]): (int(each["grid"][0]), int(each["grid"][1])) for each in facts["views"].values()
             },
         )
-        sight = Sight(stands_in.stride, network["interpolation"])
+        unit = network.get("unit", size)  # caches of earlier versions have none
+        sight = Sight(stands_in.stride, network["interpolation"], (int(unit[0]), int(unit[1])))
         shape = facts["codes"]
         if sight.interpolation not in ("bicubic", "bilinear") or facts["name"] not in FLAG or facts["format"] > FORMAT:
             raise ValueError("values that are not known")

@@ -200,6 +200,8 @@ def _read(argv: list[str]) -> tuple[Run, Launch, Any, Any]:
 
     kind = pretext.load(method)
     small = {**BUILT_IN_RUN, **kind.recipe.small} if data.split(":")[0] == "fractals" else {}
+    if any(flags.word(argv, f"--{name}") is not None or name in written for name in LENGTHS):
+        small = {name: value for name, value in small.items() if name not in LENGTHS}
     asked = encoder or written.get("encoder")
     begin = Beginning.read(argv, written, method, data)
     begin.check_encoder(asked)

@@ -16,7 +16,8 @@ import yaml
 from conftest import TINY, assert_same_bits, command, losses, metrics
 from ssl_pretrain.launch.pretrain import main
 
-from ssl_pretrain import checkpoint
+from ssl_pretrain import checkpoint, config
+from ssl_pretrain.config import Run
 
 STEPS = 60
 
@@ -117,6 +118,48 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     assert f"step-{last:08d} is damaged" in said
     assert f"continuing from step {last - 7}" in said
     assert_same_bits(final_state(undisturbed), final_state(out))
+
+
+def test_a_changed_number_of_images_is_named_with_the_flag_that_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(images: int, *argv: str, code: int = 2) -> str:
+        data = f"fractals:images={images},size=32"
+        words = ["--method", "mae", "--data", data, "--out", str(tmp_path / "run"), *TINY, "--no-score", *argv]
+        assert main(words) == code
+        return capsys.readouterr().err
+
+    said(80, "--epochs", "1.2", code=0)  # 6 steps
+    for images, argv, named in [
+        (60, ["--epochs", "1.2"], ["--epochs 1.2: 6 -> 5 steps", "number of images: 80 -> 60"]),
+        (60, ["--epochs", "1.2", "--extend"], ["number of images: 80 -> 60"]),
+        (60, ["--steps", "6"], ["number of images: 80 -> 60"]),
+        (60, ["--images", "90"], ["number of images: 80 -> 60"]),  # 6 steps, too
+    ]:
+        error = said(images, *argv)
+        assert "are not those that the run in" in error
+        assert "--steps:" not in error
+        assert all(each in error for each in named), error
+        assert f"put them back, or choose another --out, with --init-from {tmp_path / 'run'}" in error
+        assert len(error.strip().splitlines()) == 1
+    for argv, named in [
+        (
+            ["--epochs", "1.2", "--batch-size", "8"],
+            "--batch-size: 16 -> 8; --epochs 1.2: 6 -> 12 steps; --warmup-steps:",
+        ),
+        (["--epochs", "1.2", "--subset", "0.5"], "--epochs 1.2: 6 -> 3 steps; --subset: None -> 0.5"),
+        (["--epochs", "1.2", "--val-images", "20"], "--epochs 1.2: 6 -> 5 steps; --val-images: 0 -> 20"),
+        (["--epochs", "3"], "--epochs 3: 6 -> 15 steps"),
+        (["--images", "240"], "--images 240: 6 -> 15 steps"),
+    ]:
+        error = said(80, *argv)
+        assert named in error
+        assert "holds a run with other settings" in error
+        assert ("number of images: 80 -> " in error) == (argv[2:3] in (["--subset"], ["--val-images"]))
+        assert ("add --extend" in error) == (len(argv) == 2)
+    assert "has reached step 6, and --epochs 0.4 (2 steps) lies below" in said(80, "--epochs", "0.4", "--extend")
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 6  # nothing is lost
+    assert config.length_flag(Run(method="mae")) == "the default of 100 epochs"
 
 
 def test_other_flags_on_the_same_folder_are_refused_with_the_difference(

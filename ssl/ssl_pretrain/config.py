@@ -405,7 +405,10 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
     warmup = round(recipe.warmup * steps) if run.warmup_steps is None else run.warmup_steps
     cooldown = steps // 5 if run.cooldown_steps is None else run.cooldown_steps
     if warmup + (cooldown if run.schedule == "constant" else 0) > steps:
-        raise UserError(f"--warmup-steps {warmup} and --cooldown-steps {cooldown} do not fit into {steps} steps")
+        length = "" if run.steps is not None else f" ({length_flag(run)}, {images:,} images)"
+        raise UserError(
+            f"--warmup-steps {warmup} and --cooldown-steps {cooldown} do not fit into {steps} steps{length}"
+        )
     if run.schedule != "step" and run.milestones:
         raise UserError(f"--milestones are of --schedule step, not of {run.schedule}: leave them out")
     if run.schedule == "step" and not run.milestones:
@@ -448,6 +451,14 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
     }
     given_fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     return Resolved(**{**given_fields, **decided})
+
+
+def length_flag(run: Run) -> str:
+    """The flag that sets the run's length, as it was given: "--epochs 3"."""
+    for name in ("images", "epochs", "steps"):
+        if (value := getattr(run, name)) is not None:
+            return f"--{name} {value:g}" if name == "epochs" else f"--{name} {value}"
+    return "the default of 100 epochs"
 
 
 def folder(run: Run) -> Path:

@@ -100,7 +100,9 @@ def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest
     # ---- Where to start: this run's newest checkpoint, or step 0 with random weights or those of --init-from.
     record, defaults = config.plain(run, knobs, options), config.defaults(run, knobs, options)
     start = distributed.from_first(
-        distributed.on_all(lambda: run_start.find_start(run, record, defaults, source, cleanup) if world.first else 0)
+        distributed.on_all(
+            lambda: run_start.find_start(run, flags, record, defaults, source, cleanup) if world.first else 0
+        )
     )
     distributed.on_all(lambda: check_unchanged(run, networks))
     began = time.monotonic()

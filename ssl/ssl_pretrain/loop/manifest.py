@@ -35,11 +35,12 @@ def starts(out: Path) -> list[int]:
     ]
 
 
-def fingerprint(out: Path) -> str | None:
-    """That of the images that the run in a folder is trained on; None where it does not say."""
+def images(out: Path) -> tuple[str | None, int | None]:
+    """Fingerprint and number of the images that the run in a folder is trained on; None where it does not say."""
     data = read(out).get("data")
-    found = data.get("fingerprint") if isinstance(data, dict) else None
-    return found if isinstance(found, str) else None
+    known = data if isinstance(data, dict) else {}
+    found, count = known.get("fingerprint"), known.get("images")
+    return found if isinstance(found, str) else None, count if isinstance(count, int) else None
 
 
 def begin(out: Path, *, world: World, step: int, hosts: list[str], **facts: Any) -> None:

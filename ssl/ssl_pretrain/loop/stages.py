@@ -52,8 +52,8 @@ def plan(
 
     Each of `run.stages` is "SHARE KEY=VALUE ...": a share of the run's steps, and what is different in it: image_size, or a
     knob of the method that its views depend on; several values are parted by commas. Raises UserError for anything else.
-    networks: how the frozen networks see that have views of their own. stride, unit: pixels of a patch and of a mask unit of
-    the encoder (None: a patch).
+    networks: how the frozen networks see that have views of their own. stride, unit: pixels of a patch and of a mask unit
+    of the encoder (None: a patch).
     """
 
     def views(knobs: Any, image_size: tuple[int, int]) -> tuple[ViewSpec, ...]:
@@ -93,8 +93,9 @@ def check_sizes(run: Resolved, options: Any) -> None:
             name, _, values = word.partition("=")
             if name.replace("-", "_") != "image_size":
                 continue
+            sides = [int(side) for side in values.split(",")]
             try:
-                outline(dataclasses.replace(run, image_size=tuple(map(int, values.split(",")))), options)
+                outline(dataclasses.replace(run, image_size=(sides[0], sides[-1])), options)
             except UserError as problem:
                 remedy = re.sub(r"--image-size (\d+) (\d+)", r"image_size=\1,\2", str(problem))
                 raise UserError(f"--stages {text!r}: {remedy}") from None

@@ -80,11 +80,11 @@ def schedule(run: Resolved) -> dict[str, Any]:
 
 
 def find_start(
-    run: Resolved, record: dict[str, Any], defaults: dict[str, Any], source: Source, run_lock: ExitStack
+    run: Resolved, flags: Run, record: dict[str, Any], defaults: dict[str, Any], source: Source, run_lock: ExitStack
 ) -> int:
     """The step to start from: 0, or that of the newest whole checkpoint. For the first process.
 
-    record: the flags as they are stored; defaults: theirs, for flags that the run's version did not have. The run folder is
+    flags: the run as the user gave it; record: the flags as they are stored; defaults: theirs, for flags that the run's version did not have. The run folder is
     locked until `run_lock` is closed; where it was made here and is empty then, it is removed. Raises
     UserError where the folder holds another run or something else, or another process trains in it.
     """
@@ -105,27 +105,33 @@ def find_start(
             raise UserError(f"--out {out} holds something else than a run: choose an empty or a new folder")
         return start_state.branch_step(run)
     before = {**defaults, **config.read_recorded(written)}
+    known, count = manifest.images(out)
     allowed = config.CHANGEABLE | (config.LENGTH_KEYS if run.extend else frozenset())
     changed = config.differences(before, record, allowed)
+    if flags.steps is None:  # what the user gave, in place of what follows from it
+        steps = f"{config.length_flag(flags)}: {before.get('steps')} -> {run.steps} steps"
+        changed = [steps if each.startswith("--steps: ") else each for each in changed]
+    counts = [f"number of images: {count:,} -> {len(source):,}"] if count not in (None, len(source)) else []
+    only_length = not config.differences(before, record, config.CHANGEABLE | config.LENGTH_KEYS)
+    if known not in (None, source.fingerprint) and only_length:
+        counts += ["the indices in --subset may have changed"] if isinstance(run.subset, str) else []
+        raise UserError(
+            f"the images in {run.data} are not those that the run in {out} began with "
+            f"({'; '.join(changed + counts) or 'files came, went or changed'}): put them back, or choose another --out, with "
+            f"--init-from {out} to start from this run's weights"
+        )
     if changed:
         remedy = "repeat the old flags, or choose another --out"
-        if not config.differences(before, record, config.CHANGEABLE | config.LENGTH_KEYS):
-            remedy += ", or add --extend to give this run another length"
-        raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}): {remedy}")
-    known = manifest.fingerprint(out)
-    if known not in (None, source.fingerprint):
-        raise UserError(
-            f"the images in {run.data} are not those that the run in {out} began with (files came, went or changed"
-            f"{', or the indices in --subset' if isinstance(run.subset, str) else ''}): "
-            f"choose another --out, with --init-from {out} to start from this run's weights"
-        )
+        remedy += ", or add --extend to give this run another length" if only_length else ""
+        raise UserError(f"{out} holds a run with other settings ({'; '.join(changed + counts)}): {remedy}")
     folder = saver.folder(run)
     checkpoint.clear(folder)
     reached = checkpoint.newest(folder) or start_state.branch_step(run)
     if reached > run.steps:
+        length = config.length_flag(flags) + (f" ({run.steps} steps)" if flags.steps is None else "")
         raise UserError(
-            f"the run in {out} has reached step {reached}, and --steps {run.steps} lies below: --extend makes a run "
-            f"longer; give at least {reached}, or choose another --out"
+            f"the run in {out} has reached step {reached}, and {length} lies below: --extend makes a run longer; give at "
+            f"least {reached} steps, or choose another --out"
         )
     return reached
 

@@ -60,9 +60,17 @@ class AttentionTransfer:
     """
 
     def __init__(
-        self, spec: str, student: Encoder, mode: Mode, blocks: int | None, weight: float, device: torch.device
+        self,
+        spec: str,
+        student: Encoder,
+        mode: Mode,
+        blocks: int | None,
+        weight: float,
+        device: torch.device,
+        code: str | None = None,
     ) -> None:
-        """blocks: how many of the first blocks; None: three quarters of them. weight: of the loss of "distil"."""
+        """blocks: how many of the first blocks; None: three quarters of them. weight: of the loss of "distil". code: name
+        of the code that the teacher may import (`encoder.load`)."""
         backbone = student.backbone
         if not isinstance(backbone, ViT):
             raise UserError(
@@ -77,7 +85,7 @@ class AttentionTransfer:
         if not 1 <= count <= backbone.depth:
             raise UserError(f"--attention-blocks {count}: {student.name} has {backbone.depth} blocks")
         self.mode, self.blocks, self.weight = mode, tuple(range(count)), weight
-        self.teacher = _opened(spec, student, device)
+        self.teacher = _opened(spec, student, device, code)
         check_attention("--attention-from", self.teacher)
         depth = self.teacher.backbone.depth
         if depth < count:
@@ -159,9 +167,9 @@ class AttentionTransfer:
         return F.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
-def _opened(spec: str, student: Encoder, device: torch.device) -> Frozen:
+def _opened(spec: str, student: Encoder, device: torch.device, code: str | None) -> Frozen:
     """The teacher, for images in the student's normalisation."""
-    opened, own = libraries.load(spec) if Spec.parse(spec) else load(spec), student.preprocessing
+    opened, own = libraries.load(spec) if Spec.parse(spec) else load(spec, code=code), student.preprocessing
     how = opened.preprocessing
     if how.channels != own.channels:
         raise UserError(

@@ -132,6 +132,7 @@ def run(
         precision=options.precision,
         cache=options.cache,
         progress=progress(""),
+        code=options.code,
         out=out,
     )
     if place.rank > 0:

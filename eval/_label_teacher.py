@@ -37,7 +37,9 @@ class LabelTeacher:
         kind: Kind,
         temperature: float,
         device: torch.device,
+        code: str | None = None,
     ) -> None:
+        """code: name of the code that the teacher may import (`encoder.load`)."""
         self.folder, self.kind, self.temperature = folder, kind, temperature
         self.head, header = _head(Path(folder))
         self.head.to(device)
@@ -47,7 +49,7 @@ class LabelTeacher:
                 f"--teacher {folder} tells {_listed(theirs)} apart and the data has {_listed(classes)}: fine-tune a "
                 f"teacher on the same classes"
             )
-        opened, own = load(folder), student.preprocessing
+        opened, own = load(folder, code=code), student.preprocessing
         how = opened.preprocessing
         if how.channels != own.channels:
             raise UserError(

@@ -147,6 +147,7 @@ class Task:
     workers: int = 0  # processes that decode images
     precision: Precision = "fp32"
     cache: bool = True  # keep features on the disk
+    code: str | None = None  # name of the code that the command allows an export to import
     progress: Callable[[str, int, int], None] | None = None  # name of the stage, units done, units in total
     out: Path | None = None  # folder for files beside results.json; None: write no files (baselines)
     helps: bool = False  # this process only helps another one to extract features

@@ -153,7 +153,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
     if config.attention_from is not None:
         transfer = AttentionTransfer(
             config.attention_from, task.encoder, config.attention_mode, config.attention_blocks, config.attention_weight,
-            task.device,
+            task.device, task.code,
         )  # fmt: skip
     labeller = None
     if config.teacher is not None:
@@ -164,6 +164,7 @@ def evaluate(task: Task, config: Config) -> Outcome:
             config.teacher_loss,
             config.teacher_temperature,
             task.device,
+            task.code,
         )
     tried: list[dict[str, Any]] = []
     if len(config.lrs) > 1:

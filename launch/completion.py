@@ -125,7 +125,7 @@ def _flags(command: str, given: list[str]) -> dict[str, list[str] | None]:
         modules = ["ssl_pretrain.launch.options", "ssl_pretrain.eval._evaluation"]
         modules += ["ssl_pretrain.launch.suite"] if given[0] == "suite" else [f"ssl_pretrain.eval.{given[0]}"]
     elif command == "ssl-export" and given:
-        files = {"to": "export_to", "resize": "export_resize", "import": "export"}
+        files = {"to": "export_to", "resize": "export_resize", "card": "export_card", "import": "export"}
         modules = [f"ssl_pretrain.launch.{files[given[0]]}"] if given[0] in files else []
     elif command in COMMANDS:
         modules = [f"ssl_pretrain.launch.{command.removeprefix('ssl-')}"]

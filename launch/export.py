@@ -9,6 +9,8 @@ from typing import Literal
 from ssl_pretrain import flags
 from ssl_pretrain.errors import UserError, nearest
 
+from .export_card import ABOUT as ABOUT_CARD
+from .export_card import card
 from .export_resize import ABOUT as ABOUT_RESIZE
 from .export_resize import resize
 from .export_to import ABOUT as ABOUT_TO
@@ -19,21 +21,21 @@ PROG = "ssl-export"
 VERBS = ("import", "to", "resize", "card")
 USAGE = f"""usage: {PROG} to FORMAT RUN --out F [flags]
        {PROG} resize RUN --image-size N --out DIR [flags]
-       {PROG} card RUN
+       {PROG} card RUN [--code NAME]
        {PROG} import FILE --out DIR [flags]
 
 to: {ABOUT_TO}
 
 resize: {ABOUT_RESIZE}
 
-card: Write the model card (README.md) of a run's export again, with the scores of the evaluations below the run.
+card: {ABOUT_CARD}
 
 import: Read a published checkpoint (MAE, BEiT, I-JEPA, DINO, iBOT, DINOv2, DINOv3, MoCo v3, AIM, data2vec 2.0, or the
 versions of timm and transformers) into this package's ViT, or a Swin Transformer V2 into this package's, and write it as
 an export, which all commands of this package accept.
 
-{PROG} to --help, {PROG} resize --help and {PROG} import --help show all flags. Exit codes: 0 done, 2 wrong
-flags, 1 any other error."""
+{PROG} to, resize, card or import with --help shows all flags. Exit codes: 0 done, 2 wrong flags, 1 any other
+error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,7 @@ def _main(argv: list[str]) -> int:
     if argv[0] == "resize":
         return resize(argv[1:])
     if argv[0] == "card":
-        return _card(argv[1:])
+        return card(argv[1:])
     file = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
     rest = argv[2:] if file else argv[1:]
     (options,) = flags.parse(
@@ -115,28 +117,6 @@ def _main(argv: list[str]) -> int:
     if left:
         print(f"left out ({len(left)}): {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}")
     print(f"written: {options.out}")
-    return 0
-
-
-def _card(argv: list[str]) -> int:
-    """Write a model card with the scores that are found."""
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print(f"usage: {PROG} card RUN", file=sys.stderr)
-        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
-
-    from ssl_pretrain import encoder, model_card
-
-    run = Path(argv[0])
-    read = encoder.load(run)
-    folder = run if (run / "config.json").is_file() else run / "encoder"
-    scores = model_card.scores_below(run, read.fingerprint)
-    try:
-        encoder.write_card(folder, read, scores)
-    except OSError as problem:
-        raise UserError(f"{folder} cannot be written ({problem.strerror})") from None
-    for score in scores:
-        print(f"{score.evaluator} on {score.data}, {score.split}: top-1 {score.top1:.2f} %")
-    print(f"written: {folder / 'README.md'}, with {len(scores)} scores")
     return 0
 
 

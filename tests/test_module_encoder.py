@@ -3,12 +3,15 @@ same code. What a file names is never imported."""
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from ssl_pretrain.eval._label_teacher import LabelTeacher
+from ssl_pretrain.launch.export import main
 from torch import nn
 
 from ssl_pretrain import backbones, encoder
@@ -218,6 +221,49 @@ def test_a_run_is_trained_continued_exported_and_evaluated(
     kept = (*dino, "--anchor", "weights", "--init-from", out, "--encoder", name, "--out", tmp_path / "three")
     pretrain(*kept, IMPORTED=str(imported))  # also for the network of the anchor
     assert encoder.load(tmp_path / "three", code=name).lineage["anchor"]["spec"] == str(out)
+
+
+def test_every_command_on_an_export_takes_its_code(
+    mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --code each refuses and imports nothing."""
+    name, out = f"module:{mine}:build", tmp_path / "run" / "encoder"
+    how = Preprocessing.for_size((16, 16), (0.5,) * 3, (0.25,) * 3)
+    encoder.save(out, Encoder(backbones.build(name, image_size=(16, 16)), name, how, {"method": "simclr"}))
+    monkeypatch.delitem(sys.modules, mine)
+    imported = tmp_path / "imported"
+    imported.unlink()
+    for words in (
+        ["card", str(out.parent)],
+        ["to", "torch-export", str(out), "--out", str(tmp_path / "f.pt2"), "--fixed-size"],
+        ["resize", str(out), "--image-size", "24", "--out", str(tmp_path / "resized")],
+    ):
+        for code in ([], ["--code", "module:other:code"]):
+            assert main([*words, *code]) == 2
+            assert f"is made by the code '{name}'" in capsys.readouterr().err
+        assert not imported.exists()
+        assert main([*words, "--code", name]) == 0
+        monkeypatch.delitem(sys.modules, mine)
+        imported.unlink()
+    card = (out / "README.md").read_text()
+    assert f'encoder.load("this folder", code="{name}")' in card
+    with pytest.raises(SystemExit, match="0"):
+        main(["card", str(out), "--help"])
+    assert "--code" in capsys.readouterr().out
+
+
+def test_a_teacher_of_fine_tuning_takes_its_code(mine: str, tmp_path: Path) -> None:
+    name, folder = f"module:{mine}:build", tmp_path / "teacher"
+    how = Preprocessing.for_size((16, 16), (0.5,) * 3, (0.25,) * 3)
+    encoder.save(folder / "encoder", Encoder(backbones.build(name, image_size=(16, 16)), name, how, {}))
+    head = {"weight": torch.randn(2, 12), "bias": torch.randn(2)}
+    header = json.dumps({"feature": "mean", "classes": ["a", "b"]})
+    save_file(head, folder / "head.safetensors", metadata={"head": header})
+    student = Encoder(backbones.build("vit_micro", image_size=(16, 16), patch_size=8), "vit_micro", how, {})
+    rest = (student, ("a", "b"), "soft", 1.0, torch.device("cpu"))
+    with pytest.raises(UserError, match="is made by the code"):
+        LabelTeacher(str(folder), *rest)  # type: ignore[arg-type]
+    assert LabelTeacher(str(folder), *rest, name).encoder.backbone.code == name  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["module:os:system", "module:evil:build", "module:evil.deeper:build"])

@@ -517,5 +517,6 @@ def write_card(path: Path, encoder: Encoder, scores: Sequence[model_card.Score] 
             if form is None or form.wrapped
             else "a folder of `ssl-export to transformers`",
         },
+        getattr(backbone, "code", None),
     )
     write_text(path / "README.md", model_card.text(card, encoder.lineage, scores))

@@ -27,6 +27,7 @@ class Card:
     shape: tuple[int, int, int]  # channels, height, width of an image
     dim: int  # width of the features
     readers: Mapping[str, str]  # library -> the line of code that loads it, or the reason why it cannot
+    code: str | None = None  # of the user, that makes the encoder, as `encoder.load` takes it
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def text(card: Card, lineage: Mapping[str, Any], scores: Sequence[Score] = ()) -
     facts = [f"- {_words(name)}: {_words(value)}" for name, value in lineage.items() if name not in _starts(lineage)]
     results = [f"- {_words(s.evaluator)} on {_words(s.data)}, {_words(s.split)}: top-1 {s.top1:.2f} %" for s in scores]
     readers = [f"- {library}: {how}" for library, how in card.readers.items()]
+    code = "" if card.code is None else f', code="{card.code}"'  # nothing is imported because a file names it
     return "\n".join(
         [
             f"---\n{header}---\n",
@@ -64,7 +66,7 @@ from PIL import Image
 
 from ssl_pretrain import encoder
 
-model = encoder.load("this folder")
+model = encoder.load("this folder"{code})
 features = model(model.preprocess([Image.open("cat.jpg")]))  # .pooled (1, {card.dim})
 ```
 

@@ -84,9 +84,9 @@ def find_start(
 ) -> int:
     """The step to start from: 0, or that of the newest whole checkpoint. For the first process.
 
-    flags: the run as the user gave it; record: the flags as they are stored; defaults: theirs, for flags that the run's version did not have. The run folder is
-    locked until `run_lock` is closed; where it was made here and is empty then, it is removed. Raises
-    UserError where the folder holds another run or something else, or another process trains in it.
+    flags: the run as the user gave it; record: the flags as they are stored; defaults: theirs, for flags that the run's
+    version did not have. The run folder is locked until `run_lock` is closed; where it was made here and is empty then, it
+    is removed. Raises UserError where the folder holds another run or something else, or another process trains in it.
     """
     out = run.out
     made = [each for each in (out, *out.parents) if not each.exists()]
@@ -117,8 +117,8 @@ def find_start(
         counts += ["the indices in --subset may have changed"] if isinstance(run.subset, str) else []
         raise UserError(
             f"the images in {run.data} are not those that the run in {out} began with "
-            f"({'; '.join(changed + counts) or 'files came, went or changed'}): put them back, or choose another --out, with "
-            f"--init-from {out} to start from this run's weights"
+            f"({'; '.join(changed + counts) or 'files came, went or changed'}): put them back, or choose another --out, "
+            f"with --init-from {out} to start from this run's weights"
         )
     if changed:
         remedy = "repeat the old flags, or choose another --out"

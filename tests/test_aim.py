@@ -16,6 +16,7 @@ from ssl_pretrain.parts.patch_orders import patch_order
 from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 133  # of a step: python tests/kernels.py aim
+DEVICE_KERNELS = 151  # with the optimiser, on an accelerator: python tests/device.py aim
 
 
 def step(noise: int = 1, rows: slice = slice(0, 16), batch_size: int = 16) -> Step:

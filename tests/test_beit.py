@@ -18,6 +18,7 @@ from ssl_pretrain.parts.id_prediction import compared
 from ssl_pretrain.pretext import Losses
 
 KERNELS = 2143  # of a step: python tests/kernels.py beit
+DEVICE_KERNELS = 189  # with the optimiser, on an accelerator: python tests/device.py beit
 SMALL = [
     *["--encoder", "vit_micro", "--depth", "2", "--dim", "64", "--heads", "2", "--image-size", "32", "--no-score"],
     *["--workers", "0", "--batch-size", "32", "--lr", "2e-3", "--log-every", "5"],

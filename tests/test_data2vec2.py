@@ -16,6 +16,7 @@ from ssl_pretrain.parts.inverse_block_masks import centres, inverse_block_maskin
 from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 206  # of a step: python tests/kernels.py data2vec2
+DEVICE_KERNELS = 229  # with the optimiser, on an accelerator: python tests/device.py data2vec2
 
 
 def build(size: tuple[int, int] = (32, 48), options: dict | None = None, **knobs: object) -> Data2Vec2:

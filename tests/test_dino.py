@@ -19,6 +19,7 @@ from ssl_pretrain.parts.self_distillation import cross_entropy_of_pairs, warmed_
 from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 302  # of a step: python tests/kernels.py dino
+DEVICE_KERNELS = 327  # with the optimiser, on an accelerator: python tests/device.py dino
 
 ONE = torch.ones((), dtype=torch.bool)
 

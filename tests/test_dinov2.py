@@ -25,6 +25,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 2563  # of a step: python tests/kernels.py dinov2
+DEVICE_KERNELS = 607  # with the optimiser, on an accelerator: python tests/device.py dinov2
 
 SIZE = (32, 48)
 BATCH = 5

@@ -33,6 +33,7 @@ from ssl_pretrain.parts.views import dropped
 from ssl_pretrain.pretext import Step
 
 KERNELS = 306  # of a step: python tests/kernels.py distill
+DEVICE_KERNELS = 328  # with the optimiser, on an accelerator: python tests/device.py distill
 
 ONLY = {
     "pooled": {"relations_weight": 0.0, "dense_weight": 0.0},

@@ -18,6 +18,7 @@ from ssl_pretrain.parts.targets import distances, tap, transformed
 from ssl_pretrain.pretext import Losses
 
 KERNELS = 2174  # of a step: python tests/kernels.py featmim
+DEVICE_KERNELS = 220  # with the optimiser, on an accelerator: python tests/device.py featmim
 
 
 def hog_oracle(image: np.ndarray, patch: int, cell: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from ssl_pretrain.frozen import Frozen
 from ssl_pretrain.parts.masked_autoencoder import decoded, decoder_tokens, masking
 
 KERNELS = 242  # of a step: python tests/kernels.py g2sd
+DEVICE_KERNELS = 242  # with the optimiser, on an accelerator: python tests/device.py g2sd
 RUN = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))  # mean and std of one_step's views
 
 

@@ -24,6 +24,7 @@ from ssl_pretrain.optim.groups import decays
 from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 2392  # of a step: python tests/kernels.py ibot
+DEVICE_KERNELS = 442  # with the optimiser, on an accelerator: python tests/device.py ibot
 
 SIZE = (32, 48)
 BATCH = 5

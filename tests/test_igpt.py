@@ -25,6 +25,7 @@ from ssl_pretrain.frozen import Frozen
 from ssl_pretrain.pretext import Losses
 
 KERNELS = 210  # of a step: python tests/kernels.py igpt
+DEVICE_KERNELS = 224  # with the optimiser, on an accelerator: python tests/device.py igpt
 ON_THE_HOST = ["_local_scalar_dense"]
 SMALL = [
     *["--encoder", "vit_micro", "--depth", "2", "--dim", "64", "--heads", "2", "--image-size", "32", "--no-score"],

@@ -16,6 +16,7 @@ from ssl_pretrain.parts.multi_block_masks import block_size, multi_block_masks
 from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 313  # of a step: python tests/kernels.py ijepa
+DEVICE_KERNELS = 256  # with the optimiser, on an accelerator: python tests/device.py ijepa
 ON_THE_HOST = ["_local_scalar_dense"]  # of a tensor that is on the CPU wherever the run is: nothing waits
 
 GRID = (14, 14)

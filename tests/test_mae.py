@@ -19,6 +19,7 @@ from ssl_pretrain.parts.patches import moments, normalise, patchify, unpatchify
 from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 134  # of a step: python tests/kernels.py mae
+DEVICE_KERNELS = 149  # with the optimiser, on an accelerator: python tests/device.py mae
 
 
 def build(size: tuple[int, int] = (32, 48), **knobs: object) -> MAE:

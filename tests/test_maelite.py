@@ -24,6 +24,7 @@ from ssl_pretrain.parts.masked_autoencoder import decoded, masking
 from ssl_pretrain.pretext import Batch
 
 KERNELS = 209  # of a step: python tests/kernels.py maelite
+DEVICE_KERNELS = 224  # with the optimiser, on an accelerator: python tests/device.py maelite
 
 
 def parts(method: MAELite, batch: Batch) -> dict[str, Any]:

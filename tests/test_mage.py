@@ -20,6 +20,7 @@ from ssl_pretrain.loop import grad_cache
 from ssl_pretrain.pretext import Losses
 
 KERNELS = 258  # of a step: python tests/kernels.py mage
+DEVICE_KERNELS = 280  # with the optimiser, on an accelerator: python tests/device.py mage
 SMALL = [
     *["--encoder", "vit_micro", "--depth", "2", "--dim", "64", "--heads", "2", "--image-size", "32", "--no-score"],
     *["--workers", "0", "--batch-size", "32", "--lr", "2e-3", "--log-every", "5", "--patch-size", "4"],

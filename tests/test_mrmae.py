@@ -18,6 +18,7 @@ from ssl_pretrain.parts.masked_autoencoder import decoded, masking
 from ssl_pretrain.pretext import Batch
 
 KERNELS = 201  # of a step: python tests/kernels.py mrmae
+DEVICE_KERNELS = 216  # with the optimiser, on an accelerator: python tests/device.py mrmae
 
 
 def numpy_distance(p: np.ndarray, t: np.ndarray, loss: str, beta: float) -> np.ndarray:

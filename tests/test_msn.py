@@ -18,6 +18,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Batch, Losses, Step
 
 KERNELS = 366  # of a step: python tests/kernels.py msn
+DEVICE_KERNELS = 391  # with the optimiser, on an accelerator: python tests/device.py msn
 
 K, E, N, A = 7, 5, 12, 3
 SMALL = {"prototypes": K, "embedding_dim": E, "hidden_dim": 16, "local_views": A - 1}

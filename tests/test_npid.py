@@ -12,6 +12,7 @@ from ssl_pretrain.conformance.one_step import BATCH, after_step, batch, build
 from ssl_pretrain.pretext import Step
 
 KERNELS = 163  # of a step: python tests/kernels.py npid
+DEVICE_KERNELS = 174  # with the optimiser, on an accelerator: python tests/device.py npid
 
 
 def step(noise: int = 1) -> Step:

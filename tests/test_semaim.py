@@ -13,6 +13,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 181  # of a step: python tests/kernels.py semaim
+DEVICE_KERNELS = 196  # with the optimiser, on an accelerator: python tests/device.py semaim
 
 
 def build(size: tuple[int, int] = (32, 48), options: dict | None = None, **knobs: object) -> SemAIM:

@@ -12,6 +12,7 @@ from ssl_pretrain.parts.patches import unpatchify
 from ssl_pretrain.pretext import Batch, Step
 
 KERNELS = 113  # of a step: python tests/kernels.py simmim
+DEVICE_KERNELS = 135  # with the optimiser, on an accelerator: python tests/device.py simmim
 
 
 def build(size: tuple[int, int] = (32, 48), patch: int = 8, **knobs: object) -> SimMIM:

@@ -16,6 +16,7 @@ from ssl_pretrain.parts.masks import random_masking
 from ssl_pretrain.pretext import Step
 
 KERNELS = 118  # of a step: python tests/kernels.py supervised
+DEVICE_KERNELS = 133  # with the optimiser, on an accelerator: python tests/device.py supervised
 
 
 def step() -> Step:

@@ -17,6 +17,7 @@ from ssl_pretrain.parts.codebook import EPS, ITERATIONS, averaged, kmeans, reviv
 from ssl_pretrain.parts.targets import distances
 
 KERNELS = 258  # of a step: python tests/kernels.py vqtok
+DEVICE_KERNELS = 272  # with the optimiser, on an accelerator: python tests/device.py vqtok
 # The host reads once, in the first two steps of a process, whether the codes are started.
 ON_THE_HOST = ["_local_scalar_dense"]
 

@@ -64,6 +64,7 @@ class Frozen:
         self.method = None if method is None else method.requires_grad_(False).eval()
         self.own, self.run = own, run
         self._scale = None if own == run else renormalisation(own, run)
+        self._scale_on: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}  # copies of it, each made once
 
     @property
     def cached(self) -> bool:
@@ -74,7 +75,10 @@ class Frozen:
     def __call__(self, images: Tensor, **options: Any) -> Features:
         """Features of views (B, C, H, W) in the run's normalisation, without gradients. Options: see `Backbone.forward`."""
         if self._scale is not None:
-            factor, offset = (each.to(images.device, images.dtype) for each in self._scale)
+            like = images.device, images.dtype
+            if like not in self._scale_on:
+                self._scale_on[like] = tuple(each.to(*like) for each in self._scale)
+            factor, offset = self._scale_on[like]
             images = torch.addcmul(offset, images, factor)
         return self.backbone(images, **options)
 

@@ -53,7 +53,15 @@ def finish(raw: Tensor, params: np.ndarray, spec: ViewSpec, mean: tuple[float, .
     elif blurred.size:  # hundreds of small kernels an image would keep an accelerator waiting
         at = torch.from_numpy(blurred).to(raw.device, non_blocking=True)
         out[at] = colour.blur(out[at], rows[blurred, BLUR_SIGMA], spec.blur_sigma[1])
-    for i in np.flatnonzero(rows[:, SOLARIZE] > 0):
+    solarized = np.flatnonzero(rows[:, SOLARIZE] > 0)
+    if raw.device.type != "cpu" and solarized.size:  # all at once, instead of three kernels an image and channel
+        at = torch.from_numpy(solarized).to(raw.device, non_blocking=True)
+        limits = (low + spec.solarize_threshold * scale, low + high)
+        thresholds, sums = (_on(each[:, None, None], raw.device) for each in limits)
+        chosen = out[at]
+        out[at] = torch.where(chosen >= thresholds, sums - chosen, chosen)
+        solarized = solarized[:0]
+    for i in solarized:
         for c in range(3):
             threshold = float(low[c] + spec.solarize_threshold * scale[c])
             plane = out[i, c]

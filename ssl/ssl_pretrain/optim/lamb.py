@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .moments import GroupState, group_states
+from .scaling import scale_each_
 
 
 @final
@@ -58,7 +59,7 @@ class Lamb(torch.optim.Optimizer):
                 norms = self._whole(torch.stack([*torch._foreach_norm(w), *torch._foreach_norm(u)])).to(w[0].device)
                 w_norms, u_norms = norms.chunk(2)
                 trust = torch.where((w_norms > 0) & (u_norms > 0), w_norms / u_norms, 1.0)
-                torch._foreach_mul_(u, list((trust.to(rate) * rate).unbind()))
+                scale_each_(u, trust.to(rate) * rate)
             else:
                 torch._foreach_mul_(u, rate)
             torch._foreach_add_(w, u)

@@ -33,7 +33,7 @@ class GroupState:
         chosen = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
         parameters, exp_avg, exp_avg_sq, step = ([each[i] for i in chosen] for each in lists)
         if step:
-            torch._foreach_add_(step, taken)
+            torch._foreach_add_(step, taken, alpha=1)  # without alpha the value of a tensor is read from the device
         return GroupState(parameters, exp_avg, exp_avg_sq, self.steps, step), grads
 
 

@@ -15,6 +15,7 @@ from .adamw import AdamW
 from .lamb import Lamb
 from .lars import Lars
 from .muon import MuonAndAdamW
+from .scaling import scale_each_
 
 
 def build(
@@ -70,6 +71,6 @@ def clip_(parameters: list[nn.Parameter], most: float, norms: Tensor, *, each: b
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = norms.to(grads[0].device)
     if each:
-        torch._foreach_mul_(grads, list((most / (norms + 1e-6)).clamp(max=1.0).unbind()))
+        scale_each_(grads, (most / (norms + 1e-6)).clamp(max=1.0))
     else:
         torch._foreach_mul_(grads, (most / (norms.norm() + 1e-6)).clamp(max=1.0))

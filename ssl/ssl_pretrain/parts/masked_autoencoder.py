@@ -163,7 +163,7 @@ def _entering(method: HasDecoder, seen: Features, keep: Tensor, masked: Tensor, 
         seen = fusion(seen)
     positions = method.decoder_pos_embed
     if grid != method.grid:
-        positions = sincos_table(grid, method.decoder_embed.out_features)[None].to(keep.device)
+        positions = sincos_table(grid, method.decoder_embed.out_features)[None].to(keep.device, non_blocking=True)
     # Prefix tokens take part in the decoder's attention, but have no position.
     tokens = method.decoder_embed(seen.patches if seen.tokens is None else seen.tokens)
     prefix, tokens = tokens.split([tokens.shape[1] - keep.shape[1], keep.shape[1]], dim=1)

@@ -17,6 +17,7 @@ from ssl_pretrain.data.decode import decode
 from ssl_pretrain.data.source import Source
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Bad, NotFinite, crops_of
+from ssl_pretrain.products import tf32
 
 from ._masks import Masked
 from ._task import UNKNOWN, Images, Task
@@ -166,7 +167,7 @@ def _rows(bad: list[Bad]) -> set[int]:
 @torch.no_grad()
 def forward(task: Task, images: Tensor) -> Features:
     """Features of normalised images. Raises NotFinite if the patches are NaN or infinite."""
-    with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+    with tf32(task.device), torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
         features = task.encoder(images)
     if not features.patches.isfinite().all():
         raise NotFinite("the encoder gives NaN or infinity: its training diverged, or --precision bf16 is too coarse")

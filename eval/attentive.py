@@ -27,6 +27,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Bad, NotFinite, blocks, crops_of
 from ssl_pretrain.optim import schedules
 from ssl_pretrain.parts.attentive_pool import INIT_STD, AttentivePool, TokenNorm, Variant
+from ssl_pretrain.products import tf32
 from ssl_pretrain.randomness import key
 
 from ._results import Outcome, classification
@@ -186,7 +187,7 @@ def _tokens(task: Task, images: Tensor, wanted: Sequence[int]) -> dict[int, Tens
     earlier = tuple(-block for block in wanted if block > 1)
     parts: list[list[Tensor]] = []
     for some in images.split(task.batch_size):
-        with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+        with tf32(task.device), torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
             features = task.encoder(some, blocks=earlier) if earlier else task.encoder(some)
             prefix = 0 if features.prefix is None else features.prefix.shape[1]
             norm = cast(nn.Module, task.encoder.backbone.norm) if earlier else nn.Identity()

@@ -32,6 +32,7 @@ from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import NotFinite, Pixels, Tap, blocks, poolings, vectors
 from ssl_pretrain.features.neighbours import nearest, vote
 from ssl_pretrain.loop.monitor import feature_statistics
+from ssl_pretrain.products import tf32
 from ssl_pretrain.randomness import key, numpy_generator
 
 from ._results import Outcome
@@ -233,7 +234,7 @@ def _views(task: Task, config: Config, side: Side, names: tuple[str, ...]) -> di
     with contextlib.closing(loader):
         for step, raw in enumerate(loader):
             given = to_batch(raw, (spec,), how.mean, how.std, task.device)
-            with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+            with tf32(task.device), torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
                 for name, vector in vectors(task.encoder, given.views["view"], taps).items():
                     found[name].append(vector)
             order.append(given.index)

@@ -20,6 +20,7 @@ from ssl_pretrain import plugins
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import NotFinite, Pixels, Tap, poolings
 from ssl_pretrain.files import utf8
+from ssl_pretrain.products import tf32
 
 from ._results import Outcome
 from ._task import UNKNOWN, Side, Task
@@ -176,7 +177,7 @@ def _patches(task: Task, side: Side, dtype: str) -> list[int]:
         for start in range(0, n, task.batch_size):
             batch = side.index[start : start + task.batch_size].tolist()
             images = task.encoder.preprocess([source[i] for i in batch]).to(task.device)
-            with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+            with tf32(task.device), torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
                 tokens = task.encoder(images).patches.float().cpu().numpy()
             if not np.isfinite(tokens).all():
                 raise NotFinite("the encoder gives NaN or infinity for the patches of these images")

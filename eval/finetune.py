@@ -35,6 +35,7 @@ from ssl_pretrain.features import Bad, NotFinite, Tap, crops_of, vectors
 from ssl_pretrain.foreign.libraries import Foreign
 from ssl_pretrain.optim import schedules
 from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
+from ssl_pretrain.products import tf32
 from ssl_pretrain.randomness import key, numpy_generator
 
 from ._attention_transfer import AttentionTransfer, Mode
@@ -454,7 +455,7 @@ def _train(
             failures += raw.failures
             images, targets = _augment(task, config, raw, share, spec, labels)
             noise = torch.Generator(device).manual_seed(key(task.seed, "drop path", raw.step, raw.micro))
-            with torch.autocast(device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+            with tf32(device), torch.autocast(device.type, torch.bfloat16, enabled=task.precision == "bf16"):
                 x, features = model.embed(images, noise, **({} if distils is None else distils.options))
                 logits = model.head(x)
                 extra = None if distils is None else distils.loss(features, images)
@@ -526,7 +527,7 @@ def _accuracy(task: Task, model: nn.Module) -> float:
         at += len(images) + len(failures)
         if index:
             pixels = task.encoder.normalise(torch.from_numpy(images).to(task.device))
-            with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+            with tf32(task.device), torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
                 found = model(pixels, torch.Generator(task.device)).argmax(1)
             right += int((found.cpu().numpy() == labels[index]).sum())
             read += len(index)

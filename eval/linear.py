@@ -24,6 +24,7 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Tap, blocks, poolings, vectors
 from ssl_pretrain.optim.lars import TRUST
+from ssl_pretrain.products import tf32
 from ssl_pretrain.randomness import key, numpy_generator
 
 from ._results import Outcome, classification
@@ -491,7 +492,7 @@ def _augmented(task: Task, train: Side, rows: np.ndarray, taps: Sequence[str], *
     with contextlib.closing(loader):
         for raw in loader:
             given = to_batch(raw, specs, how.mean, how.std, task.device)
-            with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+            with tf32(task.device), torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
                 features = vectors(task.encoder, given.views["image"], wanted)
             yield features, labels[given.index]
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from ssl_pretrain import optim, plugins
 from ssl_pretrain.data import colour, composed
 from ssl_pretrain.data.views import Jitter, ViewSpec
+from ssl_pretrain.features import neighbours
 from ssl_pretrain.optim import lars, scaling
 from ssl_pretrain.parts import ema_teacher
+from ssl_pretrain.products import exact, tf32
 
 METHODS = plugins.own("ssl_pretrain.methods")
 # What is known and not mended: the faults of a method's step, and why. They must be found: a mended one must go.
@@ -186,7 +188,8 @@ def test_what_is_right_is_no_fault_and_kernels_are_counted() -> None:
             torch.where(x > 0, x, 0.0)
     assert found.faults == []
     assert dict(found.kernels) == {
-        "_to_copy": 1, "argmax": 1, "index": 1, "mul_": 1, "copy_": 1, "_foreach_mul_": 1, "gt": 1, "scalar_tensor": 1, "where": 1
+        "_to_copy": 1, "argmax": 1, "index": 1, "mul_": 1, "copy_": 1, "_foreach_mul_": 1, "gt": 1,
+        "scalar_tensor": 1, "where": 1,
     }  # fmt: skip
 
 
@@ -268,3 +271,30 @@ def test_momentum_in_one_kernel_is_that_of_lists_and_skips_steps(bad: float) -> 
         for a, b, before in zip(one[k], other[k], lists(k), strict=True):
             torch.testing.assert_close(a, b)
             assert torch.equal(b, before) == bool(bad)
+
+
+def test_products_are_fast_on_a_gpu_only() -> None:
+    precision = torch.get_float32_matmul_precision
+    assert precision() == "highest"
+    with tf32(torch.device("cpu")):
+        assert precision() == "highest"
+    with tf32(DEVICE):
+        assert precision() == "high"
+        with exact():
+            assert precision() == "highest"
+        assert precision() == "high"
+    assert precision() == "highest"
+
+
+def test_neighbours_are_searched_exactly_within_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, unit = [], neighbours._unit
+
+    def look(*arguments: object) -> object:
+        found.append(torch.get_float32_matmul_precision())
+        return unit(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(neighbours, "_unit", look)
+    with tf32(DEVICE):
+        neighbours.nearest(torch.eye(8), torch.eye(8), 2, rounded=False)
+        assert torch.get_float32_matmul_precision() == "high"
+    assert set(found) == {"highest"}

@@ -51,6 +51,7 @@ from .loop.signals import TIME_LIMIT, StopRequest
 from .loop.watch import Watch
 from .optim.schedules import cosine, learning_rate
 from .pretext import Batch, Losses, Method, Step, WholeBatchMethod
+from .products import tf32
 from .randomness import key
 
 
@@ -80,6 +81,7 @@ def train(run: Run, knobs: Any, options: Any) -> Outcome:
 
 def _train(flags: Run, knobs: Any, options: Any, world: World, stop: StopRequest, cleanup: ExitStack) -> Outcome:
     method_class = pretext.load(flags.method)
+    cleanup.enter_context(tf32(world.device))
 
     # ---- Data. The first process opens it first, so that an index is built once.
     def open_data() -> tuple[Source, Source | None, Resolved, dict[str, KnnScore]]:

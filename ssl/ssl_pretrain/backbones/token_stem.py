@@ -312,7 +312,9 @@ class FrozenTokenizer(nn.Module):
 
     def _seen(self, images: Tensor) -> Features:
         if not self._same:
-            images = torch.addcmul(self.offset.to(images), images, self.factor.to(images))
+            like = images.device, images.dtype
+            offset, factor = (each.to(*like, non_blocking=True) for each in (self.offset, self.factor))
+            images = torch.addcmul(offset, images, factor)
         found: Features = self.encoder(images)
         return found
 

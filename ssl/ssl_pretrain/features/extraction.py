@@ -40,6 +40,7 @@ from ..distributed import environment
 from ..encoder import Encoder, Preprocessing
 from ..errors import UserError, nearest, of_the_machine, system_error
 from ..files import cache_folder, write_text
+from ..products import tf32
 from .feature_cache import BLOCK, Bad, Pass, join
 
 FORMAT = 1  # of the cache and of what a tap means; a cache of another format is not read
@@ -348,7 +349,7 @@ class _Work:
     def _encode(self, images: np.ndarray, taps: list[Tap]) -> dict[str, np.ndarray]:
         """The vectors (B, F) of uint8 images (B, H, W, C), by tap."""
         pixels = torch.from_numpy(images).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with tf32(self.device), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             found = vectors(self.encoder, self.encoder.normalise(pixels), taps)
         for name, vector in found.items():
             if not vector.isfinite().all():

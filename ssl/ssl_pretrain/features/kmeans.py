@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..products import exact
 from ..randomness import numpy_generator
 
 CHUNK = 8192  # rows whose distances to all centres are in memory at a time
@@ -26,6 +27,7 @@ class Clusters:
 
 
 @torch.no_grad()
+@exact()
 def kmeans(
     rows: Tensor, k: int, *, seed: int, starts: int = 10, max_iterations: int = 300, tolerance: float = 1e-4
 ) -> Clusters:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..products import exact
 from . import rounded_products
 
 TILE = (4096, 4096)  # rows of queries and of the bank in one tile: 64 MiB of similarities
@@ -20,6 +21,7 @@ Vote = Literal["softmax", "cosine", "uniform"]
 
 
 @torch.no_grad()
+@exact()
 def nearest(
     queries: Tensor | np.ndarray,
     bank: Tensor | np.ndarray,

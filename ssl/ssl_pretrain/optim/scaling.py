@@ -21,5 +21,7 @@ def scale_each_(tensors: Sequence[Tensor], factors: Tensor) -> None:
 def scale_by_written_out_(tensors: Sequence[Tensor], factors: Tensor) -> None:
     """`scale_each_` for an accelerator."""
     sizes = [each.numel() for each in tensors]
-    written = torch.cat([factor.expand(size) for factor, size in zip(factors.unbind(), sizes, strict=True)]).split(sizes)
+    written = torch.cat([factor.expand(size) for factor, size in zip(factors.unbind(), sizes, strict=True)]).split(
+        sizes
+    )
     torch._foreach_mul_(tensors, [each.view_as(tensor) for each, tensor in zip(written, tensors, strict=True)])

@@ -35,15 +35,24 @@ class _GlobalBatchNorm(_BatchNorm):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
-        running = self.running_mean.clone(), self.running_var.clone()
+        running = torch.stack([self.running_mean, self.running_var])
+        mean, var = running.unbind()
         if size() == 1:
-            out = F.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
+            out = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
         else:
-            out = self._across(x, running)
-        with torch.no_grad():
-            for kept, new in zip((self.running_mean, self.running_var), running, strict=True):
-                kept.copy_(torch.where(torch.isfinite(new).all(), new, kept))
+            out = self._across(x, (mean, var))
+        self._keep(running)
         return out
+
+    @torch.no_grad()
+    def _keep(self, running: Tensor) -> None:
+        """Take new running statistics (2, C), the mean and the variance, if all of them are finite. Both at once and with
+        few kernels, because a network has many layers."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        kept = [self.running_mean, self.running_var]
+        finite = (running * 0 == 0).all()
+        torch._foreach_copy_(kept, list(torch.where(finite, running, torch.stack(kept)).unbind()))
 
     def _of_visible(self, x: Tensor, visible: Tensor) -> Tensor:
         """`forward` over the positions `visible` (B, 1, ...) of all processes. Their number is not known on the host, so
@@ -67,9 +76,8 @@ class _GlobalBatchNorm(_BatchNorm):
                 var = (shares * (variances + (means - mean).square())).sum(0)
             with torch.no_grad():
                 unbiased = var * (count / (count - 1).clamp(min=1))
-                for kept, now in ((self.running_mean, mean), (self.running_var, unbiased)):
-                    new = kept.lerp(now.to(kept.dtype), self.momentum or 0.0)
-                    kept.copy_(torch.where(torch.isfinite(new).all(), new, kept))
+                now = torch.stack([mean, unbiased]).to(self.running_mean.dtype)
+                self._keep(torch.stack([self.running_mean, self.running_var]).lerp(now, self.momentum or 0.0))
         else:
             mean, var = self.running_mean, self.running_var
         scale, shift = torch.rsqrt(var + self.eps), -mean * torch.rsqrt(var + self.eps)

@@ -17,7 +17,7 @@ from ssl_pretrain.data.decode import decode
 from ssl_pretrain.data.source import Source
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Bad, NotFinite, crops_of
-from ssl_pretrain.products import tf32
+from ssl_pretrain.features.products import tf32
 
 from ._masks import Masked
 from ._task import UNKNOWN, Images, Task

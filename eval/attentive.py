@@ -25,9 +25,9 @@ from ssl_pretrain.data.views import ViewSpec, resize_and_crop
 from ssl_pretrain.encoder import Encoder, Preprocessing
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Bad, NotFinite, blocks, crops_of
+from ssl_pretrain.features.products import tf32
 from ssl_pretrain.optim import schedules
 from ssl_pretrain.parts.attentive_pool import INIT_STD, AttentivePool, TokenNorm, Variant
-from ssl_pretrain.products import tf32
 from ssl_pretrain.randomness import key
 
 from ._results import Outcome, classification

@@ -31,8 +31,8 @@ from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import NotFinite, Pixels, Tap, blocks, poolings, vectors
 from ssl_pretrain.features.neighbours import nearest, vote
+from ssl_pretrain.features.products import tf32
 from ssl_pretrain.loop.monitor import feature_statistics
-from ssl_pretrain.products import tf32
 from ssl_pretrain.randomness import key, numpy_generator
 
 from ._results import Outcome

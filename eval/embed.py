@@ -19,8 +19,8 @@ import torch
 from ssl_pretrain import plugins
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import NotFinite, Pixels, Tap, poolings
+from ssl_pretrain.features.products import tf32
 from ssl_pretrain.files import utf8
-from ssl_pretrain.products import tf32
 
 from ._results import Outcome
 from ._task import UNKNOWN, Side, Task

@@ -32,10 +32,10 @@ from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.encoder import Encoder
 from ssl_pretrain.errors import UserError, nearest
 from ssl_pretrain.features import Bad, NotFinite, Tap, crops_of, vectors
+from ssl_pretrain.features.products import tf32
 from ssl_pretrain.foreign.libraries import Foreign
 from ssl_pretrain.optim import schedules
 from ssl_pretrain.parts.ema_teacher import ema_copy, ema_update_
-from ssl_pretrain.products import tf32
 from ssl_pretrain.randomness import key, numpy_generator
 
 from ._attention_transfer import AttentionTransfer, Mode

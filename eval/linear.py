@@ -23,8 +23,8 @@ from ssl_pretrain.data.subset import Subset
 from ssl_pretrain.data.views import ViewSpec
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import Tap, blocks, poolings, vectors
+from ssl_pretrain.features.products import tf32
 from ssl_pretrain.optim.lars import TRUST
-from ssl_pretrain.products import tf32
 from ssl_pretrain.randomness import key, numpy_generator
 
 from ._results import Outcome, classification

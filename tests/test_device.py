@@ -16,9 +16,9 @@ from ssl_pretrain import optim, plugins
 from ssl_pretrain.data import colour, composed
 from ssl_pretrain.data.views import Jitter, ViewSpec
 from ssl_pretrain.features import neighbours
+from ssl_pretrain.features.products import exact, tf32
 from ssl_pretrain.optim import lars, scaling
 from ssl_pretrain.parts import ema_teacher
-from ssl_pretrain.products import exact, tf32
 
 METHODS = plugins.own("ssl_pretrain.methods")
 # What is known and not mended: the faults of a method's step, and why. They must be found: a mended one must go.
@@ -40,7 +40,7 @@ def test_a_step_on_a_device_waits_for_nothing_and_starts_no_more_kernels_than_be
 
 # With batch norm in the encoder, whose running statistics cost kernels for each layer; with other optimisers.
 OTHERS = {
-    "resnet18": (("simclr", "resnet18", None), 454, []),
+    "resnet18": (("simclr", "resnet18", None), 328, []),
     "lamb": (("mae", None, "lamb"), 172, []),
     # Muon of torch cannot skip a step on the device.
     "muon": (("mae", None, "muon"), None, ["waits: _local_scalar_dense at ssl_pretrain.optim.muon in step"]),

@@ -10,7 +10,7 @@ from conftest import ROOT
 CORE = ROOT / "ssl" / "ssl_pretrain"
 # From low to high: a file may import from its own layer and from lower ones. A name is a file or a package of the core.
 LAYERS = (
-    ("errors", "memory", "products", "randomness", "files"),
+    ("errors", "memory", "randomness", "files"),
     ("plugins", "flags", "rates"),
     ("distributed", "loggers"),
     ("data", "backbones"),

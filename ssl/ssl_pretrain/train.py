@@ -23,6 +23,7 @@ from .data.source import Source
 from .distributed import World
 from .distributed.batch_norm import couples_samples
 from .errors import UserError
+from .features.products import tf32
 from .frozen import NONE, Frozen
 from .loop import (
     grad_cache,
@@ -51,7 +52,6 @@ from .loop.signals import TIME_LIMIT, StopRequest
 from .loop.watch import Watch
 from .optim.schedules import cosine, learning_rate
 from .pretext import Batch, Losses, Method, Step, WholeBatchMethod
-from .products import tf32
 from .randomness import key
 
 

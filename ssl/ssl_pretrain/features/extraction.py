@@ -40,8 +40,8 @@ from ..distributed import environment
 from ..encoder import Encoder, Preprocessing
 from ..errors import UserError, nearest, of_the_machine, system_error
 from ..files import cache_folder, write_text
-from ..products import tf32
 from .feature_cache import BLOCK, Bad, Pass, join
+from .products import tf32
 
 FORMAT = 1  # of the cache and of what a tap means; a cache of another format is not read
 POOLINGS = ("pooled", "cls", "mean")

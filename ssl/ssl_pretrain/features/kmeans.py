@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..products import exact
 from ..randomness import numpy_generator
+from .products import exact
 
 CHUNK = 8192  # rows whose distances to all centres are in memory at a time
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..products import exact
 from . import rounded_products
+from .products import exact
 
 TILE = (4096, 4096)  # rows of queries and of the bank in one tile: 64 MiB of similarities
 CPU_TILE = (512, 8192)  # 16 MiB, which stay in the cache between the product and the search: 5 % faster (AMD EPYC)

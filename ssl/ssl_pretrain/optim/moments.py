@@ -32,8 +32,10 @@ class GroupState:
         lists: list[Any] = [self.parameters, self.exp_avg, self.exp_avg_sq, self.step]
         chosen = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
         parameters, exp_avg, exp_avg_sq, step = ([each[i] for i in chosen] for each in lists)
-        if step:
-            torch._foreach_add_(step, taken, alpha=1)  # without alpha the value of a tensor is read from the device
+        if step and isinstance(taken, Tensor):
+            torch._foreach_add_(step, taken, alpha=1)  # without alpha its value is read from the device
+        elif step:
+            torch._foreach_add_(step, taken)
         return GroupState(parameters, exp_avg, exp_avg_sq, self.steps, step), grads
 
 

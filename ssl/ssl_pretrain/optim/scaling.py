@@ -1,12 +1,10 @@
 """Scaling of a list of tensors, each by a factor of its own, with few kernels."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
-def scale_each_(tensors: Sequence[Tensor], factors: Tensor) -> None:
+def scale_each_(tensors: list[Tensor], factors: Tensor) -> None:
     """Multiply each of P tensors of the dtype of `factors` (P,), on its device, by its factor, in place.
 
     On an accelerator a list operation starts one kernel for all tensors only if both lists have the same shapes, else one
@@ -18,7 +16,7 @@ def scale_each_(tensors: Sequence[Tensor], factors: Tensor) -> None:
         scale_by_written_out_(tensors, factors)
 
 
-def scale_by_written_out_(tensors: Sequence[Tensor], factors: Tensor) -> None:
+def scale_by_written_out_(tensors: list[Tensor], factors: Tensor) -> None:
     """`scale_each_` for an accelerator."""
     sizes = [each.numel() for each in tensors]
     written = torch.cat([factor.expand(size) for factor, size in zip(factors.unbind(), sizes, strict=True)]).split(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scenes import COLOURS, scene, write
 from sklearn import metrics as oracle
 from small_encoders import small_encoder
 from ssl_pretrain.eval import _dense, _foreground, _masks, _overlap, segment
@@ -26,26 +27,7 @@ from ssl_pretrain.encoder import Encoder, save
 from ssl_pretrain.errors import UserError
 from ssl_pretrain.features import pixel_encoder
 
-COLOURS = np.array([[90, 90, 90], [220, 40, 40], [40, 60, 220]])  # of the classes 0, 1, 2
 QUICK = ["--steps", "60", "--workers", "0", "--batch-size", "8"]
-
-
-def scene(seed: int, shape: tuple[int, int] = (32, 48)) -> tuple[np.ndarray, np.ndarray]:
-    """A noisy grey image with a red and a blue box, and its mask."""
-    rng = np.random.default_rng(seed)
-    mask = np.zeros(shape, np.uint8)
-    for value in (1, 2):
-        top, left = rng.integers(0, shape[0] // 2), rng.integers(0, shape[1] // 2)
-        mask[top : top + shape[0] // 2, left : left + shape[1] // 2] = value
-    pixels = COLOURS[mask] + rng.integers(-25, 25, (*shape, 3))
-    return pixels.clip(0, 255).astype(np.uint8), mask
-
-
-def write(folder: Path, name: str, mask_name: str, seed: int, **options: Any) -> None:
-    pixels, mask = scene(seed, **options)
-    for path, array in ((folder / name, pixels), (folder / mask_name, mask)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(path)
 
 
 @pytest.fixture

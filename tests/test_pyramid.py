@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from feature_pyramid import Pyramid
 from oracles import import_timm, import_torchvision
 from torch import Tensor, nn
 
@@ -111,18 +112,6 @@ def test_a_convnexts_maps_are_those_of_timm() -> None:
     assert model.map_channels == tuple(theirs.feature_info.channels())
     for ours, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
-
-
-class Pyramid(nn.Module):
-    """What torchvision's detectors take: a dict of maps "0" to "3" and the attribute out_channels."""
-
-    def __init__(self, torchvision: Any, model: Any) -> None:
-        super().__init__()
-        self.model, self.out_channels = model, 32
-        self.fpn = torchvision.ops.FeaturePyramidNetwork(list(model.map_channels), self.out_channels)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return self.fpn({str(i): x for i, x in enumerate(self.model(images, maps=True).maps)})
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -196,4 +196,4 @@ def test_a_run_on_a_part_continues_with_it_and_with_no_other(
 
     assert f"--subset: {part} -> 0.5" in refused("--subset", "0.5")
     part.write_text("\n".join(map(str, free[40:])))
-    assert "or the indices in --subset" in refused("--subset", str(part))
+    assert "the indices in --subset may have changed" in refused("--subset", str(part))

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from feature_pyramid import Pyramid
 from oracles import import_timm, import_torchvision
+from scenes import write
 from ssl_pretrain.launch.evaluate import main
-from test_eval_segment import write
-from test_pyramid import Pyramid
 from torch import Tensor, nn
 
 from ssl_pretrain import backbones, encoder

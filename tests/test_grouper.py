@@ -1,8 +1,12 @@
 """The perceptual group tokenizer: its grouping against NumPy in float64, and a number of groups that can change."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from conftest import losses
 
 from ssl_pretrain import backbones, encoder
 from ssl_pretrain.backbones import grouper
@@ -42,7 +46,7 @@ def softmax(x: np.ndarray, axis: int) -> np.ndarray:
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_grouping_in_numpy(rounds: int) -> None:
     """One image and head at a time: tokens share themselves among groups, then each group averages what it got."""
-    layer = build().double().layers[1].grouping
+    layer = build().double().blocks[1].grouping
     x, noise = np.random.default_rng(0).standard_normal((2, 10, 32)), grouper.group_noise(5, 32).double()
     found = layer(torch.from_numpy(x), noise, rounds).detach().numpy()
     for image in range(2):
@@ -66,7 +70,7 @@ def test_layer_and_pool_in_numpy() -> None:
     model = build(depth=1).double()
     images = torch.randn(2, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = model(images)
-    (layer,) = model.layers
+    (layer,) = model.blocks
     pixels = images.numpy().reshape(2, 3, 4, 4, 6, 4).transpose(0, 2, 4, 1, 3, 5).reshape(2, 24, 48)
     x = pixels @ model.patch_embed.proj.weight.detach().numpy().reshape(32, 48).T
     x = x + model.patch_embed.proj.bias.detach().numpy() + model.pos_embed.detach().numpy()
@@ -123,7 +127,7 @@ def test_an_export_takes_another_number_of_groups(tmp_path: object) -> None:
 
 def test_groups_differ_from_each_other() -> None:
     """The noise of the groups is what tells them apart."""
-    layer = build().layers[0].grouping
+    layer = build().blocks[0].grouping
     x = torch.randn(1, 10, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         alike = layer(x, torch.zeros(5, 32), 3)
@@ -143,3 +147,16 @@ def test_groups_differ_from_each_other() -> None:
 def test_options_that_do_not_fit_are_refused(options: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         build(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mae", "simclr"])
+def test_a_method_of_patches_or_of_whole_images_alone_runs_on_two_processes(
+    method: str, photos: Path, tmp_path: Path, pretrain: Callable
+) -> None:
+    """Each leaves parameters without a gradient: the pool, or what makes the last block's patches."""
+    same = ("--method", method, "--data", photos, "--encoder", "grouper_micro", "--image-size", 16, "--depth", 1,
+            "--batch-size", 8, "--steps", 3, "--log-every", 1, "--workers", 0, "--no-score")  # fmt: skip
+    pretrain(*same, "--out", tmp_path / "one")
+    pretrain(*same, "--out", tmp_path / "two", "--nproc", 2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

@@ -202,6 +202,13 @@ def test_options_that_do_not_fit_are_refused(options: dict, said: str) -> None:
         backbones.build("octic_micro", image_size=(56, 56), **{"patch_size": 8, **options})
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "invariant", "octic"])
+def test_an_encoder_of_one_block_has_it_equivariant(mode: str) -> None:
+    model = backbones.build("octic_micro", image_size=(16, 16), patch_size=8, depth=1, octic_mode=mode)
+    assert len(model.octic_blocks) == 1
+    assert model(torch.zeros(1, 3, 16, 16)).patches.shape == (1, 4, 128)
+
+
 def test_gradients_of_the_three_modes() -> None:
     """Against differences of the loss, in float64, for one weight of each kind."""
     for mode, cls in itertools.product(("hybrid", "invariant", "octic"), (True, False)):

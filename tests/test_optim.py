@@ -1,5 +1,6 @@
 """Parameter groups by the papers' rules; steps that are skipped on the device; AdamW against NumPy."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,38 @@ def test_mae_rule_decays_matrices_and_tokens_but_no_vector_and_no_bias() -> None
     assert "fixed" not in found
     trainable = {name for name, p in Toy().named_parameters() if p.requires_grad}
     assert set(found) == trainable  # every one, once
+
+
+# Of each family: parameters with several axes that are no matrices: tokens, positions, tables.
+TABLES = {
+    "vit_micro": {"cls_token", "pos_embed"},
+    "octic_micro": {"cls_token", "pos_quarters"},
+    "jumbo_micro": {"jumbo_token", "pos_embed"},
+    "grouper_micro": {"pool_query", "pos_embed"},
+    "hiera_micro": {"pos_embed"},
+    "swin_micro": set(),
+    "convnextv2_micro": set(),
+    "resnet_micro": set(),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_family_decays_gains_and_with_fine_tunings_rule_no_tokens(name: str) -> None:
+    """Gains of norms, layer scales and tokens by their names, whatever their shape; nor are they matrices for Muon."""
+    given = {"octic_micro": {"layer_scale": 1e-4}}.get(name, {})
+    built = backbones.build(name, image_size=(64, 64), **{**backbones.defaults(name), **given})
+    gains = {
+        n for n, _ in built.named_parameters() if re.search(r"norm\d?\.|_norm\.|\.ls\d\.|\.bn\d\.|gamma|\.grn\.", n)
+    }
+    assert gains
+    for rule, tables in (("no_1d", set()), ("no_1d_tokens", TABLES[name])):
+        groups = optim.parameter_groups(built, built, rule=rule, matrices=True)  # type: ignore[arg-type]
+        found = {n: group for group in groups for n in group["names"]}
+        assert not [n for n in gains if found[n]["decays"] or found[n]["matrices"]]
+        assert not [n for n in tables if found[n]["decays"]]
+    if TABLES[name]:
+        groups = optim.parameter_groups(built, built, rule="no_1d")
+        assert TABLES[name] <= {n for group in groups if group["decays"] for n in group["names"]}
 
 
 def test_matrices_are_the_encoders_and_no_tables() -> None:

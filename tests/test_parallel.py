@@ -127,7 +127,16 @@ def test_what_cannot_be_is_said_in_one_line(flags: tuple, said: str, photos: Pat
 
 
 @pytest.mark.parametrize(
-    ("encoder", "count"), [("vit_micro", 4), ("resnet18", 8), ("convnext_micro", None), ("swin_micro", 6)]
+    ("encoder", "count"),
+    [
+        ("vit_micro", 4),
+        ("resnet18", 8),
+        ("convnext_micro", None),
+        ("swin_micro", 6),
+        ("octic_micro", 4),
+        ("grouper_micro", 4),
+        ("hiera_micro", 5),
+    ],
 )
 def test_the_blocks_of_every_kind_of_backbone_are_found(encoder: str, count: int | None) -> None:
     model = backbones.build(encoder, image_size=(32, 32), in_chans=3, **backbones.defaults(encoder))

@@ -67,6 +67,8 @@ class Backbone(nn.Module, ABC):
     no_maps: str = ""  # why there are none, where that is not the same for all encoders of the class
     # Patterns (as of file names) of matrices that weight decay does not apply to, beside biases and norms.
     undecayed: tuple[str, ...] = ()
+    # Whether some parameters get no gradient if a method uses only `Features.pooled`, or only `patches`.
+    partly_used: bool = False
 
     @property
     def unit(self) -> tuple[int, int]:

@@ -132,6 +132,7 @@ class Grouper(Backbone):
             within(self, FROM_0_BELOW_1, "drop_path")
 
     supports = frozenset({"keep", "replace", "blocks", "drop_path", "maps"})
+    partly_used = True  # `pooled` has a layer of its own, and does not use the last block's patches
 
     def __init__(self, image_size: tuple[int, int], in_chans: int, config: Config) -> None:
         super().__init__()
@@ -147,7 +148,7 @@ class Grouper(Backbone):
         self.grid = self._grid(height, width)
         self.patch_embed = PatchEmbed(config.patch_size, in_chans, config.dim)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], config.dim))
-        self.layers = nn.ModuleList(Layer(config.dim, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Layer(config.dim, config.heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
         self.pool_query = nn.Parameter(torch.empty(1, 1, config.dim))
         self.pool_norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
@@ -206,7 +207,7 @@ class Grouper(Backbone):
         wanted = [self._layer(i) for i in blocks]
         outputs: dict[int, Tensor] = {}
         groups = x
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.blocks):
             x, groups = layer(
                 x, self.noise, self.config.rounds, None if factors is None else factors[:, None, 2 * i : 2 * i + 2]
             )
@@ -225,7 +226,7 @@ class Grouper(Backbone):
     def layer_of(self, parameter: str) -> int:
         """See `Backbone.layer_of`. Raises KeyError for an unknown parameter."""
         part, _, rest = parameter.partition(".")
-        if part == "layers":
+        if part == "blocks":
             return int(rest.partition(".")[0]) + 1
         after = dict.fromkeys(("norm", "pool_query", "pool_norm", "pool_kv"), self.depth + 1)
         return {"patch_embed": 0, "pos_embed": 0, **after}[part]

@@ -97,12 +97,13 @@ class OcticScale(nn.Module):
 
     def __init__(self, dim: int, value: float) -> None:
         super().__init__()
-        self.ones = nn.Parameter(torch.full((4, dim // 8), float(value)))
-        self.twos = nn.Parameter(torch.full((2, dim // 8), float(value)))
+        # Of A1, A2, B1, B2 and both copies of E. One axis, so that optimisers treat it as a gain: no weight decay, no Muon.
+        self.weight = nn.Parameter(torch.full((6 * (dim // 8),), float(value)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, 8, c) to the same shape."""
-        return x * torch.cat([self.ones, self.twos, self.twos])
+        parts = self.weight.unflatten(0, (6, -1))
+        return x * torch.cat([parts, parts[4:]])
 
 
 class OcticNorm(nn.Module):
@@ -252,8 +253,8 @@ class Octic(Backbone):
         self.map_strides, self.map_channels = pyramid.strides(self.stride), (self.dim,) * len(pyramid.SCALES)
         self.grid = self._grid(height, width)
         self.side = (max(self.grid) + 1) // 2 * 2  # of the table of positions, a square of an even side
-        half = config.depth // 2 if config.octic_blocks is None else config.octic_blocks
-        self.octic_blocks = config.depth if config.octic_mode == "octic" else half
+        half = max(1, config.depth // 2) if config.octic_blocks is None else config.octic_blocks
+        self.octic_depth = config.depth if config.octic_mode == "octic" else half
 
         c = config.dim // 8
         self.patch_embed = OcticPatchEmbed(config.patch_size, in_chans, config.dim)
@@ -262,9 +263,9 @@ class Octic(Backbone):
         nn.init.trunc_normal_(self.pos_quarters, std=0.02)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=8 * 0.02)
-        ordinary = config.depth - self.octic_blocks
-        self.octic = nn.ModuleList(
-            OcticBlock(config.dim, config.heads, config.mlp_ratio, config.layer_scale) for _ in range(self.octic_blocks)
+        ordinary = config.depth - self.octic_depth
+        self.octic_blocks = nn.ModuleList(
+            OcticBlock(config.dim, config.heads, config.mlp_ratio, config.layer_scale) for _ in range(self.octic_depth)
         )
         self.invariants = nn.Linear(6 * c, config.dim) if config.octic_mode == "invariant" else None
         self.blocks = nn.ModuleList(
@@ -304,12 +305,12 @@ class Octic(Backbone):
         outputs: dict[int, Tensor] = {}
         for i in range(self.depth):
             branches = None if factors is None else factors[:, None, 2 * i : 2 * i + 2]
-            if i < self.octic_blocks:
-                x = self.octic[i](x, branches)
-                if i + 1 == self.octic_blocks and self.config.octic_mode != "octic":
+            if i < self.octic_depth:
+                x = self.octic_blocks[i](x, branches)
+                if i + 1 == self.octic_depth and self.config.octic_mode != "octic":
                     x = self._plain(x)
             else:
-                x = self.blocks[i - self.octic_blocks](x, branches=branches)
+                x = self.blocks[i - self.octic_depth](x, branches=branches)
             if i in wanted:
                 outputs[i] = x.flatten(2)
         x = self.norm(x).flatten(2)
@@ -331,10 +332,10 @@ class Octic(Backbone):
     def layer_of(self, parameter: str) -> int:
         """See `Backbone.layer_of`. Raises KeyError for an unknown parameter."""
         part, _, rest = parameter.partition(".")
-        if part in ("octic", "blocks"):
-            return int(rest.partition(".")[0]) + 1 + (self.octic_blocks if part == "blocks" else 0)
+        if part in ("octic_blocks", "blocks"):
+            return int(rest.partition(".")[0]) + 1 + (self.octic_depth if part == "blocks" else 0)
         stem = dict.fromkeys(("patch_embed", "cls_token", "pos_quarters"), 0)
-        return {**stem, "invariants": self.octic_blocks, "norm": self.depth + 1}[part]
+        return {**stem, "invariants": self.octic_depth, "norm": self.depth + 1}[part]
 
     def adapt(self, weights: dict[str, Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
         """See `Backbone.adapt`: the table of positions is resized to this encoder's side, with antialiasing where it is

@@ -333,7 +333,8 @@ class _Checks:
                 expect(_close(one[0], batch[row]), f"in eval mode {part} of an image depend on the others of its batch")
 
     def gradients_reach_every_parameter(self) -> None:
-        """A loss of all features has a gradient for each trained parameter."""
+        """A loss of all features has a gradient for each trained parameter; one of a single kind, too, unless the encoder
+        says so (`Backbone.partly_used`)."""
         model = self.moved(self.build()).train()  # nothing reaches what is behind a gain that begins at zero
         found = model(self.images(), **self._noise(model))
         total = torch.stack([self._weighed(value) for _, value, _ in _both(found, found)]).sum()
@@ -344,6 +345,17 @@ class _Checks:
         expect(not dead, f"no gradient reaches {', '.join(dead[:5])}")
         broken = [name for name, p in trained.items() if not p.grad.isfinite().all()]
         expect(not broken, f"the gradient of {', '.join(broken[:5])} is not finite")
+        if model.partly_used:
+            return
+        for part in ("pooled", "patches"):
+            model.zero_grad(set_to_none=True)
+            self._weighed(getattr(model(self.images(), **self._noise(model)), part)).backward()
+            unused = [name for name, p in trained.items() if p.grad is None]
+            expect(
+                not unused,
+                f"{', '.join(unused[:5])} get no gradient from {part} alone, which several processes wait for: set "
+                f"partly_used to True",
+            )
 
     @staticmethod
     def _weighed(value: Tensor) -> Tensor:

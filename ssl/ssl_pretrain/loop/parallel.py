@@ -91,7 +91,8 @@ def wrap(method: Method, run: Resolved, world: World) -> nn.Module:
         buffers: dict[str, Any] = {
             "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
         }
-        return DistributedDataParallel(method, gradient_as_bucket_view=True, **buffers)
+        unused = method.encoder.partly_used
+        return DistributedDataParallel(method, gradient_as_bucket_view=True, find_unused_parameters=unused, **buffers)
     _shard(method, run, world)
     return method
 

@@ -10,7 +10,8 @@ from ..backbones import adapters
 from ..backbones.backbone import Backbone
 from ..rates import Rate
 
-DECAYED_TOKENS = ("cls_token", "mask_token", "reg_tokens", "pos_embed")
+# Tokens and positions. "start" and "level": of ids by scale (`backbones.scale_stem`).
+TOKENS = frozenset("cls_token mask_token reg_tokens pos_embed jumbo_token pos_quarters pool_query start level".split())
 
 
 def decays(name: str, parameter: Tensor, rule: Literal["no_1d", "no_1d_tokens", "all"]) -> bool:
@@ -24,7 +25,7 @@ def decays(name: str, parameter: Tensor, rule: Literal["no_1d", "no_1d_tokens", 
         return True
     if parameter.ndim <= 1 or name.endswith(".bias"):
         return False
-    return rule == "no_1d" or name.rsplit(".", maxsplit=1)[-1] not in DECAYED_TOKENS
+    return rule == "no_1d" or name.rsplit(".", maxsplit=1)[-1] not in TOKENS
 
 
 def parameter_groups(

@@ -156,7 +156,8 @@ def test_a_method_of_patches_or_of_whole_images_alone_runs_on_two_processes(
 ) -> None:
     """Each leaves parameters without a gradient: the pool, or what makes the last block's patches."""
     same = ("--method", method, "--data", photos, "--encoder", "grouper_micro", "--image-size", 16, "--depth", 1,
-            "--batch-size", 8, "--steps", 3, "--log-every", 1, "--workers", 0, "--no-score")  # fmt: skip
+            "--batch-size", 8, "--steps", 3, "--log-every", 1, "--workers", 0, "--no-score", "--precision", "fp32",
+            "--lr", 1e-4)  # fmt: skip
     pretrain(*same, "--out", tmp_path / "one")
     pretrain(*same, "--out", tmp_path / "two", "--nproc", 2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

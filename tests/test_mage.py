@@ -192,6 +192,8 @@ def test_collapsed_is_what_it_states():
 
 def test_wrong_encoders_and_ratios_are_refused():
     plain = {"image_size": (32, 32), "patch_size": 8, "depth": 1}
+    with pytest.raises(UserError, match="--stem hmlp: mage reads ids in the place of patches; leave --stem out"):
+        MAGE(backbones.build("vit_micro", image_size=(32, 32), patch_size=8, stem="hmlp"), MAGE.Config())
     with pytest.raises(UserError, match="give --cls"):
         MAGE(backbones.build("vit_micro", **plain, cls=False), MAGE.Config())
     with pytest.raises(UserError, match="multiple of 4 and of --decoder-heads 3"):

@@ -17,12 +17,15 @@ from ..frozen import Frozen
 
 
 def vit_of(encoder: Backbone, method: str) -> ViT:
-    """The encoder, which must be a ViT. method: for the message. Raises UnsupportedByBackbone."""
+    """The encoder, which must be a ViT. method: for the message. Raises UnsupportedByBackbone for another, and UserError
+    for one with another stem than a linear layer, which ids do not pass."""
     if not isinstance(encoder, ViT):
         raise UnsupportedByBackbone(
             f"{method} needs an encoder that supports ids in the place of patches, and {type(encoder).__name__} does not: "
             f"use a ViT (--encoder vit_small)"
         )
+    if encoder.config.stem != "linear":
+        raise UserError(f"--stem {encoder.config.stem}: {method} reads ids in the place of patches; leave --stem out")
     return encoder
 
 

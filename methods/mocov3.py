@@ -72,7 +72,8 @@ class MoCoV3(WholeBatchMethod):
         momentum: float = 0.99
         """Momentum encoder's momentum at the start; it rises to 1 along half a cosine."""
         freeze_patch_embed: bool = True
-        """Freeze a ViT's patch embedding at its random initial values (section 4.2); other encoders have none."""
+        """Freeze a ViT's patch embedding at its random initial values (section 4.2); those of other encoders (Swin, Hiera)
+        are trained."""
         hidden_dim: int | None = None
         """Width of the hidden layers of projector and predictor (default: by the encoder; 4,096 from ViT-S on)."""
         embedding_dim: int = 256
@@ -99,7 +100,8 @@ class MoCoV3(WholeBatchMethod):
         self.projector = mlp((encoder.pooled_dim, hidden, hidden, width), last_norm="plain")
         self.predictor = mlp((width, hidden, width), last_norm="plain")
         patch_embed = getattr(encoder, "patch_embed", None)
-        if isinstance(patch_embed, nn.Module):  # a vision transformer
+        # A vision transformer of one width. Hierarchical ones (Swin, Hiera) keep their own initialisation.
+        if isinstance(patch_embed, nn.Module) and encoder.token_dim == encoder.dim:
             _initialise(encoder)
             patch_embed.requires_grad_(not config.freeze_patch_embed)
 

@@ -131,6 +131,16 @@ def test_all_parameters_decay() -> None:
     assert all(group["decays"] for group in parameter_groups(method, method.encoder, rule=MoCoV3.recipe.decay))
 
 
+@pytest.mark.parametrize("name", ["swin_micro", "hiera_micro", "convnext_micro"])
+def test_hierarchical_encoders_keep_their_own_initialisation_and_train_all(name: str) -> None:
+    """A Swin's gains after each branch begin at 0, a Hiera's biases at 0.02."""
+    encoder = backbones.build(name, image_size=(64, 64))
+    start = {name: value.clone() for name, value in encoder.state_dict().items()}
+    MoCoV3(encoder, MoCoV3.Config(**SMALL))  # type: ignore[arg-type]
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    assert all(torch.equal(value, start[name]) for name, value in encoder.state_dict().items())
+
+
 def test_initialisation_is_the_releases() -> None:
     torch.manual_seed(0)
     options = {**backbones.defaults("vit_small"), "depth": 1, **MoCoV3.recipe.encoder}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY, losses
 from oracles import import_timm
+from ssl_pretrain.launch.pretrain import main
 
 from ssl_pretrain import checkpoint, optim
 
@@ -144,7 +145,9 @@ def test_its_kernels_are_as_many_however_many_parameters_there_are() -> None:
     assert kernels(10) <= 22
 
 
-def test_a_run_with_it_resumes_bit_for_bit(photos: Path, tmp_path: Path, pretrain_here: Callable) -> None:
+def test_a_run_with_it_resumes_bit_for_bit(
+    photos: Path, tmp_path: Path, pretrain_here: Callable, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "run"
     argv = ["--method", "mae", "--data", photos, "--out", out, "--steps", 6, "--log-every", 1, "--checkpoint-every", 3]
     argv += [*TINY, "--workers", 0, "--optimizer", "lamb", "--lr", "1e-2", "--clip-grad", 5, "--no-score"]
@@ -159,3 +162,7 @@ def test_a_run_with_it_resumes_bit_for_bit(photos: Path, tmp_path: Path, pretrai
     pretrain_here(*argv)
     assert all(torch.equal(v, whole[n]) for n, v in checkpoint.load(folder, 6)["method"].items())
     assert losses(out) == curve
+    pretrain_here("--config", out / "config.yaml", "--out", tmp_path / "again")  # which says the last rate, too
+    assert losses(tmp_path / "again") == curve
+    assert main([*map(str, argv), "--final-lr", "1e-5"]) == 2
+    assert "--final-lr 1e-05: --schedule step ends at 0.0001" in capsys.readouterr().err

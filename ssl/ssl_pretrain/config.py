@@ -415,8 +415,6 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
         raise UserError("--schedule step needs --milestones, shares of the run at which the rate changes, like 0.6 0.9")
     if run.schedule != "cosine" and run.schedule_stretch != 1:
         raise UserError(f"--schedule-stretch is of --schedule cosine, not of {run.schedule}: leave it out")
-    if run.schedule == "step" and run.final_lr is not None:
-        raise UserError("--final-lr: --schedule step ends where --milestones and --step-factor lead to; leave it out")
     if run.keep_best == "knn" and not run.knn_every:
         raise UserError("--keep-best knn needs scores to choose by: give --knn-every, the steps between them")
     if run.keep_best == "val" and not run.val_images:
@@ -429,6 +427,11 @@ def resolve(run: Run, recipe: "Recipe", images: int, precision: Literal["fp32", 
     final_lr = min(recipe.final_lr, lr) if run.final_lr is None else run.final_lr
     if run.schedule == "step":
         final_lr = lr * run.step_factor ** len(run.milestones)
+        if run.final_lr not in (None, final_lr):  # the config.yaml of a run has it
+            raise UserError(
+                f"--final-lr {run.final_lr:g}: --schedule step ends at {final_lr:g}, where --milestones and --step-factor "
+                f"lead to; leave it out"
+            )
     decided: dict[str, Any] = {
         "out": folder(run),
         "image_size": (size[0], size[-1]),

@@ -166,6 +166,12 @@ class Backbone(nn.Module, ABC):
                 f"(--encoder vit_small) has it"
             )
 
+    def _block(self, i: int) -> int:
+        """The index of block `i`, which may count from the end. Raises UserError if there is none."""
+        if not -self.depth <= i < self.depth:
+            raise UserError(f"the encoder has blocks 0 to {self.depth - 1} (or -{self.depth} to -1), not {i}")
+        return i % self.depth
+
     def refuse_options(
         self,
         keep: Tensor | None,

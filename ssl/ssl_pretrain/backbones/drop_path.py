@@ -34,6 +34,17 @@ def drop_factors(noise: Tensor, rates: Tensor) -> Tensor:
     return (noise >= rates) / (1 - rates)
 
 
+def rising_factors(drop: Tensor | None, depth: int, rate: float, *, training: bool) -> Tensor | None:
+    """`drop_factors` (B, 2 * depth) of blocks with two branches each, from the noise `drop` (B, 2 * depth) of a forward
+    pass. The rate rises linearly from 0 in the first block to `rate` in the last. None where nothing is dropped: not in
+    training, or at a rate of 0. Raises RuntimeError if the noise is missing."""
+    if not training or rate == 0:
+        return None
+    noise = given(drop, depth)
+    rates = torch.linspace(0, rate, depth, device=noise.device).repeat_interleave(2)
+    return drop_factors(noise, rates)
+
+
 @dataclass(frozen=True)
 class Kept:
     """The samples that a branch is computed for, of tokens (B, L, D), or of a row (1, T, D) of packed batches."""

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..flags import AT_LEAST_1, FROM_0_BELOW_1, NOT_NEGATIVE, within
 from .attention import attend
 from .backbone import Backbone, Features
-from .drop_path import drop_factors, given
+from .drop_path import rising_factors
 from .positions import resize_table
 from .vit import NORM_EPS, Mlp
 
@@ -223,7 +223,7 @@ class Hiera(Backbone):
         if images.shape[1] != self.in_chans:
             raise UserError(f"the encoder takes images of {self.in_chans} channels, not {images.shape[1]}")
         units = self._units(images.shape[2], images.shape[3])
-        factors = self._drop_path(drop)
+        factors = rising_factors(drop, self.depth, self.config.drop_path, training=self.training)
         x = self._embedded(images, units, keep, replace)
         placed = units if keep is None else (keep.shape[1], 1)  # the kept units below each other
         outputs = []
@@ -295,15 +295,6 @@ class Hiera(Backbone):
         if keep is not None:
             table = F.embedding(keep, table[0].flatten(1)).view_as(x)
         return x + table
-
-    def _drop_path(self, drop: Tensor | None) -> Tensor | None:
-        """Factors (B, 2 * depth) on each sample's branches (stochastic depth, Huang et al., 2016); None if nothing is
-        dropped."""
-        if not self.training or self.config.drop_path == 0:
-            return None
-        noise = given(drop, self.depth)
-        rates = torch.linspace(0, self.config.drop_path, self.depth, device=noise.device)
-        return drop_factors(noise, rates.repeat_interleave(2))
 
 
 def _by_units(x: Tensor, unit: int) -> Tensor:

@@ -56,6 +56,8 @@ class HMLPStem(nn.Module):
         results of others are 0. In evaluation there are no such statistics, and all patches have results."""
         visible = Visible(seen) if seen is not None and self.training else None
         for part in self.proj:
-            known = isinstance(part, BatchNorm2d) and visible is not None
-            x = part(x, visible.at(x.shape[2], x.shape[3])) if known else part(x)
+            if visible is not None and isinstance(part, BatchNorm2d):
+                x = part(x, visible.at(x.shape[2], x.shape[3]))
+            else:
+                x = part(x)
         return x

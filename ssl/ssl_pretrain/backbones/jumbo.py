@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..flags import FROM_0_BELOW_1, POSITIVE, within
 from . import pyramid
 from .backbone import Backbone, Features
-from .drop_path import drop_factors, given
+from .drop_path import rising_factors
 from .positions import patch_grid, resize_table
 from .vit import Attention, Mlp, PatchEmbed
 
@@ -150,7 +150,7 @@ class Jumbo(Backbone):
         # The residual stream has the precision of the parameters, also under autocast.
         x = x.to(self.pos_embed.dtype) + (table if keep is None else F.embedding(keep, table[0]))
         x = torch.cat([self.jumbo_token.expand(x.shape[0], -1, -1), x], dim=1)
-        factors = self._drop_path(drop)
+        factors = rising_factors(drop, self.depth, self.config.drop_path, training=self.training)
         wanted = [self._block(i) for i in blocks]
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
@@ -190,17 +190,3 @@ class Jumbo(Backbone):
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """The grid (h, w) of patches of an image of height x width pixels."""
         return patch_grid(height, width, self.config.patch_size)
-
-    def _block(self, i: int) -> int:
-        """The index of block `i`, which may count from the end."""
-        if not -self.depth <= i < self.depth:
-            raise UserError(f"the encoder has blocks 0 to {self.depth - 1} (or -{self.depth} to -1), not {i}")
-        return i % self.depth
-
-    def _drop_path(self, drop: Tensor | None) -> Tensor | None:
-        """Factors (B, 2 * depth) on the branches of each sample; None if nothing is dropped."""
-        if not self.training or self.config.drop_path == 0:
-            return None
-        noise = given(drop, self.depth)
-        rates = torch.linspace(0, self.config.drop_path, self.depth, device=noise.device).repeat_interleave(2)
-        return drop_factors(noise, rates)

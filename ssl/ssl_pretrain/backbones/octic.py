@@ -22,7 +22,7 @@ from ..flags import FROM_0_BELOW_1, POSITIVE, within
 from . import pyramid
 from .attention import attend
 from .backbone import Backbone, Features
-from .drop_path import drop_factors, given
+from .drop_path import rising_factors
 from .positions import patch_grid, resize_table
 from .vit import NORM_EPS, Block
 
@@ -300,7 +300,7 @@ class Octic(Backbone):
             raise UserError("maps are of whole images: leave out keep or maps")
         grid = self._grid(images.shape[2], images.shape[3])
         x = self._embedded(images, grid, keep, replace)
-        factors = self._drop_path(drop)
+        factors = rising_factors(drop, self.depth, self.config.drop_path, training=self.training)
         wanted = [self._block(i) for i in blocks]
         outputs: dict[int, Tensor] = {}
         for i in range(self.depth):
@@ -382,20 +382,6 @@ class Octic(Backbone):
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """The grid (h, w) of patches of an image of height x width pixels."""
         return patch_grid(height, width, self.config.patch_size)
-
-    def _block(self, i: int) -> int:
-        """The index of block `i`, which may count from the end."""
-        if not -self.depth <= i < self.depth:
-            raise UserError(f"the encoder has blocks 0 to {self.depth - 1} (or -{self.depth} to -1), not {i}")
-        return i % self.depth
-
-    def _drop_path(self, drop: Tensor | None) -> Tensor | None:
-        """Factors (B, 2 * depth) on the branches of each sample; None if nothing is dropped."""
-        if not self.training or self.config.drop_path == 0:
-            return None
-        noise = given(drop, self.depth)
-        rates = torch.linspace(0, self.config.drop_path, self.depth, device=noise.device).repeat_interleave(2)
-        return drop_factors(noise, rates)
 
 
 def _validate(config: Octic.Config, in_chans: int) -> None:

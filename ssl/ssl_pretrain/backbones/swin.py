@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..flags import FROM_0_BELOW_1, POSITIVE, at_least, within
 from .backbone import Backbone, Features
-from .drop_path import drop_factors, given
+from .drop_path import rising_factors
 from .vit import Mlp, PatchEmbed
 
 SIZES = {
@@ -322,7 +322,7 @@ class Swin(Backbone):
         height, width = images.shape[2], images.shape[3]
         self._check_size(height, width)
 
-        factors = self._drop_path(drop)
+        factors = rising_factors(drop, self.depth, self.config.drop_path, training=self.training)
         patch = self.config.patch_size
         # The residual stream has the precision of the parameters, also under autocast.
         x = self.patch_embed(images).to(self.norm.weight.dtype).unflatten(1, (height // patch, width // patch))
@@ -366,15 +366,6 @@ class Swin(Backbone):
                 f"images of {height} x {width} pixels (height x width) do not divide by the encoder's stride, {side} "
                 f"pixels: use --image-size {fits[0]} {fits[1]} or a smaller --patch-size"
             )
-
-    def _drop_path(self, drop: Tensor | None) -> Tensor | None:
-        """Factors (B, 2 * depth) on each sample's branches (stochastic depth, Huang et al., 2016): 0 with the branch's
-        probability, else 1 / (1 - probability); None if nothing is dropped."""
-        if not self.training or self.config.drop_path == 0:
-            return None
-        noise = given(drop, self.depth)
-        rates = torch.linspace(0, self.config.drop_path, self.depth, device=noise.device).repeat_interleave(2)
-        return drop_factors(noise, rates)
 
 
 def _validate(config: Swin.Config, in_chans: int) -> None:

@@ -639,12 +639,6 @@ class ViT(Backbone):
         """The grid (h, w) of patches of an image of height x width pixels."""
         return patch_grid(height, width, self.config.patch_size)
 
-    def _block(self, i: int) -> int:
-        """The index of block `i`, which may count from the end."""
-        if not -self.depth <= i < self.depth:
-            raise UserError(f"the encoder has blocks 0 to {self.depth - 1} (or -{self.depth} to -1), not {i}")
-        return i % self.depth
-
     def _positioned(self, x: Tensor, grid: tuple[int, int], keep: Tensor | None) -> Tensor:
         """Patch embeddings (B, N or K, D) with their positions, after the prefix tokens: (B, L, D)."""
         # The residual stream has the precision of the parameters, also under autocast, with or without prefix tokens.

@@ -260,16 +260,22 @@ def test_a_signal_ends_the_measurement(
     assert "estimated" not in capsys.readouterr().err
 
 
+def begun(*, compiled: bool) -> tuple[Estimate, list[str]]:
+    """The estimate of a run of 100 steps of 32 images, which has begun, and the lines that it says."""
+    told: list[str] = []
+    report: Any = SimpleNamespace(silent=False, say=told.append)
+    run: Any = SimpleNamespace(steps=100, batch_size=32, compile=compiled)
+    world: Any = SimpleNamespace(size=1, device=torch.device("cpu"))
+    subject = Estimate(run, torch.nn.Linear(1, 1), None, [], world, report, StopRequest())  # type: ignore[arg-type]
+    subject.begin(0, None)
+    return subject, told
+
+
 def test_real_steps_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step warms up (2 s), the next ones take 1 s each."""
     clock = iter([100.0, 102.0, 103.0, 103.0, 104.0, 105.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    told: list[str] = []
-    report: Any = SimpleNamespace(silent=False, say=told.append)
-    run: Any = SimpleNamespace(steps=100, batch_size=32, compile=False)
-    world: Any = SimpleNamespace(size=1, device=torch.device("cpu"))
-    subject = Estimate(run, torch.nn.Linear(1, 1), None, [], world, report, StopRequest())  # type: ignore[arg-type]
-    subject.begin(0, None)
+    subject, told = begun(compiled=False)
     for step in (1, 2, 3):
         subject.after(step)
     (line,) = told
@@ -281,12 +287,7 @@ def test_the_step_that_compiles_is_not_counted(monkeypatch: pytest.MonkeyPatch) 
     """The first step takes 60 s, the next one 2 s."""
     clock = iter([100.0, 160.0, 162.0, 162.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    told: list[str] = []
-    report: Any = SimpleNamespace(silent=False, say=told.append)
-    run: Any = SimpleNamespace(steps=100, batch_size=32, compile=True)
-    world: Any = SimpleNamespace(size=1, device=torch.device("cpu"))
-    subject = Estimate(run, torch.nn.Linear(1, 1), None, [], world, report, StopRequest())  # type: ignore[arg-type]
-    subject.begin(0, None)
+    subject, told = begun(compiled=True)
     for step in (1, 2):
         subject.after(step)
     assert told[0].startswith("the first step also compiles the model")
